@@ -1,0 +1,128 @@
+"""Every configuration key, its default, its unit and its reason.
+
+A config file calls `default()`, changes what differs and returns it. Nothing else in the package
+invents a default. `validate.py` checks the values; a test fails on a key that nobody reads.
+"""
+
+from ml_collections import ConfigDict
+
+
+def source(path: str, **changes) -> ConfigDict:
+    """Describe one data source; the keyword arguments replace the defaults below.
+
+    Args:
+        path: a .json or .jsonl file (a list of objects, or one object per line).
+        **changes: any of the keys below.
+
+    Raises:
+        KeyError: a keyword that is not a key of a source.
+    """
+    fields = ConfigDict()
+    fields.path = path
+    # "prompt_response" (prompt_key, query_key, response_key, system_key), "messages"
+    # (messages_key, tools_key), or "" to choose by the columns of the file.
+    fields.format = ""
+    fields.limit = 0  # rows to read from the start of the file; 0 = all
+    fields.prompt_key = "prompt"
+    fields.query_key = ""  # appended to the prompt after a newline; "" = no such column
+    fields.response_key = "response"
+    fields.system_key = ""  # "" = no system message of our own
+    fields.messages_key = "messages"
+    fields.tools_key = "tools"
+    for key, value in changes.items():
+        if key not in fields:
+            raise KeyError(f"a data source has no key {key!r}: use one of {sorted(fields)}")
+        fields[key] = value
+    return fields.lock()
+
+
+def default() -> ConfigDict:
+    """Return a locked config with every key at its default; data and model.path are empty."""
+    cfg = ConfigDict()
+    cfg.seed = 0  # the only source of randomness: data order, and weights made from scratch
+
+    cfg.model = model = ConfigDict()
+    model.path = ""  # a Hugging Face model folder, or a hub id such as Qwen/Qwen2.5-7B
+    model.revision = ""  # commit or tag of a hub id; "" = its main branch
+    model.dtype = "bfloat16"  # of activations and of the weights while they multiply
+    # Of the master weights and both moments. bfloat16 masters at SFT learning rates leave most
+    # weights unmoved: an update below 1/256 of a weight rounds away.
+    model.param_dtype = "float32"
+    model.attention = "auto"  # one of ops.attention.BACKENDS
+    model.remat = "full"  # what the backward pass recomputes, see models.layers.REMAT
+
+    cfg.data = data = ConfigDict()
+    data.train = ConfigDict()  # {name: source(...)}
+    data.eval = ConfigDict()  # {name: source(...)}; may stay empty
+    data.seq_len = 2048  # tokens per row
+    data.shuffle = True  # a new order each epoch; False keeps the order of the files
+    data.overlong = "drop"  # an example over seq_len: "drop" (counted, shown) or "raise"
+    data.packing = "best_fit"  # or "none": one example per row, padded to seq_len
+    data.max_segments = 256  # examples per row at most
+
+    cfg.batch = batch = ConfigDict()
+    batch.rows = 64  # rows per optimizer step, over all devices and hosts
+    batch.micro_rows = 0  # rows per forward and backward pass; 0 = all rows at once
+
+    cfg.train = train = ConfigDict()
+    train.epochs = 1.0  # may be a fraction
+    train.steps = 0  # optimizer steps; 0 = as many as train.epochs says
+    train.export = False  # also write the result as a Hugging Face folder to WORKDIR/export
+
+    cfg.optimizer = optimizer = ConfigDict()
+    optimizer.name = "adamw"
+    optimizer.learning_rate = 1e-5  # at the top of the schedule
+    optimizer.schedule = "cosine"  # "cosine", "linear", "constant" or "wsd"
+    optimizer.warmup = 0.03  # below 1: fraction of all steps; from 1: number of steps
+    optimizer.final_ratio = 0.1  # last learning rate / highest one (ignored by "constant")
+    optimizer.decay_fraction = 0.2  # "wsd" only: share of all steps spent decaying at the end
+    optimizer.weight_decay = 0.01  # on matrices only: never on norms and biases
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.95
+    optimizer.eps = 1e-8
+    optimizer.clip_norm = 1.0  # highest global gradient norm; 0 = no clipping
+
+    cfg.mesh = mesh = ConfigDict()
+    mesh.data = 1  # copies of the model; one of the four may be -1 = the devices that are left
+    mesh.fsdp = -1  # shards of parameters and moments; also splits the batch
+    mesh.tensor = 1  # shards of heads, mlp and vocabulary
+    mesh.sequence = 1  # shards of the tokens of a row
+    mesh.cpu_devices = 0  # on the CPU platform: simulate this many devices in all; 0 = real ones
+
+    cfg.eval = evaluation = ConfigDict()
+    evaluation.every_steps = 0  # 0 = only at the end (and at the start)
+    evaluation.at_start = True
+    evaluation.samples = 0  # validation examples answered greedily, shown and compared each time
+
+    cfg.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every_steps = 500  # 0 = only the final step
+    checkpoint.keep = 2  # newest steps kept
+    checkpoint.keep_best = 0  # best steps by `metric` kept beside them
+    checkpoint.metric = "eval/loss"  # lower is better; any eval metric, e.g. eval/NAME/loss
+
+    cfg.log = log = ConfigDict()
+    log.every_steps = 10
+    log.trackers = ()  # any of "tensorboard", "wandb"; metrics.jsonl is always written
+    cfg.lock()
+    data.train.unlock()
+    data.eval.unlock()
+    return cfg
+
+
+def to_dict(cfg: ConfigDict) -> dict:
+    """Return the config as plain nested dicts and lists, as stored in config.json."""
+    as_dict = cfg.to_dict()
+    as_dict["log"]["trackers"] = list(as_dict["log"]["trackers"])
+    return as_dict
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """List `key: old -> new` for every leaf in which two results of `to_dict` differ."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        name, before, after = prefix + key, old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, name + ".")
+        elif before != after:
+            lines.append(f"{name}: {before!r} -> {after!r}")
+    return lines

@@ -1,0 +1,157 @@
+"""Qwen2, Qwen2.5 and their Coder and Math versions: biased q, k, v; no bias elsewhere."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jax_sft import parallel
+from jax_sft.models import layers
+from jax_sft.models.rope import Rope
+from jax_sft.models.spec import Fields, Weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and constants of one model, read from its config.json."""
+
+    vocab: int
+    features: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp: int
+    norm_eps: float
+    tied: bool
+    max_positions: int
+    rope: Rope
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "Config":
+        """Read config.json; a field that this file does not implement raises ValueError."""
+        fields = Fields(config)
+        features, num_heads = fields.need("hidden_size"), fields.need("num_attention_heads")
+        head_dim = fields.get("head_dim", features // num_heads)
+        for name in ("rope_parameters", "rope_scaling", "rope_theta"):
+            fields.get(name)
+        fields.get("original_max_position_embeddings")
+        for name in ("sliding_window", "max_window_layers"):  # used with use_sliding_window only
+            fields.get(name)
+        if (activation := fields.get("hidden_act", "silu")) != "silu":
+            raise ValueError(f"config.json: hidden_act = {activation!r} is not implemented: silu")
+        cfg = cls(
+            vocab=fields.need("vocab_size"),
+            features=features,
+            num_layers=fields.need("num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=fields.get("num_key_value_heads", num_heads),
+            head_dim=head_dim,
+            mlp=fields.need("intermediate_size"),
+            norm_eps=fields.get("rms_norm_eps", 1e-6),
+            tied=fields.get("tie_word_embeddings", False),
+            max_positions=fields.need("max_position_embeddings"),
+            rope=Rope.from_hf(config, head_dim),
+        )
+        fields.done()
+        return cfg
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Size of each logical axis."""
+        return {
+            "vocab": self.vocab,
+            "embed": self.features,
+            "norm": self.features,
+            "layers": self.num_layers,
+            "heads": self.num_heads,
+            "kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "mlp": self.mlp,
+        }
+
+
+def weights(cfg: Config) -> tuple[Weight, ...]:
+    """Return the weight rows of the model."""
+    layer = "model.layers.{layers}."
+    rows = [
+        Weight("embed.table", "model.embed_tokens.weight", "vocab embed -> vocab embed"),
+        Weight("final_norm.scale", "model.norm.weight", "norm -> norm"),
+        Weight("layers.attn_norm.scale", layer + "input_layernorm.weight", "norm -> norm"),
+        Weight("layers.mlp_norm.scale", layer + "post_attention_layernorm.weight", "norm -> norm"),
+    ]
+    for name, heads in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads")):
+        ours, theirs = f"layers.attn.{name}", layer + f"self_attn.{name}_proj"
+        to_heads = f"({heads} head_dim) embed -> embed {heads} head_dim"
+        rows.append(Weight(f"{ours}.kernel", f"{theirs}.weight", to_heads))
+        rows.append(
+            Weight(f"{ours}.bias", f"{theirs}.bias", f"({heads} head_dim) -> {heads} head_dim")
+        )
+    from_heads = "embed (heads head_dim) -> heads head_dim embed"
+    rows.append(Weight("layers.attn.out.kernel", layer + "self_attn.o_proj.weight", from_heads))
+    for name in ("gate", "up"):
+        hf = layer + f"mlp.{name}_proj.weight"
+        rows.append(Weight(f"layers.mlp.{name}.kernel", hf, "mlp embed -> embed mlp"))
+    hf = layer + "mlp.down_proj.weight"
+    rows.append(Weight("layers.mlp.down.kernel", hf, "embed mlp -> mlp embed"))
+    if not cfg.tied:
+        rows.append(Weight("head.table", "lm_head.weight", "vocab embed -> vocab embed"))
+    return tuple(rows)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with biased q, k, v projections."""
+
+    def __init__(self, cfg: Config, key):
+        q, k, v, out = jax.random.split(key, 4)
+        heads, kv_heads = (cfg.num_heads, cfg.head_dim), (cfg.num_kv_heads, cfg.head_dim)
+        self.q = layers.Linear((cfg.features,), heads, q, bias=True)
+        self.k = layers.Linear((cfg.features,), kv_heads, k, bias=True)
+        self.v = layers.Linear((cfg.features,), kv_heads, v, bias=True)
+        self.out = layers.Linear(heads, (cfg.features,), out)
+
+    def __call__(self, x_BTD, *context):
+        return self.out(layers.attend(self.q(x_BTD), self.k(x_BTD), self.v(x_BTD), *context))
+
+
+class Layer(nnx.Module):
+    """Pre-norm residual block: attention, then SwiGLU."""
+
+    def __init__(self, cfg: Config, key):
+        attn, mlp = jax.random.split(key)
+        self.attn_norm = layers.RMSNorm(cfg.features, cfg.norm_eps)
+        self.attn = Attention(cfg, attn)
+        self.mlp_norm = layers.RMSNorm(cfg.features, cfg.norm_eps)
+        self.mlp = layers.SwiGLU(cfg.features, cfg.mlp, mlp)
+
+    def __call__(self, x_BTD, *context):
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), *context)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+class Model(nnx.Module):
+    """Token ids to final hidden states; the head is applied by the loss or by `inference`."""
+
+    def __init__(self, cfg: Config, key):
+        embed, stack, head = jax.random.split(key, 3)
+        self.cfg = cfg
+        self.embed = layers.Embedding(cfg.vocab, cfg.features, embed)
+        self.layers = layers.stack(lambda k: Layer(cfg, k), cfg.num_layers, stack)
+        self.final_norm = layers.RMSNorm(cfg.features, cfg.norm_eps)
+        if not cfg.tied:
+            self.head = layers.Embedding(cfg.vocab, cfg.features, head)
+
+    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, *, dtype, attention, remat):
+        """Return hidden states [B, T, D] in `dtype`, normed and ready for the head."""
+        x_BTD = self.embed(tokens_BT).astype(dtype)
+        x_BTD = parallel.constrain(x_BTD, "batch", "token", "features")
+        angles = self.cfg.rope.angles(positions_BT)
+        context = (angles, segment_ids_BT, positions_BT, attention)
+        x_BTD = layers.run_stack(self.layers, x_BTD, *context, remat=remat)
+        return self.final_norm(x_BTD)
+
+    @property
+    def head_VD(self) -> jax.Array:
+        """The output head [V, D]: the embedding table when tied."""
+        return (self.embed if self.cfg.tied else self.head).table[...]

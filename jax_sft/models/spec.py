@@ -1,0 +1,180 @@
+"""Weight rows: one row describes one parameter, and everything about it follows from the row.
+
+Shape here and in the Hugging Face file, the way in and its exact inverse, sharding, and whether it
+is a matrix (decayed, cast to the compute dtype) or not. Model families return a tuple of rows.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One parameter: ours, Hugging Face's, and the layout between them.
+
+    Attributes:
+        path: dotted attribute path in the NNX model.
+        hf: name in the safetensors files. A logical axis in braces stands for its index and means
+            that our array stacks one such tensor per index along a leading axis.
+        layout: `"hf dims -> our dims"` over logical axes, parentheses joining the factors of one
+            HF dimension: `"(heads head_dim) embed -> embed heads head_dim"`.
+    """
+
+    path: str
+    hf: str
+    layout: str
+
+    @property
+    def stacked(self) -> tuple[str, ...]:
+        """Leading logical axes of our array that are indices in the HF name."""
+        return tuple(re.findall(r"{(\w+)}", self.hf))
+
+    @property
+    def _groups(self) -> list[list[str]]:
+        left = self.layout.split("->")[0]
+        groups = re.findall(r"\(([^)]*)\)|(\S+)", left)
+        return [(inner or single).split() for inner, single in groups]
+
+    @property
+    def _ours(self) -> list[str]:
+        return self.layout.split("->")[1].split()
+
+    @property
+    def _theirs(self) -> list[str]:
+        return [axis for group in self._groups for axis in group]
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Logical axis of each dimension of our array."""
+        return self.stacked + tuple(self._ours)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it multiplies activations: a matrix decays and takes the compute dtype."""
+        return len(self._groups) > 1
+
+    def shape(self, dims: dict[str, int]) -> tuple[int, ...]:
+        """Shape of our array, stacked."""
+        return tuple(dims[axis] for axis in self.axes)
+
+    def hf_shape(self, dims: dict[str, int]) -> tuple[int, ...]:
+        """Shape of one tensor in the HF file."""
+        return tuple(math.prod(dims[axis] for axis in group) for group in self._groups)
+
+    def hf_tensors(self, dims: dict[str, int]) -> Iterator[tuple[tuple[int, ...], str]]:
+        """Yield (index along the stacked axes, HF name) for each tensor of the row."""
+        for index in itertools.product(*(range(dims[axis]) for axis in self.stacked)):
+            yield index, self.hf.format(**dict(zip(self.stacked, index, strict=True)))
+
+    def hf_index(self, index: Index, dims: dict[str, int]) -> Index:
+        """Return the block of the HF tensor that holds the block `index` of our unstacked array.
+
+        Within a joined dimension only the first factor may be a part; the others must be whole.
+        """
+        ours = {
+            axis: part.indices(dims[axis]) for axis, part in zip(self._ours, index, strict=True)
+        }
+        block = []
+        for first, *rest in self._groups:
+            if any(ours[axis][:2] != (0, dims[axis]) for axis in rest):
+                raise ValueError(f"{self.path}: cannot read a part of {rest} from {self.hf}")
+            unit = math.prod(dims[axis] for axis in rest)
+            start, stop, _ = ours[first]
+            block.append(slice(start * unit, stop * unit))
+        return tuple(block)
+
+    def from_hf(self, block: np.ndarray, dims: dict[str, int]) -> np.ndarray:
+        """Turn a block of an HF tensor into the same block of our unstacked array (a view)."""
+        factors: list[int] = []
+        for size, (_, *rest) in zip(block.shape, self._groups, strict=True):
+            inner = [dims[axis] for axis in rest]
+            factors += [size // math.prod(inner), *inner]
+        return block.reshape(factors).transpose([self._theirs.index(axis) for axis in self._ours])
+
+    def to_hf(self, array: np.ndarray, dims: dict[str, int]) -> np.ndarray:
+        """Turn our whole unstacked array into the HF tensor: the exact inverse of `from_hf`."""
+        order = [self._ours.index(axis) for axis in self._theirs]
+        return np.ascontiguousarray(array.transpose(order)).reshape(self.hf_shape(dims))
+
+
+# Fields of config.json that describe files, tokens, training or generation, not the computation.
+_IGNORED = {
+    *("architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "is_llama_config"),
+    *("unsloth_version", "unsloth_fixed", "auto_map", "task_specific_params", "id2label"),
+    *("label2id", "problem_type", "output_attentions", "output_hidden_states", "return_dict"),
+    *("chunk_size_feed_forward", "tokenizer_class", "decoder_start_token_id", "sep_token_id"),
+    "name_or_path",
+}
+# Fields that would change the computation unless they have this value.
+_NEUTRAL: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "pretraining_tp": 1,
+    "use_sliding_window": False,
+    "use_mrope": False,
+    "rope_interleaved": False,
+    "partial_rotary_factor": 1.0,
+    "is_encoder_decoder": False,
+    "is_decoder": True,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+}
+
+
+class Fields:
+    """Reads config.json so that no field is overlooked: `done` refuses what nobody asked for."""
+
+    def __init__(self, config: dict[str, Any]):
+        self._config = config
+        self._read: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a field, or `default` if it is absent or null."""
+        self._read.add(name)
+        value = self._config.get(name)
+        return default if value is None else value
+
+    def need(self, name: str) -> Any:
+        """Return a field that must be there."""
+        value = self.get(name)
+        if value is None:
+            raise ValueError(f"config.json has no {name!r}, which {self.model_type} needs")
+        return value
+
+    @property
+    def model_type(self) -> str:
+        return str(self._config.get("model_type"))
+
+    def done(self) -> None:
+        """Check the fields that were not read.
+
+        Raises:
+            ValueError: a field that this family does not implement has a value that could change
+                the computation. Null, false, empty, known neutral values and private names
+                (leading underscore) pass.
+        """
+        unknown = []
+        for name, value in self._config.items():
+            known = name in self._read or name in _IGNORED or name.startswith("_") or "." in name
+            if known or value is None or value is False or value in ([], {}, ""):
+                continue
+            if name == "layer_types" and set(value) == {"full_attention"}:
+                continue
+            if name in _NEUTRAL and value == _NEUTRAL[name]:
+                continue
+            unknown.append(f"{name} = {value!r}")
+        if unknown:
+            raise ValueError(
+                f"config.json has fields that {self.model_type} here does not implement: "
+                + "; ".join(unknown)
+                + ". Remove those that change nothing in the computation, or use another model"
+            )

@@ -1,0 +1,84 @@
+"""Cross-entropy over a large vocabulary without ever holding the logits of all tokens.
+
+Shape suffixes: B rows, T tokens, C tokens of a chunk, D model, V vocabulary.
+Called by `step` and `evaluate` inside jit, under the mesh set by `jax.set_mesh`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jax_sft import parallel
+
+CHUNK_TOKENS = 1024  # logits of so many tokens live at a time on a device
+_TOKENS = ("data", "fsdp", "sequence")  # mesh axes that split tokens
+
+
+def cross_entropy(
+    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return (sum of weighted losses, sum of weights, weighted correct predictions), all devices'.
+
+    The loss of a token is logsumexp(logits) - logits[target]; the softmax is float32, the matrix
+    products run in the dtype of `hidden_BTD`. An island of `shard_map`: each device takes its own
+    tokens, and its part of the vocabulary over `tensor` (Shoeybi et al. 2019, arXiv:1909.08053,
+    section 3). Chunks of CHUNK_TOKENS tokens are recomputed in the backward pass.
+
+    Args:
+        hidden_BTD: final hidden states.
+        head_VD: output head, any float dtype.
+        targets_BT: int token ids.
+        weights_BT: float32, 0 where a token does not train.
+    """
+    island = jax.shard_map(
+        _local,
+        in_specs=(
+            parallel.spec("batch", "token", "features"),
+            parallel.spec("vocab", "features"),
+            parallel.spec("batch", "token"),
+            parallel.spec("batch", "token"),
+        ),
+        out_specs=(jax.P(), jax.P(), jax.P()),
+    )
+    return island(hidden_BTD, head_VD.astype(hidden_BTD.dtype), targets_BT, weights_BT)
+
+
+def _local(hidden_BTD, head_VD, targets_BT, weights_BT):
+    """One device's tokens in chunks; the sums are then added over all devices."""
+    num_tokens = targets_BT.size
+    chunk = min(CHUNK_TOKENS, num_tokens)
+    padding = -num_tokens % chunk
+
+    def chunked(x):
+        x = x.reshape(num_tokens, *x.shape[2:])
+        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(-1, chunk, *x.shape[1:])
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def add_chunk(sums, chunk):
+        hidden_CD, targets_C, weights_C = chunk
+        return tuple(map(jnp.add, sums, _chunk_sums(hidden_CD, head_VD, targets_C, weights_C))), None
+
+    zero = jax.lax.pcast(jnp.float32(0), _TOKENS, to="varying")
+    chunks = tuple(map(chunked, (hidden_BTD, targets_BT, weights_BT)))
+    sums, _ = jax.lax.scan(add_chunk, (zero, zero, zero), chunks)
+    return jax.lax.psum(sums, _TOKENS)
+
+
+def _chunk_sums(hidden_CD, head_VD, targets_C, weights_C):
+    logits_CV = jnp.einsum("CD,VD->CV", hidden_CD, head_VD, preferred_element_type=jnp.float32)
+    first_id = jax.lax.axis_index("tensor") * head_VD.shape[0]
+    # The maximum only keeps exp() in range: it has no gradient.
+    local_max_C = jax.lax.stop_gradient(logits_CV.max(axis=-1))
+    max_C = jax.lax.pmax(local_max_C, "tensor")
+    sum_exp_C = jax.lax.psum(jnp.exp(logits_CV - max_C[:, None]).sum(axis=-1), "tensor")
+    local_C = targets_C - first_id
+    is_local_C = (local_C >= 0) & (local_C < head_VD.shape[0])
+    at_target_C = jnp.take_along_axis(
+        logits_CV, jnp.clip(local_C, 0, head_VD.shape[0] - 1)[:, None], axis=-1
+    )[:, 0]
+    target_logit_C = jax.lax.psum(jnp.where(is_local_C, at_target_C, 0.0), "tensor")
+    losses_C = max_C + jnp.log(sum_exp_C) - target_logit_C
+    correct_C = jax.lax.stop_gradient(target_logit_C) >= max_C
+    return (losses_C * weights_C).sum(), weights_C.sum(), (correct_C * weights_C).sum()

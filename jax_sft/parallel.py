@@ -1,0 +1,161 @@
+"""The device mesh, the one table from logical axes to mesh axes, and what several processes need.
+
+Every array's sharding follows from the names of its dimensions and `RULES`. An unknown name raises.
+"""
+
+import math
+import os
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+
+# logical axis -> mesh axes it is split over; () = not split.
+RULES: dict[str, tuple[str, ...]] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "token": ("sequence",),
+    "micro_batch": (),
+    "features": (),  # the model dimension of an activation
+    # weights
+    "layers": (),
+    "embed": ("fsdp",),  # the model dimension of a matrix
+    "norm": (),  # the model dimension of a norm or bias: too small to be worth gathering
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+}
+
+
+def spec(*logical_axes: str) -> PartitionSpec:
+    """Return the PartitionSpec of an array whose dimensions have these logical names.
+
+    Raises:
+        ValueError: a name that is not in RULES.
+    """
+    for name in logical_axes:
+        if name not in RULES:
+            raise ValueError(
+                f"logical axis {name!r} has no rule: add it to parallel.RULES ({sorted(RULES)})"
+            )
+    mesh_axes = [RULES[name] for name in logical_axes]
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else (axes or None) for axes in mesh_axes))
+
+
+def sharding(mesh: Mesh, *logical_axes: str) -> NamedSharding:
+    """Return the NamedSharding of an array whose dimensions have these logical names."""
+    return NamedSharding(mesh, spec(*logical_axes))
+
+
+def constrain(x: jax.Array, *logical_axes: str) -> jax.Array:
+    """Pin the sharding of `x` inside a jitted function, under the mesh set by `jax.set_mesh`."""
+    return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
+
+
+def mesh_shape(cfg_mesh, num_devices: int) -> dict[str, int]:
+    """Resolve the four sizes of `cfg.mesh` against the number of devices.
+
+    Raises:
+        ValueError: sizes that do not multiply to the number of devices, with the remedy.
+    """
+    sizes = {axis: int(getattr(cfg_mesh, axis)) for axis in AXES}
+    given = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
+        raise ValueError(f"{given}: use positive sizes, at most one of them -1 (what is left)")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free and num_devices % fixed == 0:
+        sizes[free[0]] = num_devices // fixed
+    elif fixed != num_devices:
+        hint = f"make the sizes multiply to {num_devices}, or set one of them to -1"
+        if jax.default_backend() == "cpu":
+            hint += f"; on CPU, mesh.cpu_devices = {fixed} simulates the devices"
+        raise ValueError(f"{given} need {fixed} devices, there are {num_devices}: {hint}")
+    return sizes
+
+
+def make_mesh(cfg_mesh, devices=None) -> Mesh:
+    """Build the mesh (data, fsdp, tensor, sequence) over `devices`, by default all devices.
+
+    The last axes vary fastest, so that `tensor` and `sequence` neighbours share a host.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = tuple(mesh_shape(cfg_mesh, len(devices)).values())
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def single_device_mesh() -> Mesh:
+    """Return the mesh (1, 1, 1, 1) on this process's first device."""
+    devices = np.array(jax.local_devices()[:1]).reshape(1, 1, 1, 1)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def size_problems(arrays: dict[str, tuple[tuple[str, ...], tuple[int, ...]]], sizes) -> list[str]:
+    """List the dimensions that the mesh does not divide.
+
+    Args:
+        arrays: {name: (logical axes, shape)}.
+        sizes: {mesh axis: size}, as returned by `mesh_shape`.
+    """
+    problems: dict[tuple[str, int], str] = {}
+    for name, (logical_axes, shape) in arrays.items():
+        for logical, size in zip(logical_axes, shape, strict=True):
+            axes = RULES[logical]
+            shards = math.prod(sizes[axis] for axis in axes)
+            if size % shards and (logical, size) not in problems:
+                fits = [n for n in range(1, shards + 1) if size % n == 0]
+                what = " x ".join(f"mesh.{axis}" for axis in axes)
+                problems[logical, size] = (
+                    f"{logical} = {size} (of {name}) is not divisible by {what} = {shards}: "
+                    f"use one of {fits}"
+                )
+    return list(problems.values())
+
+
+def initialize() -> None:
+    """Join the other processes of a launched run, if the launcher started several.
+
+    `scripts/launch.sh` sets JAX_SFT_COORDINATOR (host:port), JAX_SFT_NUM_PROCESSES and
+    JAX_SFT_PROCESS_ID. They are passed on explicitly: automatic detection can give a process one
+    of its eight GPUs without a word.
+
+    Raises:
+        ValueError: only some of the three variables are set.
+    """
+    names = ("JAX_SFT_COORDINATOR", "JAX_SFT_NUM_PROCESSES", "JAX_SFT_PROCESS_ID")
+    values = [os.environ.get(name) for name in names]
+    if not any(values) or jax.distributed.is_initialized():
+        return
+    if not all(values):
+        missing = [name for name, value in zip(names, values, strict=True) if not value]
+        raise ValueError(f"{missing} not set: start processes with scripts/launch.sh")
+    coordinator, num_processes, process_id = values
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        coordinator_address=coordinator,
+        num_processes=int(num_processes or 0),
+        process_id=int(process_id or 0),
+        cluster_detection_method="deactivate",
+        initialization_timeout=300,
+        heartbeat_timeout_seconds=30,
+        shutdown_timeout_seconds=60,
+    )
+
+
+def simulate_cpu_devices(total: int) -> None:
+    """Split the CPU into `total` simulated devices over all processes, before JAX starts.
+
+    A process whose devices already exist keeps them: `mesh_shape` then says what does not fit.
+    """
+    processes = int(os.environ.get("JAX_SFT_NUM_PROCESSES", 1))
+    if total % processes:
+        raise ValueError(f"mesh.cpu_devices = {total} is not divisible by {processes} processes")
+    if total:
+        try:
+            jax.config.update("jax_num_cpu_devices", total // processes)
+        except RuntimeError:  # JAX already runs in this process, with the devices it has
+            return
