@@ -1,0 +1,62 @@
+"""The optimizer and its learning-rate schedule, from the config."""
+
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_sft.models.spec import Weight
+
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+NAMES = ("adamw",)
+
+
+def warmup_steps(optimizer, num_steps: int) -> int:
+    """Return the number of warm-up steps that `optimizer.warmup` means."""
+    warmup = optimizer.warmup
+    return min(round(warmup * num_steps if warmup < 1 else warmup), num_steps)
+
+
+def schedule(optimizer, num_steps: int) -> Callable[[jax.Array], jax.Array]:
+    """Return the learning rate as a function of the step (0 = first).
+
+    Warm-up rises linearly and never starts at zero: (step + 1) / (warmup + 1) of the peak. Then
+    "cosine" and "linear" fall to final_ratio at `num_steps`; "constant" stays; "wsd" (Hu et al.
+    2024, arXiv:2404.06395) stays and falls linearly over the last decay_fraction of all steps.
+    """
+    warmup = warmup_steps(optimizer, num_steps)
+    floor = optimizer.final_ratio
+
+    def factor(step: jax.Array) -> jax.Array:
+        rise = (step + 1) / (warmup + 1)
+        done = jnp.clip((step - warmup) / max(num_steps - warmup, 1), 0.0, 1.0)
+        decay_steps = max(optimizer.decay_fraction * num_steps, 1.0)
+        decaying = jnp.clip((step - (num_steps - decay_steps)) / decay_steps, 0.0, 1.0)
+        fall = {
+            "cosine": floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * done)),
+            "linear": 1 - (1 - floor) * done,
+            "constant": jnp.ones_like(done),
+            "wsd": 1 - (1 - floor) * decaying,
+        }[optimizer.schedule]
+        return jnp.where(step < warmup, rise, fall)
+
+    return lambda step: optimizer.learning_rate * factor(jnp.asarray(step, jnp.float32))
+
+
+def make(optimizer, num_steps: int, rows: Iterable[Weight]) -> optax.GradientTransformation:
+    """Return AdamW (Loshchilov & Hutter 2019) behind global-norm clipping.
+
+    Weight decay acts on matrices only, embeddings included; never on norms and biases.
+    """
+    decayed = {row.path: row.is_matrix for row in rows}
+    clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else None
+    adamw = optax.adamw(
+        schedule(optimizer, num_steps),
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        mask=decayed,
+    )
+    return optax.chain(clip, adamw) if clip else adamw

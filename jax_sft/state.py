@@ -1,0 +1,82 @@
+"""The train state: step, parameters and moments, and how each is sharded."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_sft import parallel
+from jax_sft.models.spec import Weight
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes.
+
+    Attributes:
+        step: int32 scalar, optimizer steps done. It is also the position in the data.
+        params: {our path: master weight}.
+        opt_state: optax's state over `params`.
+    """
+
+    step: jax.Array
+    params: dict[str, jax.Array]
+    opt_state: Any
+
+
+def param_shardings(rows: Iterable[Weight], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Return {our path: sharding}, by the logical axes of each row."""
+    return {row.path: parallel.sharding(mesh, *row.axes) for row in rows}
+
+
+def shardings(
+    tx: optax.GradientTransformation, params: Mapping[str, Any], rows: Iterable[Weight], mesh: Mesh
+) -> TrainState:
+    """Return a TrainState of shardings: moments like their parameters, scalars replicated.
+
+    Args:
+        params: arrays or ShapeDtypeStructs.
+    """
+    of_params = param_shardings(rows, mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    of_moments = optax.tree_utils.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, params),
+        of_params,
+        transform_non_params=lambda _: replicated,
+    )
+    return TrainState(step=replicated, params=of_params, opt_state=of_moments)
+
+
+def create(
+    tx: optax.GradientTransformation, params: dict[str, jax.Array], rows: Iterable[Weight], mesh
+) -> TrainState:
+    """Return the state at step 0, its moments born sharded."""
+    to = shardings(tx, params, rows, mesh)
+    opt_state = jax.jit(tx.init, out_shardings=to.opt_state)(params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), to.step)
+    return TrainState(step=step, params=params, opt_state=opt_state)
+
+
+def abstract(
+    tx: optax.GradientTransformation, rows: Iterable[Weight], dims: dict[str, int], dtype, mesh
+) -> TrainState:
+    """Return a TrainState of ShapeDtypeStructs with shardings, to restore or compile into."""
+    rows = list(rows)
+    params = {row.path: jax.ShapeDtypeStruct(row.shape(dims), dtype) for row in rows}
+    shapes = TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32),  # type: ignore[arg-type]
+        params=params,  # type: ignore[arg-type]
+        opt_state=jax.eval_shape(tx.init, params),
+    )
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        shardings(tx, params, rows, mesh),
+    )

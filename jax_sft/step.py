@@ -1,0 +1,164 @@
+"""The compiled step: packed batch in, new state out.
+
+Loss is a pair (sum of weighted cross-entropy, sum of weights). Gradients of the sum are added over
+micro-batches and divided once by the global count, so accumulation, packing and mesh shape change
+nothing but rounding.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jax_sft import parallel, state, tree
+from jax_sft.data.loader import FIELDS, Batch
+from jax_sft.models.spec import Weight
+from jax_sft.ops.cross_entropy import cross_entropy
+from jax_sft.state import TrainState
+
+Sums = dict[str, jax.Array]  # float32 scalars over the whole batch
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDef:
+    """A model without its weights: what turns params and tokens into hidden states.
+
+    Attributes:
+        cfg: the family's Config.
+        rows: its weight rows.
+        abstract: the NNX model with ShapeDtypeStructs as parameters.
+        dtype: of the activations.
+        attention: key of ops.attention.BACKENDS.
+        remat: key of models.layers.REMAT.
+    """
+
+    cfg: Any
+    rows: tuple[Weight, ...]
+    abstract: Any
+    dtype: Any
+    attention: str
+    remat: str
+
+    @classmethod
+    def of(cls, family, cfg, *, dtype, attention: str = "auto", remat: str = "none") -> "ModelDef":
+        """Build from a family module and its Config, allocating nothing."""
+        abstract = jax.eval_shape(lambda key: family.Model(cfg, key), jax.random.key(0))
+        return cls(cfg, family.weights(cfg), abstract, jnp.dtype(dtype), attention, remat)
+
+    def bind(self, params: dict[str, jax.Array]) -> Any:
+        """Return the model with these parameters, matrices in the compute dtype."""
+        matrices = {row.path for row in self.rows if row.is_matrix}
+        cast = {
+            path: array.astype(self.dtype) if path in matrices else array
+            for path, array in params.items()
+        }
+        return tree.from_dict(self.abstract, cast)
+
+    def hidden(self, model: Any, batch: Batch) -> jax.Array:
+        """Return final hidden states [B, T, D] of a bound model."""
+        return model(
+            batch["tokens"],
+            batch["segment_ids"],
+            batch["positions"],
+            dtype=self.dtype,
+            attention=self.attention,
+            remat=self.remat,
+        )
+
+
+def batch_sums(model_def: ModelDef, params: dict[str, jax.Array], micro: Batch) -> Sums:
+    """Return the sums over one micro-batch, its arrays being [rows, seq_len].
+
+    loss, weight, correct (all weighted), tokens (not padding), pairs (query-key pairs that causal
+    attention within segments computes).
+    """
+    model = model_def.bind(params)
+    hidden_BTD = model_def.hidden(model, micro)
+    loss, weight, correct = cross_entropy(
+        hidden_BTD, model.head_VD, micro["targets"], micro["weights"]
+    )
+    real = micro["segment_ids"] > 0
+    pairs = jnp.where(real, micro["positions"] + 1, 0).astype(jnp.float32).sum()
+    tokens = real.astype(jnp.float32).sum()
+    return dict(loss=loss, weight=weight, correct=correct, tokens=tokens, pairs=pairs)
+
+
+def value_and_grad(
+    model_def: ModelDef, params: dict[str, jax.Array], batch: Batch
+) -> tuple[Sums, dict[str, jax.Array]]:
+    """Return (sums over the batch, gradient of the mean loss), accumulated over micro-batches.
+
+    Args:
+        batch: arrays [micro-batches, rows, seq_len].
+    """
+    axes = {row.path: row.axes for row in model_def.rows}
+
+    def loss(params, micro):
+        sums = batch_sums(model_def, params, micro)
+        return sums["loss"], sums
+
+    def pin(grads):  # so that gradients are reduce-scattered, not all-reduced
+        return {path: parallel.constrain(grads[path], *axes[path]) for path in grads}
+
+    def accumulate(carry, micro):
+        grads, sums = jax.grad(loss, has_aux=True)(params, micro)
+        return jax.tree.map(jnp.add, carry, (sums, pin(grads))), None
+
+    zeros = {path: jnp.zeros(p.shape, jnp.float32) for path, p in params.items()}
+    none = dict.fromkeys(("loss", "weight", "correct", "tokens", "pairs"), jnp.float32(0))
+    (sums, grads), _ = jax.lax.scan(accumulate, (none, pin(zeros)), batch)
+    count = jnp.maximum(sums["weight"], 1.0)  # a batch of padding alone has a zero gradient
+    return sums, jax.tree.map(lambda g: g / count, grads)
+
+
+def make_train_step(
+    model_def: ModelDef,
+    tx: optax.GradientTransformation,
+    learning_rate: Callable[[jax.Array], jax.Array],
+    state_shardings: TrainState,
+    mesh: Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+    """Return the jitted `step(state, batch) -> (state, sums)`; the old state is donated.
+
+    The sums are those of `batch_sums` plus grad_norm (before clipping) and learning_rate.
+    """
+
+    def train_step(old: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        sums, grads = value_and_grad(model_def, old.params, batch)
+        updates, opt_state = tx.update(grads, old.opt_state, old.params)
+        params = optax.apply_updates(old.params, updates)
+        sums["grad_norm"] = optax.global_norm(grads)
+        sums["learning_rate"] = learning_rate(old.step)
+        return TrainState(old.step + 1, params, opt_state), sums
+
+    return jax.jit(
+        train_step,
+        in_shardings=(state_shardings, batch_shardings(mesh)),
+        out_shardings=(state_shardings, state_shardings.step),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(
+    model_def: ModelDef, mesh: Mesh
+) -> Callable[[dict[str, jax.Array], Batch], Sums]:
+    """Return the jitted `step(params, batch) -> sums` of `batch_sums`, without gradients."""
+
+    def eval_step(params, batch):
+        def add(carry, micro):
+            return jax.tree.map(jnp.add, carry, batch_sums(model_def, params, micro)), None
+
+        none = dict.fromkeys(("loss", "weight", "correct", "tokens", "pairs"), jnp.float32(0))
+        return jax.lax.scan(add, none, batch)[0]
+
+    of_params = state.param_shardings(model_def.rows, mesh)
+    return jax.jit(eval_step, in_shardings=(of_params, batch_shardings(mesh)))
+
+
+def batch_shardings(mesh: Mesh) -> dict[str, jax.sharding.NamedSharding]:
+    """Return the sharding of each array of a batch."""
+    return dict.fromkeys(FIELDS, parallel.sharding(mesh, "micro_batch", "batch", "token"))
