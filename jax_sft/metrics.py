@@ -1,0 +1,160 @@
+"""Speed and progress of training: tokens/s, MFU, time left, and the line on the screen."""
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from jax_sft.models.spec import Weight
+
+# Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets, by a part of
+# `device_kind`. The first match counts.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+}
+
+
+def peak_flops(devices: Iterable[Any]) -> float | None:
+    """Return the summed bfloat16 peak of the devices, or None where one is unknown."""
+    peaks = []
+    for device in devices:
+        known = [peak for name, peak in PEAK_FLOPS.items() if name in device.device_kind]
+        if not known:
+            return None
+        peaks.append(known[0])
+    return sum(peaks)
+
+
+def step_flops(
+    rows: Iterable[Weight], dims: Mapping[str, int], tied: bool, tokens: float, pairs: float
+) -> float:
+    """Return the model FLOPs of a training step: forward and twice that backward.
+
+    Matrix products only, without the embedding lookup and without recomputation; attention counts
+    the query-key pairs that are visible (causal, within segments), not the padded square.
+
+    Args:
+        tokens: tokens that are not padding.
+        pairs: visible query-key pairs.
+    """
+    in_matrices = sum(math.prod(row.shape(dict(dims))) for row in rows if row.is_matrix)
+    if not tied:
+        in_matrices -= dims["vocab"] * dims["embed"]  # the input table is only looked up
+    attention = 4 * dims["layers"] * dims["heads"] * dims["head_dim"] * pairs
+    return 3 * (2 * in_matrices * tokens + attention)
+
+
+class Meter:
+    """Turns the sums of steps into metrics, one step late so that devices never wait for it.
+
+    Args:
+        every_steps: how often metrics are made.
+        num_steps: of the whole run.
+        steps_per_epoch: to tell the epoch.
+        tokens_per_step: with padding, for the fill of rows.
+        flops: sums -> model FLOPs of a step.
+        peak: FLOP/s of all devices together, or None.
+    """
+
+    def __init__(
+        self, *, every_steps, num_steps, steps_per_epoch, tokens_per_step, flops, peak, start_step
+    ):
+        self._every, self._num_steps = every_steps, num_steps
+        self._steps_per_epoch, self._tokens_per_step = steps_per_epoch, tokens_per_step
+        self._flops, self._peak = flops, peak
+        self._window: list[dict[str, jax.Array]] = []
+        self._step = start_step
+        self._time = time.perf_counter()
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last step (evaluation, say) out of the speed."""
+        self._time = time.perf_counter()
+
+    def add(self, sums: dict[str, jax.Array]) -> None:
+        """Note the (unfinished) sums of the next step."""
+        self._window.append(sums)
+        self._step += 1
+
+    @property
+    def due(self) -> bool:
+        """Whether the last step added is one to log."""
+        last = self._step == self._num_steps
+        return bool(self._window) and (last or self._step % self._every == 0)
+
+    def read(self) -> dict[str, float]:
+        """Wait for the last step and return its metrics; speeds are over the steps since then.
+
+        Raises:
+            FloatingPointError: the loss of a step in the window is not finite.
+        """
+        window = jax.device_get(self._window)
+        now = time.perf_counter()
+        seconds = (now - self._time) / len(window)
+        self._time, self._window = now, []
+        for back, sums in enumerate(reversed(window)):
+            if not math.isfinite(sums["loss"]) or not math.isfinite(sums["grad_norm"]):
+                raise FloatingPointError(
+                    f"step {self._step - back}: loss {sums['loss']}, gradient norm "
+                    f"{sums['grad_norm']}: lower optimizer.learning_rate, or look at the data"
+                )
+        last = window[-1]
+        mean = {key: sum(float(sums[key]) for sums in window) / len(window) for key in last}
+        metrics = {
+            "step": self._step,
+            "epoch": self._step / self._steps_per_epoch,
+            "loss": float(last["loss"]) / max(float(last["weight"]), 1.0),
+            "learning_rate": float(last["learning_rate"]),
+            "grad_norm": float(last["grad_norm"]),
+            "tokens_per_s": mean["tokens"] / seconds,
+            "trained_tokens_per_s": mean["weight"] / seconds,
+            "fill": mean["tokens"] / self._tokens_per_step,
+            "step_time_s": seconds,
+        }
+        if self._peak:
+            metrics["mfu"] = self._flops(mean) / seconds / self._peak
+        return metrics
+
+    def line(self, metrics: Mapping[str, float]) -> str:
+        """Return one line for the screen."""
+        left = (self._num_steps - metrics["step"]) * metrics["step_time_s"]
+        parts = [
+            f"step {metrics['step']}/{self._num_steps}",
+            f"epoch {metrics['epoch']:.2f}",
+            f"loss {metrics['loss']:.4f}",
+            f"lr {metrics['learning_rate']:.2e}",
+            f"grad {metrics['grad_norm']:.3f}",
+            f"{count(metrics['tokens_per_s'])} tok/s",
+            f"{count(metrics['trained_tokens_per_s'])} trained tok/s",
+            f"fill {metrics['fill']:.1%}",
+            f"{metrics['step_time_s']:.3f} s/step",
+            *([f"MFU {metrics['mfu']:.1%}"] if "mfu" in metrics else []),
+            f"ETA {duration(left)}",
+        ]
+        return " | ".join(parts)
+
+
+def count(number: float) -> str:
+    """Format a count: 950, 12.3k, 4.56M, 7.61B."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Format a duration: 42s, 3m05s, 2h07m."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes_left:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
