@@ -1,0 +1,22 @@
+"""Supervised fine-tuning of Hugging Face language models in JAX.
+
+Three functions, the same that the commands run:
+
+    jax_sft.train(config, workdir)         # fine-tune; returns the last metrics
+    jax_sft.export(checkpoint, out)        # a run's checkpoint -> a Hugging Face folder
+    jax_sft.load(folder, mesh=None, dtype="float32").logits(tokens)    # [B, T] -> [B, T, V]
+"""
+
+import importlib
+
+# Loaded on first use: config files and tokenizing processes must not wait for JAX.
+_HOMES = {"load": "jax_sft.inference", "export": "jax_sft.checkpoint", "train": "jax_sft.train"}
+__all__ = ["export", "load", "train"]  # noqa: F822 - resolved by __getattr__
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jax_sft' has no attribute {name!r}")
+    home = importlib.import_module(_HOMES[name])
+    # The submodule `train` is callable itself: importing it binds its name to the module.
+    return home if name == "train" else getattr(home, name)

@@ -4,8 +4,12 @@ import math
 from collections.abc import Callable, Mapping
 
 import jax
+import numpy as np
 
+from jax_sft.data.chat import Example
 from jax_sft.data.loader import Loader
+from jax_sft.data.prepare import Examples
+from jax_sft.inference import LoadedModel
 
 
 def evaluate(eval_step: Callable, params: dict[str, jax.Array], sets: Mapping[str, Loader]) -> dict:
@@ -39,3 +43,40 @@ def _means(prefix: str, loss: float, weight: float, correct: float) -> dict[str,
         prefix + "perplexity": perplexity,
         prefix + "accuracy": correct / weight,
     }
+
+
+def answers(
+    model: LoadedModel, tokenizer, sets: Mapping[str, Examples], num_samples: int, say: Callable
+) -> dict[str, float]:
+    """Answer the first `num_samples` examples of each set greedily and show them.
+
+    Returns:
+        {"eval/NAME/exact_match": share of answers equal to the reference to the last character}.
+    """
+    found = {}
+    for name, examples in sets.items():
+        samples = [examples[i] for i in range(min(num_samples, len(examples)))]
+        prompts, references = zip(*(first_turn(sample) for sample in samples), strict=True)
+        stops = sorted({int(reference[-1]) for reference in references})
+        longest = max(len(reference) for reference in references)
+        given = model.greedy(prompts, longest, stops)
+        right = 0
+        for prompt, reference, answer in zip(prompts, references, given, strict=True):
+            texts = [tokenizer.decode(ids) for ids in (prompt, reference[:-1], answer)]
+            right += texts[1] == texts[2]
+            say(f"  {name}: ...{texts[0][-60:]!r} -> {texts[2]!r} (reference {texts[1]!r})")
+        found[f"eval/{name}/exact_match"] = right / len(samples)
+    return found
+
+
+def first_turn(example: Example) -> tuple[list[int], list[int]]:
+    """Return (prompt, answer with its end-of-turn token) of an example's first trained turn."""
+    trained = example.weights > 0
+    start = int(np.argmax(trained))
+    stop = start + int(np.argmin(np.append(trained[start:], False)))
+    return example.tokens[: start + 1].tolist(), example.targets[start:stop].tolist()
+
+
+def line(found: Mapping[str, float]) -> str:
+    """Return the metrics as one line for the screen."""
+    return " | ".join(f"{name} {value:.4f}" for name, value in found.items())

@@ -5,6 +5,7 @@ Every array's sharding follows from the names of its dimensions and `RULES`. An 
 
 import math
 import os
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -78,14 +79,16 @@ def mesh_shape(cfg_mesh, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(cfg_mesh, devices=None) -> Mesh:
-    """Build the mesh (data, fsdp, tensor, sequence) over `devices`, by default all devices.
+def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
+    """Build a mesh of these sizes over `devices`, by default all of them.
+
+    Args:
+        sizes: {axis: size}; an axis that is missing has size 1.
 
     The last axes vary fastest, so that `tensor` and `sequence` neighbours share a host.
     """
-    devices = jax.devices() if devices is None else devices
-    sizes = tuple(mesh_shape(cfg_mesh, len(devices)).values())
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def single_device_mesh() -> Mesh:

@@ -5,69 +5,20 @@ micro-batches and divided once by the global count, so accumulation, packing and
 nothing but rounding.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jax_sft import parallel, state, tree
+from jax_sft import parallel, state
 from jax_sft.data.loader import FIELDS, Batch
-from jax_sft.models.spec import Weight
+from jax_sft.model import ModelDef
 from jax_sft.ops.cross_entropy import cross_entropy
 from jax_sft.state import TrainState
 
 Sums = dict[str, jax.Array]  # float32 scalars over the whole batch
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelDef:
-    """A model without its weights: what turns params and tokens into hidden states.
-
-    Attributes:
-        cfg: the family's Config.
-        rows: its weight rows.
-        abstract: the NNX model with ShapeDtypeStructs as parameters.
-        dtype: of the activations.
-        attention: key of ops.attention.BACKENDS.
-        remat: key of models.layers.REMAT.
-    """
-
-    cfg: Any
-    rows: tuple[Weight, ...]
-    abstract: Any
-    dtype: Any
-    attention: str
-    remat: str
-
-    @classmethod
-    def of(cls, family, cfg, *, dtype, attention: str = "auto", remat: str = "none") -> "ModelDef":
-        """Build from a family module and its Config, allocating nothing."""
-        abstract = jax.eval_shape(lambda key: family.Model(cfg, key), jax.random.key(0))
-        return cls(cfg, family.weights(cfg), abstract, jnp.dtype(dtype), attention, remat)
-
-    def bind(self, params: dict[str, jax.Array]) -> Any:
-        """Return the model with these parameters, matrices in the compute dtype."""
-        matrices = {row.path for row in self.rows if row.is_matrix}
-        cast = {
-            path: array.astype(self.dtype) if path in matrices else array
-            for path, array in params.items()
-        }
-        return tree.from_dict(self.abstract, cast)
-
-    def hidden(self, model: Any, batch: Batch) -> jax.Array:
-        """Return final hidden states [B, T, D] of a bound model."""
-        return model(
-            batch["tokens"],
-            batch["segment_ids"],
-            batch["positions"],
-            dtype=self.dtype,
-            attention=self.attention,
-            remat=self.remat,
-        )
 
 
 def batch_sums(model_def: ModelDef, params: dict[str, jax.Array], micro: Batch) -> Sums:

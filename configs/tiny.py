@@ -1,0 +1,32 @@
+"""A tiny Qwen2 learns to spell backwards, on 8 simulated CPU devices.
+
+python -m jax_sft.train --config=configs/tiny.py
+
+2 CPU cores, 1 GB of memory. The model, tokenizer and data are made in runs/tiny-parts first.
+"""
+
+from jax_sft import config, tiny
+
+
+def get_config():
+    parts = tiny.build("runs/tiny-parts")
+    cfg = config.default()
+    cfg.model.path = str(parts / "model")
+    cfg.model.dtype = "float32"
+    cfg.model.remat = "none"
+    cfg.data.train.words = config.source(str(parts / "train.jsonl"))
+    cfg.data.eval.heldout = config.source(str(parts / "heldout.jsonl"))
+    cfg.data.seq_len = 256
+    cfg.batch.rows = 8
+    cfg.train.epochs = 3.0
+    cfg.optimizer.learning_rate = 3e-3
+    cfg.optimizer.warmup = 0.05
+    cfg.mesh.fsdp = 2
+    cfg.mesh.tensor = 2
+    cfg.mesh.sequence = 2
+    cfg.mesh.cpu_devices = 8
+    cfg.eval.samples = 4
+    cfg.eval.every_steps = 200
+    cfg.checkpoint.every_steps = 200
+    cfg.log.every_steps = 20
+    return cfg

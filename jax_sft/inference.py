@@ -1,0 +1,172 @@
+"""A loaded model: logits for tokens, and greedy answers to look at.
+
+Greedy decoding computes every position anew for each token: right for a handful of answers during
+training, not for serving.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_sft import hf, models, parallel, state
+from jax_sft.model import ModelDef
+
+
+class LoadedModel:
+    """A model with its weights on a mesh.
+
+    Attributes:
+        folder: the Hugging Face folder it came from.
+        params: {path: array}, sharded.
+    """
+
+    def __init__(self, model_def: ModelDef, params: dict[str, jax.Array], mesh: Mesh):
+        self.params = params
+        self._vocab = model_def.cfg.vocab
+        self._mesh = mesh
+
+        def logits(params, batch):
+            model = model_def.bind(params)
+            hidden_BTD, head_VD = model_def.hidden(model, batch), model.head_VD
+            return jnp.einsum(
+                "BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32
+            )
+
+        def next_tokens(params, batch, last_B):
+            model = model_def.bind(params)
+            hidden_BTD = model_def.hidden(model, batch)
+            hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
+            logits_BV = jnp.einsum(
+                "BD,VD->BV", hidden_BD, model.head_VD, preferred_element_type=jnp.float32
+            )
+            return logits_BV.argmax(axis=-1)
+
+        replicated = parallel.sharding(mesh)
+        self._logits = jax.jit(logits, out_shardings=replicated)
+        self._next_tokens = jax.jit(next_tokens, out_shardings=replicated)
+
+    def logits(self, tokens, segment_ids=None, positions=None) -> jax.Array:
+        """Return next-token logits, float32 [B, T, V].
+
+        Args:
+            tokens: int [B, T] token ids.
+            segment_ids: int [B, T]; tokens see only their own segment, which must be contiguous.
+                None = each row is one segment.
+            positions: int [B, T]; None = counted from the start of each segment.
+
+        Raises:
+            ValueError: shapes that differ, or a token id outside the vocabulary.
+        """
+        tokens = np.asarray(tokens)
+        segment_ids = np.ones_like(tokens) if segment_ids is None else np.asarray(segment_ids)
+        if positions is None:
+            positions = positions_of(segment_ids)
+        positions = np.asarray(positions)
+        if tokens.ndim != 2 or not tokens.shape == segment_ids.shape == positions.shape:
+            raise ValueError(
+                f"tokens, segment_ids and positions must all be [B, T], not {tokens.shape}, "
+                f"{segment_ids.shape}, {positions.shape}"
+            )
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self._vocab:
+            raise ValueError(
+                f"token ids must be in 0..{self._vocab - 1}, not {tokens.min()}..{tokens.max()}"
+            )
+        rows, seq_len = tokens.shape
+        batch = self._batch(tokens=tokens, segment_ids=segment_ids, positions=positions)
+        with jax.set_mesh(self._mesh):
+            return self._logits(self.params, batch)[:rows, :seq_len]
+
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
+        """Continue each prompt with its most likely tokens.
+
+        Args:
+            prompts: token ids of each prompt.
+            stop_ids: decoding of a prompt ends before any of these.
+
+        Returns:
+            The new tokens of each prompt, without the stop token.
+        """
+        lengths = np.array([len(prompt) for prompt in prompts])
+        tokens = np.zeros((len(prompts), lengths.max() + max_new_tokens), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+        active = np.ones(len(prompts), bool)
+        ends = lengths.copy()
+        for _ in range(max_new_tokens):
+            batch = self._batch(
+                tokens=tokens, segment_ids=np.ones_like(tokens), positions=positions
+            )
+            last = np.pad(ends - 1, (0, batch["tokens"].shape[0] - len(prompts)))
+            with jax.set_mesh(self._mesh):
+                found = np.asarray(self._next_tokens(self.params, batch, last))[: len(prompts)]
+            active &= ~np.isin(found, stop_ids)
+            if not active.any():
+                break
+            tokens[active, ends[active]] = found[active]
+            ends[active] += 1
+        spans = zip(tokens, lengths, ends, strict=True)
+        return [row[start:end].tolist() for row, start, end in spans]
+
+    def _batch(self, **arrays: np.ndarray) -> dict[str, jax.Array]:
+        """Pad to what the mesh divides (segment 0 is padding) and put on the devices."""
+        sharding = parallel.sharding(self._mesh, "batch", "token")
+        sizes = self._mesh.shape
+        multiples = (sizes["data"] * sizes["fsdp"], sizes["sequence"])
+        batch = {}
+        for name, array in arrays.items():
+            padding = [(0, -n % m) for n, m in zip(array.shape, multiples, strict=True)]
+            padded = np.pad(np.asarray(array, np.int32), padding)
+            batch[name] = jax.make_array_from_callback(
+                padded.shape, sharding, lambda index, padded=padded: padded[index]
+            )
+        return batch
+
+
+def positions_of(segment_ids: np.ndarray) -> np.ndarray:
+    """Return positions counted from the start of each contiguous segment, int32 [B, T]."""
+    index = np.broadcast_to(np.arange(segment_ids.shape[-1]), segment_ids.shape)
+    starts = np.ones(segment_ids.shape, bool)
+    starts[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]
+    return (index - np.maximum.accumulate(np.where(starts, index, 0), axis=-1)).astype(np.int32)
+
+
+def load(
+    folder: str | Path,
+    mesh: Mesh | None = None,
+    dtype: Any = "float32",
+    *,
+    revision: str = "",
+    attention: str = "auto",
+    progress: bool = False,
+) -> LoadedModel:
+    """Load a Hugging Face model folder (or hub id) onto a mesh.
+
+    Args:
+        folder: holds config.json and safetensors files.
+        mesh: with the axes data, fsdp, tensor, sequence (`parallel.make_mesh`); None = one device.
+        dtype: of weights and computation.
+
+    Raises:
+        ValueError: an unsupported model, or tensors that do not fit its config.json.
+    """
+    path = hf.resolve(str(folder), revision)
+    config = hf.read_json(path / "config.json")
+    family = models.find(str(config.get("model_type")))
+    model_def = ModelDef.of(family, family.Config.from_hf(config), dtype=dtype, attention=attention)
+    mesh = parallel.single_device_mesh() if mesh is None else mesh
+    dims = model_def.cfg.dims
+    arrays = {row.path: (row.axes, row.shape(dims)) for row in model_def.rows}
+    if problems := parallel.size_problems(arrays, mesh.shape):
+        raise ValueError("the mesh does not fit the model:\n  " + "\n  ".join(problems))
+    tensors = hf.check(path, model_def.rows, dims, model_def.cfg.tied)
+    shardings = state.param_shardings(model_def.rows, mesh)
+    params = hf.load(tensors, model_def.rows, dims, shardings, model_def.dtype, progress)
+    return LoadedModel(model_def, params, mesh)

@@ -1,0 +1,119 @@
+"""A tiny model folder, tokenizer and data set made from nothing, for the quickstart and the tests.
+
+The task can be seen to be learned: spell a made-up word backwards. The held-out words never occur
+in training, so only the rule can answer them.
+"""
+
+import json
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import transformers
+
+from jax_sft import hf, models
+from jax_sft.models.layers import INIT_STD
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "dtype": "float32",
+}
+
+
+def build(folder: str | Path) -> Path:
+    """Make model/, train.jsonl and heldout.jsonl in `folder`, unless they are there already.
+
+    The result is the same every time; it appears only when complete, so several processes may
+    call this at once.
+    """
+    folder = Path(folder)
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    (unfinished / "model").mkdir()
+    write_tokenizer(unfinished / "model")
+    write_model(unfinished / "model", CONFIG)
+    write_words(unfinished)
+    try:
+        os.rename(unfinished, folder)
+    except OSError:  # another process was first
+        shutil.rmtree(unfinished)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a byte-level tokenizer (one token per byte) with a ChatML template."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {token: i for i, token in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    backend.decoder = tokenizers.decoders.ByteLevel()  # type: ignore[assignment]
+    backend.add_special_tokens(special)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+def write_model(folder: Path, config: dict, seed: int = 0, dtype: str = "F32") -> None:
+    """Write config.json, generation_config.json and random weights of any supported family.
+
+    In NumPy, not by the model's own initialisation: a config file calls this before JAX may start.
+    """
+    family = models.find(config["model_type"])
+    cfg = family.Config.from_hf(config)
+    rows = family.weights(cfg)
+    rng = np.random.default_rng(seed)
+    params = {}
+    for row in rows:
+        noise = INIT_STD * rng.standard_normal(row.shape(cfg.dims))
+        params[row.path] = np.float32(noise + row.path.endswith(".scale"))
+    dtypes = {name: dtype for row in rows for _, name in row.hf_tensors(cfg.dims)}
+    hf.save(params, rows, cfg.dims, dtypes, folder, 5_000_000_000, progress=False)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False}) + "\n")
+
+
+def write_words(folder: Path, num_train: int = 20_000, num_heldout: int = 100) -> None:
+    """Write train.jsonl and heldout.jsonl: {"prompt": "Spell backwards: abcd", "response": "dcba"}.
+
+    Words are random, 3 to 6 letters long; held-out ones are 5 or 6 letters long and in no
+    training row.
+    """
+    rng = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+
+    def word(shortest: int) -> str:
+        return "".join(rng.choices(letters, k=rng.randint(shortest, 6)))
+
+    heldout = sorted({word(5) for _ in range(num_heldout)})
+    train = [w for w in (word(3) for _ in range(num_train)) if w not in set(heldout)]
+    for name, words in (("train", train), ("heldout", heldout)):
+        rows = ({"prompt": f"Spell backwards: {w}", "response": w[::-1]} for w in words)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")

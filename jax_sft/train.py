@@ -1,0 +1,283 @@
+"""Fine-tune a Hugging Face model.
+
+    python -m jax_sft.train --config=configs/tiny.py [--workdir=DIR] [--config.KEY=VALUE ...]
+
+Any key of jax_sft/config.py can be set, e.g. --config.optimizer.learning_rate=2e-5
+--config.batch.rows=32 --config.data.train.main.path=my.jsonl. Training into a folder that holds a
+checkpoint resumes it. The folder gets config.json, metrics.jsonl, data_report.json, checkpoints/
+and, with --config.train.export=True, export/.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from jax_sft import checkpoint, config, evaluate, hf, metrics, optim, parallel, state, trackers
+from jax_sft.data import chat
+from jax_sft.data.loader import Loader
+from jax_sft.data.prepare import Examples, prepare
+from jax_sft.inference import LoadedModel
+from jax_sft.model import ModelDef
+from jax_sft.step import make_eval_step, make_train_step
+from jax_sft.validate import validate
+
+EXIT_USER_ERROR = 64  # a launcher does not restart after this one
+
+
+def train(cfg: ConfigDict, workdir: str | Path) -> dict[str, float]:
+    """Fine-tune as the config says; the same as the command `python -m jax_sft.train`.
+
+    Args:
+        cfg: from `jax_sft.config.default()`.
+        workdir: the run's folder; a checkpoint in it is resumed.
+
+    Returns:
+        The metrics of the last step and the last evaluation (empty if nothing was left to do).
+
+    Raises:
+        ValueError: anything wrong with config, model or data, found before training starts.
+        FloatingPointError: the loss became infinite or NaN.
+    """
+    # ---- devices and config ------------------------------------------------------------------
+    workdir = Path(workdir).absolute()
+    parallel.simulate_cpu_devices(cfg.mesh.cpu_devices)
+    parallel.initialize()
+    first_process = jax.process_index() == 0
+    say = print_now if first_process else silent
+    resolved = validate(cfg, jax.device_count())
+    mesh = parallel.make_mesh(resolved.mesh_shape)
+    family, model_cfg = resolved.family, resolved.model_cfg
+    model_def = ModelDef.of(
+        family,
+        model_cfg,
+        dtype=cfg.model.dtype,
+        attention=cfg.model.attention,
+        remat=cfg.model.remat,
+    )
+    rows, dims = model_def.rows, model_cfg.dims
+    num_params = sum(math.prod(row.shape(dims)) for row in rows)
+    tensors = hf.check(resolved.folder, rows, dims, model_cfg.tied)
+    tokenizer = chat.load_tokenizer(resolved.folder)
+    axes = " ".join(f"{axis}={size}" for axis, size in resolved.mesh_shape.items())
+    say(f"model   {cfg.model.path}: {model_cfg.__module__}, {metrics.count(num_params)} parameters")
+    say(f"mesh    {axes} on {jax.device_count()} x {jax.devices()[0].device_kind}")
+
+    # ---- data --------------------------------------------------------------------------------
+    options = dict(seq_len=cfg.data.seq_len, overlong=cfg.data.overlong, progress=first_process)
+    train_examples = prepare(cfg.data.train, tokenizer, **options)
+    eval_examples = {
+        name: prepare({name: cfg.data.eval[name]}, tokenizer, **options)
+        for name in sorted(cfg.data.eval)
+    }
+    check_vocabulary([train_examples, *eval_examples.values()], dims["vocab"])
+    batch = dict(micro_rows=resolved.micro_rows, mesh=mesh)
+    loader = Loader(
+        train_examples,
+        cfg.data,
+        rows=cfg.batch.rows,
+        shuffle=cfg.data.shuffle,
+        seed=cfg.seed,
+        **batch,
+    )
+    eval_sets = {
+        name: Loader(
+            examples, cfg.data, rows=resolved.micro_rows, shuffle=False, seed=cfg.seed, **batch
+        )
+        for name, examples in eval_examples.items()
+    }
+    num_steps = cfg.train.steps or math.ceil(cfg.train.epochs * loader.steps_per_epoch)
+    report = {"train": train_examples.report} | {
+        "eval": {name: examples.report[name] for name, examples in eval_examples.items()}
+    }
+    say_data(say, report, loader)
+
+    # ---- state: a checkpoint of this run, or the pretrained weights ----------------------------
+    if first_process:
+        workdir.mkdir(parents=True, exist_ok=True)
+        stored = {name: tensor.dtype for name, tensor in tensors.items()}
+        checkpoint.keep_model_files(workdir / "checkpoints", resolved.folder, stored)
+        (workdir / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", cfg.checkpoint)
+    as_dict = config.to_dict(cfg)
+    start = checkpoints.latest_step or 0
+    tx = optim.make(cfg.optimizer, num_steps, rows)
+    param_dtype = jnp.dtype(cfg.model.param_dtype)
+    if start:
+        for line in config.differences(checkpoints.metadata().get("config", {}), as_dict):
+            say(f"WARNING the config differs from the checkpoint's: {line}")
+        say(f"resume  {workdir} from step {start} of {num_steps}")
+        current = checkpoints.restore(state.abstract(tx, rows, dims, param_dtype, mesh))
+    else:
+        shardings = state.param_shardings(rows, mesh)
+        params = hf.load(tensors, rows, dims, shardings, param_dtype, first_process)
+        current = state.create(tx, params, rows, mesh)
+    if start >= num_steps:
+        say(f"done    step {start} of {num_steps} is already there: raise train.epochs to go on")
+    if first_process:
+        (workdir / "config.json").write_text(json.dumps(as_dict, indent=2) + "\n")
+    names = cfg.log.trackers if first_process else ()
+    logs = trackers.start(names, workdir, as_dict, start) if first_process else []
+
+    # ---- compiled functions --------------------------------------------------------------------
+    learning_rate = optim.schedule(cfg.optimizer, num_steps)
+    state_shardings = state.shardings(tx, current.params, rows, mesh)
+    train_step = make_train_step(model_def, tx, learning_rate, state_shardings, mesh)
+    eval_step = make_eval_step(model_def, mesh)
+    meter = metrics.Meter(
+        every_steps=cfg.log.every_steps,
+        num_steps=num_steps,
+        start_step=start,
+        steps_per_epoch=loader.steps_per_epoch,
+        tokens_per_step=cfg.batch.rows * cfg.data.seq_len,
+        flops=lambda sums: metrics.step_flops(
+            rows, dims, model_cfg.tied, sums["tokens"], sums["pairs"]
+        ),
+        peak=metrics.peak_flops(jax.devices()),
+    )
+    answerer = LoadedModel(model_def, current.params, mesh) if cfg.eval.samples else None
+    last: dict[str, float] = {}
+
+    def log(found: dict[str, float]) -> None:
+        for tracker in logs:
+            tracker.log(int(found["step"]), {k: v for k, v in found.items() if k != "step"})
+        last.update(found)
+
+    def log_steps() -> None:
+        found = meter.read()
+        say(meter.line(found))
+        log(found)
+
+    def run_evaluation(step: int, params) -> dict[str, float]:
+        found = evaluate.evaluate(eval_step, params, eval_sets)
+        if answerer and eval_examples:
+            answerer.params = params
+            found |= evaluate.answers(answerer, tokenizer, eval_examples, cfg.eval.samples, say)
+        say(f"step {step}/{num_steps} | " + evaluate.line(found))
+        log({"step": step, **found})
+        meter.restart_clock()
+        return found
+
+    # ---- the loop ------------------------------------------------------------------------------
+    with jax.set_mesh(mesh):
+        if eval_sets and cfg.eval.at_start and start == 0:
+            run_evaluation(0, current.params)
+        began = time.perf_counter()
+        meter.restart_clock()
+        for step, packed in enumerate(loader.batches(start, num_steps), start=start + 1):
+            if meter.due:  # the step before: its numbers are ready while this one is dispatched
+                log_steps()
+            current, sums = train_step(current, packed)
+            meter.add(sums)
+            if step == start + 1:
+                jax.block_until_ready(sums)
+                say(f"compiled and ran the first step in {time.perf_counter() - began:.1f} s")
+            is_last = step == num_steps
+            evaluated = None
+            if eval_sets and (is_last or is_due(step, cfg.eval.every_steps)):
+                if meter.due:
+                    log_steps()
+                evaluated = run_evaluation(step, current.params)
+            if is_last or is_due(step, cfg.checkpoint.every_steps):
+                if meter.due:
+                    log_steps()
+                checkpoints.save(current, as_dict, evaluated)
+        if meter.due:
+            log_steps()
+
+    # ---- the end -------------------------------------------------------------------------------
+    checkpoints.close()
+    for tracker in logs:
+        tracker.close()
+    if cfg.train.export and first_process:
+        exported = checkpoint.export(workdir / "checkpoints", workdir / "export", overwrite=True)
+        say(f"export  {exported}")
+    say(f"saved   {workdir / 'checkpoints'}")
+    return last
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something done every so many steps (0 = never) is done after this one."""
+    return every > 0 and step % every == 0
+
+
+def check_vocabulary(sets: list[Examples], vocab: int) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        ValueError: the tokenizer does not belong to the model.
+    """
+    highest = max(int(np.maximum(e.tokens.max(), e.targets.max())) for e in sets)
+    if highest >= vocab:
+        raise ValueError(
+            f"the tokenizer gives token id {highest}, the model has only {vocab}: it belongs to "
+            "another model, or tokens were added to it without resizing the embedding"
+        )
+
+
+def say_data(say, report: dict, loader: Loader) -> None:
+    """Show what became of each source."""
+    for kind, sources in report.items():
+        for name, counts in sources.items():
+            dropped = ", ".join(f"{n} {why}" for why, n in counts["dropped"].items() if n)
+            say(
+                f"data    {kind}/{name} ({counts['format']}): {counts['kept']} of {counts['rows']} "
+                f"rows kept{f', dropped {dropped}' if dropped else ''}; "
+                f"{metrics.count(counts['tokens'])} tokens, "
+                f"{metrics.count(counts['trained_tokens'])} trained, longest {counts['longest']}"
+            )
+    say(
+        f"packed  {loader.num_rows} rows, {loader.fill:.1%} full; "
+        f"{loader.steps_per_epoch} steps per epoch"
+    )
+
+
+def print_now(line: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(line, flush=True)
+
+
+def silent(_: str) -> None:
+    """What all processes but the first have to say."""
+
+
+class _CallableModule(types.ModuleType):
+    """Lets `jax_sft.train` be both this module and the function, whichever is asked for first."""
+
+    def __call__(self, cfg: ConfigDict, workdir: str | Path) -> dict[str, float]:
+        return train(cfg, workdir)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}: options start with --")
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
+    config_file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+    workdir = flags.FLAGS.workdir or Path("runs") / config_file.stem
+    try:
+        train(flags.FLAGS.config, workdir)
+    except (ValueError, FloatingPointError) as error:
+        if os.environ.get("JAX_SFT_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR if isinstance(error, ValueError) else 1)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/tiny.py")
+    flags.DEFINE_string("workdir", "", "The run's folder; default runs/NAME_OF_CONFIG")
+    flags.mark_flag_as_required("config")
+    app.run(main)

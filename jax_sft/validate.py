@@ -1,0 +1,201 @@
+"""One look at the whole config before anything expensive: every problem at once, with its remedy.
+
+Called by `train` after devices are known and before any data or weight is read.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+
+from jax_sft import hf, models, optim, parallel, trackers
+from jax_sft.data import formats
+from jax_sft.models.layers import REMAT
+from jax_sft.ops.attention import BACKENDS
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """What validation had to find out, so that nobody does it again.
+
+    Attributes:
+        folder: the local model folder.
+        family: the module of its family.
+        model_cfg: the family's Config.
+        mesh_shape: {axis: size}.
+        micro_rows: rows per micro-batch.
+    """
+
+    folder: Path
+    family: Any
+    model_cfg: Any
+    mesh_shape: dict[str, int]
+    micro_rows: int
+
+
+def validate(cfg, num_devices: int) -> Resolved:
+    """Check a config against itself, the model folder, the data files and the devices.
+
+    Raises:
+        ValueError: all problems found, each naming its key and what to do.
+    """
+    problems: list[str] = []
+
+    def attempt(what, *args):
+        try:
+            return what(*args)
+        except ValueError as error:
+            problems.append(str(error))
+            return None
+
+    problems += _value_problems(cfg)
+    sizes = attempt(parallel.mesh_shape, cfg.mesh, num_devices)
+    folder, family, model_cfg = _model(cfg, attempt)
+    micro_rows = cfg.batch.micro_rows or cfg.batch.rows
+    if sizes and cfg.batch.rows > 0 and micro_rows > 0 and cfg.data.seq_len > 0:
+        problems += _batch_problems(cfg, micro_rows, sizes)
+    if sizes and model_cfg:
+        arrays = {
+            row.path: (row.axes, row.shape(model_cfg.dims)) for row in family.weights(model_cfg)
+        }
+        problems += parallel.size_problems(arrays, sizes)
+    if model_cfg and cfg.data.seq_len > model_cfg.max_positions:
+        problems.append(
+            f"data.seq_len = {cfg.data.seq_len} is over the model's max_position_embeddings = "
+            f"{model_cfg.max_positions}: use at most that, or set a rope scaling in its config.json"
+        )
+    for kind, sources in (("train", cfg.data.train), ("eval", cfg.data.eval)):
+        for name, source in sources.items():
+            problems += [f"data.{kind}.{name}: {p}" for p in _source_problems(source)]
+    if problems:
+        lines = "\n".join(f"  {number}. {text}" for number, text in enumerate(problems, start=1))
+        raise ValueError(f"the config has {len(problems)} problem(s):\n{lines}")
+    assert folder and sizes
+    return Resolved(folder, family, model_cfg, sizes, micro_rows)
+
+
+def _model(cfg, attempt) -> tuple[Path | None, Any, Any]:
+    """The model's folder, family and Config; what cannot be had is reported and None."""
+    if not cfg.model.path:
+        attempt(_fail, 'model.path is empty: name a model folder or a hub id like "Qwen/Qwen2.5-7B"')
+        return None, None, None
+    folder = attempt(hf.resolve, cfg.model.path, cfg.model.revision)
+    config = folder and attempt(hf.read_json, folder / "config.json")
+    family = config and attempt(models.find, str(config.get("model_type")))
+    model_cfg = family and attempt(family.Config.from_hf, config)
+    return folder, family, model_cfg
+
+
+def _fail(message: str):
+    raise ValueError(message)
+
+
+def _value_problems(cfg) -> list[str]:
+    """Values that are wrong by themselves."""
+    choices = {
+        "model.dtype": DTYPES,
+        "model.param_dtype": DTYPES,
+        "model.attention": tuple(BACKENDS),
+        "model.remat": tuple(REMAT),
+        "data.overlong": ("drop", "raise"),
+        "data.packing": ("best_fit", "none"),
+        "optimizer.name": optim.NAMES,
+        "optimizer.schedule": optim.SCHEDULES,
+    }
+    at_least: dict[str, float] = {
+        **{"seed": 0, "data.seq_len": 1, "data.max_segments": 1},
+        **{"batch.rows": 1, "batch.micro_rows": 0, "train.steps": 0, "optimizer.warmup": 0},
+        **{"optimizer.clip_norm": 0, "optimizer.weight_decay": 0, "optimizer.learning_rate": 0},
+        **{"mesh.cpu_devices": 0, "eval.every_steps": 0, "eval.samples": 0},
+        **{"checkpoint.every_steps": 0, "checkpoint.keep": 1, "checkpoint.keep_best": 0},
+        **{"log.every_steps": 1},
+    }
+    within = {"optimizer.b1": 1.0, "optimizer.b2": 1.0}  # 0 <= value < 1
+    shares = ("optimizer.final_ratio", "optimizer.decay_fraction")  # 0 <= value <= 1
+    problems = [
+        f"{key} = {_get(cfg, key)!r}: use one of {list(known)}"
+        for key, known in choices.items()
+        if _get(cfg, key) not in known
+    ]
+    problems += [
+        f"{key} = {_get(cfg, key)}: use at least {least}"
+        for key, least in at_least.items()
+        if not least <= _get(cfg, key) < math.inf
+    ]
+    problems += [
+        f"{key} = {_get(cfg, key)}: use a value from 0 up to, not including, {below}"
+        for key, below in within.items()
+        if not 0 <= _get(cfg, key) < below
+    ]
+    problems += [
+        f"{key} = {_get(cfg, key)}: use a value from 0 to 1"
+        for key in shares
+        if not 0 <= _get(cfg, key) <= 1
+    ]
+    if not 0 < cfg.optimizer.eps < math.inf:
+        problems.append(f"optimizer.eps = {cfg.optimizer.eps}: use a positive value such as 1e-8")
+    if not cfg.train.steps and not 0 < cfg.train.epochs < math.inf:
+        problems.append(f"train.epochs = {cfg.train.epochs}: use a positive value, or set train.steps")
+    if not cfg.data.train:
+        problems.append("data.train is empty: add a source, data.train.NAME = config.source(path)")
+    if cfg.checkpoint.keep_best:
+        every, saved = cfg.eval.every_steps, cfg.checkpoint.every_steps
+        if not cfg.data.eval or not every or saved % every:
+            problems.append(
+                "checkpoint.keep_best needs an evaluation at every save: add data.eval and set "
+                f"eval.every_steps (now {every}) to a divisor of checkpoint.every_steps ({saved})"
+            )
+        known = ["eval/" + n for n in ("loss", "perplexity")]
+        known += [f"eval/{name}/{n}" for name in cfg.data.eval for n in ("loss", "perplexity")]
+        if cfg.checkpoint.metric not in known:
+            problems.append(f"checkpoint.metric = {cfg.checkpoint.metric!r}: use one of {known}")
+    return problems + trackers.problems(cfg.log.trackers)
+
+
+def _batch_problems(cfg, micro_rows: int, sizes: dict[str, int]) -> list[str]:
+    """Rows, micro-batches and tokens that the mesh does not divide."""
+    problems = []
+    ranks = sizes["data"] * sizes["fsdp"]
+    if cfg.batch.rows % micro_rows:
+        problems.append(
+            f"batch.rows = {cfg.batch.rows} is not divisible by batch.micro_rows = {micro_rows}: "
+            f"use {max(cfg.batch.rows // micro_rows, 1) * micro_rows} rows, or other micro_rows"
+        )
+    if micro_rows % ranks:
+        key = "batch.micro_rows" if cfg.batch.micro_rows else "batch.rows"
+        below, above = micro_rows // ranks * ranks, -(-micro_rows // ranks) * ranks
+        fits = f"{below} or {above}" if below else str(above)
+        problems.append(
+            f"{key} = {micro_rows} is not divisible by data x fsdp = {ranks}: use {fits}, or "
+            "change mesh.fsdp"
+        )
+    if cfg.data.seq_len % sizes["sequence"]:
+        multiple = -(-cfg.data.seq_len // sizes["sequence"]) * sizes["sequence"]
+        problems.append(
+            f"data.seq_len = {cfg.data.seq_len} is not divisible by mesh.sequence = "
+            f"{sizes['sequence']}: use {multiple}"
+        )
+    return problems
+
+
+def _source_problems(source) -> list[str]:
+    problems = []
+    if not source.path:
+        problems.append("path is empty")
+    elif not Path(source.path).expanduser().is_file():
+        problems.append(f"path = {source.path!r} does not exist")
+    if source.format and source.format not in formats.FORMATS:
+        problems.append(f"format = {source.format!r}: use one of {list(formats.FORMATS)}")
+    if source.limit < 0:
+        problems.append(f"limit = {source.limit}: use 0 for all rows, or a positive number")
+    return problems
+
+
+def _get(cfg, key: str):
+    """Read a dotted key."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
