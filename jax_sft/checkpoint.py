@@ -152,7 +152,9 @@ def export(
         raise ValueError(f"dtype {dtype!r} is not one of {list(hf.NAMES)}")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise ValueError(f"{out} is not empty: choose another folder, or overwrite it")
-    with ocp.training.Checkpointer(checkpoint) as checkpointer:
+    options = ocp.options.PyTreeOptions
+    one_by_one = ocp.Context(pytree_options=options(loading=options.Loading(partial_load=True)))
+    with ocp.training.Checkpointer(checkpoint, context=one_by_one) as checkpointer:
         steps = [found.step for found in checkpointer.checkpoints]
         if not steps or (step is not None and step not in steps):
             raise ValueError(f"{checkpoint} has no step {step or ''}: it has {steps}")
@@ -203,11 +205,9 @@ class _StoredParams(Mapping[str, np.ndarray]):
     def __getitem__(self, path: str) -> np.ndarray:
         if self._last is None or self._last[0] != path:
             self._last = None
-            partial = ocp.options.PyTreeOptions.Loading(partial_load=True)
-            with ocp.Context(pytree=ocp.options.PyTreeOptions(loading=partial)):
-                loaded = self._checkpointer.load_checkpointables(
-                    self._step, {"params": {path: self._abstract[path]}}
-                )
+            loaded = self._checkpointer.load_checkpointables(
+                self._step, {"params": {path: self._abstract[path]}}
+            )
             self._last = (path, np.asarray(loaded["params"][path]))
         return self._last[1]
 

@@ -1,0 +1,80 @@
+"""Shared fixtures: 8 fake CPU devices, tiny model folders of any family, tiny runs."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from jax_sft import config, tiny
+
+jax.config.update("jax_threefry_partitionable", True)
+
+# A small model in which no two dimensions are equal, so that a mix-up cannot go unnoticed.
+ODD = {
+    "model_type": "qwen2",
+    "vocab_size": 272,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def make_model(tmp_path):
+    """Make a model folder with random weights and a byte tokenizer; keywords change config.json."""
+
+    def make(name: str = "model", seed: int = 0, dtype: str = "F32", **changes) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        tiny.write_tokenizer(folder)
+        tiny.write_model(folder, ODD | changes, seed=seed, dtype=dtype)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def make_config(tmp_path, make_model):
+    """Make a small valid float32 config on one mesh axis; keywords are dotted keys."""
+
+    def make(model: Path | None = None, num_rows: int = 60, **changes):
+        data = tmp_path / "data.jsonl"
+        if not data.exists():
+            rows = [
+                {"prompt": f"count to {n % 7}" + "!" * (n % 11), "response": "123456789"[: 1 + n % 9]}
+                for n in range(num_rows)
+            ]
+            data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        cfg = config.default()
+        cfg.model.path = str(model or make_model())
+        cfg.model.dtype = "float32"
+        cfg.data.train.main = config.source(str(data))
+        cfg.data.seq_len = 128
+        cfg.batch.rows = 8
+        cfg.optimizer.learning_rate = 1e-3
+        cfg.train.steps = 20
+        cfg.log.every_steps = 1
+        cfg.checkpoint.every_steps = 0
+        for key, value in changes.items():
+            target = cfg
+            *parents, leaf = key.split(".")
+            for parent in parents:
+                target = target[parent]
+            target[leaf] = value
+        return cfg
+
+    return make
