@@ -18,7 +18,7 @@ def get_config():
     cfg.data.eval.heldout = config.source(str(parts / "heldout.jsonl"))
     cfg.data.seq_len = 256
     cfg.batch.rows = 8
-    cfg.train.epochs = 3.0
+    cfg.train.epochs = 1.5
     cfg.optimizer.learning_rate = 3e-3
     cfg.optimizer.warmup = 0.05
     cfg.mesh.fsdp = 2

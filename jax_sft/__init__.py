@@ -8,13 +8,14 @@ Three functions, the same that the commands run:
 """
 
 import importlib
+from typing import Any
 
 # Loaded on first use: config files and tokenizing processes must not wait for JAX.
 _HOMES = {"load": "jax_sft.inference", "export": "jax_sft.checkpoint", "train": "jax_sft.train"}
 __all__ = ["export", "load", "train"]  # noqa: F822 - resolved by __getattr__
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'jax_sft' has no attribute {name!r}")
     home = importlib.import_module(_HOMES[name])

@@ -80,13 +80,14 @@ class Checkpoints:
     def restore(self, abstract: TrainState) -> TrainState:
         """Return the newest state, with the dtypes and shardings of `abstract`."""
         step = self.latest_step
+        moments = _flat(abstract.opt_state)
         loaded = self._checkpointer.load_checkpointables(
-            step, {"params": abstract.params, "optimizer": _flat(abstract.opt_state)}
+            step, {"params": abstract.params, "optimizer": moments}
         )
         opt_state = jax.tree.unflatten(
-            jax.tree.structure(abstract.opt_state), loaded["optimizer"].values()
+            jax.tree.structure(abstract.opt_state), [loaded["optimizer"][name] for name in moments]
         )
-        done = jax.device_put(np.int32(step), abstract.step.sharding)
+        done = jax.device_put(np.int32(step or 0), abstract.step.sharding)
         return TrainState(step=done, params=loaded["params"], opt_state=opt_state)
 
     def close(self) -> None:

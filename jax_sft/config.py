@@ -4,10 +4,15 @@ A config file calls `default()`, changes what differs and returns it. Nothing el
 invents a default. `validate.py` checks the values; a test fails on a key that nobody reads.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
+# A ConfigDict. Its keys are checked where it is used, at run time: type checkers cannot see them.
+Config = Any
 
-def source(path: str, **changes) -> ConfigDict:
+
+def source(path: str, **changes) -> Config:
     """Describe one data source; the keyword arguments replace the defaults below.
 
     Args:
@@ -17,7 +22,7 @@ def source(path: str, **changes) -> ConfigDict:
     Raises:
         KeyError: a keyword that is not a key of a source.
     """
-    fields = ConfigDict()
+    fields: Config = ConfigDict()
     fields.path = path
     # "prompt_response" (prompt_key, query_key, response_key, system_key), "messages"
     # (messages_key, tools_key), or "" to choose by the columns of the file.
@@ -36,12 +41,13 @@ def source(path: str, **changes) -> ConfigDict:
     return fields.lock()
 
 
-def default() -> ConfigDict:
+def default() -> Config:
     """Return a locked config with every key at its default; data and model.path are empty."""
-    cfg = ConfigDict()
+    cfg: Config = ConfigDict()
     cfg.seed = 0  # the only source of randomness: data order, and weights made from scratch
 
-    cfg.model = model = ConfigDict()
+    model: Config = ConfigDict()
+    cfg.model = model
     model.path = ""  # a Hugging Face model folder, or a hub id such as Qwen/Qwen2.5-7B
     model.revision = ""  # commit or tag of a hub id; "" = its main branch
     model.dtype = "bfloat16"  # of activations and of the weights while they multiply
@@ -51,7 +57,8 @@ def default() -> ConfigDict:
     model.attention = "auto"  # one of ops.attention.BACKENDS
     model.remat = "full"  # what the backward pass recomputes, see models.layers.REMAT
 
-    cfg.data = data = ConfigDict()
+    data: Config = ConfigDict()
+    cfg.data = data
     data.train = ConfigDict()  # {name: source(...)}
     data.eval = ConfigDict()  # {name: source(...)}; may stay empty
     data.seq_len = 2048  # tokens per row
@@ -60,16 +67,19 @@ def default() -> ConfigDict:
     data.packing = "best_fit"  # or "none": one example per row, padded to seq_len
     data.max_segments = 256  # examples per row at most
 
-    cfg.batch = batch = ConfigDict()
+    batch: Config = ConfigDict()
+    cfg.batch = batch
     batch.rows = 64  # rows per optimizer step, over all devices and hosts
     batch.micro_rows = 0  # rows per forward and backward pass; 0 = all rows at once
 
-    cfg.train = train = ConfigDict()
+    train: Config = ConfigDict()
+    cfg.train = train
     train.epochs = 1.0  # may be a fraction
     train.steps = 0  # optimizer steps; 0 = as many as train.epochs says
     train.export = False  # also write the result as a Hugging Face folder to WORKDIR/export
 
-    cfg.optimizer = optimizer = ConfigDict()
+    optimizer: Config = ConfigDict()
+    cfg.optimizer = optimizer
     optimizer.name = "adamw"
     optimizer.learning_rate = 1e-5  # at the top of the schedule
     optimizer.schedule = "cosine"  # "cosine", "linear", "constant" or "wsd"
@@ -82,25 +92,29 @@ def default() -> ConfigDict:
     optimizer.eps = 1e-8
     optimizer.clip_norm = 1.0  # highest global gradient norm; 0 = no clipping
 
-    cfg.mesh = mesh = ConfigDict()
+    mesh: Config = ConfigDict()
+    cfg.mesh = mesh
     mesh.data = 1  # copies of the model; one of the four may be -1 = the devices that are left
     mesh.fsdp = -1  # shards of parameters and moments; also splits the batch
     mesh.tensor = 1  # shards of heads, mlp and vocabulary
     mesh.sequence = 1  # shards of the tokens of a row
     mesh.cpu_devices = 0  # on the CPU platform: simulate this many devices in all; 0 = real ones
 
-    cfg.eval = evaluation = ConfigDict()
+    evaluation: Config = ConfigDict()
+    cfg.eval = evaluation
     evaluation.every_steps = 0  # 0 = only at the end (and at the start)
     evaluation.at_start = True
     evaluation.samples = 0  # validation examples answered greedily, shown and compared each time
 
-    cfg.checkpoint = checkpoint = ConfigDict()
+    checkpoint: Config = ConfigDict()
+    cfg.checkpoint = checkpoint
     checkpoint.every_steps = 500  # 0 = only the final step
     checkpoint.keep = 2  # newest steps kept
     checkpoint.keep_best = 0  # best steps by `metric` kept beside them
     checkpoint.metric = "eval/loss"  # lower is better; any eval metric, e.g. eval/NAME/loss
 
-    cfg.log = log = ConfigDict()
+    log: Config = ConfigDict()
+    cfg.log = log
     log.every_steps = 10
     log.trackers = ()  # any of "tensorboard", "wandb"; metrics.jsonl is always written
     cfg.lock()
@@ -109,7 +123,7 @@ def default() -> ConfigDict:
     return cfg
 
 
-def to_dict(cfg: ConfigDict) -> dict:
+def to_dict(cfg: Config) -> dict:
     """Return the config as plain nested dicts and lists, as stored in config.json."""
     as_dict = cfg.to_dict()
     as_dict["log"]["trackers"] = list(as_dict["log"]["trackers"])

@@ -18,10 +18,11 @@ import jax
 import ml_dtypes
 import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from jax_sft import parallel
 from jax_sft.models.spec import Weight
 
 DTYPES: dict[str, Any] = {
@@ -43,8 +44,11 @@ SIDE_FILES = (
 _COMPUTED = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 
-def resolve(path: str, revision: str = "") -> Path:
+def resolve(path: str, revision: str = "", weights: bool = True) -> Path:
     """Return the local folder of a model: `path` itself, or a download of the hub id `path`.
+
+    Args:
+        weights: download the weights too, not only config and tokenizer.
 
     Raises:
         ValueError: neither a folder nor a hub id that can be had.
@@ -54,7 +58,9 @@ def resolve(path: str, revision: str = "") -> Path:
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
         raise ValueError(f"model.path = {path!r} is not a folder")
-    patterns = ["*.safetensors", "model.safetensors.index.json", *SIDE_FILES]
+    patterns = [*SIDE_FILES]
+    if weights:
+        patterns += ["*.safetensors", "model.safetensors.index.json"]
     try:
         found = huggingface_hub.snapshot_download(
             path, revision=revision or None, allow_patterns=patterns
@@ -147,9 +153,7 @@ def check(
             with file, name and both shapes.
     """
     found, problems = read_headers(folder)
-    wanted = {
-        name: row.hf_shape(dims) for row in rows for _, name in row.hf_tensors(dims)
-    }
+    wanted = {name: row.hf_shape(dims) for row in rows for _, name in row.hf_tensors(dims)}
     for name, tensor in found.items():
         where = f"{tensor.file.name}: {name}"
         if name not in wanted:
@@ -193,7 +197,7 @@ def load(
     tensors: Mapping[str, Tensor],
     rows: Iterable[Weight],
     dims: dict[str, int],
-    shardings: Mapping[str, Sharding],
+    shardings: Mapping[str, NamedSharding],
     dtype: Any,
     progress: bool = True,
 ) -> dict[str, jax.Array]:
@@ -211,7 +215,9 @@ def load(
         {our path: array}.
     """
     rows = list(rows)
-    opened = {file: safe_open(file, framework="numpy") for file in {t.file for t in tensors.values()}}
+    opened = {
+        file: safe_open(file, framework="numpy") for file in {t.file for t in tensors.values()}
+    }
     params = {}
     bar = tqdm(total=len(tensors), desc="reading weights", unit="tensor", disable=not progress)
     with bar:
@@ -219,19 +225,17 @@ def load(
             num_stacked = len(row.stacked)
             shape, sharding = row.shape(dims), shardings[row.path]
             names = dict(row.hf_tensors(dims))
-            blocks: dict[tuple, np.ndarray] = {}
+            arrays: dict[parallel.Block, np.ndarray] = {}
             shards = []
-            for device, index in sharding.addressable_devices_indices_map(shape).items():
-                whole = tuple(slice(*part.indices(n)) for part, n in zip(index, shape, strict=True))
-                key = tuple((part.start, part.stop) for part in whole)
-                if key not in blocks:
-                    block = np.empty([stop - start for start, stop in key], dtype)
-                    hf_block = row.hf_index(whole[num_stacked:], dims)
+            for device, block in parallel.local_blocks(sharding, shape).items():
+                if block not in arrays:  # devices that hold copies share one read
+                    array = np.empty([stop - start for start, stop in block], dtype)
+                    hf_block = row.hf_index(block[num_stacked:], dims)
                     for stack_index, name in names.items():
                         part = opened[tensors[name].file].get_slice(name)[hf_block]
-                        block[stack_index] = row.from_hf(part, dims).astype(dtype)
-                    blocks[key] = block
-                shards.append(jax.device_put(blocks[key], device))
+                        array[stack_index] = row.from_hf(part, dims).astype(dtype)
+                    arrays[block] = array
+                shards.append(jax.device_put(arrays[block], device))
             params[row.path] = jax.make_array_from_single_device_arrays(shape, sharding, shards)
             bar.update(len(names))
     return params
@@ -243,8 +247,9 @@ def to_tensors(
     """Yield (HF name, function that returns the HF tensor) for every tensor of the rows."""
     for row in rows:
         for index, name in row.hf_tensors(dims):
-            yield name, lambda row=row, index=index: row.to_hf(
-                np.asarray(params[row.path][index]), dims
+            yield (
+                name,
+                lambda row=row, index=index: row.to_hf(np.asarray(params[row.path][index]), dims),
             )
 
 

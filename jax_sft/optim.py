@@ -1,6 +1,7 @@
 """The optimizer and its learning-rate schedule, from the config."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ def warmup_steps(optimizer, num_steps: int) -> int:
     return min(round(warmup * num_steps if warmup < 1 else warmup), num_steps)
 
 
-def schedule(optimizer, num_steps: int) -> Callable[[jax.Array], jax.Array]:
+def schedule(optimizer, num_steps: int) -> Callable[[Any], jax.Array]:
     """Return the learning rate as a function of the step (0 = first).
 
     Warm-up rises linearly and never starts at zero: (step + 1) / (warmup + 1) of the peak. Then

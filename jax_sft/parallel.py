@@ -6,10 +6,13 @@ Every array's sharding follows from the names of its dimensions and `RULES`. An 
 import math
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+Block = tuple[tuple[int, int], ...]  # (start, stop) of each dimension
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -50,6 +53,15 @@ def spec(*logical_axes: str) -> PartitionSpec:
 def sharding(mesh: Mesh, *logical_axes: str) -> NamedSharding:
     """Return the NamedSharding of an array whose dimensions have these logical names."""
     return NamedSharding(mesh, spec(*logical_axes))
+
+
+def local_blocks(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[Any, Block]:
+    """Return {device of this process: its block of an array of this shape}."""
+    indices = sharding.addressable_devices_indices_map(shape)
+    return {
+        device: tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+        for device, index in indices.items()
+    }
 
 
 def constrain(x: jax.Array, *logical_axes: str) -> jax.Array:

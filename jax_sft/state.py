@@ -16,7 +16,7 @@ from jax_sft.models.spec import Weight
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes.
+    """Everything that a step changes: arrays, or their shapes or shardings in the same places.
 
     Attributes:
         step: int32 scalar, optimizer steps done. It is also the position in the data.
@@ -24,8 +24,8 @@ class TrainState:
         opt_state: optax's state over `params`.
     """
 
-    step: jax.Array
-    params: dict[str, jax.Array]
+    step: Any
+    params: dict[str, Any]
     opt_state: Any
 
 
@@ -71,8 +71,8 @@ def abstract(
     rows = list(rows)
     params = {row.path: jax.ShapeDtypeStruct(row.shape(dims), dtype) for row in rows}
     shapes = TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32),  # type: ignore[arg-type]
-        params=params,  # type: ignore[arg-type]
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        params=params,
         opt_state=jax.eval_shape(tx.init, params),
     )
     return jax.tree.map(

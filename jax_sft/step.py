@@ -6,6 +6,7 @@ nothing but rounding.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,10 +82,10 @@ def make_train_step(
     def train_step(old: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         sums, grads = value_and_grad(model_def, old.params, batch)
         updates, opt_state = tx.update(grads, old.opt_state, old.params)
-        params = optax.apply_updates(old.params, updates)
+        params: Any = optax.apply_updates(old.params, updates)
         sums["grad_norm"] = optax.global_norm(grads)
         sums["learning_rate"] = learning_rate(old.step)
-        return TrainState(old.step + 1, params, opt_state), sums
+        return TrainState(step=old.step + 1, params=params, opt_state=opt_state), sums
 
     return jax.jit(
         train_step,

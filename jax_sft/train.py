@@ -8,6 +8,7 @@ checkpoint resumes it. The folder gets config.json, metrics.jsonl, data_report.j
 and, with --config.train.export=True, export/.
 """
 
+import functools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from jax_sft import checkpoint, config, evaluate, hf, metrics, optim, parallel, state, trackers
 from jax_sft.data import chat
@@ -34,7 +35,7 @@ from jax_sft.validate import validate
 EXIT_USER_ERROR = 64  # a launcher does not restart after this one
 
 
-def train(cfg: ConfigDict, workdir: str | Path) -> dict[str, float]:
+def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
     """Fine-tune as the config says; the same as the command `python -m jax_sft.train`.
 
     Args:
@@ -66,8 +67,9 @@ def train(cfg: ConfigDict, workdir: str | Path) -> dict[str, float]:
     )
     rows, dims = model_def.rows, model_cfg.dims
     num_params = sum(math.prod(row.shape(dims)) for row in rows)
-    tensors = hf.check(resolved.folder, rows, dims, model_cfg.tied)
-    tokenizer = chat.load_tokenizer(resolved.folder)
+    folder = hf.resolve(cfg.model.path, cfg.model.revision)
+    tensors = hf.check(folder, rows, dims, model_cfg.tied)
+    tokenizer = chat.load_tokenizer(folder)
     axes = " ".join(f"{axis}={size}" for axis, size in resolved.mesh_shape.items())
     say(f"model   {cfg.model.path}: {model_cfg.__module__}, {metrics.count(num_params)} parameters")
     say(f"mesh    {axes} on {jax.device_count()} x {jax.devices()[0].device_kind}")
@@ -80,19 +82,12 @@ def train(cfg: ConfigDict, workdir: str | Path) -> dict[str, float]:
         for name in sorted(cfg.data.eval)
     }
     check_vocabulary([train_examples, *eval_examples.values()], dims["vocab"])
-    batch = dict(micro_rows=resolved.micro_rows, mesh=mesh)
-    loader = Loader(
-        train_examples,
-        cfg.data,
-        rows=cfg.batch.rows,
-        shuffle=cfg.data.shuffle,
-        seed=cfg.seed,
-        **batch,
+    split = functools.partial(
+        Loader, data=cfg.data, micro_rows=resolved.micro_rows, mesh=mesh, seed=cfg.seed
     )
+    loader = split(train_examples, rows=cfg.batch.rows, shuffle=cfg.data.shuffle)
     eval_sets = {
-        name: Loader(
-            examples, cfg.data, rows=resolved.micro_rows, shuffle=False, seed=cfg.seed, **batch
-        )
+        name: split(examples, rows=resolved.micro_rows, shuffle=False)
         for name, examples in eval_examples.items()
     }
     num_steps = cfg.train.steps or math.ceil(cfg.train.epochs * loader.steps_per_epoch)
@@ -105,7 +100,7 @@ def train(cfg: ConfigDict, workdir: str | Path) -> dict[str, float]:
     if first_process:
         workdir.mkdir(parents=True, exist_ok=True)
         stored = {name: tensor.dtype for name, tensor in tensors.items()}
-        checkpoint.keep_model_files(workdir / "checkpoints", resolved.folder, stored)
+        checkpoint.keep_model_files(workdir / "checkpoints", folder, stored)
         (workdir / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", cfg.checkpoint)
     as_dict = config.to_dict(cfg)
@@ -253,7 +248,7 @@ def silent(_: str) -> None:
 class _CallableModule(types.ModuleType):
     """Lets `jax_sft.train` be both this module and the function, whichever is asked for first."""
 
-    def __call__(self, cfg: ConfigDict, workdir: str | Path) -> dict[str, float]:
+    def __call__(self, cfg: config.Config, workdir: str | Path) -> dict[str, float]:
         return train(cfg, workdir)
 
 

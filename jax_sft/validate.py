@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-
 from jax_sft import hf, models, optim, parallel, trackers
 from jax_sft.data import formats
 from jax_sft.models.layers import REMAT
@@ -22,7 +21,7 @@ class Resolved:
     """What validation had to find out, so that nobody does it again.
 
     Attributes:
-        folder: the local model folder.
+        folder: the local model folder; a hub model's has no weights yet.
         family: the module of its family.
         model_cfg: the family's Config.
         mesh_shape: {axis: size}.
@@ -80,9 +79,11 @@ def validate(cfg, num_devices: int) -> Resolved:
 def _model(cfg, attempt) -> tuple[Path | None, Any, Any]:
     """The model's folder, family and Config; what cannot be had is reported and None."""
     if not cfg.model.path:
-        attempt(_fail, 'model.path is empty: name a model folder or a hub id like "Qwen/Qwen2.5-7B"')
+        attempt(
+            _fail, 'model.path is empty: name a model folder or a hub id like "Qwen/Qwen2.5-7B"'
+        )
         return None, None, None
-    folder = attempt(hf.resolve, cfg.model.path, cfg.model.revision)
+    folder = attempt(hf.resolve, cfg.model.path, cfg.model.revision, False)
     config = folder and attempt(hf.read_json, folder / "config.json")
     family = config and attempt(models.find, str(config.get("model_type")))
     model_cfg = family and attempt(family.Config.from_hf, config)
@@ -138,7 +139,9 @@ def _value_problems(cfg) -> list[str]:
     if not 0 < cfg.optimizer.eps < math.inf:
         problems.append(f"optimizer.eps = {cfg.optimizer.eps}: use a positive value such as 1e-8")
     if not cfg.train.steps and not 0 < cfg.train.epochs < math.inf:
-        problems.append(f"train.epochs = {cfg.train.epochs}: use a positive value, or set train.steps")
+        problems.append(
+            f"train.epochs = {cfg.train.epochs}: use a positive value, or set train.steps"
+        )
     if not cfg.data.train:
         problems.append("data.train is empty: add a source, data.train.NAME = config.source(path)")
     if cfg.checkpoint.keep_best:

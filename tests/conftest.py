@@ -10,12 +10,9 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import json
 from pathlib import Path
 
-import jax
 import pytest
 
 from jax_sft import config, tiny
-
-jax.config.update("jax_threefry_partitionable", True)
 
 # A small model in which no two dimensions are equal, so that a mix-up cannot go unnoticed.
 ODD = {
@@ -48,6 +45,32 @@ def make_model(tmp_path):
 
 
 @pytest.fixture
+def make_strong_model(make_model):
+    """Like make_model, in float32 with weights so large that each moves the logits by far more
+    than any tolerance: a trained model's initial std of 0.02 hides a wrong rotation or bias.
+    """
+
+    def make(name: str = "model", seed: int = 0, **changes) -> Path:
+        folder = make_model(name, seed=seed, **changes)
+        rng = np.random.default_rng(seed)
+        strong = {}
+        for key, weight in load_file(folder / "model.safetensors").items():
+            noise = rng.standard_normal(weight.shape)
+            if weight.ndim == 2:
+                gain = 1.6 if key.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
+                strong[key] = gain * noise / np.sqrt(weight.shape[1])
+            else:
+                strong[key] = 0.3 * noise + key.endswith("norm.weight")
+        embedding = "model.embed_tokens.weight"
+        strong[embedding] = strong[embedding] * 4
+        strong = {key: np.float32(weight) for key, weight in strong.items()}
+        save_file(strong, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+@pytest.fixture
 def make_config(tmp_path, make_model):
     """Make a small valid float32 config on one mesh axis; keywords are dotted keys."""
 
@@ -55,7 +78,10 @@ def make_config(tmp_path, make_model):
         data = tmp_path / "data.jsonl"
         if not data.exists():
             rows = [
-                {"prompt": f"count to {n % 7}" + "!" * (n % 11), "response": "123456789"[: 1 + n % 9]}
+                {
+                    "prompt": f"count to {n % 7}" + "!" * (n % 11),
+                    "response": "123456789"[: 1 + n % 9],
+                }
                 for n in range(num_rows)
             ]
             data.write_text("".join(json.dumps(row) + "\n" for row in rows))

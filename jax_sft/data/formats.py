@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.exceptions import DatasetGenerationError
 
 Conversation = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]  # messages, tools
 ROLES = ("system", "user", "assistant", "tool")
@@ -28,7 +29,7 @@ def read_rows(source) -> datasets.Dataset:
         raise ValueError(f"data file {source.path!r} is empty")
     try:
         rows = datasets.load_dataset("json", data_files=str(file), split="train")
-    except datasets.exceptions.DatasetGenerationError as error:
+    except DatasetGenerationError as error:
         raise ValueError(f"data file {source.path!r} cannot be read: {error.__cause__}") from error
     assert isinstance(rows, datasets.Dataset)
     if len(rows) == 0:
@@ -102,7 +103,7 @@ def choose(source, columns: Iterable[str]) -> str:
         return fits[0]
     wanted = needed[source.format] if source.format else needed
     raise ValueError(
-        f"{source.path}: columns {columns} do not have {wanted}: set the *_key options of the source"
+        f"{source.path}: columns {columns} do not have {wanted}: set the source's *_key options"
     )
 
 

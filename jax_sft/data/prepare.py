@@ -72,7 +72,7 @@ def prepare(
         ):
             where = f"{source.path} (source {name!r}), row {number + 1}"
             try:
-                example = chat.encode(tokenizer, *to_messages(row, source))
+                example = chat.encode(tokenizer, *to_messages(dict(row), source))
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
             counts["longest"] = max(counts["longest"], len(example))

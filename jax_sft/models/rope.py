@@ -57,7 +57,7 @@ class Rope:
         unread = {key: value for key, value in scaling.items() if value is not None}
         if unread:
             raise ValueError(f"config.json: rope type {kind!r} does not implement {unread}")
-        return cls(tuple(np.float32(inv_freq).tolist()), factor)
+        return cls(tuple(inv_freq.astype(np.float32).tolist()), factor)
 
     def angles(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return (cos, sin), each float32 [B, T, 1, H/2], for int positions [B, T]."""

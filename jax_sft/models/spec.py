@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-Index = tuple[slice, ...]
-
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
@@ -74,22 +72,25 @@ class Weight:
         for index in itertools.product(*(range(dims[axis]) for axis in self.stacked)):
             yield index, self.hf.format(**dict(zip(self.stacked, index, strict=True)))
 
-    def hf_index(self, index: Index, dims: dict[str, int]) -> Index:
-        """Return the block of the HF tensor that holds the block `index` of our unstacked array.
+    def hf_index(
+        self, block: tuple[tuple[int, int], ...], dims: dict[str, int]
+    ) -> tuple[slice, ...]:
+        """Return the part of the HF tensor that holds a block of our unstacked array.
+
+        Args:
+            block: (start, stop) of each of our dimensions.
 
         Within a joined dimension only the first factor may be a part; the others must be whole.
         """
-        ours = {
-            axis: part.indices(dims[axis]) for axis, part in zip(self._ours, index, strict=True)
-        }
-        block = []
+        ours = dict(zip(self._ours, block, strict=True))
+        parts = []
         for first, *rest in self._groups:
-            if any(ours[axis][:2] != (0, dims[axis]) for axis in rest):
+            if any(ours[axis] != (0, dims[axis]) for axis in rest):
                 raise ValueError(f"{self.path}: cannot read a part of {rest} from {self.hf}")
             unit = math.prod(dims[axis] for axis in rest)
-            start, stop, _ = ours[first]
-            block.append(slice(start * unit, stop * unit))
-        return tuple(block)
+            start, stop = ours[first]
+            parts.append(slice(start * unit, stop * unit))
+        return tuple(parts)
 
     def from_hf(self, block: np.ndarray, dims: dict[str, int]) -> np.ndarray:
         """Turn a block of an HF tensor into the same block of our unstacked array (a view)."""

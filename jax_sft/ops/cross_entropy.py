@@ -58,7 +58,9 @@ def _local(hidden_BTD, head_VD, targets_BT, weights_BT):
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def add_chunk(sums, chunk):
         hidden_CD, targets_C, weights_C = chunk
-        return tuple(map(jnp.add, sums, _chunk_sums(hidden_CD, head_VD, targets_C, weights_C))), None
+        return tuple(
+            map(jnp.add, sums, _chunk_sums(hidden_CD, head_VD, targets_C, weights_C))
+        ), None
 
     zero = jax.lax.pcast(jnp.float32(0), _TOKENS, to="varying")
     chunks = tuple(map(chunked, (hidden_BTD, targets_BT, weights_BT)))

@@ -1,0 +1,62 @@
+"""Write a checkpoint of a run as a Hugging Face folder.
+
+    python scripts/export_hf.py --checkpoint=RUN/checkpoints --out=DIR [--step=N]
+
+The folder holds safetensors, config.json, generation config, tokenizer and chat template, and
+loads with transformers.AutoModelForCausalLM.from_pretrained. No GPU is used.
+"""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from jax_sft import hf  # noqa: E402 - the lines above must come first
+from jax_sft.checkpoint import export  # noqa: E402
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as 5GB, 500MB or 1000000 (decimal units, as Hugging Face has them)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    return int(float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match[2].upper()])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, help="the checkpoints folder of a run")
+    parser.add_argument("--out", required=True, help="the folder to write; must be empty or new")
+    parser.add_argument("--step", type=int, default=None, help="which step [the newest]")
+    parser.add_argument(
+        "--shard-size", type=parse_bytes, default="5GB", help="largest file [%(default)s]"
+    )
+    parser.add_argument(
+        "--dtype", default="", choices=["", *hf.NAMES], help="of all tensors [as in the original]"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    options = parser.parse_args()
+    try:
+        out = export(
+            options.checkpoint,
+            options.out,
+            step=options.step,
+            shard_bytes=options.shard_size,
+            dtype=options.dtype,
+            overwrite=options.overwrite,
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 64
+    print(f"wrote {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+# Sourced by quickstart.sh and test.sh: make_venv FILE installs a requirements file into .venv.
+
+make_venv() {
+  local requirements=$1 python=${PYTHON:-python3} stamp
+  if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; then
+    echo "error: $("$python" --version) found, Python 3.11 to 3.13 needed: set PYTHON=/path/to/it" >&2
+    exit 64
+  fi
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  stamp=".venv/installed-$(cat requirements*.txt | cksum | cut -d' ' -f1)-$requirements"
+  if [ ! -e "$stamp" ]; then
+    echo "installing $requirements into .venv"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    touch "$stamp"
+  fi
+}

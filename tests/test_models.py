@@ -1,0 +1,509 @@
+"""Every family computes what transformers computes, and its file keeps the family contract.
+
+The reference is transformers in float32 on the CPU; weights are large (`make_strong_model`), so
+logits are of order 1 and each part of the model moves them by far more than the tolerance.
+"""
+
+import ast
+import dataclasses
+import inspect
+import json
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import jax_sft
+from jax_sft import models, parallel, tree
+from jax_sft.models.rope import Rope
+
+TOLERANCE = 1e-4  # largest absolute difference of float32 logits of order 1
+VOCAB = 272
+LENGTH = 200  # tokens; beyond ORIGINAL, within max_position_embeddings
+ORIGINAL = 64  # original_max_position_embeddings of the scaled variants
+THETA = 5000.0
+
+LLAMA3 = {
+    **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": ORIGINAL,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+# Each differs from all others in its frequencies or its factor on cos and sin.
+ROPES = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": LLAMA3,
+    "llama3_without_original": {k: LLAMA3[k] for k in LLAMA3 if not k.startswith("original")},
+    "yarn": YARN,
+    "yarn_factor_8": YARN | {"factor": 8.0},
+    "yarn_attention_factor": YARN | {"attention_factor": 0.7},
+    "yarn_mscale": YARN | {"mscale": 0.8, "mscale_all_dim": 0.4},
+    "yarn_untruncated": YARN | {"truncate": False},
+    "yarn_betas": YARN | {"beta_fast": 4.0, "beta_slow": 0.25},
+    "yarn_betas_untruncated": YARN | {"beta_fast": 4.0, "beta_slow": 0.25, "truncate": False},
+}
+# Other ways to write a variant: {name: (variant of ROPES, fields of config.json)}.
+SPELLINGS = {
+    "yarn_one_mscale": ("yarn", {"rope_scaling": YARN | {"mscale": 0.8}, "rope_theta": THETA}),
+    "yarn_null_factor": (
+        "yarn",
+        {"rope_parameters": YARN | {"factor": None, "rope_theta": THETA}},
+    ),
+    "yarn_original_beside": (
+        "yarn",
+        {
+            "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": THETA},
+            "original_max_position_embeddings": ORIGINAL,
+        },
+    ),
+    "type_for_rope_type": (
+        "linear",
+        {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": THETA},
+    ),
+    "theta_beside_parameters": (
+        "linear",
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0}, "rope_theta": THETA},
+    ),
+    "null_scaling": ("default", {"rope_scaling": None, "rope_theta": THETA}),
+}
+
+
+def newer(variant: str) -> dict:
+    """Fields of config.json for a variant, as transformers 5 writes them."""
+    return {"rope_parameters": ROPES[variant] | {"rope_theta": THETA}}
+
+
+def older(variant: str) -> dict:
+    """The same as transformers 4 wrote them."""
+    return {"rope_scaling": ROPES[variant], "rope_theta": THETA}
+
+
+def random_tokens(rows: int = 2, length: int = LENGTH) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, VOCAB, (rows, length))
+
+
+def their_model(folder: Path):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+
+
+def their_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return their_model(folder)(torch.tensor(tokens)).logits.numpy()
+
+
+def assert_same_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    ours, theirs = jax_sft.load(folder).logits(tokens), their_logits(folder, tokens)
+    assert ours.shape == (*tokens.shape, VOCAB) and ours.dtype == jnp.float32
+    assert theirs.std() > 1  # else the comparison would not say much
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+    return theirs
+
+
+# ---- logits equal transformers' ------------------------------------------------------------------
+
+BIASED = {"attention_bias": True, "mlp_bias": True}
+ARCHITECTURES = {
+    "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2_untied": {"model_type": "qwen2", "tie_word_embeddings": False},
+    "qwen2_head_dim": {"model_type": "qwen2", "head_dim": 20},
+    "qwen2_one_kv_head": {"model_type": "qwen2", "num_key_value_heads": 1},
+    "qwen2_all_kv_heads": {"model_type": "qwen2", "num_key_value_heads": 4},
+    "llama_tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama_untied": {"model_type": "llama", "tie_word_embeddings": False},
+    "llama_attention_bias": {"model_type": "llama", "attention_bias": True},
+    "llama_mlp_bias": {"model_type": "llama", "mlp_bias": True},
+    "llama_both_biases": {"model_type": "llama", "tie_word_embeddings": False, **BIASED},
+    "llama_head_dim": {"model_type": "llama", "head_dim": 20, **BIASED},
+    "llama_one_kv_head": {"model_type": "llama", "num_key_value_heads": 1},
+    "llama_all_kv_heads": {"model_type": "llama", "num_key_value_heads": None},
+    "llama_eps": {"model_type": "llama", "rms_norm_eps": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_equal_transformers(make_strong_model, name):
+    assert_same_logits(make_strong_model(**ARCHITECTURES[name]), random_tokens(length=40))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("variant", ROPES)
+def test_logits_of_each_rope_variant_equal_transformers(make_strong_model, family, variant):
+    spelled = newer(variant) if family == "qwen2" else older(variant)
+    options = {"model_type": family, "head_dim": 32, "num_hidden_layers": 2, "rope_theta": THETA}
+    plain = make_strong_model("plain", **options)
+    scaled = make_strong_model("scaled", **options | {"rope_theta": None} | spelled)
+    logits = assert_same_logits(scaled, random_tokens())
+    if variant != "default":  # the check would notice a variant that is left out
+        assert np.abs(logits - their_logits(plain, random_tokens())).max() > 0.1
+
+
+def test_logits_of_a_model_saved_by_transformers_equal_its_own(tmp_path):
+    config = transformers.LlamaConfig(
+        **dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=2),
+        **dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256),
+        **dict(rope_parameters=LLAMA3 | {"rope_theta": THETA}, initializer_range=0.2),
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert_same_logits(tmp_path, random_tokens())
+
+
+# ---- RoPE ----------------------------------------------------------------------------------------
+
+ALL_SPELLINGS = {
+    **{f"{variant}_newer": (variant, newer(variant)) for variant in ROPES},
+    **{f"{variant}_older": (variant, older(variant)) for variant in ROPES},
+    **SPELLINGS,
+}
+
+
+def read_rope(fields: dict, head_dim: int = 32) -> Rope:
+    return Rope.from_hf({"max_position_embeddings": 256, **fields}, head_dim)
+
+
+@pytest.mark.parametrize("spelling", ALL_SPELLINGS)
+def test_angles_equal_transformers(spelling):
+    fields = ALL_SPELLINGS[spelling][1]
+    sizes = dict(hidden_size=96, num_attention_heads=4, head_dim=32, max_position_embeddings=256)
+    config = transformers.LlamaConfig(**sizes, **json.loads(json.dumps(fields)))
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    positions = np.array([[0, 1, 5, ORIGINAL, 255, 256, 1000]])
+    cos, sin = read_rope(fields).angles(jnp.array(positions))
+    their_cos, their_sin = rotary(torch.zeros(1), torch.tensor(positions))
+    for ours, theirs in ((cos, their_cos), (sin, their_sin)):  # theirs: both halves, no head axis
+        assert ours.shape == (1, 7, 1, 16)
+        # A float32 frequency is exact to 6e-8; times position 1000 that is 6e-5 of an angle.
+        np.testing.assert_allclose(ours[:, :, 0], theirs[..., :16], rtol=0, atol=2e-4)
+    np.testing.assert_allclose(read_rope(fields).inv_freq, rotary.inv_freq, rtol=5e-7)
+
+
+def test_rope_variants_all_differ_and_spellings_do_not():
+    ropes = {variant: read_rope(newer(variant)) for variant in ROPES}
+    assert len(set(ropes.values())) == len(ROPES)
+    for spelling, (variant, fields) in ALL_SPELLINGS.items():
+        assert read_rope(fields) == ropes[variant], spelling
+
+
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, ["dynamic", "linear", "llama3", "yarn"]),
+        ({"type": "longrope", "factor": 2.0}, ["longrope"]),
+        ({"rope_type": "linear", "factor": 2.0, "beta_fast": 32}, ["linear", "beta_fast"]),
+        (YARN | {"extrapolation": 3}, ["yarn", "extrapolation"]),
+        ({"rope_type": "linear"}, ["linear", "factor"]),
+        ({"rope_type": "yarn"}, ["yarn", "factor"]),
+        ({"rope_type": "llama3", "factor": 8.0}, ["llama3", "low_freq_factor"]),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+    ],
+)
+def test_rope_that_is_not_implemented_is_refused(scaling, words):
+    for fields in ({"rope_scaling": scaling, "rope_theta": THETA}, {"rope_parameters": scaling}):
+        with pytest.raises(ValueError) as error:
+            read_rope(fields)
+        assert all(word in str(error.value) for word in words)
+
+
+# ---- packing, causality, precision ---------------------------------------------------------------
+
+FAMILIES = {
+    "qwen2": {"model_type": "qwen2"},
+    "llama": {"model_type": "llama", "tie_word_embeddings": False, **BIASED},
+}
+LENGTHS = (17, 1, 30, 9)  # of the examples that share a row
+
+
+@pytest.fixture(params=FAMILIES)
+def loaded(request, make_strong_model):
+    return jax_sft.load(make_strong_model(num_hidden_layers=2, **FAMILIES[request.param]))
+
+
+def packed_row(padding: int = 7) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[slice]]:
+    """Return (tokens, segment ids, positions) [1, T] and the slice of each example."""
+    tokens = random_tokens(1, sum(LENGTHS) + padding)
+    segments = np.repeat([*range(1, len(LENGTHS) + 1), 0], [*LENGTHS, padding])
+    positions = np.concatenate([np.arange(n) for n in (*LENGTHS, padding)])
+    ends = np.cumsum(LENGTHS)
+    parts = [slice(end - n, end) for end, n in zip(ends, LENGTHS, strict=True)]
+    return tokens, segments[None], positions[None], parts
+
+
+def test_packed_examples_equal_each_alone(loaded):
+    tokens, segments, positions, parts = packed_row()
+    packed = loaded.logits(tokens, segments, positions)
+    for part in parts:
+        alone = loaded.logits(tokens[:, part])
+        np.testing.assert_allclose(packed[:, part], alone, rtol=0, atol=1e-5)
+    unsegmented = loaded.logits(tokens)
+    assert np.abs(packed - unsegmented)[:, parts[1].start :].max() > 0.1
+
+
+def test_positions_are_counted_from_each_segment_start_unless_given(loaded):
+    tokens, segments, positions, parts = packed_row()
+    counted = loaded.logits(tokens, segments)
+    np.testing.assert_array_equal(counted, loaded.logits(tokens, segments, positions))
+    stretched = loaded.logits(tokens, segments, 2 * positions)
+    assert np.abs(counted - stretched)[:, parts[0]].max() > 0.1
+
+
+@pytest.mark.parametrize("changed", range(len(LENGTHS)))
+def test_changing_a_packed_example_changes_no_bit_of_the_others(loaded, changed):
+    tokens, segments, positions, parts = packed_row()
+    before = loaded.logits(tokens, segments, positions)
+    tokens[:, parts[changed]] = (tokens[:, parts[changed]] + 100) % VOCAB
+    after = loaded.logits(tokens, segments, positions)
+    for number, part in enumerate(parts):
+        if number != changed:
+            np.testing.assert_array_equal(before[:, part], after[:, part])
+    assert np.abs(before - after)[:, parts[changed]].max() > 0.1
+
+
+def test_padding_changes_no_bit_of_the_examples(loaded):
+    tokens, segments, positions, parts = packed_row()
+    before = loaded.logits(tokens, segments, positions)
+    tokens[:, parts[-1].stop :] = 3
+    after = loaded.logits(tokens, segments, positions)
+    end = parts[-1].stop
+    np.testing.assert_array_equal(before[:, :end], after[:, :end])
+
+
+def test_a_later_token_changes_no_bit_of_earlier_logits(loaded):
+    tokens = random_tokens(1, 40)
+    before = loaded.logits(tokens)
+    tokens[:, 25] = (tokens[:, 25] + 1) % VOCAB
+    after = loaded.logits(tokens)
+    np.testing.assert_array_equal(before[:, :25], after[:, :25])
+    assert (np.abs(before - after)[:, 25:].max(axis=-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_logits_are_within_3_percent_of_float32(make_strong_model, family):
+    # Root mean square error over root mean square. One rounding to bfloat16 is up to 0.4 %; three
+    # layers of weights without any training add up to 1 to 2 %.
+    folder = make_strong_model(**FAMILIES[family])
+    tokens = random_tokens(length=64)
+    exact = np.asarray(jax_sft.load(folder).logits(tokens))
+    rounded = jax_sft.load(folder, dtype="bfloat16").logits(tokens)
+    assert rounded.dtype == jnp.float32
+    error = np.sqrt(np.mean((rounded - exact) ** 2) / np.mean(exact**2))
+    assert 1e-4 < error < 0.03
+
+
+def test_logits_do_not_depend_on_the_mesh(make_strong_model):
+    folder = make_strong_model()
+    tokens, segments, positions, _ = packed_row()  # 1 row and 64 tokens: rows are padded to 2
+    alone = jax_sft.load(folder).logits(tokens, segments, positions)
+    mesh = parallel.make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
+    split = jax_sft.load(folder, mesh).logits(tokens, segments, positions)
+    np.testing.assert_allclose(split, alone, rtol=0, atol=1e-5)
+
+
+def test_padding_of_a_row_to_the_mesh_is_invisible_to_every_segment_id(make_strong_model):
+    folder = make_strong_model()
+    tokens = random_tokens(1, 5)  # padded to 8 tokens over sequence = 4
+    mesh = parallel.make_mesh({"sequence": 4}, jax.devices()[:4])
+    whole = jax_sft.load(folder).logits(tokens)
+    for segment in (0, 1, 7, -1):
+        ids = np.full_like(tokens, segment)
+        split = jax_sft.load(folder, mesh).logits(tokens, ids)
+        np.testing.assert_allclose(split, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [[[0, VOCAB]], [[-1, 0]], [0, 1], [[[0]]]])
+def test_tokens_outside_the_vocabulary_or_not_two_dimensional_are_refused(loaded, tokens):
+    with pytest.raises(ValueError, match="token"):
+        loaded.logits(tokens)
+
+
+# ---- the contract of a family file ---------------------------------------------------------------
+
+ODD_CONFIG = {
+    **{"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256},
+    **{"rms_norm_eps": 1e-5, "rope_theta": 10000.0},
+}
+# Fields that add or remove weights, by family; a family without an entry is checked tied and not.
+OPTIONS = {"llama": [{}, {"attention_bias": True}, {"mlp_bias": True}, BIASED]}
+EVERY_FAMILY = pytest.mark.parametrize("name", models.families())
+
+
+def variants(name: str):
+    family = models.find(name)
+    for options in OPTIONS.get(name, [{}]):
+        for tied in (True, False):
+            config = ODD_CONFIG | {"model_type": name, "tie_word_embeddings": tied} | options
+            yield family, family.Config.from_hf(config)
+
+
+def test_qwen2_and_llama_are_found():
+    assert {"qwen2", "llama"} <= set(models.families())
+
+
+@EVERY_FAMILY
+def test_weight_rows_are_exactly_the_module_tree(name):
+    for family, cfg in variants(name):
+        module = jax.eval_shape(lambda key, f=family, c=cfg: f.Model(c, key), jax.random.key(0))
+        in_module = {path: leaf.shape for path, leaf in tree.to_dict(module).items()}
+        rows = family.weights(cfg)
+        assert len({row.path for row in rows}) == len(rows)
+        assert {row.path: row.shape(cfg.dims) for row in rows} == in_module
+
+
+@EVERY_FAMILY
+def test_weight_rows_are_exactly_the_tensors_of_transformers(name):
+    for family, cfg in variants(name):
+        config = {"model_type": name, "tie_word_embeddings": cfg.tied} | ODD_CONFIG
+        config |= {key: getattr(cfg, key) for key in BIASED if hasattr(cfg, key)}
+        with torch.device("meta"):
+            theirs = transformers.AutoModelForCausalLM.from_config(
+                transformers.AutoConfig.for_model(**config)
+            )
+        shapes = {key: tuple(parameter.shape) for key, parameter in theirs.named_parameters()}
+        rows = family.weights(cfg)
+        ours = {key: row.hf_shape(cfg.dims) for row in rows for _, key in row.hf_tensors(cfg.dims)}
+        assert ours == shapes
+
+
+@EVERY_FAMILY
+def test_every_logical_axis_has_a_sharding_rule_and_a_size(name):
+    for family, cfg in variants(name):
+        axes = {axis for row in family.weights(cfg) for axis in row.axes}
+        assert axes <= parallel.RULES.keys() and axes <= cfg.dims.keys()
+        assert {axis for rule in parallel.RULES.values() for axis in rule} <= set(parallel.AXES)
+
+
+@EVERY_FAMILY
+def test_weight_rows_turn_tensors_into_parameters_and_back(name):
+    for family, cfg in variants(name):
+        for row in family.weights(cfg):
+            shape = row.hf_shape(cfg.dims)
+            theirs = np.arange(np.prod(shape)).reshape(shape)
+            ours = row.from_hf(theirs, cfg.dims)
+            assert ours.shape == row.shape(cfg.dims)[len(row.stacked) :]
+            np.testing.assert_array_equal(row.to_hf(ours, cfg.dims), theirs)
+
+
+@EVERY_FAMILY
+def test_every_config_field_is_read(name):
+    # By the family's own file, or (max_positions, tied) by what calls it.
+    package = Path(inspect.getfile(models)).parents[1]
+    other_families = {package / "models" / f"{family}.py" for family in models.families()}
+    sources = [*(set(package.rglob("*.py")) - other_families), package / "models" / f"{name}.py"]
+    reads = set()
+    for source in sources:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owner = ast.unparse(node.value)
+                if owner.endswith("cfg") or (owner == "self" and source.stem == name):
+                    reads.add(node.attr)
+    fields = {field.name for field in dataclasses.fields(models.find(name).Config)}
+    assert fields <= reads
+
+
+# ---- what config.json may say --------------------------------------------------------------------
+
+
+def read_config(name: str, **changes):
+    return models.find(name).Config.from_hf(ODD_CONFIG | {"model_type": name} | changes)
+
+
+@EVERY_FAMILY
+def test_an_unknown_field_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=rf"{name} .*logit_softcap = 30.0"):
+        read_config(name, logit_softcap=30.0)
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "gelu"},
+        {"attention_dropout": 0.1},
+        {"pretraining_tp": 2},
+        {"partial_rotary_factor": 0.5},
+        {"use_sliding_window": True},
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        {"quantization_config": {"bits": 4}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_field_that_changes_the_computation_is_refused_by_name(name, changes):
+    (field,) = changes
+    # of a rope dict the message names the type, which is what is not implemented
+    with pytest.raises(ValueError, match="dynamic" if field == "rope_scaling" else field):
+        read_config(name, **changes)
+
+
+@EVERY_FAMILY
+def test_fields_that_change_nothing_are_accepted(name):
+    plain = read_config(name)
+    harmless = {
+        **{"hidden_act": "silu", "attention_dropout": 0.0, "pretraining_tp": 1, "use_cache": True},
+        **{"use_sliding_window": False, "layer_types": ["full_attention"] * 3, "_name": "x"},
+        **{"torch_dtype": "bfloat16", "eos_token_id": [1, 2], "initializer_range": 0.02},
+        **{"quantization_config": None, "logit_softcap": None, "transformers_version": "4.40.0"},
+    }
+    assert read_config(name, **harmless) == plain
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize(
+    "field", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"]
+)
+def test_a_missing_size_is_named(name, field):
+    with pytest.raises(ValueError, match=field):
+        read_config(name, **{field: None})
+
+
+def test_an_unknown_model_type_names_the_known_ones(make_model):
+    folder = make_model()
+    config = json.loads((folder / "config.json").read_text())
+    for unknown in ("gpt2", "layers", None, "qwen2.x"):
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": unknown}))
+        with pytest.raises(ValueError) as error:
+            jax_sft.load(folder)
+        assert str(unknown) in str(error.value)
+        assert all(name in str(error.value) for name in models.families())
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "48"},
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": 3},
+        {"head_dim": 13},
+        {"num_hidden_layers": 2.5},
+        {"tie_word_embeddings": "false"},
+        {"rope_theta": "1e4"},
+        {"rope_scaling": [1]},
+        {"rope_scaling": {"rope_type": "linear", "factor": None}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+        {"layer_types": 3},
+    ],
+    ids=str,
+)
+def test_a_value_of_the_wrong_kind_is_a_value_error(name, changes):
+    with warnings.catch_warnings():  # a NumPy warning is no message either
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=r"config\.json"):
+            read_config(name, **changes)
+
+
+@EVERY_FAMILY
+def test_rope_scaling_beside_other_rope_parameters_is_not_ignored(name):
+    # transformers lets rope_scaling win; refusing is as good, ignoring it is not.
+    both = {"rope_parameters": {"rope_type": "default", "rope_theta": THETA}, "rope_scaling": YARN}
+    try:
+        rope = read_config(name, **both).rope
+    except ValueError:
+        return
+    assert rope.attention_factor != 1.0
