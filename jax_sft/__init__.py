@@ -12,7 +12,6 @@ from typing import Any
 
 # Loaded on first use: config files and tokenizing processes must not wait for JAX.
 _HOMES = {"load": "jax_sft.inference", "export": "jax_sft.checkpoint", "train": "jax_sft.train"}
-__all__ = ["export", "load", "train"]  # noqa: F822 - resolved by __getattr__
 
 
 def __getattr__(name: str) -> Any:

@@ -34,7 +34,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, options):
-        policies = ocp.training.preservation_policies
+        policies: Any = ocp.training.preservation_policies
+        decisions: Any = ocp.training.save_decision_policies
         keep: list = [policies.LatestN(max(options.keep, 1))]
         if options.keep_best:
             metric = options.metric
@@ -44,8 +45,8 @@ class Checkpoints:
                 )
             )
         self._checkpointer = ocp.training.Checkpointer(
-            folder.absolute(),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            str(folder.absolute()),
+            save_decision_policy=decisions.FixedIntervalPolicy(1),  # when to save is up to `train`
             preservation_policy=policies.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True,
         )
@@ -58,7 +59,8 @@ class Checkpoints:
 
     def metadata(self) -> dict[str, Any]:
         """Return the JSON stored with the newest step."""
-        return self._checkpointer.metadata(self.latest_step).custom_metadata or {}
+        custom: Any = self._checkpointer.metadata(self.latest_step).custom_metadata
+        return custom or {}
 
     def save(self, state: TrainState, config: dict[str, Any], metrics: Mapping | None) -> None:
         """Start saving the state; returns once the arrays are copied off the devices.
@@ -155,7 +157,7 @@ def export(
         raise ValueError(f"{out} is not empty: choose another folder, or overwrite it")
     options = ocp.options.PyTreeOptions
     one_by_one = ocp.Context(pytree_options=options(loading=options.Loading(partial_load=True)))
-    with ocp.training.Checkpointer(checkpoint, context=one_by_one) as checkpointer:
+    with ocp.training.Checkpointer(str(checkpoint), context=one_by_one) as checkpointer:
         steps = [found.step for found in checkpointer.checkpoints]
         if not steps or (step is not None and step not in steps):
             raise ValueError(f"{checkpoint} has no step {step or ''}: it has {steps}")

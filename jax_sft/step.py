@@ -83,7 +83,7 @@ def make_train_step(
         sums, grads = value_and_grad(model_def, old.params, batch)
         updates, opt_state = tx.update(grads, old.opt_state, old.params)
         params: Any = optax.apply_updates(old.params, updates)
-        sums["grad_norm"] = optax.global_norm(grads)
+        sums["grad_norm"] = optax.tree.norm(grads)
         sums["learning_rate"] = learning_rate(old.step)
         return TrainState(step=old.step + 1, params=params, opt_state=opt_state), sums
 

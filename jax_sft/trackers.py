@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -55,7 +56,7 @@ class Wandb:
 
         id_file = workdir / "wandb_run_id"
         if not (start_step and id_file.exists()):
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(uuid.uuid4().hex[:8])
         self._run = wandb.init(
             dir=str(workdir), config=config, id=id_file.read_text(), resume="allow"
         )

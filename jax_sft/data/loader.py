@@ -79,10 +79,8 @@ class Loader:
         self._plan = functools.lru_cache(maxsize=2)(self._plan_epoch)
         self.num_rows = len(self._plan(0))
         self.steps_per_epoch = math.ceil(self.num_rows / rows)
-        blocks = self._sharding.addressable_devices_indices_map(self._shape).values()
-        self._micro_rows_here = sorted(
-            {r for _, part, _ in blocks for r in range(micro_rows)[part]}
-        )
+        blocks = parallel.local_blocks(self._sharding, self._shape).values()
+        self._micro_rows_here = sorted({r for block in blocks for r in range(*block[1])})
         self.local_rows = [
             micro_batch * micro_rows + row
             for micro_batch in range(rows // micro_rows)

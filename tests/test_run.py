@@ -1,0 +1,272 @@
+"""Whole runs: every mesh gives the same numbers, a stopped run goes on bitwise, exports load."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jax_sft
+from jax_sft import config, hf, models, optim, parallel, state
+from jax_sft.data import chat
+from jax_sft.data.loader import Loader
+from jax_sft.data.prepare import prepare
+from jax_sft.model import ModelDef
+from jax_sft.step import make_train_step, value_and_grad
+
+MESHES = [
+    (8, 1, 1, 1),
+    (1, 8, 1, 1),
+    (1, 1, 2, 4),
+    (2, 2, 2, 1),
+    (1, 2, 2, 2),
+    (1, 1, 1, 8),
+    (4, 1, 2, 1),
+    (2, 1, 1, 4),
+]
+ROOT = Path(__file__).resolve().parent.parent
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+ENVIRON = dict(os.environ)
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if "loss" in line]
+
+
+def on_mesh(cfg, sizes: tuple[int, ...], attention: str = "auto"):
+    """Return (model_def, params, loader, mesh) of a config on a mesh of these sizes."""
+    mesh = parallel.make_mesh(
+        dict(zip(parallel.AXES, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))]
+    )
+    folder = Path(cfg.model.path)
+    raw = json.loads((folder / "config.json").read_text())
+    family = models.find(raw["model_type"])
+    model_def = ModelDef.of(
+        family,
+        family.Config.from_hf(raw),
+        dtype=cfg.model.dtype,
+        attention=attention,
+        remat=cfg.model.remat,
+    )
+    dims, rows = model_def.cfg.dims, model_def.rows
+    tensors = hf.check(folder, rows, dims, model_def.cfg.tied)
+    params = hf.load(
+        tensors, rows, dims, state.param_shardings(rows, mesh), np.float32, progress=False
+    )
+    examples = prepare(
+        cfg.data.train,
+        chat.load_tokenizer(folder),
+        seq_len=cfg.data.seq_len,
+        overlong="raise",
+        progress=False,
+    )
+    loader = Loader(
+        examples,
+        cfg.data,
+        rows=cfg.batch.rows,
+        micro_rows=cfg.batch.micro_rows or cfg.batch.rows,
+        mesh=mesh,
+        shuffle=True,
+        seed=0,
+    )
+    return model_def, params, loader, mesh
+
+
+def loss_and_grads(cfg, sizes):
+    model_def, params, loader, mesh = on_mesh(cfg, sizes)
+    with jax.set_mesh(mesh):
+        batch = next(loader.batches(0, 1))
+        sums, grads = jax.jit(lambda p, b: value_and_grad(model_def, p, b))(params, batch)
+        return float(sums["loss"] / sums["weight"]), jax.device_get(grads), grads
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+def test_every_mesh_gives_the_single_device_loss_and_gradients(make_config, make_model, model_type):
+    # Dimensions that 8 divides, so that every mesh is allowed; still all different.
+    model = make_model(
+        model_type=model_type,
+        **{"hidden_size": 64, "num_attention_heads": 4, "head_dim": 24},
+        tie_word_embeddings=model_type == "qwen2",
+    )
+    cfg = make_config(model)
+    expected_loss, expected, _ = loss_and_grads(cfg, (1, 1, 1, 1))
+    for sizes in MESHES:
+        loss, grads, _ = loss_and_grads(cfg, sizes)
+        assert loss == pytest.approx(expected_loss, rel=1e-5), sizes
+        for path, grad in grads.items():
+            scale = np.abs(expected[path]).max()
+            np.testing.assert_allclose(grad, expected[path], rtol=0, atol=1e-5 * scale + 1e-8)
+
+
+def test_parameters_moments_and_gradients_are_split_over_fsdp_and_tensor(make_config):
+    cfg = make_config()
+    model_def, params, loader, mesh = on_mesh(cfg, (1, 4, 2, 1))
+    tx = optim.make(cfg.optimizer, 10, model_def.rows)
+    with jax.set_mesh(mesh):
+        created = state.create(tx, params, model_def.rows, mesh)
+    kernel = "layers.mlp.gate.kernel"
+    moments = [leaf for leaf in jax.tree.leaves(created.opt_state) if leaf.ndim]
+    assert created.params[kernel].sharding.spec == jax.P(None, "fsdp", "tensor")
+    assert len(moments) == 2 * len(params)
+    whole = sum(leaf.nbytes for leaf in moments)
+    here = sum(leaf.addressable_shards[0].data.nbytes for leaf in moments)
+    assert here < 1.2 * whole / 8  # all but norms and biases is an eighth
+
+
+@pytest.mark.parametrize("micro_rows", [8, 16])
+def test_accumulation_equals_one_large_batch(make_config, make_model, micro_rows):
+    model = make_model(hidden_size=64, head_dim=24)
+    large = make_config(model, num_rows=300, **{"batch.rows": 32})
+    small = make_config(model, **{"batch.rows": 32, "batch.micro_rows": micro_rows})
+    expected_loss, expected, _ = loss_and_grads(large, (1, 8, 1, 1))
+    loss, grads, _ = loss_and_grads(small, (1, 8, 1, 1))
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for path, grad in grads.items():
+        np.testing.assert_allclose(
+            grad, expected[path], rtol=0, atol=1e-5 * np.abs(expected[path]).max()
+        )
+
+
+def test_the_step_compiles_once(make_config):
+    cfg = make_config()
+    model_def, params, loader, mesh = on_mesh(cfg, (1, 2, 2, 2))
+    tx = optim.make(cfg.optimizer, 10, model_def.rows)
+    with jax.set_mesh(mesh):
+        current = state.create(tx, params, model_def.rows, mesh)
+        shardings = state.shardings(tx, params, model_def.rows, mesh)
+        learning_rate = optim.schedule(cfg.optimizer, 10)
+        step = make_train_step(model_def, tx, learning_rate, shardings, mesh)
+        for batch in loader.batches(0, 5):
+            current, _ = step(current, batch)
+    assert step._cache_size() == 1  # type: ignore[attr-defined]
+    assert int(current.step) == 5
+
+
+def test_a_stopped_run_goes_on_with_bitwise_the_same_losses(make_config, tmp_path):
+    model = make_config().model.path
+    options = {"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.sequence": 2}
+    whole = make_config(model, **options)
+    jax_sft.train(whole, tmp_path / "whole")
+    # Killed after step 9 of 20 with step 7 saved: steps 8 and 9 are done again.
+    first = make_config(model, **options, **{"checkpoint.every_steps": 7})
+    real_add = jax_sft.train.metrics.Meter.add
+
+    def crash_after_9(meter, sums):
+        real_add(meter, sums)
+        if meter._step == 9:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax_sft.train.metrics.Meter, "add", crash_after_9)
+        with pytest.raises(KeyboardInterrupt):
+            jax_sft.train(first, tmp_path / "parts")
+    jax_sft.train(first, tmp_path / "parts")
+    expected, found = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "parts")
+    keys = ("step", "loss", "grad_norm", "learning_rate", "epoch")
+    assert [[m[k] for k in keys] for m in found] == [[m[k] for k in keys] for m in expected]
+    assert [m["step"] for m in found] == list(range(1, 21))
+
+
+def test_a_run_resumes_on_another_mesh_to_rounding(make_config, tmp_path):
+    model = make_config().model.path
+    whole = make_config(model, **{"mesh.fsdp": 8})
+    jax_sft.train(whole, tmp_path / "whole")
+    half = make_config(model, **{"mesh.fsdp": 8, "checkpoint.every_steps": 7})
+    with pytest.MonkeyPatch.context() as patch:
+        real_save = jax_sft.train.checkpoint.Checkpoints.save
+
+        def save_and_stop(checkpoints, *args):
+            real_save(checkpoints, *args)
+            checkpoints.close()
+            raise KeyboardInterrupt
+
+        patch.setattr(jax_sft.train.checkpoint.Checkpoints, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            jax_sft.train(half, tmp_path / "parts")
+    other = make_config(model, **{"mesh.data": 2, "mesh.fsdp": 1, "mesh.tensor": 2})
+    other.mesh.sequence = 2
+    jax_sft.train(other, tmp_path / "parts")
+    expected = {m["step"]: m["loss"] for m in read_metrics(tmp_path / "whole")}
+    found = {m["step"]: m["loss"] for m in read_metrics(tmp_path / "parts")}
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_leaves_what_it_promises_and_its_export_loads(make_config, tmp_path, capsys):
+    cfg = make_config(**{"train.export": True, "train.steps": 3, "eval.every_steps": 2})
+    cfg.data.eval.held = config.source(cfg.data.train.main.path, limit=10)
+    cfg.eval.samples = 2
+    metrics = jax_sft.train(cfg, tmp_path / "run")
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"config.json", "metrics.jsonl", "data_report.json", "checkpoints", "export"}
+    lines = [json.loads(s) for s in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in lines if "eval/loss" in m] == [0, 2, 3]
+    assert metrics["step"] == 3 and "eval/held/exact_match" in metrics
+    tokens = np.arange(40).reshape(2, 20)
+    exported = jax_sft.load(tmp_path / "run" / "export").logits(tokens)
+    before = jax_sft.load(cfg.model.path).logits(tokens)
+    assert exported.shape == (2, 20, 272)
+    assert np.abs(np.asarray(exported) - np.asarray(before)).max() > 1e-3
+    printed = capsys.readouterr().out
+    assert "ETA" in printed and "trained tok/s" in printed
+
+
+def test_the_command_line_trains_overrides_keys_and_exports(make_config, tmp_path):
+    cfg = make_config()
+    file = tmp_path / "my_config.py"
+    file.write_text(
+        "from jax_sft import config\n\n\ndef get_config():\n"
+        "    cfg = config.default()\n"
+        f"    cfg.model.path = {cfg.model.path!r}\n"
+        "    cfg.model.dtype = 'float32'\n"
+        f"    cfg.data.train.main = config.source({cfg.data.train.main.path!r})\n"
+        "    cfg.data.seq_len = 128\n    cfg.batch.rows = 8\n    return cfg\n"
+    )
+    run = tmp_path / "run"
+    base = [sys.executable, "-m", "jax_sft.train", f"--config={file}", f"--workdir={run}"]
+    done = subprocess.run(
+        [*base, "--config.train.steps=2", "--config.train.epochs=3"], cwd=ROOT, text=True, **PIPES
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 2/2" in done.stdout
+    wrong = subprocess.run([*base, "--config.model.remat=ful"], cwd=ROOT, text=True, **PIPES)
+    assert wrong.returncode == 64
+    assert "model.remat = 'ful'" in wrong.stderr and "Traceback" not in wrong.stderr
+    script = [sys.executable, "scripts/export_hf.py", f"--checkpoint={run}/checkpoints"]
+    out = tmp_path / "out"
+    done = subprocess.run([*script, f"--out={out}", "--shard-size=50KB"], cwd=ROOT, **PIPES)
+    assert done.returncode == 0, done.stderr
+    assert (out / "model.safetensors.index.json").exists()
+    again = subprocess.run([*script, f"--out={out}"], cwd=ROOT, text=True, **PIPES)
+    assert again.returncode == 64 and "not empty" in again.stderr
+
+
+def test_two_processes_give_the_losses_of_one(make_config, tmp_path):
+    cfg = make_config(**{"train.steps": 4})
+    file = tmp_path / "two.py"
+    file.write_text(
+        "from jax_sft import config\n\n\ndef get_config():\n"
+        "    cfg = config.default()\n"
+        f"    cfg.model.path = {cfg.model.path!r}\n"
+        "    cfg.model.dtype = 'float32'\n"
+        f"    cfg.data.train.main = config.source({cfg.data.train.main.path!r})\n"
+        "    cfg.data.seq_len = 128\n    cfg.batch.rows = 8\n    cfg.train.steps = 4\n"
+        "    cfg.log.every_steps = 1\n    cfg.mesh.fsdp = 4\n    cfg.mesh.cpu_devices = 4\n"
+        "    return cfg\n"
+    )
+    env = {k: v for k, v in ENVIRON.items() if k != "XLA_FLAGS"}
+    for nproc in (1, 2):
+        run = tmp_path / f"run{nproc}"
+        command = ["scripts/launch.sh", f"--nproc={nproc}", f"--config={file}", f"--workdir={run}"]
+        done = subprocess.run(
+            command, cwd=ROOT, env=env | {"PYTHON": sys.executable}, text=True, **PIPES
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (read_metrics(tmp_path / f"run{n}") for n in (1, 2))
+    assert [m["step"] for m in two] == [1, 2, 3, 4]
+    assert [m["loss"] for m in two] == pytest.approx([m["loss"] for m in one], rel=1e-5)
