@@ -155,8 +155,8 @@ def export(
         raise ValueError(f"dtype {dtype!r} is not one of {list(hf.NAMES)}")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise ValueError(f"{out} is not empty: choose another folder, or overwrite it")
-    options = ocp.options.PyTreeOptions
-    one_by_one = ocp.Context(pytree_options=options(loading=options.Loading(partial_load=True)))
+    one_by_one = ocp.Context()
+    one_by_one.pytree.loading.partial_load = True
     with ocp.training.Checkpointer(str(checkpoint), context=one_by_one) as checkpointer:
         steps = [found.step for found in checkpointer.checkpoints]
         if not steps or (step is not None and step not in steps):
