@@ -44,6 +44,8 @@ def value_and_grad(
 ) -> tuple[Sums, dict[str, jax.Array]]:
     """Return (sums over the batch, gradient of the mean loss), accumulated over micro-batches.
 
+    Gradients are added in float32 and returned in the dtype of their parameters.
+
     Args:
         batch: arrays [micro-batches, rows, seq_len].
     """
@@ -64,7 +66,7 @@ def value_and_grad(
     none = dict.fromkeys(("loss", "weight", "correct", "tokens", "pairs"), jnp.float32(0))
     (sums, grads), _ = jax.lax.scan(accumulate, (none, pin(zeros)), batch)
     count = jnp.maximum(sums["weight"], 1.0)  # a batch of padding alone has a zero gradient
-    return sums, jax.tree.map(lambda g: g / count, grads)
+    return sums, {path: (grad / count).astype(params[path].dtype) for path, grad in grads.items()}
 
 
 def make_train_step(
