@@ -8,7 +8,11 @@ Three functions, the same that the commands run:
 """
 
 import importlib
+import os
 from typing import Any
+
+# transformers is used for its tokenizers, which do not need the PyTorch that it would ask for.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 # Loaded on first use: config files and tokenizing processes must not wait for JAX.
 _HOMES = {"load": "jax_sft.inference", "export": "jax_sft.checkpoint", "train": "jax_sft.train"}

@@ -268,11 +268,30 @@ def main(argv: list[str]) -> None:
         if os.environ.get("JAX_SFT_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR if isinstance(error, ValueError) else 1)
+        code = EXIT_USER_ERROR if isinstance(error, ValueError) else 1
+        if jax.distributed.is_initialized():
+            sys.stdout.flush()
+            os._exit(code)  # an orderly exit would wait for the other processes
+        sys.exit(code)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse the command line; an error in it or in the config file is a line, not a traceback."""
+    try:
+        rest = flags.FLAGS(argv)
+        _ = flags.FLAGS.config.seed  # a file that could not be loaded says so only now
+        return rest
+    except Exception as error:  # a config file may raise anything
+        if os.environ.get("JAX_SFT_TRACEBACK"):
+            raise
+        text = f"{type(error).__name__}: {error}"
+        hint = "(--help lists the options; JAX_SFT_TRACEBACK=1 shows where)"
+        print(f"error: {text}\n{hint}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/tiny.py")
     flags.DEFINE_string("workdir", "", "The run's folder; default runs/NAME_OF_CONFIG")
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

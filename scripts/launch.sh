@@ -37,7 +37,7 @@ port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(
 export JAX_SFT_COORDINATOR=127.0.0.1:$port JAX_SFT_NUM_PROCESSES=$nproc
 pids=()
 for ((id = 0; id < nproc; id++)); do
-  # A process group of its own would survive Ctrl-C; process substitution keeps the exit code.
+  # Process substitution, not a pipe, so that $! is the trainer and its exit code is kept.
   JAX_SFT_PROCESS_ID=$id PYTHONUNBUFFERED=1 "$python" -m jax_sft.train "${options[@]}" \
     > >(sed -u "s/^/[$id] /") 2> >(sed -u "s/^/[$id] /" >&2) &
   pids+=($!)
@@ -46,16 +46,20 @@ stop() { kill -TERM "${pids[@]}" 2>/dev/null; }
 trap stop INT TERM
 
 code=0
-for ((left = nproc; left > 0; left--)); do
-  wait -n "${pids[@]}"
-  this=$?
-  if [ $this != 0 ] && [ $code = 0 ]; then
-    code=$this
-    stop
-    # A process stuck in a collective does not hear TERM.
-    (sleep 20; kill -KILL "${pids[@]}" 2>/dev/null) &
-    killer=$!
-  fi
+failed_at=0
+while [ ${#pids[@]} -gt 0 ]; do
+  for i in "${!pids[@]}"; do
+    kill -0 "${pids[i]}" 2>/dev/null && continue
+    wait "${pids[i]}"
+    this=$?
+    unset 'pids[i]'
+    if [ $this != 0 ] && [ $code = 0 ]; then
+      code=$this failed_at=$SECONDS
+      stop
+    fi
+  done
+  # A process stuck in a collective does not hear TERM.
+  [ $code = 0 ] || [ $((SECONDS - failed_at)) -lt 20 ] || kill -KILL "${pids[@]}" 2>/dev/null
+  sleep 0.2
 done
-[ $code = 0 ] || kill "$killer" 2>/dev/null
 exit $code
