@@ -2,7 +2,8 @@
 
 python -m jax_sft.train --config=configs/tiny.py
 
-2 CPU cores, 1 GB of memory, 2 minutes; held-out exact match rises to 100%. The model, tokenizer and data are made in runs/tiny-parts first.
+2 CPU cores, 1 GB of memory, 2 minutes; held-out exact match rises to 100%. The model, tokenizer
+and data are made in runs/tiny-parts first.
 """
 
 from jax_sft import config, tiny

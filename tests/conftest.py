@@ -10,7 +10,9 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jax_sft import config, tiny
 
@@ -57,12 +59,12 @@ def make_strong_model(make_model):
         for key, weight in load_file(folder / "model.safetensors").items():
             noise = rng.standard_normal(weight.shape)
             if weight.ndim == 2:
-                gain = 1.6 if key.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
+                gain = 1.2 if key.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
                 strong[key] = gain * noise / np.sqrt(weight.shape[1])
             else:
                 strong[key] = 0.3 * noise + key.endswith("norm.weight")
         embedding = "model.embed_tokens.weight"
-        strong[embedding] = strong[embedding] * 4
+        strong[embedding] = strong[embedding] * 1.5
         strong = {key: np.float32(weight) for key, weight in strong.items()}
         save_file(strong, folder / "model.safetensors", metadata={"format": "pt"})
         return folder

@@ -73,6 +73,15 @@ SPELLINGS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread():
+    """Tensors this small are ten times slower with two threads on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def newer(variant: str) -> dict:
     """Fields of config.json for a variant, as transformers 5 writes them."""
     return {"rope_parameters": ROPES[variant] | {"rope_theta": THETA}}
@@ -101,7 +110,7 @@ def their_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
 def assert_same_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     ours, theirs = jax_sft.load(folder).logits(tokens), their_logits(folder, tokens)
     assert ours.shape == (*tokens.shape, VOCAB) and ours.dtype == jnp.float32
-    assert theirs.std() > 1  # else the comparison would not say much
+    assert theirs.std() > 0.7  # else the comparison would not say much
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
     return theirs
 
@@ -132,16 +141,22 @@ def test_logits_equal_transformers(make_strong_model, name):
     assert_same_logits(make_strong_model(**ARCHITECTURES[name]), random_tokens(length=40))
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
-@pytest.mark.parametrize("variant", ROPES)
-def test_logits_of_each_rope_variant_equal_transformers(make_strong_model, family, variant):
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        *[("qwen2", variant) for variant in ("default", "linear", "llama3", "yarn")],
+        *[("qwen2", variant) for variant in ("yarn_attention_factor", "yarn_betas_untruncated")],
+        *[("llama", variant) for variant in ("default", "linear", "llama3", "yarn_mscale")],
+    ],
+)
+def test_logits_with_scaled_rope_equal_transformers(make_strong_model, family, variant):
     spelled = newer(variant) if family == "qwen2" else older(variant)
     options = {"model_type": family, "head_dim": 32, "num_hidden_layers": 2, "rope_theta": THETA}
     plain = make_strong_model("plain", **options)
     scaled = make_strong_model("scaled", **options | {"rope_theta": None} | spelled)
     logits = assert_same_logits(scaled, random_tokens())
     if variant != "default":  # the check would notice a variant that is left out
-        assert np.abs(logits - their_logits(plain, random_tokens())).max() > 0.1
+        assert np.abs(logits - their_logits(plain, random_tokens())).max() > 1
 
 
 def test_logits_of_a_model_saved_by_transformers_equal_its_own(tmp_path):
@@ -201,6 +216,7 @@ def test_rope_variants_all_differ_and_spellings_do_not():
         ({"rope_type": "yarn"}, ["yarn", "factor"]),
         ({"rope_type": "llama3", "factor": 8.0}, ["llama3", "low_freq_factor"]),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"full_attention": {"rope_theta": THETA}}, ["full_attention"]),  # one per layer type
     ],
 )
 def test_rope_that_is_not_implemented_is_refused(scaling, words):
@@ -216,12 +232,21 @@ FAMILIES = {
     "qwen2": {"model_type": "qwen2"},
     "llama": {"model_type": "llama", "tie_word_embeddings": False, **BIASED},
 }
-LENGTHS = (17, 1, 30, 9)  # of the examples that share a row
+LENGTHS = (17, 1, 17, 9)  # of the examples that share a row
+
+
+@pytest.fixture(scope="module")
+def loaded_before() -> dict:
+    return {}
 
 
 @pytest.fixture(params=FAMILIES)
-def loaded(request, make_strong_model):
-    return jax_sft.load(make_strong_model(num_hidden_layers=2, **FAMILIES[request.param]))
+def loaded(request, make_strong_model, loaded_before):
+    """A model of each family, loaded and compiled once for all tests."""
+    if request.param not in loaded_before:
+        folder = make_strong_model(num_hidden_layers=2, **FAMILIES[request.param])
+        loaded_before[request.param] = jax_sft.load(folder)
+    return loaded_before[request.param]
 
 
 def packed_row(padding: int = 7) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[slice]]:
@@ -297,11 +322,13 @@ def test_bfloat16_logits_are_within_3_percent_of_float32(make_strong_model, fami
 
 def test_logits_do_not_depend_on_the_mesh(make_strong_model):
     folder = make_strong_model()
-    tokens, segments, positions, _ = packed_row()  # 1 row and 64 tokens: rows are padded to 2
-    alone = jax_sft.load(folder).logits(tokens, segments, positions)
+    tokens, segments, positions, parts = packed_row()
+    assert tokens.shape == (1, 51)  # padded to 2 rows of 52 by this mesh
     mesh = parallel.make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
+    alone = jax_sft.load(folder).logits(tokens, segments, positions)
     split = jax_sft.load(folder, mesh).logits(tokens, segments, positions)
-    np.testing.assert_allclose(split, alone, rtol=0, atol=1e-5)
+    end = parts[-1].stop  # what padding predicts is nobody's concern
+    np.testing.assert_allclose(split[:, :end], alone[:, :end], rtol=0, atol=1e-5)
 
 
 def test_padding_of_a_row_to_the_mesh_is_invisible_to_every_segment_id(make_strong_model):

@@ -1,0 +1,492 @@
+"""Which tokens train: ground truth is written out by hand here, as (trains, text) pieces."""
+
+import copy
+import itertools
+import json
+import re
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_sft import config, tiny
+from jax_sft.data import chat, formats
+from jax_sft.data.loader import build_row
+from jax_sft.data.prepare import Examples
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+TOOL_CALLS = SHARED / "data" / "tool_calls.jsonl"
+END = "<|im_end|>"
+# What each ChatML template puts before a conversation that has no system message.
+SYSTEM = {
+    "tiny": "",
+    "qwen2_5": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    "smollm2": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+}
+WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {}}}
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}
+
+
+@pytest.fixture(scope="session")
+def load(tmp_path_factory):
+    """Load a tokenizer by name, once; a real one that is not here skips the test."""
+    loaded = {}
+
+    def load(name: str):
+        if name not in loaded:
+            folder = SHARED / "tokenizers" / name
+            if name == "tiny":
+                folder = tmp_path_factory.mktemp("tokenizer")
+                tiny.write_tokenizer(folder)
+            elif not folder.is_dir():
+                pytest.skip(f"the tokenizer {folder} is not on this machine")
+            loaded[name] = chat.load_tokenizer(folder)
+        return loaded[name]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def templated(load):
+    """The tiny tokenizer with another chat template."""
+
+    def templated(template: str):
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=load("tiny").backend_tokenizer, eos_token=END, pad_token=END
+        )
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return templated
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str, **more) -> dict:
+    return {"role": "assistant", "content": text, **more}
+
+
+def expected(name: str, messages: list[dict]) -> list[tuple[bool, str]]:
+    """The whole conversation in ChatML, cut where training starts and stops."""
+    if messages[0]["role"] != "system" and SYSTEM[name]:
+        messages = [{"role": "system", "content": SYSTEM[name]}, *messages]
+    pieces = []
+    for message in messages:
+        pieces.append((False, f"<|im_start|>{message['role']}\n"))
+        pieces.append((message["role"] == "assistant", message["content"] + END))
+        pieces.append((False, "\n"))
+    if name == "qwen2_5":  # its tokenizer normalizes
+        pieces = [(trains, unicodedata.normalize("NFC", text)) for trains, text in pieces]
+    return merge(pieces)
+
+
+def found(tokenizer, example: chat.Example) -> list[tuple[bool, str]]:
+    """The tokens of an example, cut where training starts and stops, as text."""
+    ids = [*example.tokens[:1].tolist(), *example.targets.tolist()]
+    trains = [False, *(example.weights > 0).tolist()]
+    runs = itertools.groupby(zip(trains, ids, strict=True), key=lambda pair: pair[0])
+    return [(kind, decode(tokenizer, [token for _, token in run])) for kind, run in runs]
+
+
+def decode(tokenizer, ids) -> str:
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def merge(pieces: list[tuple[bool, str]]) -> list[tuple[bool, str]]:
+    runs = itertools.groupby(pieces, key=lambda piece: piece[0])
+    return [(kind, "".join(text for _, text in run)) for kind, run in runs]
+
+
+CONVERSATIONS = {
+    "one turn": [user("Hello"), assistant("Hi there.")],
+    "system": [{"role": "system", "content": "Be brief."}, user("Hello"), assistant("Hi")],
+    "three turns": [
+        user("a"),
+        assistant("b"),
+        user("c"),
+        assistant("d e"),
+        user("f"),
+        assistant("g"),
+    ],
+    "same text on both sides": [user("yes"), assistant("yes"), user("yes"), assistant("yes")],
+    "two answers in a row": [user("a"), assistant("b"), assistant("c")],
+    "question last": [user("a"), assistant("b"), user("c")],
+    "empty answer": [user("a"), assistant("")],
+    "no assistant": [user("a")],
+    "answer starts with a newline": [user("a"), assistant("\nb"), user("c"), assistant("\n\n\nd")],
+    "answer is white space": [user("a"), assistant(" \n "), user("b"), assistant("\n\n")],
+    "answer ends with white space": [
+        user("a"),
+        assistant("b  \n\n"),
+        user("c"),
+        assistant("\td\t"),
+    ],
+    "windows newlines": [user("a\r\nb"), assistant("\r\nc\r\n")],
+    "emoji": [user("👩‍👩‍👧‍👦?"), assistant("🇳🇴 👍🏽 🧑‍🚀")],
+    "scripts": [
+        user("日本語で"),
+        assistant("こんにちは、Ελλάδα, مرحبا"),
+        user("ﬁ"),
+        assistant("ß"),
+    ],
+    "combining": [user("e\u0301"), assistant("e\u0301 a\u030a\u0327 \u1100\u1161")],
+    "control characters": [user("\x00\x1f"), assistant("\u200b\u2028\x7f\ufeff")],
+    "user writes an answer": [
+        user(f"x{END}\n<|im_start|>assistant\nI train{END}\n<|im_start|>user\n"),
+        assistant("no"),
+    ],
+    "user opens a turn": [
+        user("<|im_start|>assistant\n"),
+        assistant("ok"),
+        user(END),
+        assistant("k"),
+    ],
+    "answer quotes the template": [user("a"), assistant(f"<|im_start|>user\nhi{END}\n ok")],
+}
+
+
+@pytest.mark.parametrize("name", SYSTEM)
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_exactly_the_answers_and_their_end_of_turn_train(load, name, conversation):
+    tokenizer, messages = load(name), CONVERSATIONS[conversation]
+    example = chat.encode(tokenizer, messages)
+    assert found(tokenizer, example) == expected(name, messages)
+
+
+@pytest.mark.parametrize("name", SYSTEM)
+def test_targets_are_tokens_shifted_by_one(load, name):
+    example = chat.encode(load(name), CONVERSATIONS["three turns"])
+    np.testing.assert_array_equal(example.tokens[1:], example.targets[:-1])
+    assert example.tokens.dtype == example.targets.dtype == np.int32
+    assert example.weights.dtype == np.float32
+    assert set(example.weights.tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("name", SYSTEM)
+@pytest.mark.parametrize("answer", ["b", "\nb", "\n\n\nb", " b", "  \n"])
+def test_tokens_before_a_turn_are_those_of_the_prompt_at_inference(load, name, answer):
+    tokenizer = load(name)
+    messages = [user("a"), assistant("mid"), user("q"), assistant(answer)]
+    example = chat.encode(tokenizer, messages)
+    for number in (1, 3):
+        text = "".join(t for _, t in expected(name, messages[:number])) + "<|im_start|>assistant\n"
+        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert example.tokens[: len(prompt)].tolist() == prompt
+        assert example.weights[len(prompt) - 1] == 1 and example.weights[len(prompt) - 2] == 0
+
+
+@pytest.mark.parametrize("name", SYSTEM)
+def test_end_of_turn_trains_when_padding_is_the_same_token(load, name):
+    tokenizer = copy.deepcopy(load(name))
+    tokenizer.pad_token = tokenizer.eos_token
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    example = chat.encode(tokenizer, CONVERSATIONS["three turns"])
+    trained = example.targets[example.weights > 0]
+    assert (trained == tokenizer.eos_token_id).sum() == 3
+
+
+@pytest.mark.parametrize("name", SYSTEM)
+def test_in_a_packed_row_padding_and_first_tokens_carry_no_loss(load, name):
+    tokenizer = load(name)
+    encoded = [chat.encode(tokenizer, CONVERSATIONS[key]) for key in ("one turn", "three turns")]
+    examples = Examples(
+        tokens=np.concatenate([e.tokens for e in encoded]),
+        targets=np.concatenate([e.targets for e in encoded]),
+        weights=np.concatenate([e.weights for e in encoded]),
+        starts=np.cumsum([0, *map(len, encoded)]),
+        report={},
+    )
+    used = int(examples.starts[-1])
+    row = build_row(examples, np.array([1, 0]), used + 9)
+    assert not row["weights"][used:].any() and not row["segment_ids"][used:].any()
+    # What predicts the first token of the second example is nothing: the target at the seam is
+    # still of the first example.
+    seam = len(encoded[1])
+    assert row["targets"][seam - 1] == encoded[1].targets[-1]
+    assert row["weights"].sum() == sum(e.weights.sum() for e in encoded)
+    for segment, key in ((1, "three turns"), (2, "one turn")):
+        part = row["segment_ids"] == segment
+        cut = chat.Example(row["tokens"][part], row["targets"][part], row["weights"][part])
+        assert found(tokenizer, cut) == expected(name, CONVERSATIONS[key])
+
+
+# ---- tools -----------------------------------------------------------------------------------
+
+
+def test_tool_calls_train_as_the_model_must_write_them(load):
+    tokenizer = load("qwen2_5")
+    messages = [user("Weather?"), assistant("", tool_calls=[CALL]), assistant("Cold.")]
+    messages.insert(2, {"role": "tool", "content": '{"celsius": -3}'})
+    trained = [
+        text for trains, text in found(tokenizer, chat.encode(tokenizer, messages)) if trains
+    ]
+    call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    assert trained == [call + END, "Cold." + END]
+
+
+def test_every_row_of_the_tool_call_file_trains_its_calls_and_answers(load):
+    if not TOOL_CALLS.is_file():
+        pytest.skip(f"{TOOL_CALLS} is not on this machine")
+    tokenizer = load("qwen2_5")
+    source = config.source(str(TOOL_CALLS))
+    raw_rows = [json.loads(line) for line in TOOL_CALLS.read_text(encoding="utf-8").splitlines()]
+    rows = formats.read_rows(source)
+    assert len(rows) == len(raw_rows) == 300
+    for row, raw in zip(rows, raw_rows, strict=True):
+        example = chat.encode(tokenizer, *formats.messages(row, source))
+        trained = [text for trains, text in found(tokenizer, example) if trains]
+        turns = [message for message in raw["messages"] if message["role"] == "assistant"]
+        assert len(trained) == len(turns)
+        for text, turn in zip(trained, turns, strict=True):
+            assert text.endswith(END)
+            calls = re.findall(r"<tool_call>\n(.*?)\n</tool_call>", text, re.DOTALL)
+            given = [call["function"] for call in turn.get("tool_calls") or ()]
+            assert [json.loads(call) for call in calls] == [
+                {"name": call["name"], "arguments": call["arguments"]} for call in given
+            ]
+            spoken = text.removesuffix(END).split("<tool_call>")[0].strip()
+            assert spoken == turn["content"].strip()
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2"])
+def test_a_template_that_drops_tool_calls_is_refused(load, name):
+    messages = [user("Weather?"), assistant("", tool_calls=[CALL])]
+    with pytest.raises(ValueError, match="leaves out part of message 1: 'get_weather'"):
+        chat.encode(load(name), messages)
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2"])
+def test_a_template_that_drops_the_tools_is_refused(load, name):
+    with pytest.raises(ValueError, match="leaves out the tool 'get_weather'"):
+        chat.encode(load(name), CONVERSATIONS["one turn"], [WEATHER])
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: a tool named in the text counts as rendered")
+def test_a_dropped_tool_is_noticed_when_the_text_mentions_it(load):
+    messages = [user("Use get_weather, please"), assistant("I will")]
+    with pytest.raises(ValueError, match="get_weather"):
+        chat.encode(load("tiny"), messages, [WEATHER])
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: only the names of calls are looked for")
+def test_a_template_that_drops_the_arguments_of_calls_is_refused(templated):
+    template = tiny.CHAT_TEMPLATE.replace(
+        "message['content']",
+        "message['content'] + (message.tool_calls[0].function.name if message.tool_calls else '')",
+    )
+    messages = [user("Weather?"), assistant("", tool_calls=[CALL])]
+    with pytest.raises(ValueError, match="Oslo"):
+        chat.encode(templated(template), messages)
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: AttributeError, KeyError or TypeError, no row named")
+@pytest.mark.parametrize("calls", [["f"], [{"type": "function"}], 3, None])
+def test_malformed_tool_calls_raise_value_error(load, calls):
+    messages = [user("a"), assistant("b", tool_calls=calls)]
+    with pytest.raises(ValueError):
+        chat.encode(load("tiny"), messages)
+
+
+# ---- templates that cannot be trained on -------------------------------------------------------
+
+
+def test_a_template_without_an_end_of_turn_is_refused(templated):
+    template = tiny.CHAT_TEMPLATE.replace("'<|im_end|>'", "''")
+    with pytest.raises(ValueError, match="would never stop"):
+        chat.encode(templated(template), CONVERSATIONS["one turn"])
+
+
+def test_a_template_whose_end_of_turn_is_not_a_special_token_is_refused(templated):
+    template = tiny.CHAT_TEMPLATE.replace("'<|im_end|>'", "'</s>'")
+    with pytest.raises(ValueError, match="would never stop"):
+        chat.encode(templated(template), CONVERSATIONS["one turn"])
+
+
+def test_text_behind_the_end_of_turn_is_refused(templated):
+    template = tiny.CHAT_TEMPLATE.replace("'<|im_end|>'", "'<|im_end|> bye'")
+    with pytest.raises(ValueError, match="would never stop"):
+        chat.encode(templated(template), CONVERSATIONS["one turn"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["message['content'] if loop.last else message['content'] + '!'", "loop.revindex|string"],
+)
+def test_a_template_that_rewrites_history_is_refused(templated, change):
+    template = tiny.CHAT_TEMPLATE.replace("message['content'] ", f"({change}) ")
+    assert template != tiny.CHAT_TEMPLATE
+    with pytest.raises(ValueError, match="message 1 differently"):
+        chat.encode(templated(template), CONVERSATIONS["three turns"])
+
+
+def test_a_generation_prompt_that_turns_do_not_start_with_is_refused(templated):
+    template = tiny.CHAT_TEMPLATE.replace("assistant\n'", "assistant\n<think>'")
+    assert template != tiny.CHAT_TEMPLATE
+    with pytest.raises(ValueError, match="message 1 differently"):
+        chat.encode(templated(template), CONVERSATIONS["one turn"])
+
+
+def test_qwen3_dropping_earlier_thoughts_is_refused(load):
+    messages = [user("a"), assistant("<think>\nx\n</think>\n\nb"), user("c"), assistant("d")]
+    with pytest.raises(ValueError, match="message 1 differently"):
+        chat.encode(load("qwen3"), messages)
+
+
+def test_a_template_that_cuts_answers_is_refused(templated):
+    template = tiny.CHAT_TEMPLATE.replace("message['content'] ", "message['content'][:3] ")
+    with pytest.raises(ValueError, match="leaves out part of message 1"):
+        chat.encode(templated(template), [user("a"), assistant("long")])
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: only assistant messages are looked for")
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_a_template_that_drops_a_role_is_refused(templated, role):
+    template = tiny.CHAT_TEMPLATE.replace(
+        "message['content'] ", f"('' if message['role'] == '{role}' else message['content']) "
+    )
+    messages = [{"role": "system", "content": "SYSTEM"}, user("QUESTION"), assistant("b")]
+    with pytest.raises(ValueError, match="leaves out"):
+        chat.encode(templated(template), messages)
+
+
+def test_a_conversation_starting_with_the_assistant_is_refused(load):
+    with pytest.raises(ValueError, match="starts with an assistant message"):
+        chat.encode(load("tiny"), [assistant("a"), user("b")])
+
+
+def test_what_the_template_raises_is_a_value_error(templated):
+    template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="refuses the conversation: roles must alternate"):
+        chat.encode(templated(template), CONVERSATIONS["one turn"])
+
+
+def test_a_message_without_content_is_a_value_error(load):
+    with pytest.raises(ValueError, match="refuses the conversation.*content"):
+        chat.encode(load("tiny"), [user("a"), {"role": "assistant"}])
+
+
+# ---- templates and folders that attack ---------------------------------------------------------
+
+ATTACKS = {
+    "dunder": "{{ ''.__class__.__mro__ }}",
+    "call": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "filter": "{{ (''|attr('__class__')).__mro__ }}",
+    "format": "{{ '{0.__class__.__mro__}'.format('').x.y }}",
+    "mutate": "{{ messages.append(1) }}",
+    "include": "{% include '/etc/passwd' %}",
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_template_cannot_leave_the_sandbox(templated, attack):
+    template = ATTACKS[attack] + tiny.CHAT_TEMPLATE
+    with pytest.raises(ValueError, match="refuses the conversation"):
+        chat.encode(templated(template), CONVERSATIONS["one turn"])
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: errors of the template other than four kinds escape")
+@pytest.mark.parametrize("code", ["{{ 1 // 0 }}", "{{ range(10**9)|list }}"])
+def test_arithmetic_errors_of_a_template_are_value_errors(templated, code):
+    with pytest.raises(ValueError):
+        chat.encode(templated(code + tiny.CHAT_TEMPLATE), CONVERSATIONS["one turn"])
+
+
+def test_loading_a_tokenizer_runs_no_code_from_the_folder(tmp_path):
+    tiny.write_tokenizer(tmp_path)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass T: pass\n")
+    file = tmp_path / "tokenizer_config.json"
+    changed = json.loads(file.read_text()) | {
+        "auto_map": {"AutoTokenizer": [None, "evil.T"]},
+        "tokenizer_class": "T",
+    }
+    file.write_text(json.dumps(changed))
+    try:
+        chat.load_tokenizer(tmp_path)
+    except ValueError:
+        pass  # refusing is as good as ignoring
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_without_tokenizer_or_template_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        chat.load_tokenizer(tmp_path)
+    tiny.write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="no chat template: put one into chat_template.jinja"):
+        chat.load_tokenizer(tmp_path)
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: TypeError from tokenizers, no row named")
+def test_half_a_surrogate_pair_is_a_value_error(load):
+    with pytest.raises(ValueError):
+        chat.encode(load("tiny"), [user("\ud83d"), assistant("a")])
+
+
+# ---- tokenizers that report other offsets ------------------------------------------------------
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize("answer", ["hi", "\nhi", "\n\nhi", "\n\n\n", " hi"])
+@pytest.mark.parametrize("prompt_end", ["\n", ": "])
+def test_no_trained_token_reaches_into_the_prompt(templated, request, trim, answer, prompt_end):
+    if trim and (prompt_end, answer) == (": ", "hi"):
+        reason = "BUG: with trim_offsets=True a token's white space has no offsets"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, "ĊĊ", "Ġh"])}
+    merges = [("Ċ", "Ċ"), ("Ġ", "h")]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=trim)
+    backend.add_special_tokens(["<|im_start|>", END])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END)
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace("\n' +", f"{prompt_end}' +").replace(
+        "assistant\n", f"assistant{prompt_end}"
+    )
+    example = chat.encode(tokenizer, [user("x"), assistant(answer)])
+    assert [text for trains, text in found(tokenizer, example) if trains] == [answer + END]
+
+
+# ---- any conversation --------------------------------------------------------------------------
+
+TEXT = st.one_of(
+    # Without control, private and unassigned characters: SmolLM2's tokenizer has no token for some
+    # of their bytes (0x16, 0xF1) and leaves them out.
+    st.text(st.characters(exclude_categories=["Cs", "Cc", "Co", "Cn"]), max_size=12),
+    st.lists(
+        st.sampled_from(
+            ["\n", " ", "a", "é", "e\u0301", "👍🏽", "<|im_start|>", END, "assistant", "\t"]
+        ),
+        max_size=8,
+    ).map("".join),
+)
+
+
+@st.composite
+def conversations(draw) -> list[dict]:
+    messages = [{"role": "system", "content": draw(TEXT)}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        messages += [user(draw(TEXT)), assistant(draw(TEXT))]
+    return messages
+
+
+@pytest.mark.parametrize("name", SYSTEM)
+def test_any_conversation_trains_its_answers_alone(load, name):
+    tokenizer = load(name)
+
+    @settings(max_examples=40, deadline=None, derandomize=True)
+    @given(conversations())
+    def check(messages):
+        example = chat.encode(tokenizer, messages)
+        assert found(tokenizer, example) == expected(name, messages)
+
+    check()

@@ -1,0 +1,153 @@
+"""The shape of the package: imports go downwards only, and names say what a file is for."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import jax_sft
+from jax_sft import models
+
+PACKAGE = Path(jax_sft.__file__).parent
+FAMILY = "models.FAMILY"  # stands for every model family, found by its file
+
+# A file imports only from levels below its own.
+LEVELS = [
+    "config tree parallel trackers models models.spec models.rope data.formats data.packing",
+    "data.chat ops.attention ops.cross_entropy model optim metrics hf",
+    "models.layers data.prepare state",
+    f"{FAMILY} data.loader checkpoint inference validate tiny",
+    "step evaluate",
+    "train",
+]
+LEVEL = {f"jax_sft.{name}": level for level, row in enumerate(LEVELS) for name in row.split()}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in FILES}
+# Packages that only hold files, and the front door, import nothing of ours when imported.
+DOORS = {"jax_sft", "jax_sft.data", "jax_sft.ops"}
+
+
+def level_of(module: str) -> int | None:
+    if module in {f"jax_sft.models.{family}" for family in models.families()}:
+        module = f"jax_sft.{FAMILY}"
+    return -1 if module in DOORS else LEVEL.get(module)
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def first_party(nodes: Iterator[ast.AST], module: str) -> set[str]:
+    """The modules of ours that these nodes import."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: a relative import hides where it goes"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in MODULES else str(node.module))
+    return {name for name in found if name.split(".")[0] == "jax_sft"}
+
+
+def test_every_module_has_a_level_and_every_level_a_module():
+    assert [module for module in MODULES if level_of(module) is None] == []
+    assert set(LEVEL) - set(MODULES) == {f"jax_sft.{FAMILY}"}
+    assert len(models.families()) >= 2
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_from_lower_levels(module):
+    level = level_of(module)
+    assert level is not None, f"give {module} a level"
+    for imported in first_party(ast.walk(parse(MODULES[module])), module):
+        below = level_of(imported)
+        assert below is not None and below < level, f"{module} ({level}) -> {imported} ({below})"
+
+
+def test_no_first_party_import_hides_in_a_function():
+    hidden = [
+        f"{module}.{function.name} imports {sorted(found)}"
+        for module, file in MODULES.items()
+        for function in ast.walk(parse(file))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        if (found := first_party(ast.walk(function), module))
+    ]
+    assert hidden == []
+
+
+def test_config_formats_and_chat_do_not_load_jax():
+    code = "import sys, jax_sft.config, jax_sft.data.formats, jax_sft.data.chat\n"
+    code += "sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0
+    claim = [sys.executable, "-c", "import jax; " + code]  # it can be false
+    assert subprocess.run(claim, cwd=PACKAGE.parent).returncode == 1
+
+
+def test_the_package_needs_no_torch():
+    found = [
+        f"{module} imports {name}"
+        for module, file in MODULES.items()
+        for name in imported_names(file)
+        if name.split(".")[0] in ("torch", "tensorflow")
+    ]
+    assert found == []
+
+
+def imported_names(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(parse(file)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
+def test_no_file_has_a_name_that_means_nothing():
+    empty = {"utils", "util", "common", "helpers", "helper", "base", "misc", "v2"}
+    here = Path(__file__).parent.parent
+    files = [
+        file
+        for folder in ("jax_sft", "configs", "scripts", "tests")
+        for file in (here / folder).rglob("*.py")
+    ]
+    assert len(files) > 30
+    assert [file for file in files if empty & set(file.stem.removeprefix("test_").split("_"))] == []
+
+
+# Where anything may be raised: loading a config file runs the user's own code.
+MAY_CATCH_ALL = ["jax_sft.train.parse_flags"]
+
+
+def test_no_exception_is_caught_broadly_or_passed_over():
+    broad, passed = [], []
+    for module, file in MODULES.items():
+        functions = [n for n in ast.walk(parse(file)) if isinstance(n, ast.FunctionDef)]
+        handlers = [
+            (f"{module}.{function.name}", node)
+            for function in functions
+            for node in ast.walk(function)
+            if isinstance(node, ast.ExceptHandler)
+        ]
+        everywhere = [n for n in ast.walk(parse(file)) if isinstance(n, ast.ExceptHandler)]
+        assert len(handlers) >= len(everywhere), f"{module}: an except outside of functions"
+        for where, node in handlers:
+            kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            names = {ast.unparse(kind) if kind else "everything" for kind in kinds}
+            if names & {"everything", "Exception", "BaseException"}:
+                broad.append(where)
+            if any(isinstance(statement, ast.Pass) for statement in node.body):
+                passed.append(where)
+    assert broad == MAY_CATCH_ALL and passed == []

@@ -1,0 +1,282 @@
+"""The same training in torch: losses, gradients and final weights equal an independent loop.
+
+The loop below shares with the package only the packed rows. Its model is transformers', its mask is
+a matrix, its optimizer and clipping are torch's, its schedule is written from the docstring of
+`optim.schedule` in float64.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+import jax_sft
+from jax_sft import hf, models, optim, parallel, state
+from jax_sft.data import chat
+from jax_sft.data.loader import Loader
+from jax_sft.data.prepare import prepare
+from jax_sft.model import ModelDef
+from jax_sft.step import make_train_step, value_and_grad
+
+NUM_STEPS = 20
+FAMILIES = {
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "llama": {"model_type": "llama", "tie_word_embeddings": False},
+}
+BIASED = {"attention_bias": True, "mlp_bias": True}
+CLIP_NORM = 4.0  # between the gradient norms of the first and of the last steps
+# Far from the defaults where these would hide a mistake: eps and weight decay too small to see.
+OPTIMIZER = {
+    **{"optimizer.learning_rate": 1e-3, "optimizer.warmup": 3, "optimizer.final_ratio": 0.2},
+    **{"optimizer.weight_decay": 0.5, "optimizer.b1": 0.8, "optimizer.b2": 0.9},
+    **{"optimizer.eps": 1e-5, "optimizer.clip_norm": CLIP_NORM, "optimizer.decay_fraction": 0.4},
+    **{"train.steps": NUM_STEPS},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread():
+    """Tensors this small are ten times slower with two threads on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- the independent loop ------------------------------------------------------------------------
+
+
+def their_model(folder: Path):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+
+
+def their_loss(model, rows: dict[str, np.ndarray]) -> torch.Tensor:
+    """Mean cross-entropy over weighted targets of packed rows, arrays [B, T]."""
+    tokens, targets, segments, positions = (
+        torch.tensor(rows[name], dtype=torch.long)
+        for name in ("tokens", "targets", "segment_ids", "positions")
+    )
+    weights = torch.tensor(rows["weights"])
+    order = torch.arange(tokens.shape[1])
+    seen = (segments[:, :, None] == segments[:, None, :]) & (order[:, None] >= order[None, :])
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    logits = model(tokens, attention_mask=mask[:, None], position_ids=positions).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none"
+    )
+    return (losses * weights.reshape(-1)).sum() / weights.sum()
+
+
+def their_learning_rate(optimizer, step: int) -> float:
+    """The rate of a step, 0 = first; `optimizer.warmup` is a number of steps here."""
+    warmup, floor = int(optimizer.warmup), optimizer.final_ratio
+    if step < warmup:
+        factor = (step + 1) / (warmup + 1)
+    elif optimizer.schedule == "cosine":
+        angle = math.pi * (step - warmup) / (NUM_STEPS - warmup)
+        factor = floor + (1 - floor) * (1 + math.cos(angle)) / 2
+    elif optimizer.schedule == "linear":
+        factor = 1 + (floor - 1) * (step - warmup) / (NUM_STEPS - warmup)
+    elif optimizer.schedule == "wsd":
+        decay_steps = optimizer.decay_fraction * NUM_STEPS
+        into_decay = max(step - (NUM_STEPS - decay_steps), 0)
+        factor = 1 + (floor - 1) * into_decay / decay_steps
+    else:
+        assert optimizer.schedule == "constant"
+        factor = 1.0
+    return optimizer.learning_rate * factor
+
+
+def their_training(cfg, batches: list[dict[str, np.ndarray]]):
+    """Return (losses, gradient norms, {name: final weight})."""
+    model = their_model(Path(cfg.model.path))
+    parameters = list(model.parameters())
+    options = cfg.optimizer
+    adamw = torch.optim.AdamW(
+        [
+            {
+                "params": [p for p in parameters if p.ndim >= 2],
+                "weight_decay": options.weight_decay,
+            },
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        betas=(options.b1, options.b2),
+        eps=options.eps,
+    )
+    losses, norms = [], []
+    for step, rows in enumerate(batches):
+        for group in adamw.param_groups:
+            group["lr"] = their_learning_rate(options, step)
+        adamw.zero_grad()
+        loss = their_loss(model, rows)
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)))
+        losses.append(float(loss.detach()))
+        adamw.step()
+    weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    return np.array(losses), np.array(norms), weights
+
+
+# ---- ours ----------------------------------------------------------------------------------------
+
+
+def make_loader(cfg, mesh, micro_rows: int = 0) -> Loader:
+    examples = prepare(
+        cfg.data.train,
+        chat.load_tokenizer(Path(cfg.model.path)),
+        seq_len=cfg.data.seq_len,
+        overlong=cfg.data.overlong,
+        progress=False,
+    )
+    return Loader(
+        examples,
+        cfg.data,
+        rows=cfg.batch.rows,
+        micro_rows=micro_rows or cfg.batch.rows,
+        mesh=mesh,
+        shuffle=cfg.data.shuffle,
+        seed=cfg.seed,
+    )
+
+
+def packed_batches(cfg, num_steps: int = NUM_STEPS) -> list[dict[str, np.ndarray]]:
+    """The rows of each step, arrays [rows, seq_len]."""
+    loader = make_loader(cfg, parallel.single_device_mesh())
+    batches = []
+    for step in range(num_steps):
+        rows = [loader.row(step, row) for row in range(cfg.batch.rows)]
+        batches.append({name: np.stack([row[name] for row in rows]) for name in rows[0]})
+    return batches
+
+
+def load(cfg, sizes: dict[str, int]):
+    """Return (model_def, params, mesh)."""
+    mesh = parallel.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    folder = Path(cfg.model.path)
+    config = hf.read_json(folder / "config.json")
+    family = models.find(config["model_type"])
+    # Without remat, which compiles faster; the run on eight devices has the default's.
+    model_def = ModelDef.of(family, family.Config.from_hf(config), dtype="float32")
+    rows, dims = model_def.rows, model_def.cfg.dims
+    tensors = hf.check(folder, rows, dims, model_def.cfg.tied)
+    shardings = state.param_shardings(rows, mesh)
+    return model_def, hf.load(tensors, rows, dims, shardings, np.float32, progress=False), mesh
+
+
+def our_training(cfg, sizes: dict[str, int], micro_rows: int = 0, num_steps: int = NUM_STEPS):
+    """Return (losses, gradient norms, learning rates, {name: final weight}) of steps by hand."""
+    model_def, params, mesh = load(cfg, sizes)
+    tx = optim.make(cfg.optimizer, NUM_STEPS, model_def.rows)
+    current = state.create(tx, params, model_def.rows, mesh)
+    shardings = state.shardings(tx, params, model_def.rows, mesh)
+    rate = optim.schedule(cfg.optimizer, NUM_STEPS)
+    step = make_train_step(model_def, tx, rate, shardings, mesh)
+    found = []
+    with jax.set_mesh(mesh):
+        for batch in make_loader(cfg, mesh, micro_rows).batches(0, num_steps):
+            current, sums = step(current, batch)
+            found.append((sums["loss"] / sums["weight"], sums["grad_norm"], sums["learning_rate"]))
+    assert int(current.step) == num_steps
+    return *np.array(found).T, to_hf(model_def, current.params)
+
+
+def to_hf(model_def: ModelDef, params) -> dict[str, np.ndarray]:
+    host = {path: np.asarray(array) for path, array in params.items()}
+    tensors = hf.to_tensors(host, model_def.rows, model_def.cfg.dims)
+    return {name: tensor() for name, tensor in tensors}
+
+
+# ---- tests ---------------------------------------------------------------------------------------
+
+
+def assert_same_training(cfg, losses, norms, rates, weights) -> None:
+    """Compare with the independent loop: losses and norms of each step, and what was learned."""
+    their_losses, their_norms, their_weights = their_training(cfg, packed_batches(cfg))
+    assert (their_norms > CLIP_NORM).any() and (their_norms < CLIP_NORM).any()
+    assert their_losses[-1] < 0.5 * their_losses[0]
+    their_rates = [their_learning_rate(cfg.optimizer, step) for step in range(NUM_STEPS)]
+    np.testing.assert_allclose(rates, their_rates, rtol=1e-6)
+    np.testing.assert_allclose(losses, their_losses, rtol=1e-4)
+    np.testing.assert_allclose(norms, their_norms, rtol=1e-4)
+    before = load_file(Path(cfg.model.path) / "model.safetensors")
+    assert weights.keys() == their_weights.keys()
+    for name, theirs in their_weights.items():
+        moved = np.linalg.norm(theirs - before[name])
+        assert moved > 0.005 * np.linalg.norm(before[name]), name
+        assert np.linalg.norm(weights[name] - theirs) < 2e-4 * moved, name
+
+
+def test_the_batches_exercise_packing_padding_and_masked_targets(make_config):
+    batches = packed_batches(make_config())
+    segments = np.stack([batch["segment_ids"] for batch in batches])
+    weights = np.stack([batch["weights"] for batch in batches])
+    assert segments.max() >= 2  # several examples in a row
+    assert (segments == 0).all(axis=-1).any()  # an empty row, at the end of an epoch
+    assert (weights[segments == 0] == 0).all()
+    assert 0.05 < weights[segments > 0].mean() < 0.95
+
+
+@pytest.mark.parametrize(("family", "schedule"), [("qwen2", "cosine"), ("llama", "wsd")])
+def test_twenty_steps_equal_torch(make_strong_model, make_config, family, schedule):
+    cfg = make_config(
+        make_strong_model(**FAMILIES[family]), **OPTIMIZER, **{"optimizer.schedule": schedule}
+    )
+    assert_same_training(cfg, *our_training(cfg, {}))
+
+
+def test_a_whole_run_on_eight_devices_equals_torch(make_strong_model, make_config, tmp_path):
+    cfg = make_config(
+        make_strong_model(**FAMILIES["llama"]),
+        **OPTIMIZER,
+        **{"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.sequence": 2},
+        **{"optimizer.schedule": "linear", "train.export": True},
+    )
+    jax_sft.train(cfg, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [metrics for metrics in map(json.loads, lines) if "loss" in metrics]
+    assert [metrics["step"] for metrics in steps] == list(range(1, NUM_STEPS + 1))
+    keys = ("loss", "grad_norm", "learning_rate")
+    found = [np.array([metrics[key] for metrics in steps]) for key in keys]
+    assert_same_training(cfg, *found, load_file(tmp_path / "run" / "export" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gradient_of_every_tensor_equals_torch(make_strong_model, make_config, family):
+    options = FAMILIES[family] | ({} if family == "qwen2" else BIASED)
+    cfg = make_config(make_strong_model(**options))
+    model_def, params, mesh = load(cfg, {"fsdp": 2})
+    with jax.set_mesh(mesh):
+        batch = next(make_loader(cfg, mesh).batches(0, 1))
+        sums, grads = jax.jit(lambda p, b: value_and_grad(model_def, p, b))(params, batch)
+    ours = to_hf(model_def, grads)
+
+    model = their_model(Path(cfg.model.path))
+    loss = their_loss(model, packed_batches(cfg, 1)[0])
+    loss.backward()
+    assert float(sums["loss"] / sums["weight"]) == pytest.approx(float(loss.detach()), rel=1e-5)
+    theirs = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    assert ours.keys() == theirs.keys()
+    for name, grad in theirs.items():
+        size = np.linalg.norm(grad)
+        assert size > 1e-3, name
+        assert np.linalg.norm(ours[name] - grad) <= 1e-4 * size, name
+
+
+def test_micro_batches_give_the_losses_of_one_batch(make_strong_model, make_config):
+    # Micro-batches hold different numbers of trained tokens: a mean of means would differ.
+    cfg = make_config(make_strong_model(**FAMILIES["qwen2"]), **OPTIMIZER)
+    batches = packed_batches(cfg, 5)
+    trained = [batch["weights"].reshape(4, 2, 128).sum((1, 2)) for batch in batches]
+    assert max(counts.max() / max(counts.min(), 1) for counts in trained) > 1.2
+    whole = their_training(cfg, batches)
+    parts = our_training(cfg, {"fsdp": 2}, micro_rows=2, num_steps=5)
+    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-5)
+    np.testing.assert_allclose(parts[1], whole[1], rtol=1e-5)
