@@ -4,6 +4,7 @@ A config file calls `default()`, changes what differs and returns it. Nothing el
 invents a default. `validate.py` checks the values; a test fails on a key that nobody reads.
 """
 
+import os
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 Config = Any
 
 
-def source(path: str, **changes) -> Config:
+def source(path: str | os.PathLike, **changes) -> Config:
     """Describe one data source; the keyword arguments replace the defaults below.
 
     Args:
@@ -23,7 +24,7 @@ def source(path: str, **changes) -> Config:
         KeyError: a keyword that is not a key of a source.
     """
     fields: Config = ConfigDict()
-    fields.path = path
+    fields.path = os.fspath(path)
     # "prompt_response" (prompt_key, query_key, response_key, system_key), "messages"
     # (messages_key, tools_key), or "" to choose by the columns of the file.
     fields.format = ""
@@ -84,7 +85,7 @@ def default() -> Config:
     optimizer.learning_rate = 1e-5  # at the top of the schedule
     optimizer.schedule = "cosine"  # "cosine", "linear", "constant" or "wsd"
     optimizer.warmup = 0.03  # below 1: fraction of all steps; from 1: number of steps
-    optimizer.final_ratio = 0.1  # last learning rate / highest one (ignored by "constant")
+    optimizer.final_ratio = 0.1  # learning rate after the last step / highest one (not "constant")
     optimizer.decay_fraction = 0.2  # "wsd" only: share of all steps spent decaying at the end
     optimizer.weight_decay = 0.01  # on matrices only: never on norms and biases
     optimizer.b1 = 0.9

@@ -37,10 +37,11 @@ def evaluate(eval_step: Callable, params: dict[str, jax.Array], sets: Mapping[st
 
 def _means(prefix: str, loss: float, weight: float, correct: float) -> dict[str, float]:
     mean = loss / weight
-    perplexity = math.exp(mean) if mean < 700 else math.inf
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"{prefix}loss is {mean}: the model or the data is broken")
     return {
         prefix + "loss": mean,
-        prefix + "perplexity": perplexity,
+        prefix + "perplexity": math.exp(min(mean, 700.0)),  # JSON has no infinity
         prefix + "accuracy": correct / weight,
     }
 

@@ -103,7 +103,12 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.exists() and not single.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) for name in weight_map.values()
+        ):
+            raise ValueError(f"{index} has no weight_map from tensor names to file names")
+        names = sorted(set(weight_map.values()))
         for name in names:
             if Path(name).name != name:
                 raise ValueError(f"{index} names {name!r}, a path out of the folder")
@@ -262,12 +267,13 @@ def save(
     shard_bytes: int,
     progress: bool = True,
 ) -> list[str]:
-    """Write the weights as safetensors files of at most `shard_bytes`, one tensor at a time.
+    """Write the weights as safetensors files, one tensor at a time.
 
     Args:
         params: {our path: array that this process can read whole}.
         dtypes: {HF name: safetensors dtype}.
         out: an existing folder.
+        shard_bytes: tensor bytes of a file at most, unless one tensor alone has more.
 
     Returns:
         Names of the files: one, or several and their index.

@@ -21,7 +21,6 @@ class LoadedModel:
     """A model with its weights on a mesh.
 
     Attributes:
-        folder: the Hugging Face folder it came from.
         params: {path: array}, sharded.
     """
 
@@ -77,6 +76,8 @@ class LoadedModel:
                 f"token ids must be in 0..{self._vocab - 1}, not {tokens.min()}..{tokens.max()}"
             )
         rows, seq_len = tokens.shape
+        # Ids from 1 on: 0 is the padding that `_batch` may add.
+        segment_ids = segment_ids - segment_ids.min(initial=0) + 1
         batch = self._batch(tokens=tokens, segment_ids=segment_ids, positions=positions)
         with jax.set_mesh(self._mesh):
             return self._logits(self.params, batch)[:rows, :seq_len]

@@ -1,8 +1,9 @@
 """Speed and progress of training: tokens/s, MFU, time left, and the line on the screen."""
 
+import contextlib
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -74,11 +75,20 @@ class Meter:
         self._flops, self._peak = flops, peak
         self._window: list[dict[str, jax.Array]] = []
         self._step = start_step
-        self._time = time.perf_counter()
+        self._began = self._time = time.perf_counter()
+        self._untimed = 0  # steps of the window before the clock was started
 
-    def restart_clock(self) -> None:
-        """Leave the time since the last step (evaluation, say) out of the speed."""
-        self._time = time.perf_counter()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time spent within (in evaluation, say) out of the speed."""
+        jax.block_until_ready(self._window)
+        began = time.perf_counter()
+        yield
+        self._time += time.perf_counter() - began
+
+    def start_clock(self) -> None:
+        """Leave the steps until now (the first one, which compiles) out of the speed."""
+        self._time, self._untimed = time.perf_counter(), len(self._window)
 
     def add(self, sums: dict[str, jax.Array]) -> None:
         """Note the (unfinished) sums of the next step."""
@@ -91,22 +101,32 @@ class Meter:
         last = self._step == self._num_steps
         return bool(self._window) and (last or self._step % self._every == 0)
 
+    def check(self) -> list[dict[str, Any]]:
+        """Wait for the steps since the last metrics and return their sums.
+
+        Raises:
+            FloatingPointError: a loss or gradient norm is not finite; the first such step is named.
+        """
+        window = jax.device_get(self._window)
+        for step, sums in enumerate(window, start=self._step - len(window) + 1):
+            if not math.isfinite(sums["loss"]) or not math.isfinite(sums["grad_norm"]):
+                raise FloatingPointError(
+                    f"step {step}: loss {sums['loss']}, gradient norm {sums['grad_norm']}: "
+                    "lower optimizer.learning_rate, or look at the data"
+                )
+        return window
+
     def read(self) -> dict[str, float]:
         """Wait for the last step and return its metrics; speeds are over the steps since then.
 
         Raises:
-            FloatingPointError: the loss of a step in the window is not finite.
+            FloatingPointError: see `check`.
         """
-        window = jax.device_get(self._window)
+        window = self.check()
         now = time.perf_counter()
-        seconds = (now - self._time) / len(window)
-        self._time, self._window = now, []
-        for back, sums in enumerate(reversed(window)):
-            if not math.isfinite(sums["loss"]) or not math.isfinite(sums["grad_norm"]):
-                raise FloatingPointError(
-                    f"step {self._step - back}: loss {sums['loss']}, gradient norm "
-                    f"{sums['grad_norm']}: lower optimizer.learning_rate, or look at the data"
-                )
+        timed = len(window) - self._untimed
+        seconds = (now - self._time) / timed if timed else (now - self._began) / len(window)
+        self._time, self._window, self._untimed = now, [], 0
         last = window[-1]
         mean = {key: sum(float(sums[key]) for sums in window) / len(window) for key in last}
         metrics = {
@@ -146,7 +166,7 @@ class Meter:
 def count(number: float) -> str:
     """Format a count: 950, 12.3k, 4.56M, 7.61B."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
+        if number >= 0.9995 * size:  # what rounds to 1000 belongs to the next letter
             return f"{number / size:.3g}{letter}"
     return f"{number:.0f}"
 

@@ -53,6 +53,7 @@ def value_and_grad(
 
     def loss(params, micro):
         sums = batch_sums(model_def, params, micro)
+        del sums["correct"]  # for evaluation only; the compiler drops its computation
         return sums["loss"], sums
 
     def pin(grads):  # so that gradients are reduce-scattered, not all-reduced
@@ -63,7 +64,7 @@ def value_and_grad(
         return jax.tree.map(jnp.add, carry, (sums, pin(grads))), None
 
     zeros = {path: jnp.zeros(p.shape, jnp.float32) for path, p in params.items()}
-    none = dict.fromkeys(("loss", "weight", "correct", "tokens", "pairs"), jnp.float32(0))
+    none = dict.fromkeys(("loss", "weight", "tokens", "pairs"), jnp.float32(0))
     (sums, grads), _ = jax.lax.scan(accumulate, (none, pin(zeros)), batch)
     count = jnp.maximum(sums["weight"], 1.0)  # a batch of padding alone has a zero gradient
     return sums, {path: (grad / count).astype(params[path].dtype) for path, grad in grads.items()}
@@ -78,7 +79,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Return the jitted `step(state, batch) -> (state, sums)`; the old state is donated.
 
-    The sums are those of `batch_sums` plus grad_norm (before clipping) and learning_rate.
+    The sums are those of `batch_sums` without `correct`, with grad_norm (before clipping) and
+    learning_rate.
     """
 
     def train_step(old: TrainState, batch: Batch) -> tuple[TrainState, Sums]:

@@ -11,10 +11,12 @@ class Jsonl:
     """One JSON object per logged step in a file; always on."""
 
     def __init__(self, file: Path, start_step: int):
-        """Open for appending; lines past `start_step` are of a lost run and are removed."""
+        """Open for appending; lines of lost steps (past `start_step`) are removed."""
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        kept = [line for line in lines if _step_of(line) <= start_step]
-        file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        kept = [line for line in lines if start_step and _step_of(line) <= start_step]
+        cleaned = file.with_suffix(".tmp")
+        cleaned.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        cleaned.replace(file)
         self._stream = file.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

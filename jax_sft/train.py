@@ -8,6 +8,7 @@ checkpoint resumes it. The folder gets config.json, metrics.jsonl, data_report.j
 and, with --config.train.export=True, export/.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -33,6 +34,11 @@ from jax_sft.step import make_eval_step, make_train_step
 from jax_sft.validate import validate
 
 EXIT_USER_ERROR = 64  # a launcher does not restart after this one
+# What a mistake on the command line or in a config file raises.
+CONFIG_ERRORS = (
+    *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
+    *(ImportError, NameError, OSError, SyntaxError),
+)
 
 
 def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
@@ -153,21 +159,24 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
         log(found)
 
     def run_evaluation(step: int, params) -> dict[str, float]:
-        found = evaluate.evaluate(eval_step, params, eval_sets)
-        if answerer and eval_examples:
-            answerer.params = params
-            found |= evaluate.answers(answerer, tokenizer, eval_examples, cfg.eval.samples, say)
+        with meter.paused():
+            found = evaluate.evaluate(eval_step, params, eval_sets)
+            if answerer and eval_examples:
+                answerer.params = params
+                found |= evaluate.answers(answerer, tokenizer, eval_examples, cfg.eval.samples, say)
         say(f"step {step}/{num_steps} | " + evaluate.line(found))
         log({"step": step, **found})
-        meter.restart_clock()
         return found
 
     # ---- the loop ------------------------------------------------------------------------------
-    with jax.set_mesh(mesh):
+    with contextlib.ExitStack() as stack:
+        for opened in (*logs, checkpoints):  # closed whatever happens; the save first
+            stack.callback(opened.close)
+        stack.enter_context(jax.set_mesh(mesh))
         if eval_sets and cfg.eval.at_start and start == 0:
             run_evaluation(0, current.params)
         began = time.perf_counter()
-        meter.restart_clock()
+        meter.start_clock()
         for step, packed in enumerate(loader.batches(start, num_steps), start=start + 1):
             if meter.due:  # the step before: its numbers are ready while this one is dispatched
                 log_steps()
@@ -176,6 +185,7 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
             if step == start + 1:
                 jax.block_until_ready(sums)
                 say(f"compiled and ran the first step in {time.perf_counter() - began:.1f} s")
+                meter.start_clock()
             is_last = step == num_steps
             evaluated = None
             if eval_sets and (is_last or is_due(step, cfg.eval.every_steps)):
@@ -185,14 +195,12 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
             if is_last or is_due(step, cfg.checkpoint.every_steps):
                 if meter.due:
                     log_steps()
+                meter.check()  # never save what is no longer finite: a resume would start there
                 checkpoints.save(current, as_dict, evaluated)
         if meter.due:
             log_steps()
 
     # ---- the end -------------------------------------------------------------------------------
-    checkpoints.close()
-    for tracker in logs:
-        tracker.close()
     if cfg.train.export and first_process:
         exported = checkpoint.export(workdir / "checkpoints", workdir / "export", overwrite=True)
         say(f"export  {exported}")
@@ -281,7 +289,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         _ = flags.FLAGS.config.seed  # a file that could not be loaded says so only now
         return rest
-    except Exception as error:  # a config file may raise anything
+    except CONFIG_ERRORS as error:
         if os.environ.get("JAX_SFT_TRACEBACK"):
             raise
         text = f"{type(error).__name__}: {error}"

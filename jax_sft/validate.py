@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from jax_sft import hf, models, optim, parallel, trackers
+from jax_sft import config, hf, models, optim, parallel, trackers
 from jax_sft.data import formats
 from jax_sft.models.layers import REMAT
 from jax_sft.ops.attention import BACKENDS
@@ -84,9 +84,9 @@ def _model(cfg, attempt) -> tuple[Path | None, Any, Any]:
         )
         return None, None, None
     folder = attempt(hf.resolve, cfg.model.path, cfg.model.revision, False)
-    config = folder and attempt(hf.read_json, folder / "config.json")
-    family = config and attempt(models.find, str(config.get("model_type")))
-    model_cfg = family and attempt(family.Config.from_hf, config)
+    raw = folder and attempt(hf.read_json, folder / "config.json")
+    family = raw and attempt(models.find, str(raw.get("model_type")))
+    model_cfg = family and attempt(family.Config.from_hf, raw)
     return folder, family, model_cfg
 
 
@@ -184,7 +184,10 @@ def _batch_problems(cfg, micro_rows: int, sizes: dict[str, int]) -> list[str]:
     return problems
 
 
-def _source_problems(source) -> list[str]:
+def _source_problems(source: Any) -> list[str]:
+    known = set(config.source(""))
+    if not hasattr(source, "keys") or set(source.keys()) != known:
+        return ["is not a source: write data.train.NAME = config.source(path)"]
     problems = []
     if not source.path:
         problems.append("path is empty")

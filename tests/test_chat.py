@@ -268,26 +268,23 @@ def test_a_template_that_drops_the_tools_is_refused(load, name):
         chat.encode(load(name), CONVERSATIONS["one turn"], [WEATHER])
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: a tool named in the text counts as rendered")
 def test_a_dropped_tool_is_noticed_when_the_text_mentions_it(load):
     messages = [user("Use get_weather, please"), assistant("I will")]
     with pytest.raises(ValueError, match="get_weather"):
         chat.encode(load("tiny"), messages, [WEATHER])
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: only the names of calls are looked for")
 def test_a_template_that_drops_the_arguments_of_calls_is_refused(templated):
     template = tiny.CHAT_TEMPLATE.replace(
         "message['content']",
         "message['content'] + (message.tool_calls[0].function.name if message.tool_calls else '')",
     )
     messages = [user("Weather?"), assistant("", tool_calls=[CALL])]
-    with pytest.raises(ValueError, match="Oslo"):
+    with pytest.raises(ValueError, match="city"):
         chat.encode(templated(template), messages)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: AttributeError, KeyError or TypeError, no row named")
-@pytest.mark.parametrize("calls", [["f"], [{"type": "function"}], 3, None])
+@pytest.mark.parametrize("calls", [["f"], [{"type": "function"}], 3])
 def test_malformed_tool_calls_raise_value_error(load, calls):
     messages = [user("a"), assistant("b", tool_calls=calls)]
     with pytest.raises(ValueError):
@@ -345,7 +342,6 @@ def test_a_template_that_cuts_answers_is_refused(templated):
         chat.encode(templated(template), [user("a"), assistant("long")])
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: only assistant messages are looked for")
 @pytest.mark.parametrize("role", ["system", "user"])
 def test_a_template_that_drops_a_role_is_refused(templated, role):
     template = tiny.CHAT_TEMPLATE.replace(
@@ -392,7 +388,6 @@ def test_a_template_cannot_leave_the_sandbox(templated, attack):
         chat.encode(templated(template), CONVERSATIONS["one turn"])
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: errors of the template other than four kinds escape")
 @pytest.mark.parametrize("code", ["{{ 1 // 0 }}", "{{ range(10**9)|list }}"])
 def test_arithmetic_errors_of_a_template_are_value_errors(templated, code):
     with pytest.raises(ValueError):
@@ -424,7 +419,6 @@ def test_a_folder_without_tokenizer_or_template_is_refused(tmp_path):
         chat.load_tokenizer(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: TypeError from tokenizers, no row named")
 def test_half_a_surrogate_pair_is_a_value_error(load):
     with pytest.raises(ValueError):
         chat.encode(load("tiny"), [user("\ud83d"), assistant("a")])
@@ -436,10 +430,7 @@ def test_half_a_surrogate_pair_is_a_value_error(load):
 @pytest.mark.parametrize("trim", [False, True])
 @pytest.mark.parametrize("answer", ["hi", "\nhi", "\n\nhi", "\n\n\n", " hi"])
 @pytest.mark.parametrize("prompt_end", ["\n", ": "])
-def test_no_trained_token_reaches_into_the_prompt(templated, request, trim, answer, prompt_end):
-    if trim and (prompt_end, answer) == (": ", "hi"):
-        reason = "BUG: with trim_offsets=True a token's white space has no offsets"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_no_trained_token_reaches_into_the_prompt(templated, trim, answer, prompt_end):
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*alphabet, "ĊĊ", "Ġh"])}
     merges = [("Ċ", "Ċ"), ("Ġ", "h")]

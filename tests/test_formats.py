@@ -81,7 +81,6 @@ def test_a_file_that_cannot_be_read_is_named(write, name, content, message):
         formats.read_rows(write(content, name))
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: datasets' own ValueError, which names no file")
 @pytest.mark.parametrize("content", [" \n", "[]", "{}", b'{"prompt": "\xe9", "response": "b"}\n'])
 def test_a_file_without_rows_or_not_utf8_is_named(write, content):
     with pytest.raises(ValueError, match="a.json"):
@@ -98,7 +97,6 @@ def test_limit_reads_the_first_rows(write):
     assert list(formats.read_rows(write(ROWS, limit=9))) == ROWS
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: datasets' cache knows a file by its time alone")
 def test_a_changed_file_with_the_same_time_is_read_anew(write):
     source = write([{"prompt": "a", "response": "old"}])
     stat = os.stat(source.path)
@@ -108,7 +106,6 @@ def test_a_changed_file_with_the_same_time_is_read_anew(write):
     assert formats.read_rows(source)[0]["response"] == "new"
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: a column of nothing but dates becomes timestamps")
 @pytest.mark.parametrize("answer", ["2024-01-01", "2024-01-01T10:00:00Z"])
 def test_answers_that_look_like_dates_stay_text(write, answer):
     (messages, _), *_ = conversations(write([{"prompt": "When?", "response": answer}] * 2))

@@ -115,24 +115,21 @@ def test_time_of_an_evaluation_between_two_readings_is_left_out(clock):
     meter.add(sums())
     clock[0] += 1
     meter.read()
-    clock[0] += 500
-    meter.restart_clock()
+    with meter.paused():
+        clock[0] += 500
     meter.add(sums())
     clock[0] += 1
     assert meter.read()["step_time_s"] == 1
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: the clock restarts, the window does not: twice as fast"
-)
 def test_time_of_an_evaluation_within_a_window_is_left_out(clock):
     meter = make_meter()
     for step in range(1, 11):
         meter.add(sums())
         clock[0] += 1
         if step == 5:  # eval.every_steps = 5, log.every_steps = 10
-            clock[0] += 500
-            meter.restart_clock()
+            with meter.paused():
+                clock[0] += 500
     assert meter.read()["step_time_s"] == pytest.approx(1)
 
 
@@ -145,7 +142,6 @@ def test_a_loss_that_is_not_finite_raises(clock, bad):
         meter.read()
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: the last such step is named")
 def test_the_first_step_that_is_not_finite_is_named(clock):
     meter = make_meter()
     for step in range(1, 11):
@@ -165,14 +161,13 @@ def test_a_batch_without_a_trained_token_has_loss_zero(clock):
     ("number", "text"),
     [
         *[(0, "0"), (950, "950"), (1000, "1k"), (12_345, "12.3k"), (4_560_000, "4.56M")],
-        *[(7_610_000_000, "7.61B"), (999.6, "1000")],
+        *[(7_610_000_000, "7.61B"), (999.6, "1k"), (999.4, "999")],
     ],
 )
 def test_counts_are_short(number, text):
     assert metrics.count(number) == text
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: 1e+03k and 1e+03M")
 @pytest.mark.parametrize(("number", "text"), [(999_600, "1M"), (999_999_999, "1B")])
 def test_counts_just_below_a_unit_have_no_exponent(number, text):
     assert metrics.count(number) == text
@@ -212,7 +207,6 @@ def test_jsonl_survives_any_last_line(tmp_path, rest):
     assert file.read_text() == '{"step": 1}\n'
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: the evaluation before step 1 is logged twice")
 def test_a_run_started_anew_leaves_no_line_of_the_lost_one(tmp_path):
     for _ in range(2):  # the first run ended before its first checkpoint
         tracker = trackers.Jsonl(tmp_path / "metrics.jsonl", start_step=0)
@@ -349,11 +343,11 @@ def test_evaluation_weighs_every_token_of_every_example_once(sets):
     assert evaluate.evaluate(None, params, {}) == {}
 
 
-def test_a_perplexity_beyond_floats_is_infinite():
+def test_a_perplexity_beyond_floats_stays_valid_json():
     step = lambda params, batch: {"loss": 8000.0, "weight": 8.0, "correct": 2.0}  # noqa: E731
     loader = SimpleNamespace(batches=lambda start, stop: [None] * stop, steps_per_epoch=3)
     found = evaluate.evaluate(step, {}, {"a": loader})
-    assert found["eval/a/perplexity"] == math.inf and found["eval/a/loss"] == 1000
+    assert found["eval/a/perplexity"] == math.exp(700) and found["eval/a/loss"] == 1000
     assert found["eval/accuracy"] == 0.25
 
 

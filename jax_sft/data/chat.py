@@ -6,6 +6,7 @@ template cannot make a user token train.
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ import numpy as np
 import transformers
 
 Span = tuple[int, int]  # characters [start, end)
+
+# What rendering a template can raise on data that it was not written for.
+TEMPLATE_ERRORS = (
+    *(jinja2.TemplateError, TypeError, ValueError, AttributeError),
+    *(LookupError, ArithmeticError, RecursionError),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +49,9 @@ def load_tokenizer(folder: Path):
         ValueError: no usable fast tokenizer, or no chat template.
     """
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} has no tokenizer that can be loaded: {error}") from error
     if not tokenizer.is_fast:
@@ -65,7 +74,7 @@ def render(tokenizer, messages: Sequence[dict], tools: Sequence[dict] | None, pr
         return tokenizer.apply_chat_template(
             list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
         )
-    except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
+    except TEMPLATE_ERRORS as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
 
@@ -85,10 +94,6 @@ def assistant_turns(
             out, or renders earlier messages differently once later ones follow.
     """
     text = render(tokenizer, messages, tools)
-    for tool in tools or ():
-        name = tool.get("function", tool).get("name", "")
-        if name not in text:
-            raise ValueError(f"the chat template leaves out the tool {name!r}")
     spans = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -102,12 +107,67 @@ def assistant_turns(
                 f"the chat template renders message {number} differently within the conversation"
             )
         turn = through[len(before) :]
-        calls = [call.get("function", call)["name"] for call in message.get("tool_calls", ())]
-        for part in (message["content"].strip(), *calls):
-            if part not in turn:
+        for part in [message["content"], *call_parts(message)]:
+            if not is_in(part, turn):
                 raise ValueError(f"the chat template leaves out part of message {number}: {part!r}")
         spans.append((len(before), len(through)))
+    check_nothing_left_out(tokenizer, text, messages, tools)
     return text, spans
+
+
+def check_nothing_left_out(
+    tokenizer, text: str, messages: Sequence[dict[str, Any]], tools: Sequence[dict] | None
+) -> None:
+    """Refuse a template that drops context without a word.
+
+    Raises:
+        ValueError: a message's content or a tool is not in the rendered text.
+    """
+    for number, message in enumerate(messages):
+        if not is_in(message["content"], text):
+            raise ValueError(f"the chat template leaves out part of message {number}")
+    without = render(tokenizer, messages, None) if tools else ""
+    for tool in tools or ():
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"a tool must be an object with a name, not {tool!r:.80}")
+        if text.count(name) <= without.count(name):
+            raise ValueError(f"the chat template leaves out the tool {name!r}")
+
+
+def call_parts(message: dict[str, Any]) -> list[str]:
+    """Return the names and argument values of a message's tool calls.
+
+    Raises:
+        ValueError: a tool call without a function name.
+    """
+    calls = message.get("tool_calls") or ()
+    if not isinstance(calls, list | tuple):
+        raise ValueError(f"tool_calls must be a list, not {calls!r:.80}")
+    parts = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(function, dict) or not isinstance(name, str) or not name:
+            raise ValueError(f"a tool call must be an object with a function name: {call!r:.80}")
+        parts += [name, *_leaves(function.get("arguments", {}))]
+    return parts
+
+
+def _leaves(value: Any) -> list[str]:
+    """The strings and numbers within a JSON value, as they are printed."""
+    if isinstance(value, dict):
+        return [leaf for part in value.items() for leaf in _leaves(list(part))]
+    if isinstance(value, list | tuple):
+        return [leaf for part in value for leaf in _leaves(part)]
+    return [value if isinstance(value, str) else json.dumps(value)]
+
+
+def is_in(part: str, text: str) -> bool:
+    """Whether a text holds a part: as it is, without outer white space, or escaped as in JSON."""
+    escaped = (json.dumps(part, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
+    return part.strip() in text or any(form in text for form in escaped)
 
 
 def encode(tokenizer, messages: Sequence[dict], tools: Sequence[dict] | None = None) -> Example:
@@ -120,6 +180,10 @@ def encode(tokenizer, messages: Sequence[dict], tools: Sequence[dict] | None = N
         ValueError: see `assistant_turns`; or a turn without an end-of-turn token.
     """
     text, spans = assistant_turns(tokenizer, messages, tools)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text holds half a character (a lone surrogate): {error}") from error
     ids, offsets = _tokenize(tokenizer, text, [start for start, _ in spans])
     special = np.isin(ids, _special_ids(tokenizer))
     trains = np.zeros(len(ids), np.float32)
@@ -150,7 +214,7 @@ def _tokenize(tokenizer, text: str, edges: list[int]) -> tuple[np.ndarray, np.nd
         ids int64 [n], character offsets int64 [n, 2].
     """
     ids, offsets = _encode_text(tokenizer, text)
-    crossed = [e for e in edges if np.any((offsets[:, 0] < e) & (offsets[:, 1] > e))]
+    crossed = [e for e in edges if _crosses(offsets, e)]
     if crossed:
         bounds = [0, *crossed, len(text)]
         pieces = [
@@ -160,6 +224,17 @@ def _tokenize(tokenizer, text: str, edges: list[int]) -> tuple[np.ndarray, np.nd
         ids = np.concatenate([ids for _, ids, _ in pieces])
         offsets = np.concatenate([offsets + start for start, _, offsets in pieces])
     return ids, offsets
+
+
+def _crosses(offsets: np.ndarray, edge: int) -> bool:
+    """Whether a token has characters on both sides of an edge.
+
+    Some tokenizers leave white space at the start of a token out of its offsets: where the
+    characters before the edge belong to no token, the token behind it may have swallowed them.
+    """
+    within = (offsets[:, 0] < edge) & (offsets[:, 1] > edge)
+    before = offsets[offsets[:, 1] <= edge, 1]
+    return bool(within.any()) or (edge > 0 and before.max(initial=0) < edge)
 
 
 def _encode_text(tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,8 @@
 Messages are OpenAI's: dicts with `role` and `content`, and `tool_calls` in assistant turns.
 """
 
+import json
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,54 @@ def read_rows(source) -> datasets.Dataset:
     if file.stat().st_size == 0:
         raise ValueError(f"data file {source.path!r} is empty")
     try:
-        rows = datasets.load_dataset("json", data_files=str(file), split="train")
-    except DatasetGenerationError as error:
-        raise ValueError(f"data file {source.path!r} cannot be read: {error.__cause__}") from error
-    assert isinstance(rows, datasets.Dataset)
+        with file.open(encoding="utf-8") as lines:
+            for _ in lines:  # a file that is not UTF-8 must not be guessed at
+                continue
+        rows = _load(file)
+        features = datasets.Features(_undated(rows.features))
+        if features != rows.features:
+            rows = _load_as_text(file, features)
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        raise ValueError(
+            f"data file {source.path!r} cannot be read: {error.__cause__ or error}"
+        ) from error
     if len(rows) == 0:
         raise ValueError(f"data file {source.path!r} has no rows")
     return rows.select(range(min(source.limit, len(rows)))) if source.limit else rows
+
+
+def _load_as_text(file: Path, features: datasets.Features) -> datasets.Dataset:
+    """Read rows so that dates stay the text they are in the file: Arrow would turn them."""
+    text = file.read_text(encoding="utf-8").strip()
+    parsed = json.loads(text) if text.startswith("[") else map(json.loads, text.splitlines())
+    complete = [{key: row.get(key) for key in features} for row in parsed]
+    return datasets.Dataset.from_list(complete, features=features)
+
+
+def _load(file: Path) -> datasets.Dataset:
+    # Never from datasets' cache, which knows a file by its path and time, not by its content.
+    with tempfile.TemporaryDirectory() as cache:
+        rows = datasets.load_dataset(
+            "json",
+            data_files=str(file),
+            split="train",
+            cache_dir=cache,
+            keep_in_memory=True,
+        )
+    assert isinstance(rows, datasets.Dataset)
+    return rows
+
+
+def _undated(feature: Any) -> Any:
+    """Return a feature, or structure of features, in which dates and times are strings."""
+    if isinstance(feature, datasets.Value):
+        dated = feature.dtype.startswith(("timestamp", "date", "time"))
+        return datasets.Value("string") if dated else feature
+    if isinstance(feature, dict):
+        return {key: _undated(value) for key, value in feature.items()}
+    if isinstance(feature, datasets.List):
+        return datasets.List(_undated(feature.feature))
+    return feature
 
 
 def prompt_response(row: dict[str, Any], source) -> Conversation:

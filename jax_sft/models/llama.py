@@ -34,26 +34,25 @@ class Config:
     def from_hf(cls, config: dict[str, Any]) -> "Config":
         """Read config.json; a field that this file does not implement raises ValueError."""
         fields = Fields(config)
-        features, num_heads = fields.need("hidden_size"), fields.need("num_attention_heads")
-        head_dim = fields.get("head_dim", features // num_heads)
+        num_heads, num_kv_heads, head_dim = fields.heads()
         for name in ("rope_parameters", "rope_scaling", "rope_theta"):
             fields.get(name)
         fields.get("original_max_position_embeddings")
         if (activation := fields.get("hidden_act", "silu")) != "silu":
             raise ValueError(f"config.json: hidden_act = {activation!r} is not implemented: silu")
         cfg = cls(
-            vocab=fields.need("vocab_size"),
-            features=features,
-            num_layers=fields.need("num_hidden_layers"),
+            vocab=fields.size("vocab_size"),
+            features=fields.size("hidden_size"),
+            num_layers=fields.size("num_hidden_layers"),
             num_heads=num_heads,
-            num_kv_heads=fields.get("num_key_value_heads", num_heads),
+            num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            mlp=fields.need("intermediate_size"),
-            norm_eps=fields.get("rms_norm_eps", 1e-6),
-            tied=fields.get("tie_word_embeddings", False),
-            attention_bias=fields.get("attention_bias", False),
-            mlp_bias=fields.get("mlp_bias", False),
-            max_positions=fields.need("max_position_embeddings"),
+            mlp=fields.size("intermediate_size"),
+            norm_eps=fields.number("rms_norm_eps", 1e-6),
+            tied=fields.flag("tie_word_embeddings"),
+            attention_bias=fields.flag("attention_bias"),
+            mlp_bias=fields.flag("mlp_bias"),
+            max_positions=fields.size("max_position_embeddings"),
             rope=Rope.from_hf(config, head_dim),
         )
         fields.done()

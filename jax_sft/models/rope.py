@@ -28,12 +28,23 @@ class Rope:
         Raises:
             ValueError: an unknown rope type, or a field of it missing or unknown.
         """
-        scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        newer, old = config.get("rope_parameters"), config.get("rope_scaling")
+        if newer and old and newer != old:
+            raise ValueError("config.json has both rope_parameters and rope_scaling: keep one")
+        scaling = newer or old or {}
+        if not isinstance(scaling, dict) or any(isinstance(v, dict) for v in scaling.values()):
+            raise ValueError(f"config.json: rope parameters {scaling!r} must be one flat object")
+        scaling = {key: value for key, value in scaling.items() if value is not None}
         theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
         older, kind = scaling.pop("type", None), scaling.pop("rope_type", None)
         kind = kind or older or "default"
         if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError("config.json: partial_rotary_factor other than 1 is not implemented")
+        for name, value in {"rope_theta": theta, **scaling}.items():
+            if isinstance(value, bool) != (name == "truncate") or not (
+                isinstance(value, int | float) and (value > 0 or name == "truncate")
+            ):
+                raise ValueError(f"config.json: rope field {name} = {value!r} is not usable")
         inv_freq = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         factor = 1.0
         max_positions = config["max_position_embeddings"]
@@ -54,9 +65,8 @@ class Rope:
                 raise ValueError(f"config.json: rope type {kind!r} is not one of {TYPES}")
         except KeyError as missing:
             raise ValueError(f"config.json: rope type {kind!r} needs the field {missing}") from None
-        unread = {key: value for key, value in scaling.items() if value is not None}
-        if unread:
-            raise ValueError(f"config.json: rope type {kind!r} does not implement {unread}")
+        if scaling:
+            raise ValueError(f"config.json: rope type {kind!r} does not implement {scaling}")
         return cls(tuple(inv_freq.astype(np.float32).tolist()), factor)
 
     def angles(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -82,6 +92,8 @@ def _llama3(inv_freq: np.ndarray, scaling: dict[str, Any]) -> np.ndarray:
     """Llama 3.1: long wavelengths are stretched, short ones kept, those between blended."""
     factor = scaling.pop("factor")
     low, high = scaling.pop("low_freq_factor"), scaling.pop("high_freq_factor")
+    if low >= high:
+        raise ValueError(f"config.json: low_freq_factor = {low} must be below high_freq_factor")
     context = scaling.pop("original_max_position_embeddings")
     wavelength = 2 * math.pi / inv_freq
     smooth = np.clip((context / wavelength - low) / (high - low), 0.0, 1.0)
@@ -93,11 +105,11 @@ def _yarn(
 ) -> tuple[np.ndarray, float]:
     """YaRN (Peng et al. 2023, arXiv:2309.00071): interpolate slow dimensions, keep fast ones."""
     context = scaling.pop("original_max_position_embeddings")
-    factor = scaling.pop("factor")
-    if factor is None:
-        factor = max_positions / context
-    beta_fast = scaling.pop("beta_fast", None) or 32
-    beta_slow = scaling.pop("beta_slow", None) or 1
+    if "factor" not in scaling and context == max_positions:
+        raise KeyError("factor")
+    factor = scaling.pop("factor", max_positions / context)  # left out by DeepSeek-like configs
+    beta_fast = scaling.pop("beta_fast", 32)
+    beta_slow = scaling.pop("beta_slow", 1)
     truncate = scaling.pop("truncate", True)
     mscale, mscale_all = scaling.pop("mscale", None), scaling.pop("mscale_all_dim", None)
 

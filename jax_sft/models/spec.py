@@ -144,12 +144,44 @@ class Fields:
         value = self._config.get(name)
         return default if value is None else value
 
-    def need(self, name: str) -> Any:
-        """Return a field that must be there."""
-        value = self.get(name)
+    def size(self, name: str, default: int | None = None) -> int:
+        """Return a positive integer; without a default it must be there."""
+        value = self.get(name, default)
         if value is None:
             raise ValueError(f"config.json has no {name!r}, which {self.model_type} needs")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"config.json: {name} = {value!r} must be a positive integer")
         return value
+
+    def number(self, name: str, default: float) -> float:
+        """Return a positive number."""
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"config.json: {name} = {value!r} must be a positive number")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        """Return a boolean; absent is false."""
+        value = self.get(name, False)
+        if not isinstance(value, bool):
+            raise ValueError(f"config.json: {name} = {value!r} must be true or false")
+        return value
+
+    def heads(self) -> tuple[int, int, int]:
+        """Return (heads, kv heads, head dim), checked against each other."""
+        heads = self.size("num_attention_heads")
+        kv_heads = self.size("num_key_value_heads", heads)
+        head_dim = self.size("head_dim", max(self.size("hidden_size") // heads, 1))
+        if heads % kv_heads:
+            raise ValueError(
+                f"config.json: num_attention_heads = {heads} is not divisible by "
+                f"num_key_value_heads = {kv_heads}"
+            )
+        if head_dim % 2:
+            raise ValueError(
+                f"config.json: head_dim = {head_dim} must be even for rotary embedding"
+            )
+        return heads, kv_heads, head_dim
 
     @property
     def model_type(self) -> str:
@@ -168,7 +200,8 @@ class Fields:
             known = name in self._read or name in _IGNORED or name.startswith("_") or "." in name
             if known or value is None or value is False or value in ([], {}, ""):
                 continue
-            if name == "layer_types" and set(value) == {"full_attention"}:
+            full = isinstance(value, list) and set(map(str, value)) == {"full_attention"}
+            if name == "layer_types" and full:
                 continue
             if name in _NEUTRAL and value == _NEUTRAL[name]:
                 continue

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax_sft import parallel
 
 CHUNK_TOKENS = 1024  # logits of so many tokens live at a time on a device
+_NO_TOKEN = 2**31 - 1
 _TOKENS = ("data", "fsdp", "sequence")  # mesh axes that split tokens
 
 
@@ -82,5 +83,7 @@ def _chunk_sums(hidden_CD, head_VD, targets_C, weights_C):
     )[:, 0]
     target_logit_C = jax.lax.psum(jnp.where(is_local_C, at_target_C, 0.0), "tensor")
     losses_C = max_C + jnp.log(sum_exp_C) - target_logit_C
-    correct_C = jax.lax.stop_gradient(target_logit_C) >= max_C
+    # The prediction is the first token with the highest logit, so that ties count once.
+    found_C = jnp.where(local_max_C == max_C, logits_CV.argmax(axis=-1) + first_id, _NO_TOKEN)
+    correct_C = jax.lax.pmin(jax.lax.stop_gradient(found_C), "tensor") == targets_C
     return (losses_C * weights_C).sum(), weights_C.sum(), (correct_C * weights_C).sum()
