@@ -57,10 +57,10 @@ def main() -> int:
     exported = jax_sft.export(WORKDIR / "checkpoints", WORKDIR / "hf")
     after = answer(exported, mesh, questions)
 
-    print(f"\n{'held-out question':25s} {'before':>42s} {'after':>8s} {'right answer':>13s}")
+    print(f"\n{'held-out question':25s} {'before':>20s} {'after':>8s} {'right answer':>13s}")
     for row in list(zip(questions, before, after, references, strict=True))[:10]:
-        question, first, last, reference = row
-        print(f"{question:25s} {ascii(first[:10]):>42s} {ascii(last):>8s} {reference!r:>13s}")
+        question, first, last, reference = (text.replace("\ufffd", "?") for text in row)
+        print(f"{question:25s} {ascii(first[:8]):>20s} {ascii(last):>8s} {reference!r:>13s}")
     scores = [
         sum(map(str.__eq__, answers, references)) / len(references) for answers in (before, after)
     ]
