@@ -126,8 +126,7 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
         say(f"done    step {start} of {num_steps} is already there: raise train.epochs to go on")
     if first_process:
         (workdir / "config.json").write_text(json.dumps(as_dict, indent=2) + "\n")
-    names = cfg.log.trackers if first_process else ()
-    logs = trackers.start(names, workdir, as_dict, start) if first_process else []
+    logs = trackers.start(cfg.log.trackers, workdir, as_dict, start) if first_process else []
 
     # ---- compiled functions --------------------------------------------------------------------
     learning_rate = optim.schedule(cfg.optimizer, num_steps)
