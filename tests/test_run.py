@@ -216,6 +216,23 @@ def test_a_run_leaves_what_it_promises_and_its_export_loads(make_config, tmp_pat
     assert "ETA" in printed and "trained tok/s" in printed
 
 
+def test_a_state_that_is_not_finite_is_never_saved(make_config, tmp_path):
+    cfg = make_config(**{"optimizer.learning_rate": 1e30, "optimizer.warmup": 0.0})
+    cfg.log.every_steps, cfg.checkpoint.every_steps = 10, 5
+    with pytest.raises(FloatingPointError, match="step [2-5]: loss"):
+        jax_sft.train(cfg, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints" / "5").exists()
+
+
+def test_a_finished_run_has_nothing_left_to_do(make_config, tmp_path, capsys):
+    cfg = make_config(**{"train.steps": 3})
+    jax_sft.train(cfg, tmp_path / "run")
+    cfg.train.steps = 2
+    assert jax_sft.train(cfg, tmp_path / "run") == {}
+    assert "step 3 of 2 is already there" in capsys.readouterr().out
+    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [1, 2, 3]
+
+
 def test_the_command_line_trains_overrides_keys_and_exports(make_config, tmp_path):
     cfg = make_config()
     file = tmp_path / "my_config.py"
