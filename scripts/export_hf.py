@@ -15,7 +15,8 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jax_sft import hf  # noqa: E402 - the lines above must come first
+# JAX reads its platform, and Python finds the package, by the two lines above: hence E402.
+from jax_sft import hf  # noqa: E402
 from jax_sft.checkpoint import export  # noqa: E402
 
 

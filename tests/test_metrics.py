@@ -344,7 +344,9 @@ def test_evaluation_weighs_every_token_of_every_example_once(sets):
 
 
 def test_a_perplexity_beyond_floats_stays_valid_json():
-    step = lambda params, batch: {"loss": 8000.0, "weight": 8.0, "correct": 2.0}  # noqa: E731
+    def step(params, batch):
+        return {"loss": 8000.0, "weight": 8.0, "correct": 2.0}
+
     loader = SimpleNamespace(batches=lambda start, stop: [None] * stop, steps_per_epoch=3)
     found = evaluate.evaluate(step, {}, {"a": loader})
     assert found["eval/a/perplexity"] == math.exp(700) and found["eval/a/loss"] == 1000

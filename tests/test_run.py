@@ -143,7 +143,7 @@ def test_the_step_compiles_once(make_config):
         step = make_train_step(model_def, tx, learning_rate, shardings, mesh)
         for batch in loader.batches(0, 5):
             current, _ = step(current, batch)
-    assert step._cache_size() == 1  # type: ignore[attr-defined]
+    assert step._cache_size() == 1
     assert int(current.step) == 5
 
 
