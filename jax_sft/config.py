@@ -17,7 +17,8 @@ def source(path: str | os.PathLike, **changes) -> Config:
     """Describe one data source; the keyword arguments replace the defaults below.
 
     Args:
-        path: a .json or .jsonl file (a list of objects, or one object per line).
+        path: a file, a glob, a folder or a hub data set; .json, .jsonl, .parquet or .csv, each also
+            as .gz or .zst.
         **changes: any of the keys below.
 
     Raises:
@@ -25,16 +26,24 @@ def source(path: str | os.PathLike, **changes) -> Config:
     """
     fields: Config = ConfigDict()
     fields.path = os.fspath(path)
-    # "prompt_response" (prompt_key, query_key, response_key, system_key), "messages"
-    # (messages_key, tools_key), or "" to choose by the columns of the file.
-    fields.format = ""
-    fields.limit = 0  # rows to read from the start of the file; 0 = all
+    fields.format = ""  # one of data.formats.FORMATS; "" = told by the columns, and shown
+    fields.limit = 0  # rows to read from the start; 0 = all
+    # In one epoch of the run a source gives `epochs` passes over itself; or, when the sources have
+    # weights, its share of the examples: see data.mixture.
+    fields.epochs = 1.0
+    fields.weight = 0.0  # 0 = not weighted
+    fields.subset = ""  # of a hub data set, and the two below
+    fields.split = "train"
+    fields.revision = ""  # commit or tag; "" = its main branch
     fields.prompt_key = "prompt"
     fields.query_key = ""  # appended to the prompt after a newline; "" = no such column
     fields.response_key = "response"
     fields.system_key = ""  # "" = no system message of our own
     fields.messages_key = "messages"
+    fields.conversations_key = "conversations"
     fields.tools_key = "tools"
+    fields.completion_key = "completion"
+    fields.text_key = "text"
     for key, value in changes.items():
         if key not in fields:
             raise KeyError(f"a data source has no key {key!r}: use one of {sorted(fields)}")
@@ -64,9 +73,18 @@ def default() -> Config:
     data.eval = ConfigDict()  # {name: source(...)}; may stay empty
     data.seq_len = 2048  # tokens per row
     data.shuffle = True  # a new order each epoch; False keeps the order of the files
-    data.overlong = "drop"  # an example over seq_len: "drop" (counted, shown) or "raise"
-    data.packing = "best_fit"  # or "none": one example per row, padded to seq_len
+    # An example over seq_len: "raise", "drop", "truncate" (after the last whole trained turn that
+    # fits) or "truncate_history" (the oldest turns go first). All are counted and shown.
+    data.overlong = "drop"
+    data.on_bad_row = "raise"  # a row that cannot be used: "raise" or "skip" (counted, shown)
+    data.turns = "all"  # which assistant turns train: "all", "last" or "from:K", K counted from 1
+    data.train_empty_think = False  # train the empty <think></think> that some templates write
+    data.template_args = ConfigDict()  # variables for the chat template, e.g. enable_thinking
+    data.date = "2024-07-26"  # what a template that prints the date sees: the same on every day
+    data.packing = "best_fit"  # or "none": one example per row, padded to the batch's bucket
     data.max_segments = 256  # examples per row at most
+    data.cache_dir = ""  # of tokenized data; "" = $XDG_CACHE_HOME/jax_sft or ~/.cache/jax_sft
+    data.num_workers = 0  # processes that tokenize; 0 = one per core
 
     batch: Config = ConfigDict()
     cfg.batch = batch
@@ -117,10 +135,12 @@ def default() -> Config:
     log: Config = ConfigDict()
     cfg.log = log
     log.every_steps = 10
+    log.per_source = False  # also the loss of each train source
     log.trackers = ()  # any of "tensorboard", "wandb"; metrics.jsonl is always written
     cfg.lock()
     data.train.unlock()
     data.eval.unlock()
+    data.template_args.unlock()
     return cfg
 
 
