@@ -1,0 +1,282 @@
+"""Tokenized examples as text for a terminal and as HTML: what trains is marked, and only that.
+
+Called by `inspect`. What the data says cannot imitate a mark: control characters, and the
+characters of the marks themselves, are shown by their numbers.
+"""
+
+import dataclasses
+import html
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+LEFT, RIGHT = "⟦", "⟧"  # around what trains, where there are no colours
+BETWEEN = "▏"  # between tokens, when asked for
+NEWLINE = "⏎"
+RESET = "\x1b[0m"
+# ANSI styles of (trains, special). Foreground and background are both set: any theme can be read.
+STYLES = {
+    (True, False): "\x1b[30;42m",  # black on green
+    (True, True): "\x1b[1;4;30;42m",  # the same, bold and underlined
+    (False, True): "\x1b[2;35m",  # dim magenta
+    (False, False): "",
+}
+BOUNDARY_STYLE = "\x1b[2m"
+# Shown as ⟨U+...⟩: they move the cursor, hide text or change its order. Newline and tab stay.
+_HIDDEN = (
+    *(code for code in range(0xA0) if (code < 0x20 or code >= 0x7F) and chr(code) not in "\n\t"),
+    *(0x061C, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF),
+    *range(0x2028, 0x202F),
+    *range(0x2066, 0x206A),
+)
+_VISIBLE = {code: f"⟨U+{code:04X}⟩" for code in _HIDDEN}
+_VISIBLE_AMONG_MARKS = _VISIBLE | {ord(mark): f"⟨U+{ord(mark):04X}⟩" for mark in LEFT + RIGHT}
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """The fewest tokens, all of one weight, that decode to whole characters.
+
+    Attributes:
+        weight: of these tokens in the loss; 0 = they do not train.
+        special: a token that text is not made of, such as <|im_end|>; always alone.
+    """
+
+    text: str
+    weight: float
+    special: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """One example, with a line about it."""
+
+    label: str
+    pieces: Sequence[Piece]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One example, or the examples of one packed row."""
+
+    title: str
+    segments: Sequence[Segment]
+
+
+def pieces(tokenizer, ids: Sequence[int], weights: Sequence[float]) -> list[Piece]:
+    """Decode token by token; tokens that hold parts of one character come together.
+
+    U+FFFD appears only where the text has it, where the tokens are not UTF-8, or where a
+    character's own tokens differ in weight.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        ids, weights: of one example, not shifted.
+    """
+    alone = set(tokenizer.added_tokens_decoder)
+
+    def decode(part: Sequence[int]) -> str:
+        return tokenizer.backend_tokenizer.decode(list(part), skip_special_tokens=False)
+
+    found: list[Piece] = []
+    weighted = zip(ids, weights, strict=True)
+    context: list[int] = []  # decoders drop the space of the first word: each needs one before it
+    for (special, weight), run in itertools.groupby(
+        weighted, key=lambda pair: (pair[0] in alone, float(pair[1]))
+    ):
+        left = [int(token) for token, _ in run]
+        while left:
+            take, text = _whole_characters(decode, context, left, 1 if special else len(left))
+            found.append(Piece(text, weight, special))
+            context, left = left[:take], left[take:]
+    return found
+
+
+def _whole_characters(
+    decode: Callable[[Sequence[int]], str], context: list[int], left: list[int], most: int
+) -> tuple[int, str]:
+    """How many tokens of `left` to take, `most` at most, and their text after `context`."""
+    before = decode(context) if context else ""
+    take = 1
+    while True:
+        take = min(take, most)
+        text = decode(context + left[:take])
+        # A character split between context and here would change the context's own text.
+        text = text.removeprefix(before) if text.startswith(before) else decode(left[:take])
+        if take == most or not text.endswith("\ufffd"):
+            return take, text
+        # One by one as far as a character can need it; then in leaps, lest a long text of U+FFFD
+        # take quadratic time.
+        take = take + 1 if take < 8 else 2 * take
+
+
+def visible(text: str, among_marks: bool = False) -> str:
+    """Replace the characters that would move, hide or reorder others by ⟨U+...⟩.
+
+    Args:
+        among_marks: also the characters that mark what trains.
+    """
+    return text.translate(_VISIBLE_AMONG_MARKS if among_marks else _VISIBLE)
+
+
+# ---- terminal --------------------------------------------------------------------------------
+
+
+def legend(color: bool, boundaries: bool) -> str:
+    """One line that says what the marks of `to_text` mean."""
+    trained = _styled("trains", (True, False), color) if color else f"{LEFT}trains{RIGHT}"
+    special = _styled("special token", (False, True), color)
+    parts = [trained, *([special] if color else []), f"{NEWLINE} newline"]
+    return "legend: " + "  ".join(parts + [f"{BETWEEN} token boundary"] * boundaries)
+
+
+def to_text(block: Block, color: bool, boundaries: bool) -> str:
+    """Lines for a terminal: the block's title, then each segment's label and text."""
+    lines = [_heading(block.title, "━", color)]
+    for segment in block.segments:
+        if segment.label:
+            lines.append(_heading(segment.label, "─", color))
+        lines.append(segment_text(segment.pieces, color, boundaries))
+    return "\n".join(lines) + "\n"
+
+
+def segment_text(found: Sequence[Piece], color: bool, boundaries: bool) -> str:
+    """The text of the pieces with what trains coloured, or between marks."""
+    parts = []
+    for weight, run in itertools.groupby(found, key=lambda piece: piece.weight):
+        trains = weight != 0
+        inner = []
+        for special, same in itertools.groupby(run, key=lambda piece: piece.special):
+            texts = [visible(piece.text, among_marks=not color) for piece in same]
+            joined = (BETWEEN if boundaries else "").join(texts)
+            inner.append(_styled(joined, (trains, special), color))
+        text = (BETWEEN if boundaries else "").join(inner)
+        if trains and not color:
+            text = f"{LEFT}{text}{RIGHT}"
+        parts.append(text + (f"×{weight:g}" if weight not in (0, 1) else ""))
+    return (BETWEEN if boundaries else "").join(parts)
+
+
+def _styled(text: str, style: tuple[bool, bool], color: bool) -> str:
+    """Newlines made visible; each line styled by itself, so that no colour runs to the margin."""
+    lines = text.split("\n")
+    lines = [line + NEWLINE for line in lines[:-1]] + lines[-1:]
+    if color and STYLES[style]:
+        lines = [STYLES[style] + line + RESET if line else "" for line in lines]
+    return "\n".join(lines)
+
+
+def _heading(text: str, rule: str, color: bool) -> str:
+    line = f"{rule * 3} {visible(text, among_marks=not color)} "
+    line += rule * max(3, 78 - len(line))
+    return f"{BOUNDARY_STYLE}{line}{RESET}" if color else line
+
+
+# ---- HTML ------------------------------------------------------------------------------------
+
+CSS = """
+:root{color-scheme:light dark;--bg:#fff;--fg:#1f2328;--soft:#656d76;--card:#f6f8fa;--line:#d0d7de;
+--mark:#aceebb;--part:#fae17d;--special:#8250df;--bar:#2da44e;--bad:#cf222e}
+@media(prefers-color-scheme:dark){:root{--bg:#0d1117;--fg:#e6edf3;--soft:#8b949e;--card:#161b22;
+--line:#30363d;--mark:#1a5c2c;--part:#6b5300;--special:#d2a8ff;--bar:#3fb950;--bad:#ff7b72}}
+body{margin:2rem auto;padding:0 1rem;max-width:72rem;background:var(--bg);color:var(--fg);
+font:15px/1.5 system-ui,sans-serif}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}h3{font-size:1rem;margin:1.2rem 0 .3rem}
+p,small,.label{color:var(--soft)}.bad{color:var(--bad)}
+.text,.table{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.55 ui-monospace,monospace;
+background:var(--card);border:1px solid var(--line);border-radius:6px;padding:.7rem .9rem;margin:0}
+.table{white-space:pre;overflow-x:auto}
+.label{margin:.5rem 0 .2rem;font-size:13px}
+mark{background:var(--mark);color:inherit;border-radius:2px}mark.part{background:var(--part)}
+.text b,.legend b{color:var(--special);font-weight:600}
+.nl::before{content:"⏎";color:var(--soft)}i{border-left:1px solid var(--soft);margin-right:1px}
+.charts{display:flex;flex-wrap:wrap;gap:1.5rem}figure{margin:0}svg{display:block}
+svg rect{fill:var(--bar)}figcaption,small{font-size:12px;color:var(--soft)}
+"""
+
+
+def segment_html(found: Sequence[Piece], boundaries: bool) -> str:
+    """The text of the pieces; what trains is in <mark>, special tokens in <b>."""
+    between = "<i></i>" if boundaries else ""
+    parts = []
+    for weight, run in itertools.groupby(found, key=lambda piece: piece.weight):
+        inner = []
+        for special, same in itertools.groupby(run, key=lambda piece: piece.special):
+            text = between.join(_escaped(piece.text) for piece in same)
+            inner.append(f"<b>{text}</b>" if special else text)
+        text = between.join(inner)
+        if weight == 1:
+            text = f"<mark>{text}</mark>"
+        elif weight:
+            text = f'<mark class="part" title="weight {weight:g}">{text}</mark>'
+        parts.append(text)
+    return between.join(parts)
+
+
+def block_html(block: Block, boundaries: bool) -> str:
+    """A block with its heading and the labels of its segments."""
+    parts = [f"<h3>{_escaped(block.title)}</h3>"]
+    for segment in block.segments:
+        if segment.label:
+            parts.append(f'<div class="label">{_escaped(segment.label)}</div>')
+        parts.append(f'<div class="text">{segment_html(segment.pieces, boundaries)}</div>')
+    return "\n".join(parts)
+
+
+def chart_html(title: str, values: np.ndarray, bins: int = 32, unit: str = "") -> str:
+    """A histogram as inline SVG; each bar tells its range and count when pointed at."""
+    if not len(values):
+        return ""
+    counts, edges = np.histogram(values, bins=bins, range=(0, max(float(values.max()), 1e-9)))
+    width, height = 320, 80
+    step = width / len(counts)
+    bars = []
+    for number, count in enumerate(counts.tolist()):
+        tall = height * count / counts.max()
+        tall = max(tall, 1.0) if count else 0.0  # one example among a million can be seen
+        low, high = (f"{edge:.4g}" for edge in edges[number : number + 2])
+        bars.append(
+            f'<rect x="{number * step:.1f}" y="{height - tall:.1f}" width="{step - 1:.1f}" '
+            f'height="{tall:.1f}"><title>{low} to {high}{unit}: {count:,}</title></rect>'
+        )
+    return (
+        f"<figure><figcaption>{_escaped(title)}</figcaption>"
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">'
+        f"{''.join(bars)}</svg><small>0 to {edges[-1]:.4g}{unit}; highest bar "
+        f"{counts.max():,}</small></figure>"
+    )
+
+
+def page(title: str, sections: Iterable[tuple[str, str]]) -> str:
+    """A whole page that needs nothing from elsewhere.
+
+    Args:
+        sections: (heading, HTML) each.
+    """
+    body = "\n".join(f"<h2>{_escaped(heading)}</h2>\n{content}" for heading, content in sections)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_escaped(title)}</title><style>{CSS}</style></head>\n"
+        f"<body><h1>{_escaped(title)}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def paragraph_html(text: str, kind: str = "p") -> str:
+    """Plain text as a paragraph, or as a monospaced table that keeps its columns."""
+    if kind == "table":
+        return f'<div class="table">{html.escape(visible(text))}</div>'
+    return f"<p>{html.escape(visible(text))}</p>"
+
+
+def legend_html(boundaries: bool) -> str:
+    """One line that says what the marks mean."""
+    shown = '<p class="legend"><mark>trains</mark> &nbsp; <mark class="part">trains with another '
+    shown += "weight than 1</mark> &nbsp; <b>special token</b> &nbsp; ⏎ newline"
+    return shown + (" &nbsp; <i></i>token boundary</p>" if boundaries else "</p>")
+
+
+def _escaped(text: str) -> str:
+    """Text for HTML; newlines are shown and kept."""
+    return html.escape(visible(text)).replace("\n", '<span class="nl">\n</span>')
