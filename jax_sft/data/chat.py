@@ -1,52 +1,50 @@
-"""Messages to tokens, and the only place that decides which tokens train.
+"""Items to tokens, and the only place that decides which tokens train.
 
-The conversation is rendered once with the tokenizer's own chat template and tokenized whole.
-Assistant turns are found by character offsets, never by token ids, so text that imitates the
-template cannot make a user token train.
+A text is tokenized whole and its turns are found by characters, never by token ids, so text that
+imitates the template cannot make a user token train. What trains is decoded again and compared.
 """
 
+import bisect
 import dataclasses
-import json
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
+import tokenizers
 import transformers
 
-Span = tuple[int, int]  # characters [start, end)
+from jax_sft.data import turns
+from jax_sft.data.examples import Encoded
+from jax_sft.data.formats import Conversation, Item, Text, Tokens
+from jax_sft.data.template import ChatTemplate
+from jax_sft.data.turns import Rendered, Turn
 
-# What rendering a template can raise on data that it was not written for.
-TEMPLATE_ERRORS = (
-    *(jinja2.TemplateError, TypeError, ValueError, AttributeError),
-    *(LookupError, ArithmeticError, RecursionError),
-)
+SENTENCEPIECE_SPACE = "\u2581"
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
-    """One conversation, shifted: `targets[i]` is the token after `tokens[i]`.
+class Options:
+    """What decides which tokens train: the keys of `cfg.data` with the same names.
 
     Attributes:
-        tokens: int32 [n], model inputs.
-        targets: int32 [n], next tokens.
-        weights: float32 [n], 1 where the target trains, else 0.
+        max_tokens: leave out the oldest turns of a conversation of more tokens; 0 = never.
     """
 
-    tokens: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
+    turns: str = "all"
+    train_empty_think: bool = False
+    template_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    date: str = "2024-07-26"
+    max_tokens: int = 0
 
-    def __len__(self) -> int:
-        return len(self.tokens)
 
-
-def load_tokenizer(folder: Path):
+def load_tokenizer(folder: Path, needs_template: bool = True):
     """Load the tokenizer of a model folder, without running any code from it.
 
     Raises:
-        ValueError: no usable fast tokenizer, or no chat template.
+        ValueError: no usable fast tokenizer, or no chat template where one is needed.
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -56,7 +54,7 @@ def load_tokenizer(folder: Path):
         raise ValueError(f"{folder} has no tokenizer that can be loaded: {error}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"{folder} has no tokenizer.json: character offsets need a fast tokenizer")
-    if not tokenizer.chat_template:
+    if needs_template and not tokenizer.chat_template:
         raise ValueError(
             f"the tokenizer of {folder} has no chat template: put one into chat_template.jinja "
             "beside it, for instance from the instruction-tuned version of the model"
@@ -64,166 +62,260 @@ def load_tokenizer(folder: Path):
     return tokenizer
 
 
-def render(tokenizer, messages: Sequence[dict], tools: Sequence[dict] | None, prompt=False) -> str:
-    """Render messages with the chat template; `prompt` adds the start of an assistant turn.
+class Encoder:
+    """Turns items into tokens and loss weights.
 
-    Raises:
-        ValueError: the template refuses the messages.
+    Args:
+        tokenizer: from `load_tokenizer`.
+        options: which turns train, and what the chat template sees.
     """
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
+
+    def __init__(self, tokenizer, options: Options):
+        # A copy: what tokenizer.json says about truncation and padding is not for whole texts.
+        self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._options = options
+        self._template = (
+            ChatTemplate(tokenizer, options.template_args, options.date)
+            if tokenizer.chat_template
+            else None
         )
-    except TEMPLATE_ERRORS as error:
-        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        added = tokenizer.added_tokens_decoder
+        special = {i for i, token in added.items() if token.special} | {*tokenizer.all_special_ids}
+        self._special_ids = frozenset(special)
+        texts = {text for i in special if (text := self._backend.id_to_token(i))}
+        self._special = sorted(texts, key=len, reverse=True)
+        self._eos: int | None = tokenizer.eos_token_id
+        self._before, self._after = self._added_around()
+
+    def _added_around(self) -> tuple[list[int], list[int]]:
+        """The ids that the tokenizer puts before and behind a plain text (BOS, usually)."""
+        plain = self._backend.encode("a", add_special_tokens=False).ids
+        full = self._backend.encode("a", add_special_tokens=True).ids
+        for start in range(len(full) - len(plain) + 1):
+            if full[start : start + len(plain)] == plain:
+                return full[:start], full[start + len(plain) :]
+        return [], []
+
+    def encode(self, items: Sequence[Item]) -> list[list[Encoded] | str]:
+        """Encode items; some hundred at a time are fastest.
+
+        Returns:
+            per item its examples (one, or several where the template rewrites history), or the
+            reason why what would train is not what inference would emit.
+        """
+        results: list[list[Encoded] | str] = [[] for _ in items]
+        pending: list[tuple[int, Rendered]] = []
+        for number, item in enumerate(items):
+            try:
+                if isinstance(item, Tokens):
+                    ids, weights = np.array(item.ids, np.int32), np.array(item.weights, np.float32)
+                    results[number] = [Encoded(ids, weights)]
+                else:
+                    pending += [(number, one) for one in self._render(item)]
+            except ValueError as error:
+                results[number] = str(error)
+        texts = [one.text for _, one in pending]
+        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        marked: list[tuple[int, _Marked]] = []
+        for (number, one), encoding in zip(pending, encodings, strict=True):
+            try:
+                marked.append((number, self._mark(one, encoding)))
+            except ValueError as error:
+                results[number] = str(error)
+        for (number, one), error in zip(
+            marked, self._decoding_errors([one for _, one in marked]), strict=True
+        ):
+            found = results[number]
+            if isinstance(found, str):
+                continue
+            if error:
+                results[number] = error
+            else:
+                found.append(self._finish(one))
+        return results
+
+    def _render(self, item: Conversation | Text) -> list[Rendered]:
+        if isinstance(item, Text):
+            if self._eos is None and not self._after:
+                raise ValueError("the tokenizer has no EOS token to end a text with")
+            text = item.prompt + item.completion
+            rendered = [Rendered(text, (Turn(len(item.prompt), None, len(text), 1.0),))]
+        elif self._template is None:
+            raise ValueError("the tokenizer has no chat template, which a conversation needs")
+        else:
+            rendered = self._render_conversation(item, self._options.turns)
+        for one in rendered:
+            try:
+                one.text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"the text holds half a character (a lone surrogate): {error}"
+                ) from error
+        return rendered
+
+    def _render_conversation(self, item: Conversation, which: str) -> list[Rendered]:
+        assert self._template
+        empty_think = self._options.train_empty_think
+        return turns.render(
+            self._template, item, self._special, turns=which, train_empty_think=empty_think
+        )
+
+    def _mark(self, rendered: Rendered, encoding: tokenizers.Encoding) -> "_Marked":
+        """Find the tokens of each turn.
+
+        Raises:
+            ValueError: a turn does not end with a special token.
+        """
+        if self._options.max_tokens and len(encoding) > self._options.max_tokens:
+            rendered, encoding = self._shorten(rendered, encoding)
+        spans = [_token_span(encoding, turn) for turn in rendered.turns]
+        if None in spans:
+            ids, offsets = self._cut(rendered, encoding)
+            spans = [_span_by_offsets(offsets, turn) for turn in rendered.turns]
+        else:
+            ids = encoding.ids
+        marked = _Marked(ids, [], rendered.conversation is None, rendered.num_cut)
+        for turn, span in zip(rendered.turns, spans, strict=True):
+            first, stop = span or (0, 0)
+            if turn.end_token is not None and ids[stop - 1] not in self._special_ids:
+                raise ValueError("an end-of-turn token is merged with the text before it")
+            text = rendered.text[turn.start : turn.stop]
+            marked.spans.append((first, stop, turn.weight, text))
+        return marked
+
+    def _shorten(
+        self, rendered: Rendered, encoding: tokenizers.Encoding
+    ) -> tuple[Rendered, tokenizers.Encoding]:
+        """Leave out as few of the oldest turns as make the rest fit; all but one where none does.
+
+        The system text and the tools stay, and what is left starts with a user's message.
+        """
+        if rendered.conversation is None or not rendered.turns:
+            return rendered, encoding
+        messages, tools = rendered.conversation.messages, rendered.conversation.tools
+        last = max(turns.turn_weights(messages, "all"))
+        users = [n for n, m in enumerate(messages[:last]) if m["role"] == "user"]
+        system = [m for m in messages[: users[0]] if m["role"] == "system"] if users else []
+
+        @functools.cache
+        def without(num_cut: int) -> tuple[Rendered, tokenizers.Encoding]:
+            kept = Conversation([*system, *messages[users[num_cut] :]], tools)
+            shorter = self._render_conversation(kept, "all")
+            if len(shorter) != 1:
+                raise ValueError("the chat template does not let the oldest turns be left out")
+            encoded = self._backend.encode(shorter[0].text, add_special_tokens=False)
+            return dataclasses.replace(shorter[0], num_cut=num_cut), encoded
+
+        def fits(num_cut: int) -> bool:
+            return len(without(num_cut)[1]) <= self._options.max_tokens
+
+        cuts = range(1, len(users))
+        if not cuts:
+            return rendered, encoding
+        return without(cuts[min(bisect.bisect_left(cuts, True, key=fits), len(cuts) - 1)])
+
+    def _cut(
+        self, rendered: Rendered, encoding: tokenizers.Encoding
+    ) -> tuple[list[int], np.ndarray]:
+        """Tokenize a text in which a token crosses the start of a turn: cut it there.
+
+        A model continues a prompt from exactly that edge, so it can never emit a token across it.
+
+        Returns:
+            ids, character offsets int64 [n, 2].
+        """
+        text, ids, offsets = rendered.text, encoding.ids, _offsets(encoding)
+        edges = [turn.start for turn in rendered.turns if _crosses(offsets, turn.start)]
+        if not edges:
+            return ids, offsets
+        ids, pieces = [], []
+        for start, end in itertools.pairwise([0, *edges, len(text)]):
+            piece_ids, piece_offsets = self._piece(text[start:end], at_start=start == 0)
+            ids += piece_ids
+            pieces.append(piece_offsets + start)
+        return ids, np.concatenate(pieces)
+
+    def _piece(self, piece: str, at_start: bool) -> tuple[list[int], np.ndarray]:
+        """Tokenize part of a text. SentencePiece adds a space where a text starts, and only there:
+        a piece that does not start one is tokenized behind a newline, which is removed again.
+        """
+        lead = "" if at_start else "\n"
+        encoding = self._backend.encode(lead + piece, add_special_tokens=False)
+        offsets = _offsets(encoding) - len(lead)
+        num_lead = len(self._backend.encode(lead, add_special_tokens=False)) if lead else 0
+        if num_lead and offsets[num_lead - 1, 1] > 0:  # the newline is merged with the piece
+            encoding = self._backend.encode(piece, add_special_tokens=False)
+            return encoding.ids, _offsets(encoding)
+        return encoding.ids[num_lead:], offsets[num_lead:]
+
+    def _decoding_errors(self, marked: Sequence["_Marked"]) -> list[str]:
+        """Decode what trains; return per text why it is not what is written there, or ""."""
+        trained = [one.ids[first:stop] for one in marked for first, stop, _, _ in one.spans]
+        decoded = iter(self._backend.decode_batch(trained, skip_special_tokens=False))
+        errors = []
+        for one in marked:
+            error = ""
+            for *_, text in one.spans:
+                if (found := next(decoded)) != text and not self._same(found, text):
+                    error = f"the tokenizer turns {text!r:.80} into {found!r:.80}"
+            errors.append(error)
+        return errors
+
+    def _same(self, decoded: str, text: str) -> bool:
+        """Whether two texts differ only in the tokenizer's own normal form or its first space."""
+        normalizer = self._backend.normalizer
+        normal = normalizer.normalize_str(text) if normalizer else text
+        forms = {text, normal, normal.replace(SENTENCEPIECE_SPACE, " ")}
+        return any(form in (decoded, " " + decoded) or decoded == " " + form for form in forms)
+
+    def _finish(self, marked: "_Marked") -> Encoded:
+        ids, shift = marked.ids, 0
+        if marked.is_text:  # BOS and EOS, each once; a chat template writes its own
+            before = [] if ids[: len(self._before)] == self._before else self._before
+            after = self._after or ([] if self._eos is None else [self._eos])
+            after = [] if ids[-len(after) :] == after else after
+            ids, shift = [*before, *ids, *after], len(before)
+        weights = np.zeros(len(ids), np.float32)
+        for first, stop, weight, _ in marked.spans:
+            weights[first + shift : stop + shift] = weight
+        if marked.is_text:
+            first, stop, *_ = marked.spans[0]
+            weights[stop + shift :] = 1.0
+            weights[: first + shift] = first == 0  # without a prompt BOS counts as text
+        return Encoded(np.array(ids, np.int32), weights, marked.num_cut)
 
 
-def assistant_turns(
-    tokenizer, messages: Sequence[dict[str, Any]], tools: Sequence[dict] | None
-) -> tuple[str, list[Span]]:
-    """Render a conversation and find its assistant turns.
+@dataclasses.dataclass
+class _Marked:
+    """A tokenized text and what trains of it: (first token, behind the last, weight, text)."""
 
-    A turn starts where the generation prompt ends, as at inference, and ends where the rendering
-    of the messages up to it ends (its end-of-turn token and what the template puts behind it).
-
-    Returns:
-        (text, spans of the assistant turns).
-
-    Raises:
-        ValueError: the first message is the assistant's, the template leaves part of a message
-            out, or renders earlier messages differently once later ones follow.
-    """
-    text = render(tokenizer, messages, tools)
-    spans = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if number == 0:
-            raise ValueError("the conversation starts with an assistant message")
-        before = render(tokenizer, messages[:number], tools, prompt=True)
-        through = render(tokenizer, messages[: number + 1], tools)
-        if not (text.startswith(through) and through.startswith(before)):
-            raise ValueError(
-                f"the chat template renders message {number} differently within the conversation"
-            )
-        turn = through[len(before) :]
-        for part in [message["content"], *call_parts(message)]:
-            if not is_in(part, turn):
-                raise ValueError(f"the chat template leaves out part of message {number}: {part!r}")
-        spans.append((len(before), len(through)))
-    check_nothing_left_out(tokenizer, text, messages, tools)
-    return text, spans
+    ids: list[int]
+    spans: list[tuple[int, int, float, str]]
+    is_text: bool
+    num_cut: int
 
 
-def check_nothing_left_out(
-    tokenizer, text: str, messages: Sequence[dict[str, Any]], tools: Sequence[dict] | None
-) -> None:
-    """Refuse a template that drops context without a word.
-
-    Raises:
-        ValueError: a message's content or a tool is not in the rendered text.
-    """
-    for number, message in enumerate(messages):
-        if not is_in(message["content"], text):
-            raise ValueError(f"the chat template leaves out part of message {number}")
-    without = render(tokenizer, messages, None) if tools else ""
-    for tool in tools or ():
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"a tool must be an object with a name, not {tool!r:.80}")
-        if text.count(name) <= without.count(name):
-            raise ValueError(f"the chat template leaves out the tool {name!r}")
+def _token_span(encoding: tokenizers.Encoding, turn: Turn) -> tuple[int, int] | None:
+    """The tokens of a turn, by a few look-ups; None where they do not tell, see `_cut`."""
+    if turn.end_token is None:
+        return None
+    first = encoding.char_to_token(turn.start)
+    last = encoding.char_to_token(turn.end_token)
+    if not first or last is None:
+        return None
+    before, at, end = (encoding.token_to_chars(i) for i in (first - 1, first, last))
+    clean = before and at and end and before[1] == turn.start == at[0] and end[0] == turn.end_token
+    return (first, last + 1) if clean else None
 
 
-def call_parts(message: dict[str, Any]) -> list[str]:
-    """Return the names and argument values of a message's tool calls.
-
-    Raises:
-        ValueError: a tool call without a function name.
-    """
-    calls = message.get("tool_calls") or ()
-    if not isinstance(calls, list | tuple):
-        raise ValueError(f"tool_calls must be a list, not {calls!r:.80}")
-    parts = []
-    for call in calls:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(function, dict) or not isinstance(name, str) or not name:
-            raise ValueError(f"a tool call must be an object with a function name: {call!r:.80}")
-        parts += [name, *_leaves(function.get("arguments", {}))]
-    return parts
-
-
-def _leaves(value: Any) -> list[str]:
-    """The strings and numbers within a JSON value, as they are printed."""
-    if isinstance(value, dict):
-        return [leaf for part in value.items() for leaf in _leaves(list(part))]
-    if isinstance(value, list | tuple):
-        return [leaf for part in value for leaf in _leaves(part)]
-    return [value if isinstance(value, str) else json.dumps(value)]
-
-
-def is_in(part: str, text: str) -> bool:
-    """Whether a text holds a part: as it is, without outer white space, or escaped as in JSON."""
-    escaped = (json.dumps(part, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
-    return part.strip() in text or any(form in text for form in escaped)
-
-
-def encode(tokenizer, messages: Sequence[dict], tools: Sequence[dict] | None = None) -> Example:
-    """Turn a conversation into an Example whose assistant turns train.
-
-    In each turn everything up to and including the end-of-turn token trains; what the template
-    puts behind it (a newline, usually) does not.
-
-    Raises:
-        ValueError: see `assistant_turns`; or a turn without an end-of-turn token.
-    """
-    text, spans = assistant_turns(tokenizer, messages, tools)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the text holds half a character (a lone surrogate): {error}") from error
-    ids, offsets = _tokenize(tokenizer, text, [start for start, _ in spans])
-    special = np.isin(ids, _special_ids(tokenizer))
-    trains = np.zeros(len(ids), np.float32)
-    for start, end in spans:
-        inside = (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > start)
-        stops = np.flatnonzero(inside & special)
-        if not len(stops) or text[offsets[stops[-1], 1] : end].strip():
-            raise ValueError(
-                "the chat template ends an assistant turn without a special token, so a model "
-                f"trained on it would never stop: {text[start:end][-60:]!r}"
-            )
-        trains[np.flatnonzero(inside)[0] : stops[-1] + 1] = 1.0
-    ids = ids.astype(np.int32)
-    return Example(tokens=ids[:-1], targets=ids[1:], weights=trains[1:])
-
-
-def _special_ids(tokenizer) -> list[int]:
-    added = tokenizer.added_tokens_decoder
-    return [i for i, token in added.items() if token.special] + tokenizer.all_special_ids
-
-
-def _tokenize(tokenizer, text: str, edges: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenize the whole text; if a token crosses the start of a turn, cut the text there.
-
-    A model continues a prompt from exactly that edge, so it can never emit a token across it.
-
-    Returns:
-        ids int64 [n], character offsets int64 [n, 2].
-    """
-    ids, offsets = _encode_text(tokenizer, text)
-    crossed = [e for e in edges if _crosses(offsets, e)]
-    if crossed:
-        bounds = [0, *crossed, len(text)]
-        pieces = [
-            (start, *_encode_text(tokenizer, text[start:end]))
-            for start, end in zip(bounds, bounds[1:], strict=False)
-        ]
-        ids = np.concatenate([ids for _, ids, _ in pieces])
-        offsets = np.concatenate([offsets + start for start, _, offsets in pieces])
-    return ids, offsets
+def _span_by_offsets(offsets: np.ndarray, turn: Turn) -> tuple[int, int]:
+    """The tokens of a turn by the offsets of all; no token crosses its start any more."""
+    first = int(np.argmax(np.append(offsets[:, 1] > turn.start, True)))
+    if turn.end_token is None:
+        return first, len(offsets)
+    return first, int(np.argmax(np.append(offsets[:, 1] > turn.end_token, True))) + 1
 
 
 def _crosses(offsets: np.ndarray, edge: int) -> bool:
@@ -237,8 +329,5 @@ def _crosses(offsets: np.ndarray, edge: int) -> bool:
     return bool(within.any()) or (edge > 0 and before.max(initial=0) < edge)
 
 
-def _encode_text(tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
-    # The template writes BOS itself: the tokenizer must not add another.
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-    return np.array(encoded["input_ids"], np.int64), offsets
+def _offsets(encoding: tokenizers.Encoding) -> np.ndarray:
+    return np.array(encoding.offsets, np.int64).reshape(-1, 2)

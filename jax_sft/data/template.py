@@ -1,0 +1,148 @@
+"""Chat templates: messages to text, in a sandbox, the same on every day.
+
+What a template does to messages is found out by asking it, never by reading or changing it.
+"""
+
+import copy
+import datetime
+import functools
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+from transformers.utils.chat_template_utils import (
+    _compile_jinja_template,
+    _render_with_assistant_indices,
+)
+
+Span = tuple[int, int]  # characters [start, end)
+
+# What rendering a template can raise on data that it was not written for.
+TEMPLATE_ERRORS = (
+    *(jinja2.TemplateError, TypeError, ValueError, AttributeError),
+    *(LookupError, ArithmeticError, RecursionError),
+)
+# Ways in which templates want the tool calls of a message: is `arguments` an object or its JSON
+# text, and what stands for "no content".
+_CALL_STYLES = tuple(itertools.product((False, True), ("", None)))
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        args: further variables that the template sees.
+        date: ISO date that a template sees as today.
+    """
+
+    def __init__(self, tokenizer, args: Mapping[str, Any], date: str):
+        self._tokenizer = tokenizer
+        self._today = datetime.datetime.fromisoformat(date)
+        # The date pins strftime_now: transformers' own reads the clock.
+        self._variables = {
+            **tokenizer.special_tokens_map,
+            "strftime_now": self._today.strftime,
+            **args,
+        }
+
+    def _compiled(self, tools: Sequence[dict] | None) -> jinja2.Template:
+        # A tokenizer may have one template for tools and one for all else. Compiled by transformers
+        # with its hardened sandbox, once.
+        source = self._tokenizer.get_chat_template(tools=tools)
+        return _compile_jinja_template(source)
+
+    def render(
+        self, messages: Sequence[dict], tools: Sequence[dict] | None, prompt: bool = False
+    ) -> str:
+        """Render messages; `prompt` adds the start of an assistant turn.
+
+        Raises:
+            ValueError: the template refuses the messages.
+        """
+        try:
+            return self._compiled(tools).render(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=prompt,
+                **self._variables,
+            )
+        except TEMPLATE_ERRORS as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+
+    @functools.cached_property
+    def has_tags(self) -> bool:
+        """Whether the template marks what the assistant says with {% generation %}."""
+        sources = self._tokenizer.chat_template
+        sources = sources.values() if isinstance(sources, dict) else [sources]
+        return any(re.search(r"\{%-?\s*generation\s*-?%\}", source) for source in sources)
+
+    def tagged(self, messages: Sequence[dict], tools: Sequence[dict] | None) -> list[Span]:
+        """Return the {% generation %} spans of the rendered messages."""
+        try:
+            _, spans = _render_with_assistant_indices(
+                compiled_template=self._compiled(tools),
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=False,
+                **self._variables,
+            )
+        except TEMPLATE_ERRORS as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        return spans
+
+    @functools.cached_property
+    def writes_empty_think(self) -> bool:
+        """Whether the template puts an empty think block before an answer that has none."""
+        answered = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+        try:
+            return "<think>" in self.render(answered, None)
+        except ValueError:
+            return False
+
+    def styled(self, messages: Sequence[dict]) -> list[dict]:
+        """Return copies of the messages, their tool calls in the way that the template prints."""
+        if not any(message.get("tool_calls") for message in messages):
+            return list(messages)
+        as_text, no_content = self._call_style
+        return [_with_calls(message, as_text, no_content) for message in messages]
+
+    @functools.cached_property
+    def _call_style(self) -> tuple[bool, str | None]:
+        """The first style in which a call is printed as JSON, neither as Python nor twice escaped.
+
+        The first one where none is: the check of each conversation then tells what is missing.
+        """
+        function = {"name": "probe_name", "arguments": {"probe_key": "probe value"}}
+        call = {"id": "call12345", "type": "function", "function": function}
+        asked = [
+            {"role": "user", "content": "u"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        for as_text, no_content in _CALL_STYLES:
+            try:
+                text = self.render(
+                    [_with_calls(message, as_text, no_content) for message in asked], None
+                )
+            except ValueError:
+                continue
+            if "probe_name" in text and '"probe_key"' in text:
+                return as_text, no_content
+        return _CALL_STYLES[0]
+
+
+def _with_calls(message: dict, as_text: bool, no_content: str | None) -> dict:
+    if not message.get("tool_calls"):
+        return message
+    message = copy.deepcopy(message)
+    message["content"] = message.get("content") or no_content
+    for call in message["tool_calls"]:
+        function = call.get("function", call)
+        if as_text:
+            function["arguments"] = json.dumps(function.get("arguments", {}), ensure_ascii=False)
+    return message

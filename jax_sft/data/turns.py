@@ -1,0 +1,334 @@
+"""A conversation to texts in which every trained turn stands where inference would put it.
+
+Usually one text, the whole conversation. Where a template rewrites history once later messages
+follow (earlier thinking is stripped, the system text moves), the conversation becomes the fewest
+texts in which each trained turn follows the very prompt that inference would give.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jax_sft.data.formats import Conversation
+from jax_sft.data.template import ChatTemplate
+
+# The empty block itself is context, as in the prompt of a model that is told not to think.
+EMPTY_THINK = re.compile(r"<think>\s*</think>\n{0,2}")
+OPENED_THINK = re.compile(r"<think>(\s*)\Z")
+CLOSING_THINK = re.compile(r"\s*</think>\n{0,2}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Characters [start, stop) of a text, which train.
+
+    Attributes:
+        end_token: where their end-of-turn token begins; None where the text has none.
+    """
+
+    start: int
+    end_token: int | None
+    stop: int
+    weight: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """A text, the turns of it that train, and the conversation it was made of."""
+
+    text: str
+    turns: tuple[Turn, ...]
+    conversation: Conversation | None = None
+    num_cut: int = 0  # turns left out at the start of the conversation
+
+
+def render(
+    template: ChatTemplate,
+    conversation: Conversation,
+    special: Sequence[str],
+    *,
+    turns: str = "all",
+    train_empty_think: bool = False,
+) -> list[Rendered]:
+    """Render a conversation as the fewest texts; each trained turn trains in exactly one of them.
+
+    A turn trains from where its generation prompt ends, as at inference, to the end of its
+    end-of-turn token; what the template puts behind that (a newline, usually) does not.
+
+    Args:
+        special: texts of the special tokens, the longest first.
+        turns: "all", "last" or "from:K", see `cfg.data.turns`.
+
+    Raises:
+        ValueError: why what would train is not what inference would emit: the template refuses the
+            messages, leaves out or changes part of one, or ends a turn without a special token.
+    """
+    weights = turn_weights(conversation.messages, turns)
+    messages = template.styled([_for_template(message) for message in conversation.messages])
+    tools = conversation.tools
+    text = template.render(messages, tools)
+    check_tools(template, text, messages, tools)
+    trained = []
+    for number in sorted(weights):
+        last = number == len(messages) - 1
+        through = text if last else template.render(messages[: number + 1], tools)
+        turn, through = _find_turn(
+            template, messages[: number + 1], tools, through, special, train_empty_think
+        )
+        trained.append((number, through, dataclasses.replace(turn, weight=weights[number])))
+
+    # Greedily from the last turn back: a text carries every turn whose own text it starts with.
+    carriers: list[tuple[str, int, list[int]]] = [(text, len(messages), [])]
+    for index in reversed(range(len(trained))):
+        number, through, turn = trained[index]
+        for carrier, _, carried in carriers:
+            if carrier.startswith(through[: turn.stop]):
+                carried.append(index)
+                break
+        else:
+            carriers.append((through, number + 1, [index]))
+    if trained and not carriers[0][2]:
+        del carriers[0]  # nothing trains in the whole conversation's own text
+    results = []
+    for carrier, num_messages, carried in reversed(carriers):
+        indices = sorted(carried)
+        check_context(carrier, messages[:num_messages], {trained[i][0] for i in indices})
+        part = [
+            {**message, "weight": weights[n] if n in {trained[i][0] for i in indices} else 0.0}
+            if message["role"] == "assistant"
+            else message
+            for n, message in enumerate(_unweighted(conversation.messages[:num_messages]))
+        ]
+        results.append(
+            Rendered(carrier, tuple(trained[i][2] for i in indices), Conversation(part, tools))
+        )
+    return results
+
+
+def turn_weights(messages: Sequence[dict[str, Any]], turns: str) -> dict[int, float]:
+    """Return {message number: weight} of the assistant turns that train."""
+    numbers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    if turns == "last":
+        numbers = numbers[-1:]
+    elif turns.startswith("from:"):
+        numbers = numbers[int(turns.removeprefix("from:")) - 1 :]
+    weights = {}
+    for number in numbers:
+        message = messages[number]
+        weight = float(message.get("weight", 1.0)) if message.get("train", True) else 0.0
+        if weight:
+            weights[number] = weight
+    return weights
+
+
+def _unweighted(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
+
+
+def _for_template(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as transformers hands it to templates: no nulls, reasoning under both names."""
+    kept = {k: v for k, v in message.items() if v is not None and k not in ("train", "weight")}
+    if "reasoning_content" in kept:
+        kept.setdefault("thinking", kept["reasoning_content"])
+    return kept
+
+
+def _find_turn(
+    template: ChatTemplate,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict] | None,
+    through: str,
+    special: Sequence[str],
+    train_empty_think: bool,
+) -> tuple[Turn, str]:
+    """Find the last message, an assistant's, in the text that ends with it.
+
+    Returns:
+        the turn (of weight 1), and the text up to it as inference would give and continue it.
+    """
+    if len(messages) == 1:
+        raise ValueError("the conversation starts with an assistant message")
+    message = messages[-1]
+    prompt = template.render(messages[:-1], tools, prompt=True)
+    if not through.startswith(prompt):
+        through = _continue_think(prompt, through, message, special)
+    start = len(prompt)
+    _, answer = split_think(message)
+    ends = _end_of_turn(through, _behind(through, answer, start), special)
+    if ends is None:
+        raise ValueError(
+            "the chat template ends an assistant turn without a special token, so a model "
+            f"trained on it would never stop: {through[start:][-60:]!r}"
+        )
+    template_block = _template_think(template, message, prompt, through)
+    _check_turn(through[start + template_block : ends[0]], message)
+    if template.has_tags:
+        spans = template.tagged(messages, tools)
+        if not spans or spans[-1][1] <= start:
+            raise ValueError("the chat template's {% generation %} tag leaves out a turn")
+        start = max(start, min(spans[-1][0], ends[0]))
+    if not train_empty_think:
+        start = max(start, len(prompt) + template_block)
+    return Turn(start, *ends, weight=1.0), through
+
+
+def _continue_think(prompt: str, through: str, message: dict, special: Sequence[str]) -> str:
+    """Continue a prompt that opens a think block with the reasoning that the template strips.
+
+    DeepSeek-R1's template renders answers without reasoning, yet starts every turn with "<think>":
+    what the model emits there is reasoning, "</think>" and answer.
+    """
+    opened = OPENED_THINK.search(prompt)
+    if not opened or not through.startswith(prompt[: opened.start()]):
+        raise ValueError(
+            "the chat template renders an assistant turn in another way than its generation "
+            f"prompt begins one: {prompt[-40:]!r}"
+        )
+    reasoning, answer = split_think(message)
+    if reasoning is None or message.get("tool_calls"):
+        raise ValueError(
+            f"the generation prompt ends with {opened.group()!r}, the answer has no reasoning: "
+            'write it as "<think>...</think>answer" in the content'
+        )
+    ends = _end_of_turn(through, _behind(through, answer, opened.start()), special)
+    content = message.get("content") or ""
+    if message.get("reasoning_content"):
+        emitted = f"{reasoning.strip()}\n</think>\n\n{answer}"
+    else:
+        emitted = content.lstrip().removeprefix("<think>").removeprefix(opened.group(1))
+    return prompt + emitted + (through[ends[0] : ends[1]] if ends else "")
+
+
+def _template_think(template: ChatTemplate, message: dict, prompt: str, through: str) -> int:
+    """Return the length of an empty think block that the template itself put before the answer."""
+    own = (message.get("content") or "").lstrip().startswith("<think>")
+    if own and not template.writes_empty_think:
+        return 0
+    block = EMPTY_THINK.match(through, len(prompt))
+    if not block and OPENED_THINK.search(prompt):
+        block = CLOSING_THINK.match(through, len(prompt))
+    return len(block.group()) if block else 0
+
+
+def _behind(text: str, answer: str, start: int) -> int:
+    """Return where the answer, which the text holds from `start` on, ends (`start` if nowhere)."""
+    closed = text.rfind("</think>", start)
+    found = text.find(answer.strip(), max(start, closed))
+    return max(found, start) + (len(answer.strip()) if found >= 0 else 0)
+
+
+def _end_of_turn(text: str, start: int, special: Sequence[str]) -> tuple[int, int] | None:
+    """Return the first special token of those that end the text, white space aside, from `start`.
+
+    Generation stops there: what follows (Phi-3 puts its end-of-text token behind every
+    conversation) is not emitted.
+    """
+    found, end = None, len(text)
+    while True:
+        while end > start and text[end - 1].isspace():
+            end -= 1
+        token = next((t for t in special if text.endswith(t, start, end)), None)
+        if not token:
+            return found
+        found = (end - len(token), end)
+        end -= len(token)
+
+
+def _check_turn(body: str, message: dict[str, Any]) -> None:
+    """Refuse a turn that is not the message: all of it, and nothing else.
+
+    Raises:
+        ValueError: part of the message is not there, or text that is not of the message is.
+    """
+    calls = call_parts(message)
+    reasoning, answer = split_think(message)
+    for part in [reasoning or "", answer, *calls]:
+        if not is_in(part, body):
+            raise ValueError(f"the chat template leaves out part of a message: {part!r:.80}")
+    if not calls and reasoning is None and body.strip() != answer.strip():
+        raise ValueError(
+            f"the chat template adds text of its own to an answer: {body.strip()!r:.200}"
+        )
+
+
+def split_think(message: dict[str, Any]) -> tuple[str | None, str]:
+    """Return (reasoning or None, answer) of an assistant message."""
+    content = message.get("content") or ""
+    if message.get("reasoning_content"):
+        return message["reasoning_content"], content
+    before, closed, answer = content.rpartition("</think>")
+    return (before.partition("<think>")[2] or before, answer) if closed else (None, content)
+
+
+def check_context(text: str, messages: Sequence[dict[str, Any]], trained: set[int]) -> None:
+    """Refuse a text that drops a message which is context; only earlier thinking may go.
+
+    Raises:
+        ValueError: a message's content is not in the text.
+    """
+    for number, message in enumerate(messages):
+        if number not in trained:
+            kept = message.get("content") or ""
+            if message["role"] == "assistant":
+                kept = split_think(message)[1]
+            if not is_in(kept, text):
+                raise ValueError(f"the chat template leaves out part of message {number}")
+
+
+def check_tools(
+    template: ChatTemplate,
+    text: str,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict] | None,
+) -> None:
+    """Refuse a template that drops tools without a word.
+
+    Raises:
+        ValueError: a tool is not in the rendered text.
+    """
+    without = template.render(messages, None) if tools else ""
+    for tool in tools or ():
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"a tool must be an object with a name, not {tool!r:.80}")
+        if text.count(name) <= without.count(name):
+            raise ValueError(f"the chat template leaves out the tool {name!r}")
+
+
+def call_parts(message: dict[str, Any]) -> list[str]:
+    """Return the names and argument values of a message's tool calls.
+
+    Raises:
+        ValueError: a tool call without a function name.
+    """
+    parts = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call) if isinstance(call, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(function, dict) or not isinstance(name, str) or not name:
+            raise ValueError(f"a tool call must be an object with a function name: {call!r:.80}")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):  # the style of some templates, see ChatTemplate.styled
+            arguments = json.loads(arguments)
+        parts += [name, *_leaves(arguments)]
+    return parts
+
+
+def _leaves(value: Any) -> list[str]:
+    """The strings and numbers within a JSON value, as they are printed."""
+    if isinstance(value, dict):
+        return [leaf for part in value.items() for leaf in _leaves(list(part))]
+    if isinstance(value, list | tuple):
+        return [leaf for part in value for leaf in _leaves(part)]
+    return [value if isinstance(value, str) else json.dumps(value)]
+
+
+def is_in(part: str, text: str) -> bool:
+    """Whether a text holds a part: as it is, without outer white space, or escaped as in JSON."""
+    if part.strip() in text:
+        return True
+    escaped = (json.dumps(part, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
+    return any(form in text for form in escaped)
