@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from jax_sft import config, hf, models, optim, parallel, trackers
-from jax_sft.data import formats
+from jax_sft import hf, models, optim, parallel, trackers
+from jax_sft.data import check
 from jax_sft.models.layers import REMAT
 from jax_sft.ops.attention import BACKENDS
 
@@ -66,9 +66,7 @@ def validate(cfg, num_devices: int) -> Resolved:
             f"data.seq_len = {cfg.data.seq_len} is over the model's max_position_embeddings = "
             f"{model_cfg.max_positions}: use at most that, or set a rope scaling in its config.json"
         )
-    for kind, sources in (("train", cfg.data.train), ("eval", cfg.data.eval)):
-        for name, source in sources.items():
-            problems += [f"data.{kind}.{name}: {p}" for p in _source_problems(source)]
+    problems += check.problems(cfg.data)
     if problems:
         lines = "\n".join(f"  {number}. {text}" for number, text in enumerate(problems, start=1))
         raise ValueError(f"the config has {len(problems)} problem(s):\n{lines}")
@@ -101,14 +99,17 @@ def _value_problems(cfg) -> list[str]:
         "model.param_dtype": DTYPES,
         "model.attention": tuple(BACKENDS),
         "model.remat": tuple(REMAT),
-        "data.overlong": ("drop", "raise"),
-        "data.packing": ("best_fit", "none"),
         "optimizer.name": optim.NAMES,
         "optimizer.schedule": optim.SCHEDULES,
     }
     at_least: dict[str, float] = {
-        **{"seed": 0, "data.seq_len": 1, "data.max_segments": 1},
-        **{"batch.rows": 1, "batch.micro_rows": 0, "train.steps": 0, "optimizer.warmup": 0},
+        **{
+            "seed": 0,
+            "batch.rows": 1,
+            "batch.micro_rows": 0,
+            "train.steps": 0,
+            "optimizer.warmup": 0,
+        },
         **{"optimizer.clip_norm": 0, "optimizer.weight_decay": 0, "optimizer.learning_rate": 0},
         **{"mesh.cpu_devices": 0, "eval.every_steps": 0, "eval.samples": 0},
         **{"checkpoint.every_steps": 0, "checkpoint.keep": 1, "checkpoint.keep_best": 0},
@@ -142,8 +143,6 @@ def _value_problems(cfg) -> list[str]:
         problems.append(
             f"train.epochs = {cfg.train.epochs}: use a positive value, or set train.steps"
         )
-    if not cfg.data.train:
-        problems.append("data.train is empty: add a source, data.train.NAME = config.source(path)")
     if cfg.checkpoint.keep_best:
         every, saved = cfg.eval.every_steps, cfg.checkpoint.every_steps
         if not cfg.data.eval or not every or saved % every:
@@ -181,22 +180,6 @@ def _batch_problems(cfg, micro_rows: int, sizes: dict[str, int]) -> list[str]:
             f"data.seq_len = {cfg.data.seq_len} is not divisible by mesh.sequence = "
             f"{sizes['sequence']}: use {multiple}"
         )
-    return problems
-
-
-def _source_problems(source: Any) -> list[str]:
-    known = set(config.source(""))
-    if not hasattr(source, "keys") or set(source.keys()) != known:
-        return ["is not a source: write data.train.NAME = config.source(path)"]
-    problems = []
-    if not source.path:
-        problems.append("path is empty")
-    elif not Path(source.path).expanduser().is_file():
-        problems.append(f"path = {source.path!r} does not exist")
-    if source.format and source.format not in formats.FORMATS:
-        problems.append(f"format = {source.format!r}: use one of {list(formats.FORMATS)}")
-    if source.limit < 0:
-        problems.append(f"limit = {source.limit}: use 0 for all rows, or a positive number")
     return problems
 
 

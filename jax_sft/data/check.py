@@ -1,0 +1,63 @@
+"""What can be wrong with `cfg.data`; called by `validate` and `inspect` before any row is read."""
+
+import datetime
+import re
+from typing import Any
+
+from jax_sft import config
+from jax_sft.data import formats, mixture, read
+
+CHOICES = {
+    "overlong": ("raise", "drop", "truncate", "truncate_history"),
+    "on_bad_row": ("raise", "skip"),
+    "packing": ("best_fit", "none"),
+}
+AT_LEAST = {"seq_len": 1, "max_segments": 1, "num_workers": 0}
+
+
+def problems(data) -> list[str]:
+    """List what is wrong with `cfg.data`, as far as can be told without reading rows."""
+    found = [
+        f"data.{key} = {data[key]!r}: use one of {list(known)}"
+        for key, known in CHOICES.items()
+        if data[key] not in known
+    ]
+    found += [
+        f"data.{key} = {data[key]}: use at least {least}"
+        for key, least in AT_LEAST.items()
+        if data[key] < least
+    ]
+    if not data.train:
+        found.append("data.train is empty: add a source, data.train.NAME = config.source(path)")
+    if not re.fullmatch(r"all|last|from:[1-9][0-9]*", data.turns):
+        found.append(f'data.turns = {data.turns!r}: use "all", "last" or "from:K" with K >= 1')
+    try:
+        datetime.date.fromisoformat(data.date)
+    except ValueError:
+        found.append(f"data.date = {data.date!r}: write it like 2024-07-26")
+    for kind, sources in (("train", data.train), ("eval", data.eval)):
+        for name, source in sources.items():
+            found += [f"data.{kind}.{name}: {p}" for p in _source_problems(name, source)]
+    sound = all(_is_source(source) for source in data.train.values())
+    return found + (mixture.problems(data.train) if sound else [])
+
+
+def _is_source(source: Any) -> bool:
+    return hasattr(source, "keys") and set(source.keys()) == set(config.source(""))
+
+
+def _source_problems(name: str, source: Any) -> list[str]:
+    if not _is_source(source):
+        return ["is not a source: write data.train.NAME = config.source(path)"]
+    found = []
+    if not re.fullmatch(r"[\w.-]+", name):
+        found.append("the name may hold letters, digits, '_', '-' and '.' only")
+    if source.format and source.format not in formats.FORMATS:
+        found.append(f"format = {source.format!r}: use one of {list(formats.FORMATS)}")
+    if source.limit < 0:
+        found.append(f"limit = {source.limit}: use 0 for all rows, or a positive number")
+    try:
+        read.files(source)
+    except ValueError as error:
+        found.append(str(error))
+    return found
