@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from jax_sft.data.chat import Example
+from jax_sft.data.examples import Example, Examples
 from jax_sft.data.loader import Loader
-from jax_sft.data.prepare import Examples
 from jax_sft.inference import LoadedModel
 
 

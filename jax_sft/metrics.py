@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -61,19 +61,29 @@ class Meter:
     Args:
         every_steps: how often metrics are made.
         num_steps: of the whole run.
-        steps_per_epoch: to tell the epoch.
-        tokens_per_step: with padding, for the fill of rows.
+        epoch_of: steps done -> epochs done.
+        sources: names of the train sources where each one's loss is asked for.
         flops: sums -> model FLOPs of a step.
         peak: FLOP/s of all devices together, or None.
     """
 
     def __init__(
-        self, *, every_steps, num_steps, steps_per_epoch, tokens_per_step, flops, peak, start_step
+        self,
+        *,
+        every_steps: int,
+        num_steps: int,
+        start_step: int,
+        epoch_of: Callable[[int], float],
+        flops: Callable[[Mapping[str, float]], float],
+        peak: float | None,
+        sources: Sequence[str] = (),
     ):
         self._every, self._num_steps = every_steps, num_steps
-        self._steps_per_epoch, self._tokens_per_step = steps_per_epoch, tokens_per_step
+        self._epoch_of, self._sources = epoch_of, sources
         self._flops, self._peak = flops, peak
         self._window: list[dict[str, jax.Array]] = []
+        self._slots = 0  # tokens of the window's batches, padding included
+        self._wait_ms = 0.0
         self._step = start_step
         self._began = self._time = time.perf_counter()
         self._untimed = 0  # steps of the window before the clock was started
@@ -90,9 +100,13 @@ class Meter:
         """Leave the steps until now (the first one, which compiles) out of the speed."""
         self._time, self._untimed = time.perf_counter(), len(self._window)
 
-    def add(self, sums: dict[str, jax.Array]) -> None:
-        """Note the (unfinished) sums of the next step."""
+    def add(self, sums: dict[str, jax.Array], slots: int, wait_ms: float = 0.0) -> None:
+        """Note the next step: its (unfinished) sums, the size of its batch in tokens with padding,
+        and for how long it waited for that batch.
+        """
         self._window.append(sums)
+        self._slots += slots
+        self._wait_ms += wait_ms
         self._step += 1
 
     @property
@@ -126,20 +140,31 @@ class Meter:
         now = time.perf_counter()
         timed = len(window) - self._untimed
         seconds = (now - self._time) / timed if timed else (now - self._began) / len(window)
+        slots, wait_ms = self._slots / len(window), self._wait_ms / len(window)
         self._time, self._window, self._untimed = now, [], 0
+        self._slots, self._wait_ms = 0, 0.0
         last = window[-1]
+        by_source = {key: last.pop(key) for key in list(last) if key.endswith("_by_source")}
         mean = {key: sum(float(sums[key]) for sums in window) / len(window) for key in last}
         metrics = {
             "step": self._step,
-            "epoch": self._step / self._steps_per_epoch,
-            "loss": float(last["loss"]) / max(float(last["weight"]), 1.0),
+            "epoch": self._epoch_of(self._step),
+            "loss": float(last["loss"]) / (float(last["weight"]) or 1.0),
             "learning_rate": float(last["learning_rate"]),
             "grad_norm": float(last["grad_norm"]),
             "tokens_per_s": mean["tokens"] / seconds,
             "trained_tokens_per_s": mean["weight"] / seconds,
-            "fill": mean["tokens"] / self._tokens_per_step,
+            "fill": mean["tokens"] / slots,
             "step_time_s": seconds,
+            "data/wait_ms": wait_ms,
         }
+        if by_source:
+            losses, weights = by_source["loss_by_source"], by_source["weight_by_source"]
+            metrics |= {
+                f"loss/{name}": float(loss / weight)
+                for name, loss, weight in zip(self._sources, losses, weights, strict=True)
+                if weight
+            }
         if self._peak:
             metrics["mfu"] = self._flops(mean) / seconds / self._peak
         return metrics
@@ -157,10 +182,20 @@ class Meter:
             f"{count(metrics['trained_tokens_per_s'])} trained tok/s",
             f"fill {metrics['fill']:.1%}",
             f"{metrics['step_time_s']:.3f} s/step",
+            *(
+                [f"WAITING FOR DATA {metrics['data/wait_ms']:.0f} ms/step"]
+                if stalls(metrics)
+                else []
+            ),
             *([f"MFU {metrics['mfu']:.1%}"] if "mfu" in metrics else []),
             f"ETA {duration(left)}",
         ]
         return " | ".join(parts)
+
+
+def stalls(metrics: Mapping[str, float]) -> bool:
+    """Whether more than a hundredth of the time is spent waiting for data."""
+    return metrics["data/wait_ms"] > 10 * metrics["step_time_s"]
 
 
 def count(number: float) -> str:

@@ -3,13 +3,15 @@
 Every array's sharding follows from the names of its dimensions and `RULES`. An unknown name raises.
 """
 
+import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Block = tuple[tuple[int, int], ...]  # (start, stop) of each dimension
@@ -159,6 +161,25 @@ def initialize() -> None:
         heartbeat_timeout_seconds=30,
         shutdown_timeout_seconds=60,
     )
+
+
+def check_same(what: str, values: Sequence[str]) -> None:
+    """Compare texts that must be equal on all processes.
+
+    Raises:
+        ValueError: they differ; the processes that differ from the first are named.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256("\n".join(values).encode()).digest()
+    ours = np.frombuffer(digest, np.uint8)
+    everyone = np.asarray(multihost_utils.process_allgather(ours))
+    different = [n for n, theirs in enumerate(everyone) if (theirs != everyone[0]).any()]
+    if different:
+        raise ValueError(
+            f"the {what} of processes {different} differ from those of process 0: every host must "
+            "see the same files and run the same versions"
+        )
 
 
 def simulate_cpu_devices(total: int) -> None:

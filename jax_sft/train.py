@@ -20,14 +20,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jax_sft import checkpoint, config, evaluate, hf, metrics, optim, parallel, state, trackers
-from jax_sft.data import chat
+from jax_sft.data import chat, prepare
+from jax_sft.data.examples import Examples
 from jax_sft.data.loader import Loader
-from jax_sft.data.prepare import Examples, prepare
 from jax_sft.inference import LoadedModel
 from jax_sft.model import ModelDef
 from jax_sft.step import make_eval_step, make_train_step
@@ -75,32 +74,44 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
     num_params = sum(math.prod(row.shape(dims)) for row in rows)
     folder = hf.resolve(cfg.model.path, cfg.model.revision)
     tensors = hf.check(folder, rows, dims, model_cfg.tied)
-    tokenizer = chat.load_tokenizer(folder)
+    tokenizer = chat.load_tokenizer(folder, needs_template=False)
     axes = " ".join(f"{axis}={size}" for axis, size in resolved.mesh_shape.items())
     say(f"model   {cfg.model.path}: {model_cfg.__module__}, {metrics.count(num_params)} parameters")
     say(f"mesh    {axes} on {jax.device_count()} x {jax.devices()[0].device_kind}")
 
     # ---- data --------------------------------------------------------------------------------
-    options = dict(seq_len=cfg.data.seq_len, overlong=cfg.data.overlong, progress=first_process)
-    train_examples = prepare(cfg.data.train, tokenizer, **options)
+    train_examples = prepare.prepare(cfg.data.train, folder, cfg.data, progress=first_process)
     eval_examples = {
-        name: prepare({name: cfg.data.eval[name]}, tokenizer, **options)
-        for name in sorted(cfg.data.eval)
+        name: prepare.prepare({name: source}, folder, cfg.data, progress=first_process)
+        for name, source in sorted(cfg.data.eval.items())
     }
-    check_vocabulary([train_examples, *eval_examples.values()], dims["vocab"])
+    every_set = [train_examples, *eval_examples.values()]
+    check_vocabulary(every_set, dims["vocab"])
+    parallel.check_same("data", [prepare.fingerprint(examples) for examples in every_set])
     split = functools.partial(
         Loader, data=cfg.data, micro_rows=resolved.micro_rows, mesh=mesh, seed=cfg.seed
     )
-    loader = split(train_examples, rows=cfg.batch.rows, shuffle=cfg.data.shuffle)
+    source_names = list(train_examples.sources) if cfg.log.per_source else []
+    loader = split(
+        train_examples,
+        sources=cfg.data.train,
+        rows=cfg.batch.rows,
+        shuffle=cfg.data.shuffle,
+        per_source=bool(source_names),
+    )
     eval_sets = {
-        name: split(examples, rows=resolved.micro_rows, shuffle=False)
+        name: split(examples, sources=None, rows=resolved.micro_rows, shuffle=False)
         for name, examples in eval_examples.items()
     }
-    num_steps = cfg.train.steps or math.ceil(cfg.train.epochs * loader.steps_per_epoch)
+    num_steps = cfg.train.steps or loader.num_steps(cfg.train.epochs)
     report = {"train": train_examples.report} | {
         "eval": {name: examples.report[name] for name, examples in eval_examples.items()}
     }
-    say_data(say, report, loader)
+    say(prepare.table({**report["train"], **{f"eval/{n}": r for n, r in report["eval"].items()}}))
+    say(
+        f"packed  {loader.num_rows} rows, {loader.fill:.1%} full; "
+        f"{loader.steps_per_epoch} steps per epoch"
+    )
 
     # ---- state: a checkpoint of this run, or the pretrained weights ----------------------------
     if first_process:
@@ -131,14 +142,16 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
     # ---- compiled functions --------------------------------------------------------------------
     learning_rate = optim.schedule(cfg.optimizer, num_steps)
     state_shardings = state.shardings(tx, current.params, rows, mesh)
-    train_step = make_train_step(model_def, tx, learning_rate, state_shardings, mesh)
+    train_step = make_train_step(
+        model_def, tx, learning_rate, state_shardings, mesh, num_sources=len(source_names)
+    )
     eval_step = make_eval_step(model_def, mesh)
     meter = metrics.Meter(
         every_steps=cfg.log.every_steps,
         num_steps=num_steps,
         start_step=start,
-        steps_per_epoch=loader.steps_per_epoch,
-        tokens_per_step=cfg.batch.rows * cfg.data.seq_len,
+        epoch_of=loader.epoch_of,
+        sources=source_names,
         flops=lambda sums: metrics.step_flops(
             rows, dims, model_cfg.tied, sums["tokens"], sums["pairs"]
         ),
@@ -180,7 +193,7 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
             if meter.due:  # the step before: its numbers are ready while this one is dispatched
                 log_steps()
             current, sums = train_step(current, packed)
-            meter.add(sums)
+            meter.add(sums, packed["tokens"].size, loader.wait_ms)
             if step == start + 1:
                 jax.block_until_ready(sums)
                 say(f"compiled and ran the first step in {time.perf_counter() - began:.1f} s")
@@ -218,29 +231,12 @@ def check_vocabulary(sets: list[Examples], vocab: int) -> None:
     Raises:
         ValueError: the tokenizer does not belong to the model.
     """
-    highest = max(int(np.maximum(e.tokens.max(), e.targets.max())) for e in sets)
+    highest = max(counts["highest_id"] for e in sets for counts in e.report.values())
     if highest >= vocab:
         raise ValueError(
             f"the tokenizer gives token id {highest}, the model has only {vocab}: it belongs to "
             "another model, or tokens were added to it without resizing the embedding"
         )
-
-
-def say_data(say, report: dict, loader: Loader) -> None:
-    """Show what became of each source."""
-    for kind, sources in report.items():
-        for name, counts in sources.items():
-            dropped = ", ".join(f"{n} {why}" for why, n in counts["dropped"].items() if n)
-            say(
-                f"data    {kind}/{name} ({counts['format']}): {counts['kept']} of {counts['rows']} "
-                f"rows kept{f', dropped {dropped}' if dropped else ''}; "
-                f"{metrics.count(counts['tokens'])} tokens, "
-                f"{metrics.count(counts['trained_tokens'])} trained, longest {counts['longest']}"
-            )
-    say(
-        f"packed  {loader.num_rows} rows, {loader.fill:.1%} full; "
-        f"{loader.steps_per_epoch} steps per epoch"
-    )
 
 
 def print_now(line: str) -> None:
