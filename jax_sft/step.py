@@ -14,45 +14,58 @@ import optax
 from jax.sharding import Mesh
 
 from jax_sft import parallel, state
-from jax_sft.data.loader import FIELDS, Batch
+from jax_sft.data.loader import Batch, fields
 from jax_sft.model import ModelDef
 from jax_sft.ops.cross_entropy import cross_entropy
 from jax_sft.state import TrainState
 
-Sums = dict[str, jax.Array]  # float32 scalars over the whole batch
+BY_SOURCE = ("loss_by_source", "weight_by_source")
+Sums = dict[str, jax.Array]  # float32 over the whole batch; scalars but for *_by_source
 
 
-def batch_sums(model_def: ModelDef, params: dict[str, jax.Array], micro: Batch) -> Sums:
-    """Return the sums over one micro-batch, its arrays being [rows, seq_len].
+def batch_sums(
+    model_def: ModelDef, params: dict[str, jax.Array], micro: Batch, num_sources: int = 0
+) -> Sums:
+    """Return the sums over one micro-batch, its arrays being [rows, tokens].
 
     loss, weight, correct (all weighted), tokens (not padding), pairs (query-key pairs that causal
-    attention within segments computes).
+    attention within segments computes). With `num_sources`, the batch having "sources", also
+    loss_by_source and weight_by_source [num_sources].
     """
     model = model_def.bind(params)
     hidden_BTD = model_def.hidden(model, micro)
-    loss, weight, correct = cross_entropy(
-        hidden_BTD, model.head_VD, micro["targets"], micro["weights"]
+    loss, weight, correct, *by_source = cross_entropy(
+        hidden_BTD,
+        model.head_VD,
+        micro["targets"],
+        micro["weights"],
+        micro.get("sources"),
+        num_sources,
     )
     real = micro["segment_ids"] > 0
     pairs = jnp.where(real, micro["positions"] + 1, 0).astype(jnp.float32).sum()
     tokens = real.astype(jnp.float32).sum()
-    return dict(loss=loss, weight=weight, correct=correct, tokens=tokens, pairs=pairs)
+    sums = dict(loss=loss, weight=weight, correct=correct, tokens=tokens, pairs=pairs)
+    if num_sources:
+        sums |= dict(zip(BY_SOURCE, by_source, strict=True))
+    return sums
 
 
 def value_and_grad(
-    model_def: ModelDef, params: dict[str, jax.Array], batch: Batch
+    model_def: ModelDef, params: dict[str, jax.Array], batch: Batch, num_sources: int = 0
 ) -> tuple[Sums, dict[str, jax.Array]]:
     """Return (sums over the batch, gradient of the mean loss), accumulated over micro-batches.
 
     Gradients are added in float32 and returned in the dtype of their parameters.
 
     Args:
-        batch: arrays [micro-batches, rows, seq_len].
+        batch: arrays [micro-batches, rows, tokens].
+        num_sources: see `batch_sums`.
     """
     axes = {row.path: row.axes for row in model_def.rows}
 
     def loss(params, micro):
-        sums = batch_sums(model_def, params, micro)
+        sums = batch_sums(model_def, params, micro, num_sources)
         del sums["correct"]  # for evaluation only; the compiler drops its computation
         return sums["loss"], sums
 
@@ -65,8 +78,11 @@ def value_and_grad(
 
     zeros = {path: jnp.zeros(p.shape, jnp.float32) for path, p in params.items()}
     none = dict.fromkeys(("loss", "weight", "tokens", "pairs"), jnp.float32(0))
+    if num_sources:
+        none |= dict.fromkeys(BY_SOURCE, jnp.zeros(num_sources, jnp.float32))
     (sums, grads), _ = jax.lax.scan(accumulate, (none, pin(zeros)), batch)
-    count = jnp.maximum(sums["weight"], 1.0)  # a batch of padding alone has a zero gradient
+    # A batch of padding alone has a zero gradient.
+    count = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
     return sums, {path: (grad / count).astype(params[path].dtype) for path, grad in grads.items()}
 
 
@@ -76,15 +92,17 @@ def make_train_step(
     learning_rate: Callable[[jax.Array], jax.Array],
     state_shardings: TrainState,
     mesh: Mesh,
+    num_sources: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Return the jitted `step(state, batch) -> (state, sums)`; the old state is donated.
 
     The sums are those of `batch_sums` without `correct`, with grad_norm (before clipping) and
-    learning_rate.
+    learning_rate. It compiles once per shape of the batch: once when rows are packed, once per
+    bucket when they are not.
     """
 
     def train_step(old: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        sums, grads = value_and_grad(model_def, old.params, batch)
+        sums, grads = value_and_grad(model_def, old.params, batch, num_sources)
         updates, opt_state = tx.update(grads, old.opt_state, old.params)
         params: Any = optax.apply_updates(old.params, updates)
         sums["grad_norm"] = optax.tree.norm(grads)
@@ -93,7 +111,7 @@ def make_train_step(
 
     return jax.jit(
         train_step,
-        in_shardings=(state_shardings, batch_shardings(mesh)),
+        in_shardings=(state_shardings, batch_shardings(mesh, per_source=num_sources > 0)),
         out_shardings=(state_shardings, state_shardings.step),
         donate_argnums=0,
     )
@@ -115,6 +133,7 @@ def make_eval_step(
     return jax.jit(eval_step, in_shardings=(of_params, batch_shardings(mesh)))
 
 
-def batch_shardings(mesh: Mesh) -> dict[str, jax.sharding.NamedSharding]:
+def batch_shardings(mesh: Mesh, per_source: bool = False) -> dict[str, jax.sharding.NamedSharding]:
     """Return the sharding of each array of a batch."""
-    return dict.fromkeys(FIELDS, parallel.sharding(mesh, "micro_batch", "batch", "token"))
+    of_tokens = parallel.sharding(mesh, "micro_batch", "batch", "token")
+    return dict.fromkeys(fields(per_source), of_tokens)
