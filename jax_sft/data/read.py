@@ -147,6 +147,13 @@ def _check_files(given: str, found: Sequence[Path]) -> None:
     """Raise ValueError unless there are files, each of a known kind, not empty, and given once."""
     if not found:
         raise ValueError(f"source.path = {given!r} has no data file")
+    first: dict[str, Path] = {}
+    for file in found:
+        other = first.setdefault(os.path.realpath(file), file)
+        if other is not file:
+            raise ValueError(
+                f"source.path = {given!r}: {str(other)!r} and {str(file)!r} are the same file"
+            )
     if unknown := [str(file) for file in found if not _kind(file)]:
         raise ValueError(
             f"source.path = {given!r}: {len(unknown)} files are of no known kind, such as "
@@ -157,13 +164,6 @@ def _check_files(given: str, found: Sequence[Path]) -> None:
         raise ValueError(f"source.path = {given!r}: {missing[0]!r} is a link to nothing")
     if empty := [str(file) for file in found if file.stat().st_size == 0]:
         raise ValueError(f"source.path = {given!r}: {empty[0]!r} is empty")
-    first: dict[Path, Path] = {}
-    for file in found:
-        other = first.setdefault(file.resolve(), file)
-        if other is not file:
-            raise ValueError(
-                f"source.path = {given!r}: {str(other)!r} and {str(file)!r} are the same file"
-            )
 
 
 def _kind(file: Path) -> str:
@@ -489,11 +489,11 @@ def parse(chunk: Chunk) -> Iterator[Record]:
 def _parse_object(data: bytes) -> tuple[dict[str, Any] | None, str]:
     """Return (object, "") or (None, what is wrong)."""
     try:
-        found = _DECODER.decode(data.decode())
+        found = _DECODER.decode(data.rstrip(b"\r\n").decode())
     except UnicodeDecodeError as error:
         return None, f"is not UTF-8: {error.reason} at byte {error.start + 1}"
     except json.JSONDecodeError as error:
-        return None, f"is not JSON: {error.msg} at character {error.pos + 1}"
+        return None, f"is not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}"
     except RecursionError:
         return None, "is nested too deeply"
     except ValueError as error:  # from `_unique`, or int() of thousands of digits

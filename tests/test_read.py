@@ -1,0 +1,707 @@
+"""Files to rows: a row is exactly what the file says, and what is wrong is named, never skipped."""
+
+import csv
+import gzip
+import io
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from jax_sft import config
+from jax_sft.data import read
+
+ROWS = [{"prompt": f"ask {n}", "response": f"answer {n}"} for n in range(3)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a file and describe it as a source; rows are written one per line."""
+
+    def write(content, name: str = "data.jsonl", **options):
+        if isinstance(content, list):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        if isinstance(content, str):
+            content = content.encode()
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        return config.source(file, **options)
+
+    return write
+
+
+def chunks(source) -> list[read.Chunk]:
+    return list(read.chunks(source, read.files(source)))
+
+
+def records(source) -> list[read.Record]:
+    return [record for chunk in chunks(source) for record in read.parse(chunk)]
+
+
+def rows(source) -> list:
+    """The rows of a source without a bad one."""
+    found = records(source)
+    assert [record.error for record in found] == [""] * len(found)
+    return [record.row for record in found]
+
+
+def errors(source) -> list[str]:
+    """What is wrong with a source's rows, after the name of the file."""
+    return [
+        record.where.rpartition(", ")[2] + " " + record.error
+        for record in records(source)
+        if record.error
+    ]
+
+
+# ---- which files ---------------------------------------------------------------------------------
+
+
+def names(source, folder: Path) -> list[str]:
+    return [str(file.relative_to(folder)) for file in read.files(source)]
+
+
+def test_a_folder_gives_its_data_files_sorted_and_nothing_else(write, tmp_path):
+    for name in ("b.jsonl", "a.json", "B.PARQUET", "sub/deep/c.csv.gz", "d.ndjson.zst", "e.tsv"):
+        write("x", f"data/{name}")
+    for name in ("README.md", "README", "LICENSE.txt", "_SUCCESS", "notes.md", ".hidden.jsonl"):
+        write("x", f"data/{name}")
+    write("x", "data/.git/index.jsonl")
+    write("x", "data/dataset_infos.json")
+    found = ["B.PARQUET", "a.json", "b.jsonl", "d.ndjson.zst", "e.tsv", "sub/deep/c.csv.gz"]
+    folder = tmp_path / "data"
+    assert names(config.source(folder), folder) == found
+    assert names(config.source(f"{folder}/"), folder) == found
+    assert names(config.source(f"{folder}/**"), folder) == found
+    assert names(config.source(f"{folder}/*.js*"), folder) == ["a.json", "b.jsonl"]
+    assert names(config.source(f"{folder}/**/*.csv.gz"), folder) == ["sub/deep/c.csv.gz"]
+
+
+def test_a_data_file_may_be_called_readme_or_state(write, tmp_path):
+    for name in ("README.jsonl", "state.json"):
+        write("x", f"data/{name}")
+    folder = tmp_path / "data"
+    assert names(config.source(folder), folder) == ["README.jsonl", "state.json"]
+
+
+def test_a_file_with_the_signs_of_a_glob_in_its_name_is_that_file(write, tmp_path):
+    write(ROWS, "a1.jsonl")
+    write(ROWS[:1], "a[1].jsonl")
+    assert rows(config.source(tmp_path / "a[1].jsonl")) == ROWS[:1]
+    write(ROWS[1:], "x[1]/a.jsonl")
+    assert rows(config.source(tmp_path / "x[1]")) == ROWS[1:]
+
+
+def test_a_path_may_start_at_home_and_lead_through_links(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(ROWS, "real/a.jsonl")
+    (tmp_path / "folder").symlink_to(tmp_path / "real")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "real/a.jsonl")
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "outer/inner").symlink_to(tmp_path / "real")
+    for path in ("~/real/a.jsonl", "~/folder", "~/b.jsonl", "~/*.jsonl", "~/outer"):
+        assert rows(config.source(path)) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("missing.jsonl", "does not exist"),
+        ("missing", "does not exist"),
+        ("missing/*.jsonl", "has no data file"),
+        ("none", "has no data file"),
+        ("one/a.txt", r"1 files are of no known kind, such as '.*a.txt': use .jsonl, .ndjson, "),
+        ("mixed", r"2 files are of no known kind, such as '.*b.parquet.gz'"),
+        ("mixed/*", r"2 files are of no known kind"),
+        ("empty", r"'.*b.jsonl' is empty"),
+        ("dangling", r"'.*a.jsonl' is a link to nothing"),
+        ("twice", r"'.*a.jsonl' and '.*b.jsonl' are the same file"),
+        ("loop", "are the same file"),
+        ("splits", "holds several splits: name one"),
+    ],
+)
+def test_a_path_without_usable_files_is_named(write, tmp_path, path, message):
+    for name in ("one/a.txt", "mixed/a.jsonl", "mixed/b.parquet.gz", "mixed/c.txt", "loop/a.jsonl"):
+        write("x", name)
+    write("x", "none/.a.jsonl")
+    write("x", "empty/a.jsonl")
+    write("", "empty/b.jsonl")
+    write("x", "twice/a.jsonl")
+    write("x", "splits/dataset_dict.json")
+    (tmp_path / "twice/b.jsonl").symlink_to(tmp_path / "twice/a.jsonl")
+    (tmp_path / "loop/again").symlink_to(tmp_path / "loop")
+    (tmp_path / "dangling").mkdir()
+    (tmp_path / "dangling/a.jsonl").symlink_to("nowhere")
+    given = str(tmp_path / path)
+    with pytest.raises(ValueError, match=f"source.path = {given!r}".replace("*", r"\*")) as raised:
+        read.files(config.source(given))
+    assert raised.match(message)
+
+
+def test_an_empty_path_is_not_the_working_folder(write, tmp_path, monkeypatch):
+    write(ROWS)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="source.path is empty"):
+        read.files(config.source(""))
+    assert rows(config.source(".")) == ROWS
+
+
+@pytest.mark.parametrize("option", [{"split": "test"}, {"subset": "main"}, {"revision": "v1"}])
+def test_options_of_the_hub_are_not_ignored_for_a_local_path(write, option):
+    with pytest.raises(ValueError, match="is a local path, and source.subset, split and revision"):
+        read.files(write(ROWS, **option))
+
+
+# ---- hub -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["owner/name", "owner/name.with-dots_2"])
+def test_a_hub_data_set_that_cannot_be_had_is_named(path):
+    message = f"source.path = '{path}' is no local path, and no such data set .*Couldn't reach"
+    with pytest.raises(ValueError, match=message):
+        read.files(config.source(path))
+
+
+@pytest.mark.parametrize("split", ["train[:10%]", "train+test", ""])
+def test_a_split_of_the_hub_is_one_whole_split(split):
+    with pytest.raises(ValueError, match="must name one split"):
+        read.files(config.source("owner/name", split=split))
+
+
+def test_a_hub_data_set_is_read_from_its_cached_files(write, tmp_path, monkeypatch):
+    # Objects with other fields in each row: `datasets` stores them as JSON within Arrow.
+    calls = [
+        {"tools": [{"name": "f", "parameters": {"a": {"b": None}}}], "text": "2024-01-01 x"},
+        {"tools": [{"name": "g", "parameters": {"c": [1, "d"]}}], "text": "\u2028"},
+    ] * 2
+    local = write(calls)
+    load_dataset, seen = datasets.load_dataset, []
+
+    def fake(path, **options):
+        seen.append((path, options))
+        folder = str(tmp_path / "cache")
+        return load_dataset("json", data_files=local.path, split="train", cache_dir=folder)
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    source = config.source("owner/name", subset="main", split="test", revision="v1")
+    found = records(source)
+    assert [record.row for record in found] == calls
+    assert found[1].where.endswith(".arrow, row 2")
+    (file,) = read.files(source)
+    assert list(datasets.Dataset.from_file(str(file))) == calls  # the way of `datasets` itself
+    assert seen[0] == ("owner/name", {"name": "main", "split": "test", "revision": "v1"})
+    read.files(config.source("owner/name"))
+    assert seen[-1] == ("owner/name", {"name": None, "split": "train", "revision": None})
+
+
+def test_importing_the_reader_does_not_load_datasets():
+    code = "import sys, jax_sft.data.read; sys.exit('datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ---- json and jsonl ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", LINES),
+        ("a.ndjson", LINES.rstrip("\n")),
+        ("a.JSONL", LINES.replace("\n", "\r\n")),
+        ("a.jsonl", "\ufeff" + LINES.replace("\n", "\n \t\r\n")),
+        ("a.json", LINES),
+        ("a.json", "\n\n" + LINES),
+        ("a.json", "\ufeff" + LINES),
+        ("a.json", json.dumps(ROWS)),
+        ("a.json", json.dumps(ROWS, indent=2)),
+        ("a.json", "\ufeff \r\n\t" + json.dumps(ROWS, indent=2) + "\n \r\n"),
+    ],
+)
+def test_json_and_jsonl_give_the_same_rows(write, name, content):
+    assert rows(write(content, name)) == ROWS
+
+
+def test_lines_are_numbered_as_an_editor_does(write):
+    found = records(write("\n\n" + LINES.replace("\n", "\n\r\n") + "x\n"))
+    assert [record.where.rpartition(", ")[2] for record in found] == [
+        *("line 3", "line 5", "line 7"),
+        "line 9",
+    ]
+
+
+SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_only_a_newline_ends_a_line(write, name):
+    row = {"text": "a".join(SEPARATORS[:3])}  # the others are escaped in JSON
+    line = json.dumps(row, ensure_ascii=False)
+    assert line.count("\u2028") == 1 and len(line.splitlines()) > 1
+    assert rows(write(f"{line}\n{line}\n", name)) == [row, row]
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        (b"hello", "is not JSON: Expecting value at character 1"),
+        (b'{"prompt": "cut', "is not JSON: Unterminated string starting at character 12"),
+        (b'{"a": 1} {"b": 2}', "is not JSON: Extra data at character 10"),
+        (b'{"a": 1,}', "is not JSON: "),
+        (b"{'a': 1}", "is not JSON: "),
+        (b'{"a": "\x01"}', "is not JSON: Invalid control character at character 8"),
+        (b'{"a": "\xe9"}', "is not UTF-8: invalid continuation byte at byte 8"),
+        (b'{"a": "\xed\xa0\x80"}', "is not UTF-8: "),  # a surrogate
+        ('{"a": 1}'.encode("utf-16"), "is not UTF-8: "),
+        (b"[1, 2]", "must be an object, not a list"),
+        (b'"text"', "must be an object, not a string"),
+        (b"null", "must be an object, not null"),
+        (b"true", "must be an object, not a boolean"),
+        (b"1e5", "must be an object, not a number"),
+        (b'{"a": 1, "b": {}, "a": 2}', "cannot be read: key 'a' is there twice"),
+        (b'{"m": [{"c": "x", "c": "y"}]}', "cannot be read: key 'c' is there twice"),
+        pytest.param(b"[" * 20_000 + b"]" * 20_000, "is nested too deeply", id="lists"),
+        pytest.param(b'{"a":' * 9999 + b"1" + b"}" * 9999, "is nested too deeply", id="objects"),
+        pytest.param(b'{"a": ' + b"1" * 5000 + b"}", "cannot be read: Exceeds the limit", id="int"),
+        (b"\xef\xbb\xbf{}", "is not JSON: "),  # a byte order mark within a file
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_bad_line_is_an_error_of_that_row_alone(write, name, line, error):
+    good = json.dumps(ROWS[0]).encode()
+    found = records(write(good + b"\n\n" + line + b"\n" + good, name))
+    assert [record.row for record in found] == [ROWS[0], None, ROWS[0]]
+    assert found[1].where.endswith(f"{name}, line 3")
+    assert found[1].error.startswith(error)
+
+
+@pytest.mark.parametrize(
+    ("element", "error"),
+    [
+        (b"hello", "is not JSON: "),
+        (b'{"a": 1 "b"}', "is not JSON: "),
+        (b"{[}]", "is not JSON: "),
+        (b'{"a": "\xe9"}', "is not UTF-8: "),
+        (b"[1, [2]]", "must be an object, not a list"),
+        (b'"te\\"x]t"', "must be an object, not a string"),
+        (b"-1.5", "must be an object, not a number"),
+        (b'{"a": 1, "a": 2}', "cannot be read: key 'a' is there twice"),
+        pytest.param(b"[" * 20_000 + b"]" * 20_000, "is nested too deeply", id="lists"),
+        pytest.param(b"1" * 5000, "cannot be read: Exceeds the limit", id="int"),
+    ],
+)
+def test_a_bad_element_of_a_list_is_an_error_of_that_row_alone(write, element, error):
+    good = json.dumps(ROWS[0]).encode()
+    found = records(write(b"[" + good + b",\n" + element + b"," + good + b"]", "a.json"))
+    assert [record.row for record in found] == [ROWS[0], None, ROWS[0]]
+    assert found[1].where.endswith("a.json, row 2")
+    assert found[1].error.startswith(error)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"a": 1},\n{"a": "cut', "line 2: the file ends within the list"),
+        ('[{"a": 1},\n{"a": [1, 2}', "line 2: the file ends within the list"),
+        ('[\n{"a": 1}\n', "line 3: the file ends within the list"),
+        ('[{"a": 1},', "line 1: the file ends within the list"),
+        ("[12", "line 1: the file ends within the list"),
+        ('[{"a": 1}\n\n{"a": 2}]', "line 3: , or ] is needed where '{' stands"),
+        ('[{"a": "\n\n"} or {}]', "line 3: , or ] is needed where 'o' stands"),
+        ('[{"a": 1},\n]', "line 2: a value is needed where ']' stands"),
+        ("[,]", "line 1: a value or ] is needed where ',' stands"),
+        ("[}]", "line 1: a value or ] is needed where '}' stands"),
+        ('[{"a": 1}]\n[{"a": 2}]', "line 2: the list has ended where '[' stands"),
+        ('[{"a": 1}]}', "line 1: the list has ended where '}' stands"),
+    ],
+)
+def test_a_malformed_list_is_fatal_from_that_place_on(write, content, message):
+    source = write(content, "a.json")
+    with pytest.raises(ValueError) as raised:
+        rows(source)
+    assert str(raised.value) == f"source.path = {source.path!r}: {source.path}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *[("a.jsonl", "\n \r\n"), ("a.json", "[]"), ("a.json", " [ ]\n"), ("a.json", "  ")],
+        *[("a.jsonl", "\ufeff"), ("a.csv", "prompt,response\n"), ("a.csv", "\n\n")],
+        *[
+            ("a.jsonl.gz", gzip.compress(b"")),
+            ("a.tsv.zst", pa.compress(b"", "zstd", asbytes=True)),
+        ],
+    ],
+)
+def test_a_file_without_rows_is_named(write, name, content):
+    source = write(content, name)
+    with pytest.raises(ValueError) as raised:
+        rows(source)
+    assert str(raised.value) == f"source.path = {source.path!r}: {source.path} has no rows"
+
+
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.sampled_from(['"', "\\", '\\"', "]}", "[{", '","', SEPARATORS, "2024-01-01T10:00:00Z"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+OBJECTS = st.lists(st.dictionaries(st.text(), JSON_VALUES, max_size=4), min_size=1, max_size=8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    objects=OBJECTS,
+    ascii_only=st.booleans(),
+    indent=st.none() | st.just(1),
+    block=st.integers(1, 200),
+)
+@example(objects=[{}], ascii_only=True, indent=None, block=1)
+def test_any_objects_come_back_as_written(tmp_path_factory, objects, ascii_only, indent, block):
+    folder = tmp_path_factory.mktemp("any")
+    lines = "\n".join(json.dumps(one, ensure_ascii=ascii_only) for one in objects)
+    (folder / "a.jsonl").write_bytes(lines.encode())
+    whole = json.dumps(objects, ensure_ascii=ascii_only, indent=indent)
+    (folder / "a.json").write_bytes(whole.encode())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(read, "BLOCK", block)  # elements of many blocks, blocks of many elements
+        for name in ("a.jsonl", "a.json"):
+            assert repr(rows(config.source(folder / name))) == repr(objects)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    content=st.text(st.sampled_from('[]{},:"\\ \n1ae\u00e9'), max_size=40),
+    block=st.integers(1, 50),
+)
+@example(content='{"a":"\\"}', block=1)
+def test_a_list_is_accepted_exactly_when_json_accepts_it(tmp_path_factory, content, block):
+    file = tmp_path_factory.mktemp("any") / "a.json"
+    file.write_bytes(f"[{content}]".encode())
+    try:
+        expected = json.loads(f"[{content}]")
+    except json.JSONDecodeError:
+        expected = None
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(read, "BLOCK", block)
+        try:
+            found = records(config.source(file))
+        except ValueError as error:
+            assert not expected, error
+            return
+    if expected is None:
+        assert any(record.error for record in found)
+    else:
+        assert len(found) == len(expected)
+        assert [r.row for r in found] == [e if isinstance(e, dict) else None for e in expected]
+
+
+@pytest.mark.parametrize("answer", ["2024-01-01", "2024-01-01T10:00:00Z", "12:00", "NaN"])
+def test_text_that_looks_like_something_else_stays_text(write, answer):
+    assert rows(write([{"a": answer}] * 2)) == [{"a": answer}] * 2
+
+
+# ---- chunks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_chunk_has_at_most_a_thousand_rows_or_about_a_megabyte(write, name):
+    def sizes(found) -> list[tuple[int, int]]:
+        content = json.dumps(found)
+        if name == "a.jsonl":
+            content = "\n\n".join(json.dumps(row) for row in found)  # a blank line after each
+        return [(chunk.first, len(chunk)) for chunk in chunks(write(content, name))]
+
+    if name == "a.json":
+        assert sizes([{"a": n} for n in range(2500)]) == [(1, 1000), (1001, 1000), (2001, 500)]
+    else:
+        expected = [(1, 500), (1001, 500), (2001, 500), (3001, 500), (4001, 500)]
+        assert sizes([{"a": n} for n in range(2500)]) == expected
+    big = [{"a": "x" * 300_000}] * 10
+    assert max(length for _, length in sizes(big)) <= 4 and sum(n for _, n in sizes(big)) == 10
+    assert sum(length for _, length in sizes([{"a": "x" * 3_000_000}] * 3)) == 3
+
+
+@pytest.mark.parametrize("limit", [1, 2, 999, 1000, 1001, 1500, 2500, 2501, 9999])
+def test_limit_counts_rows_over_all_files(write, tmp_path, limit):
+    lines = [json.dumps({"n": n}) if n % 7 else "bad" for n in range(1500)]
+    write("\n\n\r\n".join(lines), "d/a.jsonl")
+    write(json.dumps([{"n": n} for n in range(1500, 2500)]), "d/b.json")
+    source = config.source(tmp_path / "d", limit=limit)
+    expected = [None if n < 1500 and n % 7 == 0 else {"n": n} for n in range(2500)][:limit]
+    assert [record.row for record in records(source)] == expected
+    assert sum(map(len, chunks(source))) == len(expected)
+
+
+def test_a_file_behind_the_limit_is_not_opened(write, tmp_path):
+    write(ROWS, "d/a.jsonl")
+    write("not arrow", "d/b.parquet")
+    assert rows(config.source(tmp_path / "d", limit=3)) == ROWS
+    with pytest.raises(ValueError, match="b.parquet: "):
+        rows(config.source(tmp_path / "d", limit=4))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_chunk_is_the_same_after_a_pickle(write, name):
+    deep = '{"a": ' + "[" * 900 + "]" * 900 + "}"
+    content = {
+        "a.jsonl": LINES + "\n" + deep,
+        "a.json": f"[{deep}, {LINES.strip().replace(chr(10), ',')}]",
+        "a.csv": "prompt,response\na,b\nc\n",
+    }[name]
+    (chunk,) = chunks(write(content, name))
+    again = pickle.loads(pickle.dumps(chunk))
+    assert again == chunk and len(again) == len(chunk) == len(list(read.parse(again)))
+    assert list(read.parse(again)) == list(read.parse(chunk))
+
+
+# ---- archives ------------------------------------------------------------------------------------
+
+ARCHIVES = {
+    "gz": gzip.compress,
+    "zst": lambda data: pa.compress(data, "zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("archive", ARCHIVES)
+@pytest.mark.parametrize("kind", ["jsonl", "ndjson", "json", "csv", "tsv"])
+def test_all_parts_of_an_archive_are_read(write, archive, kind):
+    table = [["prompt", "response"], *(row.values() for row in ROWS)]
+    content = {
+        "json": json.dumps(ROWS),
+        "csv": "".join(",".join(line) + "\n" for line in table),
+        "tsv": "".join("\t".join(line) + "\n" for line in table),
+    }.get(kind, LINES)
+    data, pack = content.encode(), ARCHIVES[archive]
+    for parts in (
+        [data],
+        [data[:20], data[20:21], b"", data[21:], b""],
+        [bytes([b]) for b in data],
+    ):
+        assert rows(write(b"".join(map(pack, parts)), f"a.{kind}.{archive}")) == ROWS
+
+
+@pytest.mark.parametrize("archive", ARCHIVES)
+def test_an_archive_cut_off_anywhere_is_named(write, archive):
+    pack, good = ARCHIVES[archive], LINES.encode()
+    for before in (b"", pack(good)):
+        whole = pack(good + b" " * 3000)
+        for size in range(1, len(whole)):
+            source = write(before + whole[:size], f"a.jsonl.{archive}")
+            with pytest.raises(ValueError, match=f"a.jsonl.{archive}: .*[Tt]runcated"):
+                records(source)
+
+
+@pytest.mark.parametrize("archive", ARCHIVES)
+def test_what_is_no_archive_is_named(write, archive):
+    packed = ARCHIVES[archive](LINES.encode())
+    for content in (LINES.encode(), packed + b"garbage", packed[:10] + b"garbage" + packed[17:]):
+        with pytest.raises(ValueError, match=f"a.jsonl.{archive}: "):
+            records(write(content, f"a.jsonl.{archive}"))
+
+
+# ---- csv -----------------------------------------------------------------------------------------
+
+
+def test_csv_values_stay_text(write):
+    content = 'prompt,response\r\nNA,007\n"a ""b"", c\nd", \n\ntrue,1e5\n'
+    expected = [("NA", "007"), ('a "b", c\nd', " "), ("true", "1e5")]
+    expected = [dict(zip(ROWS[0], pair, strict=True)) for pair in expected]
+    assert rows(write("\ufeff" + content, "a.csv")) == expected
+    assert rows(write(content.replace(", c", "\t c").replace(",", "\t"), "a.tsv")) == [
+        row | {"prompt": row["prompt"].replace(", c", "\t c")} for row in expected
+    ]
+
+
+def test_a_csv_field_may_be_long(write):
+    assert rows(write(f'a,b\n"{"x" * 3_000_000}",y\n', "a.csv")) == [
+        {"a": "x" * 3_000_000, "b": "y"}
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(table=st.lists(st.tuples(*[st.text(st.characters(codec="utf-8"))] * 2), min_size=1))
+def test_any_csv_comes_back_as_the_csv_module_writes_it(tmp_path_factory, table):
+    text = io.StringIO(newline="")
+    csv.writer(text, quoting=csv.QUOTE_ALL).writerows([("a", "b"), *table])
+    file = tmp_path_factory.mktemp("any") / "a.csv"
+    file.write_bytes(text.getvalue().encode())
+    assert rows(config.source(file)) == [{"a": one, "b": two} for one, two in table]
+
+
+def test_a_bad_csv_row_is_an_error_of_that_row_alone(write):
+    source = write(b"a,b\n1,2\n3\n4,5,6\n\n7,\xe9\n8,9\n", "a.csv")
+    assert errors(source) == [
+        "row 2 has 1 values for 2 columns",
+        "row 3 has 3 values for 2 columns",
+        "row 4 is not UTF-8",
+    ]
+    assert [record.row for record in records(source) if record.row] == [
+        {"a": "1", "b": "2"},
+        {"a": "8", "b": "9"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (",b\n1,2\n", "column 1 has no name"),
+        ("a,b,a\n1,2,3\n", "two columns are called 'a'"),
+        ('a,b\n1,2\n"3,4\n5,6\n', "the row that starts at line 3: unexpected end of data"),
+        ('a,b\n"1\n",2\n"x"y,4\n5,6\n', "the row that starts at line 4: ',' expected after '\"'"),
+    ],
+)
+def test_a_csv_file_that_is_broken_as_a_whole_is_named(write, content, message):
+    with pytest.raises(ValueError, match="a.csv: " + message):
+        rows(write(content, "a.csv"))
+
+
+# ---- parquet and arrow ---------------------------------------------------------------------------
+
+CALL = {"name": "f", "arguments": {"city": "Oslo"}}
+TURN = {"role": "assistant", "content": "b", "tool_calls": [CALL]}
+MESSAGES = [
+    {"messages": [{"role": "user", "content": "a"}, TURN], "tools": None, "n": 1},
+    {"messages": [TURN | {"tool_calls": [{"name": "g", "arguments": {"day": "1"}}]}], "tools": None}
+    | {"n": None},
+    {"messages": [{"role": "user", "content": "c"}], "tools": [{"name": "f"}], "n": 3},
+]
+
+
+def write_table(table: pa.Table, file: Path) -> None:
+    if file.suffix == ".parquet":
+        pq.write_table(table, file)
+    else:
+        make = pa.ipc.new_file if "file" in file.name else pa.ipc.new_stream
+        with make(str(file), table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+
+
+TABLES = ["a.parquet", "file.arrow", "stream.arrow"]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_an_object_of_a_table_has_only_its_own_fields(tmp_path, name):
+    table = pa.Table.from_pylist(MESSAGES)
+    write_table(table, tmp_path / name)
+    assert table.to_pylist()[0]["messages"][0]["tool_calls"] is None  # what is to be undone
+    assert rows(config.source(tmp_path / name)) == MESSAGES
+
+
+def test_json_within_parquet_is_parsed(tmp_path):
+    objects = [{"a": None, "b": [1]}, {"c": {"d": "e"}}]
+    texts = pa.array([json.dumps(one) for one in objects], pa.string())
+    column = pa.ExtensionArray.from_storage(pa.json_(), texts)
+    write_table(pa.table({"x": column, "y": ["1", "2"]}), tmp_path / "a.parquet")
+    assert rows(config.source(tmp_path / "a.parquet")) == [
+        {"x": one, "y": str(n + 1)} for n, one in enumerate(objects)
+    ]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_read_in_chunks_of_bounded_size(tmp_path, name):
+    small = pa.table({"n": range(2500)})
+    large = pa.table({"n": range(20), "text": ["x" * 300_000] * 20})
+    for table in (small, large):
+        write_table(table, tmp_path / name)
+        source = config.source(tmp_path / name)
+        found = chunks(source)
+        assert [row["n"] for row in rows(source)] == list(range(len(table)))
+        firsts = [chunk.first for chunk in found]
+        assert firsts == [1 + sum(map(len, found[:n])) for n in range(len(found))]
+        assert max(map(len, found)) <= (1000 if table is small else 4)
+        limited = config.source(tmp_path / name, limit=7)
+        assert [row["n"] for row in rows(limited)] == list(range(7))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_bad_value_of_a_table_is_an_error_of_that_row_alone(tmp_path, name):
+    texts = pa.array([b"a", b"\xff", b"c"], pa.binary()).view(pa.string())
+    write_table(pa.table({"text": texts}), tmp_path / name)
+    found = records(config.source(tmp_path / name))
+    assert [record.row for record in found] == [{"text": "a"}, None, {"text": "c"}]
+    assert found[1].where.endswith(f"{name}, row 2")
+    assert found[1].error.startswith("cannot be read: 'utf-8' codec can't decode byte 0xff")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_cut_off_anywhere_is_named(tmp_path, name):
+    write_table(pa.table({"n": range(5)}), tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    for size in range(1, len(whole), 8 if len(whole) > 500 else 1):
+        (tmp_path / name).write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=f"source.path = .*{name}: "):
+            records(config.source(tmp_path / name))
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    table = pa.table([pa.array(["x"]), pa.array(["y"])], names=["a", "a"])
+    for name in TABLES:
+        write_table(table, tmp_path / name)
+        with pytest.raises(ValueError, match="two columns are called 'a'"):
+            records(config.source(tmp_path / name))
+
+
+def test_a_table_without_rows_is_named(tmp_path):
+    for name in TABLES:
+        write_table(pa.table({"a": pa.array([], pa.string())}), tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} has no rows"):
+            records(config.source(tmp_path / name))
+
+
+def test_a_folder_saved_by_datasets_gives_its_rows(tmp_path):
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    datasets.enable_progress_bars()
+    assert (tmp_path / "saved/state.json").exists()
+    assert rows(config.source(tmp_path / "saved")) == ROWS
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+MEASURE = """
+import resource, sys
+from jax_sft import config
+from jax_sft.data import read
+source = config.source(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+num_rows = sum(1 for c in read.chunks(source, read.files(source)) for r in read.parse(c) if r.row)
+print(num_rows, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.csv", "a.parquet"])
+def test_memory_does_not_grow_with_the_file(tmp_path, name):
+    num_rows, text = 100_000, "0123456789" * 200  # 200 MB
+    file = tmp_path / name
+    if name == "a.parquet":  # one row group, and no dictionary that would make it small
+        texts = [f"{n} {text}" for n in range(num_rows)]
+        pq.write_table(
+            pa.table({"text": texts}), file, row_group_size=num_rows, use_dictionary=False
+        )
+        del texts
+    else:
+        start, between, end = ("[", ",\n", "]") if name == "a.json" else ("", "\n", "\n")
+        with gzip.open(file, "wt") if name.endswith("gz") else file.open("w") as lines:
+            lines.write("text\n" if name == "a.csv" else start)
+            for n in range(num_rows):
+                row = f"{n} {text}" if name == "a.csv" else json.dumps({"text": f"{n} {text}"})
+                lines.write(row + (between if n < num_rows - 1 else end))
+    measure = [sys.executable, "-c", MEASURE, str(file)]
+    found, megabytes = subprocess.run(measure, capture_output=True, check=True).stdout.split()
+    assert int(found) == num_rows
+    assert int(megabytes) < 40
