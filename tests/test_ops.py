@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from jax_sft import parallel
 from jax_sft.ops import cross_entropy as ce
@@ -134,6 +135,72 @@ def test_a_model_that_prefers_nothing_is_not_right_everywhere():
     hidden_BTD, head_VD, targets_BT, weights_BT = loss_problem()
     found = sharded_loss((1, 1, 8, 1), (0 * hidden_BTD, head_VD, targets_BT, weights_BT))
     assert found[2] <= (weights_BT * (targets_BT == 0)).sum()  # as argmax would have it
+
+
+NUM_SOURCES = 5  # the fourth has no token
+
+
+@functools.cache  # compiled once per mesh
+def loss_by_source_and_gradients(sizes):
+    def loss(hidden_BTD, head_VD, *of_tokens):
+        loss, *others = ce.cross_entropy(hidden_BTD, head_VD, *of_tokens, NUM_SOURCES)
+        return loss, others
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+def sharded_loss_by_source(sizes, problem, sources_BT):
+    """(loss, weight, correct, loss by source, weight by source, two gradients) of ours."""
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh(sizes)):
+        patch.setattr(ce, "CHUNK_TOKENS", CHUNK)
+        (value, others), grads = loss_by_source_and_gradients(sizes)(*problem, sources_BT)
+        return jax.device_get((value, *others, *grads))
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_the_loss_of_each_source_is_the_dense_one_of_its_tokens_alone(sizes):
+    problem = loss_problem()
+    sources_BT = np.random.default_rng(1).choice([0, 1, 2, 4], (B, T)).astype(np.int32)
+    found = sharded_loss_by_source(sizes, problem, sources_BT)
+    for source in range(NUM_SOURCES):
+        alone = np.where(sources_BT == source, problem[3], np.float32(0))
+        wanted_loss, wanted_weight, *_ = dense_loss(*problem[:3], alone)
+        assert found[3][source] == pytest.approx(wanted_loss, rel=1e-6)
+        assert found[4][source] == wanted_weight
+    assert found[3].tolist()[3] == 0.0 and found[3].dtype == found[4].dtype == np.float32
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 2, 2, 2)])
+def test_asking_for_the_loss_of_each_source_changes_nothing_else(sizes):
+    problem = loss_problem()
+    sources_BT = np.random.default_rng(2).integers(0, NUM_SOURCES, (B, T)).astype(np.int32)
+    asked, plain = sharded_loss_by_source(sizes, problem, sources_BT), sharded_loss(sizes, problem)
+    for with_sources, without in zip((*asked[:3], *asked[5:]), plain, strict=True):
+        np.testing.assert_array_equal(with_sources, without)
+
+
+def test_the_loss_of_each_source_holds_no_logits_of_all_tokens():
+    # 4096 tokens and 512 ids, in chunks of 7: logits of all tokens would be 2M numbers.
+    shapes = ((8, 512, 12), np.float32), ((512, 12), np.float32), ((8, 512), np.int32)
+    arguments = [jax.ShapeDtypeStruct(*s) for s in (*shapes, ((8, 512), np.float32), shapes[2])]
+
+    def loss(*problem):
+        total, *others = ce.cross_entropy(*problem, NUM_SOURCES)
+        return total, others
+
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh((1, 1, 8, 1))):
+        patch.setattr(ce, "CHUNK_TOKENS", CHUNK)
+        traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)).trace(*arguments)
+    largest = max(largest_array(traced.jaxpr.jaxpr), default=0)
+    assert largest < 8 * 512 * 64  # an eighth of the vocabulary on each device
+
+
+def largest_array(jaxpr):
+    """The sizes of the arrays that a jaxpr makes, with those of the jaxprs inside it."""
+    for equation in jaxpr.eqns:
+        yield from (getattr(out.aval, "size", 0) for out in equation.outvars)
+        for inner in jaxprs_in_params(equation.params):
+            yield from largest_array(inner)
 
 
 # ---- attention -----------------------------------------------------------------------------------
