@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from jax_sft import config, tiny
 from jax_sft.data import chat, formats
-from jax_sft.data.loader import build_row
-from jax_sft.data.prepare import Examples
+from jax_sft.data.examples import Encoded, Example, Examples
+from jax_sft.data.loader import empty_rows, fill_row
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 TOOL_CALLS = SHARED / "data" / "tool_calls.jsonl"
@@ -73,6 +73,25 @@ def assistant(text: str, **more) -> dict:
     return {"role": "assistant", "content": text, **more}
 
 
+def encode_all(tokenizer, messages, tools=None, **options) -> list[Encoded]:
+    """The examples of one conversation; a refused one raises."""
+    item = formats.Conversation(messages, tools)
+    (result,) = chat.Encoder(tokenizer, chat.Options(**options)).encode([item])
+    if isinstance(result, str):
+        raise ValueError(result)
+    return result
+
+
+def encode(tokenizer, messages, tools=None, **options) -> Example:
+    """The only example of one conversation, shifted."""
+    encoded = encode_all(tokenizer, messages, tools, **options)
+    return Examples.in_memory({"one": encoded})[0] if len(encoded) == 1 else pytest.fail("several")
+
+
+def trained_texts(tokenizer, example) -> list[str]:
+    return [text for trains, text in found(tokenizer, example) if trains]
+
+
 def expected(name: str, messages: list[dict]) -> list[tuple[bool, str]]:
     """The whole conversation in ChatML, cut where training starts and stops."""
     if messages[0]["role"] != "system" and SYSTEM[name]:
@@ -87,7 +106,7 @@ def expected(name: str, messages: list[dict]) -> list[tuple[bool, str]]:
     return merge(pieces)
 
 
-def found(tokenizer, example: chat.Example) -> list[tuple[bool, str]]:
+def found(tokenizer, example: Example) -> list[tuple[bool, str]]:
     """The tokens of an example, cut where training starts and stops, as text."""
     ids = [*example.tokens[:1].tolist(), *example.targets.tolist()]
     trains = [False, *(example.weights > 0).tolist()]
@@ -156,13 +175,13 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_exactly_the_answers_and_their_end_of_turn_train(load, name, conversation):
     tokenizer, messages = load(name), CONVERSATIONS[conversation]
-    example = chat.encode(tokenizer, messages)
+    example = encode(tokenizer, messages)
     assert found(tokenizer, example) == expected(name, messages)
 
 
 @pytest.mark.parametrize("name", SYSTEM)
 def test_targets_are_tokens_shifted_by_one(load, name):
-    example = chat.encode(load(name), CONVERSATIONS["three turns"])
+    example = encode(load(name), CONVERSATIONS["three turns"])
     np.testing.assert_array_equal(example.tokens[1:], example.targets[:-1])
     assert example.tokens.dtype == example.targets.dtype == np.int32
     assert example.weights.dtype == np.float32
@@ -174,7 +193,7 @@ def test_targets_are_tokens_shifted_by_one(load, name):
 def test_tokens_before_a_turn_are_those_of_the_prompt_at_inference(load, name, answer):
     tokenizer = load(name)
     messages = [user("a"), assistant("mid"), user("q"), assistant(answer)]
-    example = chat.encode(tokenizer, messages)
+    example = encode(tokenizer, messages)
     for number in (1, 3):
         text = "".join(t for _, t in expected(name, messages[:number])) + "<|im_start|>assistant\n"
         prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -187,7 +206,7 @@ def test_end_of_turn_trains_when_padding_is_the_same_token(load, name):
     tokenizer = copy.deepcopy(load(name))
     tokenizer.pad_token = tokenizer.eos_token
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    example = chat.encode(tokenizer, CONVERSATIONS["three turns"])
+    example = encode(tokenizer, CONVERSATIONS["three turns"])
     trained = example.targets[example.weights > 0]
     assert (trained == tokenizer.eos_token_id).sum() == 3
 
@@ -195,16 +214,14 @@ def test_end_of_turn_trains_when_padding_is_the_same_token(load, name):
 @pytest.mark.parametrize("name", SYSTEM)
 def test_in_a_packed_row_padding_and_first_tokens_carry_no_loss(load, name):
     tokenizer = load(name)
-    encoded = [chat.encode(tokenizer, CONVERSATIONS[key]) for key in ("one turn", "three turns")]
-    examples = Examples(
-        tokens=np.concatenate([e.tokens for e in encoded]),
-        targets=np.concatenate([e.targets for e in encoded]),
-        weights=np.concatenate([e.weights for e in encoded]),
-        starts=np.cumsum([0, *map(len, encoded)]),
-        report={},
+    keys = ("one turn", "three turns")
+    encoded = [encode(tokenizer, CONVERSATIONS[key]) for key in keys]
+    examples = Examples.in_memory(
+        {"all": [encode_all(tokenizer, CONVERSATIONS[key])[0] for key in keys]}
     )
-    used = int(examples.starts[-1])
-    row = build_row(examples, np.array([1, 0]), used + 9)
+    used = int(examples.lengths.sum())
+    row = {name: array[0] for name, array in empty_rows(1, used + 9).items()}
+    fill_row(row, examples, np.array([1, 0]))
     assert not row["weights"][used:].any() and not row["segment_ids"][used:].any()
     # What predicts the first token of the second example is nothing: the target at the seam is
     # still of the first example.
@@ -213,7 +230,7 @@ def test_in_a_packed_row_padding_and_first_tokens_carry_no_loss(load, name):
     assert row["weights"].sum() == sum(e.weights.sum() for e in encoded)
     for segment, key in ((1, "three turns"), (2, "one turn")):
         part = row["segment_ids"] == segment
-        cut = chat.Example(row["tokens"][part], row["targets"][part], row["weights"][part])
+        cut = Example(row["tokens"][part], row["targets"][part], row["weights"][part])
         assert found(tokenizer, cut) == expected(name, CONVERSATIONS[key])
 
 
@@ -224,9 +241,7 @@ def test_tool_calls_train_as_the_model_must_write_them(load):
     tokenizer = load("qwen2_5")
     messages = [user("Weather?"), assistant("", tool_calls=[CALL]), assistant("Cold.")]
     messages.insert(2, {"role": "tool", "content": '{"celsius": -3}'})
-    trained = [
-        text for trains, text in found(tokenizer, chat.encode(tokenizer, messages)) if trains
-    ]
+    trained = trained_texts(tokenizer, encode(tokenizer, messages))
     call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
     assert trained == [call + END, "Cold." + END]
 
@@ -237,11 +252,10 @@ def test_every_row_of_the_tool_call_file_trains_its_calls_and_answers(load):
     tokenizer = load("qwen2_5")
     source = config.source(str(TOOL_CALLS))
     raw_rows = [json.loads(line) for line in TOOL_CALLS.read_text(encoding="utf-8").splitlines()]
-    rows = formats.read_rows(source)
-    assert len(rows) == len(raw_rows) == 300
-    for row, raw in zip(rows, raw_rows, strict=True):
-        example = chat.encode(tokenizer, *formats.messages(row, source))
-        trained = [text for trains, text in found(tokenizer, example) if trains]
+    assert len(raw_rows) == 300
+    for raw in raw_rows:
+        item = formats.messages(raw, source)
+        trained = trained_texts(tokenizer, encode(tokenizer, item.messages, item.tools))
         turns = [message for message in raw["messages"] if message["role"] == "assistant"]
         assert len(trained) == len(turns)
         for text, turn in zip(trained, turns, strict=True):
@@ -258,20 +272,20 @@ def test_every_row_of_the_tool_call_file_trains_its_calls_and_answers(load):
 @pytest.mark.parametrize("name", ["tiny", "smollm2"])
 def test_a_template_that_drops_tool_calls_is_refused(load, name):
     messages = [user("Weather?"), assistant("", tool_calls=[CALL])]
-    with pytest.raises(ValueError, match="leaves out part of message 1: 'get_weather'"):
-        chat.encode(load(name), messages)
+    with pytest.raises(ValueError, match="leaves out part of a message: 'get_weather'"):
+        encode(load(name), messages)
 
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2"])
 def test_a_template_that_drops_the_tools_is_refused(load, name):
     with pytest.raises(ValueError, match="leaves out the tool 'get_weather'"):
-        chat.encode(load(name), CONVERSATIONS["one turn"], [WEATHER])
+        encode(load(name), CONVERSATIONS["one turn"], [WEATHER])
 
 
 def test_a_dropped_tool_is_noticed_when_the_text_mentions_it(load):
     messages = [user("Use get_weather, please"), assistant("I will")]
     with pytest.raises(ValueError, match="get_weather"):
-        chat.encode(load("tiny"), messages, [WEATHER])
+        encode(load("tiny"), messages, [WEATHER])
 
 
 def test_a_template_that_drops_the_arguments_of_calls_is_refused(templated):
@@ -281,14 +295,7 @@ def test_a_template_that_drops_the_arguments_of_calls_is_refused(templated):
     )
     messages = [user("Weather?"), assistant("", tool_calls=[CALL])]
     with pytest.raises(ValueError, match="city"):
-        chat.encode(templated(template), messages)
-
-
-@pytest.mark.parametrize("calls", [["f"], [{"type": "function"}], 3])
-def test_malformed_tool_calls_raise_value_error(load, calls):
-    messages = [user("a"), assistant("b", tool_calls=calls)]
-    with pytest.raises(ValueError):
-        chat.encode(load("tiny"), messages)
+        encode(templated(template), messages)
 
 
 # ---- templates that cannot be trained on -------------------------------------------------------
@@ -297,49 +304,112 @@ def test_malformed_tool_calls_raise_value_error(load, calls):
 def test_a_template_without_an_end_of_turn_is_refused(templated):
     template = tiny.CHAT_TEMPLATE.replace("'<|im_end|>'", "''")
     with pytest.raises(ValueError, match="would never stop"):
-        chat.encode(templated(template), CONVERSATIONS["one turn"])
+        encode(templated(template), CONVERSATIONS["one turn"])
 
 
 def test_a_template_whose_end_of_turn_is_not_a_special_token_is_refused(templated):
     template = tiny.CHAT_TEMPLATE.replace("'<|im_end|>'", "'</s>'")
     with pytest.raises(ValueError, match="would never stop"):
-        chat.encode(templated(template), CONVERSATIONS["one turn"])
+        encode(templated(template), CONVERSATIONS["one turn"])
 
 
 def test_text_behind_the_end_of_turn_is_refused(templated):
     template = tiny.CHAT_TEMPLATE.replace("'<|im_end|>'", "'<|im_end|> bye'")
     with pytest.raises(ValueError, match="would never stop"):
-        chat.encode(templated(template), CONVERSATIONS["one turn"])
+        encode(templated(template), CONVERSATIONS["one turn"])
 
 
-@pytest.mark.parametrize(
-    "change",
-    ["message['content'] if loop.last else message['content'] + '!'", "loop.revindex|string"],
-)
-def test_a_template_that_rewrites_history_is_refused(templated, change):
-    template = tiny.CHAT_TEMPLATE.replace("message['content'] ", f"({change}) ")
-    assert template != tiny.CHAT_TEMPLATE
-    with pytest.raises(ValueError, match="message 1 differently"):
-        chat.encode(templated(template), CONVERSATIONS["three turns"])
+def test_a_template_that_rewrites_history_trains_each_turn_where_inference_puts_it(templated):
+    change = (
+        "message['content'] + ('!' if message['role'] == 'assistant' and not loop.last else '')"
+    )
+    tokenizer = templated(tiny.CHAT_TEMPLATE.replace("message['content'] ", f"{change} "))
+    examples = encode_all(tokenizer, CONVERSATIONS["three turns"])
+    shifted = Examples.in_memory({"one": examples})
+    assert [trained_texts(tokenizer, shifted[i]) for i in range(3)] == [
+        ["b" + END],
+        ["d e" + END],
+        ["g" + END],
+    ]
+    for example, number in zip(examples, (1, 3, 5), strict=True):
+        prompt = tokenizer.apply_chat_template(
+            CONVERSATIONS["three turns"][:number], add_generation_prompt=True, tokenize=False
+        )
+        assert decode(tokenizer, example.ids[: np.argmax(example.weights > 0)]) == prompt
+
+
+def test_a_template_that_prints_something_else_is_refused(templated):
+    template = tiny.CHAT_TEMPLATE.replace("message['content'] ", "(loop.index|string) ")
+    with pytest.raises(ValueError, match="leaves out part of"):
+        encode(templated(template), CONVERSATIONS["three turns"])
+
+
+def test_text_that_the_template_adds_to_an_answer_is_refused(templated):
+    template = tiny.CHAT_TEMPLATE.replace("message['content'] ", "message['content'] + ' #ad' ")
+    with pytest.raises(ValueError, match="adds text of its own to an answer"):
+        encode(templated(template), CONVERSATIONS["one turn"])
 
 
 def test_a_generation_prompt_that_turns_do_not_start_with_is_refused(templated):
-    template = tiny.CHAT_TEMPLATE.replace("assistant\n'", "assistant\n<think>'")
+    template = tiny.CHAT_TEMPLATE.replace("assistant\n'", "assistant\n>'")
     assert template != tiny.CHAT_TEMPLATE
-    with pytest.raises(ValueError, match="message 1 differently"):
-        chat.encode(templated(template), CONVERSATIONS["one turn"])
+    with pytest.raises(ValueError, match="in another way than its generation prompt"):
+        encode(templated(template), CONVERSATIONS["one turn"])
 
 
-def test_qwen3_dropping_earlier_thoughts_is_refused(load):
-    messages = [user("a"), assistant("<think>\nx\n</think>\n\nb"), user("c"), assistant("d")]
-    with pytest.raises(ValueError, match="message 1 differently"):
-        chat.encode(load("qwen3"), messages)
+def test_a_prompt_that_opens_a_think_block_is_continued_by_the_reasoning(templated):
+    # DeepSeek-R1: the template strips all reasoning, and starts every turn with "<think>".
+    tokenizer = templated(
+        tiny.CHAT_TEMPLATE.replace("assistant\n'", "assistant\n<think>\n'").replace(
+            "message['content'] ", "message['content'].split('</think>')[-1] "
+        )
+    )
+    messages = [user("a"), assistant("<think>\nx y\n</think>\n\nb")]
+    example = encode(tokenizer, messages)
+    assert found(tokenizer, example) == [
+        (False, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n"),
+        (True, "x y\n</think>\n\nb" + END),
+    ]
+    with pytest.raises(ValueError, match="the answer has no reasoning"):
+        encode(tokenizer, CONVERSATIONS["one turn"])
+
+
+def test_qwen3_dropping_earlier_thoughts_gives_an_example_per_turn(load):
+    tokenizer = load("qwen3")
+    thought = "<think>\nx\n</think>\n\nb"
+    messages = [user("a"), assistant(thought), user("c"), assistant("d")]
+    examples = Examples.in_memory({"one": encode_all(tokenizer, messages)})
+    start = "<|im_start|>"
+    assert [found(tokenizer, examples[i]) for i in range(len(examples))] == [
+        [
+            (False, f"{start}user\na{END}\n{start}assistant\n"),
+            (True, thought + END),
+            (False, "\n"),
+        ],
+        [
+            (
+                False,
+                f"{start}user\na{END}\n{start}assistant\nb{END}\n{start}user\nc{END}\n"
+                f"{start}assistant\n<think>\n\n</think>\n\n",
+            ),
+            (True, "d" + END),
+            (False, "\n"),
+        ],
+    ]
+
+
+@pytest.mark.parametrize("content", ["d", "<think>\n\n</think>\n\nd"])
+def test_the_empty_think_block_trains_only_when_asked(load, content):
+    tokenizer, messages = load("qwen3"), [user("a"), assistant(content)]
+    assert trained_texts(tokenizer, encode(tokenizer, messages)) == ["d" + END]
+    asked = encode(tokenizer, messages, train_empty_think=True)
+    assert trained_texts(tokenizer, asked) == ["<think>\n\n</think>\n\nd" + END]
 
 
 def test_a_template_that_cuts_answers_is_refused(templated):
     template = tiny.CHAT_TEMPLATE.replace("message['content'] ", "message['content'][:3] ")
-    with pytest.raises(ValueError, match="leaves out part of message 1"):
-        chat.encode(templated(template), [user("a"), assistant("long")])
+    with pytest.raises(ValueError, match="leaves out part of a message"):
+        encode(templated(template), [user("a"), assistant("long")])
 
 
 @pytest.mark.parametrize("role", ["system", "user"])
@@ -349,23 +419,23 @@ def test_a_template_that_drops_a_role_is_refused(templated, role):
     )
     messages = [{"role": "system", "content": "SYSTEM"}, user("QUESTION"), assistant("b")]
     with pytest.raises(ValueError, match="leaves out"):
-        chat.encode(templated(template), messages)
+        encode(templated(template), messages)
 
 
 def test_a_conversation_starting_with_the_assistant_is_refused(load):
     with pytest.raises(ValueError, match="starts with an assistant message"):
-        chat.encode(load("tiny"), [assistant("a"), user("b")])
+        encode(load("tiny"), [assistant("a"), user("b")])
 
 
 def test_what_the_template_raises_is_a_value_error(templated):
     template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match="refuses the conversation: roles must alternate"):
-        chat.encode(templated(template), CONVERSATIONS["one turn"])
+        encode(templated(template), CONVERSATIONS["one turn"])
 
 
 def test_a_message_without_content_is_a_value_error(load):
     with pytest.raises(ValueError, match="refuses the conversation.*content"):
-        chat.encode(load("tiny"), [user("a"), {"role": "assistant"}])
+        encode(load("tiny"), [user("a"), {"role": "assistant"}])
 
 
 # ---- templates and folders that attack ---------------------------------------------------------
@@ -385,13 +455,13 @@ ATTACKS = {
 def test_a_template_cannot_leave_the_sandbox(templated, attack):
     template = ATTACKS[attack] + tiny.CHAT_TEMPLATE
     with pytest.raises(ValueError, match="refuses the conversation"):
-        chat.encode(templated(template), CONVERSATIONS["one turn"])
+        encode(templated(template), CONVERSATIONS["one turn"])
 
 
 @pytest.mark.parametrize("code", ["{{ 1 // 0 }}", "{{ range(10**9)|list }}"])
 def test_arithmetic_errors_of_a_template_are_value_errors(templated, code):
     with pytest.raises(ValueError):
-        chat.encode(templated(code + tiny.CHAT_TEMPLATE), CONVERSATIONS["one turn"])
+        encode(templated(code + tiny.CHAT_TEMPLATE), CONVERSATIONS["one turn"])
 
 
 def test_loading_a_tokenizer_runs_no_code_from_the_folder(tmp_path):
@@ -421,7 +491,7 @@ def test_a_folder_without_tokenizer_or_template_is_refused(tmp_path):
 
 def test_half_a_surrogate_pair_is_a_value_error(load):
     with pytest.raises(ValueError):
-        chat.encode(load("tiny"), [user("\ud83d"), assistant("a")])
+        encode(load("tiny"), [user("\ud83d"), assistant("a")])
 
 
 # ---- tokenizers that report other offsets ------------------------------------------------------
@@ -443,8 +513,8 @@ def test_no_trained_token_reaches_into_the_prompt(templated, trim, answer, promp
     tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace("\n' +", f"{prompt_end}' +").replace(
         "assistant\n", f"assistant{prompt_end}"
     )
-    example = chat.encode(tokenizer, [user("x"), assistant(answer)])
-    assert [text for trains, text in found(tokenizer, example) if trains] == [answer + END]
+    example = encode(tokenizer, [user("x"), assistant(answer)])
+    assert trained_texts(tokenizer, example) == [answer + END]
 
 
 # ---- any conversation --------------------------------------------------------------------------
@@ -477,7 +547,7 @@ def test_any_conversation_trains_its_answers_alone(load, name):
     @settings(max_examples=40, deadline=None, derandomize=True)
     @given(conversations())
     def check(messages):
-        example = chat.encode(tokenizer, messages)
+        example = encode(tokenizer, messages)
         assert found(tokenizer, example) == expected(name, messages)
 
     check()

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import (
     _compile_jinja_template,
     _render_with_assistant_indices,
@@ -27,7 +28,17 @@ TEMPLATE_ERRORS = (
 )
 # Ways in which templates want the tool calls of a message: is `arguments` an object or its JSON
 # text, and what stands for "no content".
+_DICT_ATTRIBUTES = frozenset(dir(dict))
 _CALL_STYLES = tuple(itertools.product((False, True), ("", None)))
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Looks up `message.role` in a dict at once, not after failing to find an attribute."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is dict and attribute in obj and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
 
 
 class ChatTemplate:
@@ -49,11 +60,24 @@ class ChatTemplate:
             **args,
         }
 
-    def _compiled(self, tools: Sequence[dict] | None) -> jinja2.Template:
-        # A tokenizer may have one template for tools and one for all else. Compiled by transformers
-        # with its hardened sandbox, once.
-        source = self._tokenizer.get_chat_template(tools=tools)
-        return _compile_jinja_template(source)
+    @functools.cache  # noqa: B019 (one object per process, of two entries at most)
+    def _compiled(self, with_tools: bool) -> tuple[jinja2.Template, dict[str, Any]]:
+        """The template and all that it sees but the messages.
+
+        A tokenizer may have one template for tools and one for all else. Compiled by transformers,
+        with its hardened sandbox.
+        """
+        source = self._tokenizer.get_chat_template(tools=[{}] if with_tools else None)
+        hardened = _compile_jinja_template(source).environment
+        sandbox = _Sandbox(
+            trim_blocks=hardened.trim_blocks,
+            lstrip_blocks=hardened.lstrip_blocks,
+            extensions=[type(extension) for extension in hardened.extensions.values()],
+        )
+        sandbox.filters |= hardened.filters
+        sandbox.globals |= hardened.globals
+        compiled = sandbox.from_string(source)
+        return compiled, {**compiled.globals, **self._variables}
 
     def render(
         self, messages: Sequence[dict], tools: Sequence[dict] | None, prompt: bool = False
@@ -63,14 +87,12 @@ class ChatTemplate:
         Raises:
             ValueError: the template refuses the messages.
         """
+        compiled, seen = self._compiled(bool(tools))
+        asked = dict(messages=messages, tools=tools, documents=None, add_generation_prompt=prompt)
         try:
-            return self._compiled(tools).render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=prompt,
-                **self._variables,
-            )
+            # As Template.render, without merging the globals anew each time: 2x as fast.
+            context = compiled.new_context({**seen, **asked}, shared=True)
+            return "".join(compiled.root_render_func(context))
         except TEMPLATE_ERRORS as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
@@ -85,7 +107,7 @@ class ChatTemplate:
         """Return the {% generation %} spans of the rendered messages."""
         try:
             _, spans = _render_with_assistant_indices(
-                compiled_template=self._compiled(tools),
+                compiled_template=self._compiled(bool(tools))[0],
                 messages=messages,
                 tools=tools,
                 documents=None,

@@ -299,21 +299,14 @@ def check_tools(
 
 
 def call_parts(message: dict[str, Any]) -> list[str]:
-    """Return the names and argument values of a message's tool calls.
-
-    Raises:
-        ValueError: a tool call without a function name.
-    """
+    """Return the names and argument values of a message's tool calls."""
     parts = []
     for call in message.get("tool_calls") or ():
-        function = call.get("function", call) if isinstance(call, dict) else None
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(function, dict) or not isinstance(name, str) or not name:
-            raise ValueError(f"a tool call must be an object with a function name: {call!r:.80}")
+        function = call.get("function", call)
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):  # the style of some templates, see ChatTemplate.styled
             arguments = json.loads(arguments)
-        parts += [name, *_leaves(arguments)]
+        parts += [function["name"], *_leaves(arguments)]
     return parts
 
 
