@@ -1,0 +1,551 @@
+"""Tokenized sources on disk: a folder per source, named by all that decides its tokens.
+
+`prepare` asks for a source and gets arrays that are mapped from the disk; `worker` makes them where
+they are not there yet. Stores are never removed: the cache folder may be deleted at any time.
+"""
+
+import bisect
+import collections
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from jax_sft.data import chat, formats, read, worker
+
+# The flat little-endian arrays of a store; weights are float32 where one is neither 0 nor 1.
+DTYPES = {
+    "ids": "<i4",
+    "weights": "|u1",
+    "starts": "<i8",
+    "rows": "<i8",
+    "places": "<i8",
+    "num_cut": "<i4",
+    "trained": "<i4",
+}
+# Keys of a source that do not change its tokens: a moved file is found again.
+NOT_IN_KEY = ("path", "epochs", "weight")
+TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab")
+PLAIN = (".jsonl", ".json", ".ndjson")  # files whose chunks say how many bytes they are
+SHOW_HASHING = 1_000_000_000  # bytes from which hashing shows a progress bar
+RACY_NS = 2_000_000_000  # the coarsest time stamp of a file system: FAT's 2 s
+LEFTOVER_S = 24 * 3600  # a build that wrote nothing for so long is dead
+MAX_REASONS = 50  # kinds of refusal told apart
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """One tokenized source. The arrays are mapped from the disk, read-only.
+
+    Attributes:
+        folder: its folder in the cache.
+        root: the folder that the names of the data files are relative to.
+        meta: key, format, format_reason, rows (read), refused {kind of reason: rows}, files
+            [{name, first_row, unit}], dtypes and sizes.
+        cached: whether it was there already.
+        ids: int32 [tokens], not shifted, example after example.
+        weights: [tokens], uint8 or float32, the loss weight of each token.
+        starts, stops: int64 [examples], the tokens of each example.
+        rows: int64 [examples], the row of the source that it came from, from 0; ascending.
+        places: int64 [examples], the line or row within its file, from 1.
+        num_cut: int32 [examples], turns left out at its start.
+        trained: int32 [examples], tokens that train, without the first, which is never a target.
+    """
+
+    folder: Path
+    root: Path
+    meta: dict
+    cached: bool
+    ids: np.ndarray
+    weights: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
+    rows: np.ndarray
+    places: np.ndarray
+    num_cut: np.ndarray
+    trained: np.ndarray
+
+    def where(self, example: int) -> str:
+        """Name the place that an example came from, as "FILE, line 12"."""
+        files = self.meta["files"]
+        row = int(self.rows[example])
+        file = files[bisect.bisect_right(files, row, key=lambda file: file["first_row"]) - 1]
+        return f"{self.root / file['name']}, {file['unit']} {self.places[example]}"
+
+    def errors(self) -> Iterator[dict]:
+        """Yield the refused rows in order: {"row": from 0, "where": str, "error": str}."""
+        with open(self.folder / "errors.jsonl", encoding="ascii") as lines:
+            for line in lines:
+                error = json.loads(line)
+                where = f"{self.root / error['file']}, {error['place']}"
+                yield {"row": error["row"], "where": where, "error": error["error"]}
+
+
+def default_folder() -> Path:
+    """Return $XDG_CACHE_HOME/jax_sft, or ~/.cache/jax_sft."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path is to be ignored.
+    return (Path(given) if os.path.isabs(given) else Path("~/.cache").expanduser()) / "jax_sft"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What `open_or_build` was asked for, with the files found.
+
+    Attributes:
+        root: the folder that holds all files.
+        cache: the cache folder.
+    """
+
+    source: Any
+    name: str
+    files: Sequence[Path]
+    root: Path
+    tokenizer_folder: Path
+    options: chat.Options
+    cache: Path
+    num_workers: int
+    stop_at_bad_row: bool
+    progress: bool
+
+
+def open_or_build(
+    source,
+    tokenizer_folder: str | os.PathLike,
+    options: chat.Options,
+    cache_dir: str | os.PathLike,
+    num_workers: int,
+    *,
+    stop_at_bad_row: bool,
+    progress: bool,
+    name: str = "",
+) -> Store:
+    """Return the tokens of a source, from the cache or made now.
+
+    Args:
+        source: from `config.source`.
+        tokenizer_folder: local.
+        cache_dir: `data.cache_dir`; "" = `default_folder()`.
+        num_workers: processes; 0 = one per core.
+        stop_at_bad_row: raise at the first row that cannot be used; otherwise it is left out and
+            listed in `Store.errors`.
+        progress: show a bar.
+        name: of the source, in messages; "" = its path.
+
+    Raises:
+        ValueError: nothing to read, a bad row under `stop_at_bad_row`, a tokenizer that cannot be
+            used, or a cache folder that cannot be written.
+        RuntimeError: a process that tokenizes died.
+    """
+    files = read.files(source)
+    request = _Request(
+        source=source,
+        name=name or str(source.path),
+        files=files,
+        root=Path(os.path.commonpath([file.parent for file in files])),
+        tokenizer_folder=Path(tokenizer_folder),
+        options=options,
+        cache=Path(cache_dir).expanduser().absolute() if str(cache_dir) else default_folder(),
+        num_workers=num_workers or worker.cores(),
+        stop_at_bad_row=stop_at_bad_row,
+        progress=progress,
+    )
+    key = _key(request, progress)
+    store = _open(request, key)
+    if store is None:
+        with _lock(request, key) as locked:
+            store = _open(request, key)  # another process may have made it meanwhile
+            if store is None:
+                _make_room(request.cache, key, locked)
+                _build(request, key)
+                store = _open(request, key)
+                assert store is not None, f"{request.cache / key} vanished"
+                store = dataclasses.replace(store, cached=False)
+    if stop_at_bad_row:
+        for error in store.errors():
+            raise _bad_row(request, error["where"], error["error"])
+    return store
+
+
+def _bad_row(request: _Request, where: str, reason: str) -> ValueError:
+    return ValueError(
+        f"{where} (source {request.name!r}): {reason}\n"
+        'mend the row, or leave out and count what cannot be used: data.on_bad_row = "skip"'
+    )
+
+
+# ---- the key ------------------------------------------------------------------------------------
+
+
+def _key(request: _Request, progress: bool) -> str:
+    """Hash all that changes the tokens of a source or their order (sha256, in hex)."""
+    folder = request.tokenizer_folder
+    tokenizer_files = sorted(
+        file
+        for pattern in ("*", "additional_chat_templates/*")
+        for file in folder.glob(pattern)
+        if file.suffix in TOKENIZER_SUFFIXES and not file.name.endswith(".index.json")
+    )
+    contents = _contents([*request.files, *tokenizer_files], request.cache, progress)
+    deciding = {
+        "arrays": DTYPES,
+        "files": [[os.path.relpath(file, request.root), contents[file]] for file in request.files],
+        "source": {k: v for k, v in request.source.to_dict().items() if k not in NOT_IN_KEY},
+        "options": dataclasses.asdict(request.options),
+        "tokenizer": [[str(file.relative_to(folder)), contents[file]] for file in tokenizer_files],
+        "code": worker.CODE,
+    }
+    # Not sorted: the order of keys within a template argument may show in the text.
+    return hashlib.sha256(json.dumps(deciding, default=repr).encode()).hexdigest()
+
+
+def _contents(files: Sequence[Path], cache: Path, progress: bool) -> dict[Path, str]:
+    """Hash files (sha256); one that did not change since it was hashed is not read again.
+
+    A file is known by path, device, inode, size and both times. Its time of change (ctime) cannot
+    be set by a user, so an edit that keeps size and mtime is noticed too. A hash taken within 2 s
+    of a change is not kept: a second change could carry the same time stamp (as in git's
+    Documentation/technical/racy-git.txt).
+    """
+    memory = cache / "hashes.jsonl"
+    known = _known_hashes(memory)
+    identities = {file: _identity(file) for file in files}
+    todo = {file: identity for file, identity in identities.items() if identity not in known}
+    total = sum(file.stat().st_size for file in todo)
+    show = progress and total >= SHOW_HASHING
+    with tqdm(total=total, desc="hashing", unit="B", unit_scale=True, disable=not show) as bar:
+        for file, identity in todo.items():
+            started = time.time_ns()
+            digest = hashlib.sha256()
+            with open(file, "rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+                    bar.update(len(block))
+            known[identity] = digest.hexdigest()
+            if started - file.stat().st_ctime_ns > RACY_NS and _identity(file) == identity:
+                _remember(memory, identity, known[identity])
+    return {file: known[identity] for file, identity in identities.items()}
+
+
+def _identity(file: Path) -> tuple:
+    found = file.stat()
+    return (
+        *(os.path.realpath(file), found.st_dev, found.st_ino),
+        *(found.st_size, found.st_mtime_ns, found.st_ctime_ns),
+    )
+
+
+def _known_hashes(memory: Path) -> dict[tuple, str]:
+    known = {}
+    with contextlib.suppress(OSError), open(memory, encoding="ascii") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError):  # half a line, left by a killed process
+                *identity, digest = json.loads(line)
+                known[tuple(identity)] = digest
+    return known
+
+
+def _remember(memory: Path, identity: tuple, digest: str) -> None:
+    # Where it cannot be kept (a read-only cache, a full disk) the file is hashed again next time.
+    with contextlib.suppress(OSError):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        with open(memory, "a", encoding="ascii") as stream:
+            stream.write("\n" + json.dumps([*identity, digest]) + "\n")
+
+
+# ---- opening ------------------------------------------------------------------------------------
+
+
+def _open(request: _Request, key: str) -> Store | None:
+    """Map a store; None where there is none, or one whose files are not as they were written."""
+    folder = request.cache / key
+    with _explained(request.cache):
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="ascii"))
+            for file, size in meta["sizes"].items():
+                if (folder / file).stat().st_size != size:
+                    return None
+            arrays = {name: _map(folder / name, dtype) for name, dtype in meta["dtypes"].items()}
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+            return None
+    bounds = arrays.pop("starts")
+    return Store(folder, request.root, meta, True, starts=bounds[:-1], stops=bounds[1:], **arrays)
+
+
+def _map(file: Path, dtype: str) -> np.ndarray:
+    if file.stat().st_size == 0:  # which cannot be mapped
+        return np.zeros(0, dtype)
+    # As a plain array: slices of a memmap cost several times as much.
+    return np.asarray(np.memmap(file, dtype, mode="r"))
+
+
+# ---- locks and leftovers ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _explained(cache: Path) -> Iterator[None]:
+    """Say what to do where the cache folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "make room, or set data.cache_dir to a folder on a larger disk"
+        else:
+            remedy = "set data.cache_dir to a folder that can be written"
+        raise ValueError(
+            f"tokens cannot be written to the cache folder {cache}: {error}: {remedy}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _lock(request: _Request, key: str) -> Iterator[bool]:
+    """Let one process at a time build a store; the lock ends with the process that holds it.
+
+    Yields whether there is a lock: not every file system has them. The rename at the end of a
+    build keeps the store right without.
+    """
+    with _explained(request.cache):
+        request.cache.mkdir(parents=True, exist_ok=True)
+        stream = open(request.cache / f"{key}.lock", "ab")
+    with stream:
+        locked = _try_lock(stream)
+        if locked is False:
+            print(
+                f"source {request.name!r}: waiting for another process that tokenizes it",
+                file=sys.stderr,
+                flush=True,
+            )
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield locked is not None
+
+
+def _try_lock(stream) -> bool | None:
+    """Lock without waiting: whether it is ours now, or None where there are no locks."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _unfinished(cache: Path, key: str) -> Path:
+    """Name a folder that is no store, and whose process is found by the key's lock."""
+    return cache / f"{key}.unfinished-{socket.gethostname()}-{secrets.token_hex(4)}"
+
+
+def _make_room(cache: Path, key: str, locked: bool) -> None:
+    """Remove a damaged store, and what builds that were killed have left."""
+    with _explained(cache):
+        if (cache / key).exists():
+            print(f"{cache / key} is damaged: tokenizing again", file=sys.stderr, flush=True)
+            (cache / key).rename(damaged := _unfinished(cache, key))
+            shutil.rmtree(damaged)
+        for folder in cache.glob("*.unfinished-*"):
+            with contextlib.suppress(FileNotFoundError):  # another process clears up too
+                if _is_dead(folder, key if locked else ""):
+                    shutil.rmtree(folder)
+
+
+def _is_dead(folder: Path, locked_key: str) -> bool:
+    """Whether the process that made an unfinished folder has ended.
+
+    It held the lock of its key. Locks may not reach the other machines that share a cache folder:
+    their builds are dead when they have written nothing for a day.
+    """
+    key, _, rest = folder.name.partition(".unfinished-")
+    if rest.startswith(socket.gethostname() + "-"):
+        if key == locked_key:
+            return True
+        with open(folder.parent / f"{key}.lock", "ab") as stream:
+            if (free := _try_lock(stream)) is not None:
+                return free
+    written = [file.stat().st_mtime for file in (folder, *folder.glob("*"))]
+    return time.time() - max(written) > LEFTOVER_S
+
+
+# ---- building -----------------------------------------------------------------------------------
+
+
+def _build(request: _Request, key: str) -> None:
+    """Tokenize a source into its folder, which appears whole or not at all."""
+    chunks = read.chunks(request.source, request.files)
+    first = next(chunks, None)
+    assert first is not None, "a file without rows is an error of `read`"
+    format_name, reason = _choose(request, first)
+    job = worker.Job(request.tokenizer_folder, request.options, request.source, format_name)
+    folder = _unfinished(request.cache, key)
+    try:
+        with contextlib.ExitStack() as stack:
+            with _explained(request.cache):
+                folder.mkdir()
+                writer = _Writer(folder, request.root, stack)
+            bar, size = _bar(request)
+            stack.enter_context(bar)
+            work = worker.tokenize(job, itertools.chain([first], chunks), request.num_workers)
+            for chunk, result in stack.enter_context(contextlib.closing(work)):
+                if request.stop_at_bad_row and result.refused:
+                    bad = result.refused[0]
+                    raise _bad_row(request, f"{chunk.file}, {bad.place}", bad.reason)
+                with _explained(request.cache):
+                    writer.add(chunk, result)
+                bar.update(size(chunk))
+            if _key(request, progress=False) != key:
+                raise ValueError(
+                    f"the files of {request.source.path} (source {request.name!r}), or those of "
+                    f"the tokenizer {request.tokenizer_folder}, changed while they were read: "
+                    "start again"
+                )
+            with _explained(request.cache):
+                writer.finish(key=key, format=format_name, format_reason=reason)
+                _publish(folder, request.cache / key)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(folder: Path, final: Path) -> None:
+    """Rename a finished store to its name, unless another process without locks was first."""
+    try:
+        folder.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    _sync(final.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder written to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _choose(request: _Request, chunk: read.Chunk) -> tuple[str, str]:
+    records = list(read.parse(chunk))
+    rows = [record.row for record in records if record.row is not None]
+    if not rows:
+        raise ValueError(
+            f"{records[0].where} (source {request.name!r}): {records[0].error}; nor can any other "
+            f"of the first {len(records)} rows be read"
+        )
+    return formats.choose(request.source, rows)
+
+
+def _bar(request: _Request) -> tuple[tqdm, Callable[[read.Chunk], int]]:
+    """Return a progress bar, and how far a chunk moves it.
+
+    In bytes where the files' sizes are those of the text, which gives a time of arrival; in rows
+    for the others.
+    """
+    limit = request.source.limit
+    plain = not limit and all(file.suffix.lower() in PLAIN for file in request.files)
+    total = sum(file.stat().st_size for file in request.files) if plain else limit or None
+    bar = tqdm(
+        desc=f"tokenizing {request.name}",
+        total=total,
+        unit="B" if plain else "row",
+        unit_scale=plain,
+        disable=not request.progress,
+    )
+    return bar, (lambda chunk: sum(map(len, chunk.payload))) if plain else len
+
+
+class _Writer:
+    """Appends chunks to the files of a store; closed by the stack it is given."""
+
+    def __init__(self, folder: Path, root: Path, stack: contextlib.ExitStack):
+        self._folder, self._root, self._stack = folder, root, stack
+        self._dtypes = dict(DTYPES)
+        self._streams = {name: self._create(name) for name in [*DTYPES, "errors.jsonl"]}
+        self._num_rows = self._num_tokens = 0
+        self._files: list[dict] = []
+        self._refused: collections.Counter[str] = collections.Counter()
+        self._append("starts", np.zeros(1, np.int64))
+
+    def _create(self, name: str) -> BinaryIO:
+        # Unbuffered: what is in a buffer when the disk is full fails again when it is closed.
+        return self._stack.enter_context(open(self._folder / name, "wb", buffering=0))
+
+    def _append(self, name: str, array: np.ndarray) -> None:
+        _write(self._streams[name], array.astype(self._dtypes[name]).tobytes())
+
+    def add(self, chunk: read.Chunk, result: worker.Tokenized) -> None:
+        """Append the rows of the chunk that follows."""
+        file = os.path.relpath(chunk.file, self._root)
+        if not self._files or self._files[-1]["name"] != file:
+            found = {"name": file, "first_row": self._num_rows, "unit": result.unit}
+            self._files.append(found)
+        if result.weights.dtype == np.float32 and self._dtypes["weights"] == "|u1":
+            self._widen_weights()
+        for name in ("ids", "weights", "places", "num_cut", "trained"):
+            self._append(name, getattr(result, name))
+        self._append("starts", self._num_tokens + np.cumsum(result.lengths))
+        self._append("rows", self._num_rows + result.rows)
+        for bad in result.refused:
+            error = {"row": self._num_rows + bad.row, "file": file, "place": bad.place}
+            line = json.dumps(error | {"error": bad.reason}) + "\n"
+            _write(self._streams["errors.jsonl"], line.encode("ascii"))
+            kind = _kind(bad.reason)
+            full = len(self._refused) >= MAX_REASONS and kind not in self._refused
+            self._refused["other reasons" if full else kind] += 1
+        self._num_tokens += len(result.ids)
+        self._num_rows += result.num_rows
+
+    def _widen_weights(self) -> None:
+        """Write the weights so far as float32, once a fraction comes along."""
+        self._streams["weights"].close()
+        narrow = (self._folder / "weights").rename(self._folder / "narrow")
+        self._dtypes["weights"] = "<f4"
+        self._streams["weights"] = self._create("weights")
+        with open(narrow, "rb") as stream:
+            while block := stream.read(1 << 20):
+                self._append("weights", np.frombuffer(block, np.uint8))
+        narrow.unlink()
+
+    def finish(self, **about: str) -> None:
+        """Have all files on the disk; meta.json, without which there is no store, last."""
+        for stream in self._streams.values():
+            os.fsync(stream.fileno())
+        meta = about | {
+            "rows": self._num_rows,
+            "refused": dict(self._refused.most_common()),
+            "files": self._files,
+            "dtypes": self._dtypes,
+            "sizes": {name: stream.tell() for name, stream in self._streams.items()},
+        }
+        with open(self._folder / "meta.json", "w", encoding="ascii") as stream:
+            json.dump(meta, stream, indent=2)
+            stream.flush()
+            os.fsync(stream.fileno())
+        _sync(self._folder)
+
+
+def _write(stream: BinaryIO, data: bytes) -> None:
+    """Write all of it: one call may write less than it is given."""
+    left = memoryview(data)
+    while left:
+        left = left[stream.write(left) :]
+
+
+def _kind(reason: str) -> str:
+    """Reasons that differ in numbers and quoted text only are of one kind."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "...", reason.partition("\n")[0])[:100]
