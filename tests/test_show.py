@@ -133,6 +133,14 @@ def test_a_character_cut_by_a_change_of_weight_is_shown_on_both_sides(byte_token
     ]
 
 
+def test_a_token_that_the_tokenizer_does_not_know_is_shown_by_its_number(byte_tokenizer):
+    found = show.pieces(byte_tokenizer, [64, 5000, 65, 5001], [0, 1, 1, 1])
+    assert found == [
+        *(show.Piece("a", 0.0), show.Piece("⟨token 5000⟩", 1.0, special=True)),
+        *(show.Piece("b", 1.0), show.Piece("⟨token 5001⟩", 1.0, special=True)),
+    ]
+
+
 def test_words_keep_the_space_that_a_decoder_drops_at_the_start(word_tokenizer):
     ids = [1, 301, 302, *(3 + byte for byte in "✓".encode()), 304, 301, 2]
     found = show.pieces(word_tokenizer, ids, [0, 0, 1, 1, 1, 1, 1, 1, 1])
@@ -204,10 +212,16 @@ def test_html_marks_exactly_what_trains_and_keeps_hostile_text_as_text(byte_toke
     hostile = "</mark></div><script>alert('x')</script><img src=http://a.b onerror=x>&lt;"
     found = pieces_of(byte_tokenizer, (hostile, 0), ("yes" + hostile, 1), ("<|im_end|>", 1))
     segment = show.Segment(hostile, found)
-    body = show.block_html(show.Block(hostile, [segment, segment]), boundaries=False)
-    page = show.page(hostile, [(hostile, body), ("b", show.paragraph_html(hostile, "table"))])
-    reader = Reader(page)
-    assert reader.marked == ["yes" + hostile + "<|im_end|>"] * 2
+    overview = show.Overview(
+        **{"title": hostile, "table": hostile, "packing": [hostile], "verdict": [hostile]},
+        charts=[(hostile, np.arange(3), hostile)],
+        examples=[show.Block(hostile, [segment])],
+        rows=[show.Block(hostile, [segment])],
+        left_out=[(hostile, 2, [hostile])],
+        is_refused=True,
+    )
+    reader = Reader(show.page(overview, boundaries=False))
+    assert [text for text in reader.marked if "yes" in text] == ["yes" + hostile + "<|im_end|>"] * 2
     assert reader.texts == [hostile + "yes" + hostile + "<|im_end|>"] * 2
     names = {name for name, _ in reader.elements}
     assert not names & {"script", "img", "link", "iframe", "object"}
@@ -227,11 +241,10 @@ def test_html_shows_weights_boundaries_and_every_newline(byte_tokenizer):
 
 def test_a_histogram_counts_every_value():
     values = np.array([0, 1, 1, 5, 100])
-    chart = show.chart_html("lengths <b>", values, bins=10, unit=" tokens")
+    chart = show.chart_html("lengths <b>", values, " tokens", bins=10)
     reader = Reader(chart)
-    assert [tag for tag, _ in reader.elements].count("rect") == 10
-    counts = [int(n) for n in re.findall(r"tokens: (\d+)<", chart)]
-    assert counts == [4, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert [tag for tag, _ in reader.elements].count("rect") == 2
+    assert re.findall(r"<title>([^<]*)<", chart) == ["0 to 10 tokens: 4", "90 to 100 tokens: 1"]
     assert "lengths &lt;b&gt;" in chart
-    assert show.chart_html("none", np.array([])) == ""
-    assert "NaN" not in show.chart_html("zeros", np.zeros(3)).replace("nan", "NaN")
+    assert show.chart_html("none", np.array([]), "") == ""
+    assert "nan" not in show.chart_html("zeros", np.zeros(3), "").lower()

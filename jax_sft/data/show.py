@@ -1,4 +1,4 @@
-"""Tokenized examples as text for a terminal and as HTML: what trains is marked, and only that.
+"""A data set's report and examples, for a terminal and as a page of HTML; what trains is marked.
 
 Called by `inspect`. What the data says cannot imitate a mark: control characters, and the
 characters of the marks themselves, are shown by their numbers.
@@ -7,7 +7,7 @@ characters of the marks themselves, are shown by their numbers.
 import dataclasses
 import html
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -23,12 +23,14 @@ STYLES = {
     (False, False): "",
 }
 BOUNDARY_STYLE = "\x1b[2m"
+LEFT_OUT_ON_SCREEN = 10  # rows per list; the page shows all that the overview has
 # Shown as ⟨U+...⟩: they move the cursor, hide text or change its order. Newline and tab stay.
 _HIDDEN = (
     *(code for code in range(0xA0) if (code < 0x20 or code >= 0x7F) and chr(code) not in "\n\t"),
     *(0x061C, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF),
     *range(0x2028, 0x202F),
     *range(0x2066, 0x206A),
+    *range(0xD800, 0xE000),  # halves of characters: they cannot be written at all
 )
 _VISIBLE = {code: f"⟨U+{code:04X}⟩" for code in _HIDDEN}
 _VISIBLE_AMONG_MARKS = _VISIBLE | {ord(mark): f"⟨U+{ord(mark):04X}⟩" for mark in LEFT + RIGHT}
@@ -64,6 +66,34 @@ class Block:
     segments: Sequence[Segment]
 
 
+@dataclasses.dataclass(frozen=True)
+class Overview:
+    """All that is shown of a config's data.
+
+    Attributes:
+        title: one line.
+        table: of the sources, as lines of columns.
+        packing: lines about the packed rows.
+        charts: (title, values, unit) of each histogram.
+        examples: to be shown one by one.
+        rows: packed rows, as the model gets them.
+        left_out: (heading, number of rows, the first of them with the reason) of each list of rows
+            that do not train.
+        verdict: the last lines.
+        is_refused: training would not start.
+    """
+
+    title: str
+    table: str
+    packing: Sequence[str]
+    charts: Sequence[tuple[str, np.ndarray, str]]
+    examples: Sequence[Block]
+    rows: Sequence[Block]
+    left_out: Sequence[tuple[str, int, Sequence[str]]]
+    verdict: Sequence[str]
+    is_refused: bool
+
+
 def pieces(tokenizer, ids: Sequence[int], weights: Sequence[float]) -> list[Piece]:
     """Decode token by token; tokens that hold parts of one character come together.
 
@@ -74,20 +104,26 @@ def pieces(tokenizer, ids: Sequence[int], weights: Sequence[float]) -> list[Piec
         tokenizer: a fast tokenizer.
         ids, weights: of one example, not shifted.
     """
-    alone = set(tokenizer.added_tokens_decoder)
+    backend = tokenizer.backend_tokenizer
+    added = set(tokenizer.added_tokens_decoder)
+
+    def is_alone(token: int) -> bool:
+        return token in added or backend.id_to_token(token) is None
 
     def decode(part: Sequence[int]) -> str:
-        return tokenizer.backend_tokenizer.decode(list(part), skip_special_tokens=False)
+        return backend.decode(list(part), skip_special_tokens=False)
 
     found: list[Piece] = []
     weighted = zip(ids, weights, strict=True)
     context: list[int] = []  # decoders drop the space of the first word: each needs one before it
     for (special, weight), run in itertools.groupby(
-        weighted, key=lambda pair: (pair[0] in alone, float(pair[1]))
+        weighted, key=lambda pair: (is_alone(int(pair[0])), float(pair[1]))
     ):
         left = [int(token) for token, _ in run]
         while left:
             take, text = _whole_characters(decode, context, left, 1 if special else len(left))
+            if backend.id_to_token(left[0]) is None:  # it would be left out without a word
+                text = f"⟨token {left[0]}⟩"
             found.append(Piece(text, weight, special))
             context, left = left[:take], left[take:]
     return found
@@ -123,6 +159,23 @@ def visible(text: str, among_marks: bool = False) -> str:
 # ---- terminal --------------------------------------------------------------------------------
 
 
+def screen(overview: Overview, color: bool, boundaries: bool) -> Iterator[str]:
+    """Yield the parts of the overview as text for a terminal, the verdict last."""
+    yield visible(overview.table) + "\n"
+    if overview.packing:
+        yield "\n".join(overview.packing) + "\n"
+    blocks = [*overview.examples, *overview.rows]
+    if blocks:
+        yield legend(color, boundaries) + "\n"
+    for block in blocks:
+        yield to_text(block, color, boundaries)
+    for heading, count, lines in overview.left_out:
+        shown = [visible(line, among_marks=not color) for line in lines[:LEFT_OUT_ON_SCREEN]]
+        more = [f"... and {count - len(shown):,} more"] if count > len(shown) else []
+        yield "\n".join([heading, *shown, *more]) + "\n"
+    yield "\n".join(visible(line) for line in overview.verdict)
+
+
 def legend(color: bool, boundaries: bool) -> str:
     """One line that says what the marks of `to_text` mean."""
     trained = _styled("trains", (True, False), color) if color else f"{LEFT}trains{RIGHT}"
@@ -137,7 +190,8 @@ def to_text(block: Block, color: bool, boundaries: bool) -> str:
     for segment in block.segments:
         if segment.label:
             lines.append(_heading(segment.label, "─", color))
-        lines.append(segment_text(segment.pieces, color, boundaries))
+        # The newlines at the end are shown already.
+        lines.append(segment_text(segment.pieces, color, boundaries).rstrip("\n"))
     return "\n".join(lines) + "\n"
 
 
@@ -183,7 +237,9 @@ CSS = """
 body{margin:2rem auto;padding:0 1rem;max-width:72rem;background:var(--bg);color:var(--fg);
 font:15px/1.5 system-ui,sans-serif}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}h3{font-size:1rem;margin:1.2rem 0 .3rem}
-p,small,.label{color:var(--soft)}.bad{color:var(--bad)}
+p,small,.label{color:var(--soft)}
+.verdict{color:inherit;border-left:4px solid var(--bar);padding:.3rem .9rem;background:var(--card)}
+.bad{border-color:var(--bad)}
 .text,.table{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.55 ui-monospace,monospace;
 background:var(--card);border:1px solid var(--line);border-radius:6px;padding:.7rem .9rem;margin:0}
 .table{white-space:pre;overflow-x:auto}
@@ -224,17 +280,18 @@ def block_html(block: Block, boundaries: bool) -> str:
     return "\n".join(parts)
 
 
-def chart_html(title: str, values: np.ndarray, bins: int = 32, unit: str = "") -> str:
+def chart_html(title: str, values: np.ndarray, unit: str, bins: int = 32) -> str:
     """A histogram as inline SVG; each bar tells its range and count when pointed at."""
     if not len(values):
         return ""
     counts, edges = np.histogram(values, bins=bins, range=(0, max(float(values.max()), 1e-9)))
-    width, height = 320, 80
+    width, height, unit = 320, 80, _plain(unit)
     step = width / len(counts)
     bars = []
     for number, count in enumerate(counts.tolist()):
-        tall = height * count / counts.max()
-        tall = max(tall, 1.0) if count else 0.0  # one example among a million can be seen
+        if not count:
+            continue
+        tall = max(height * count / counts.max(), 1.0)  # one among a million can be seen
         low, high = (f"{edge:.4g}" for edge in edges[number : number + 2])
         bars.append(
             f'<rect x="{number * step:.1f}" y="{height - tall:.1f}" width="{step - 1:.1f}" '
@@ -248,26 +305,33 @@ def chart_html(title: str, values: np.ndarray, bins: int = 32, unit: str = "") -
     )
 
 
-def page(title: str, sections: Iterable[tuple[str, str]]) -> str:
-    """A whole page that needs nothing from elsewhere.
-
-    Args:
-        sections: (heading, HTML) each.
-    """
-    body = "\n".join(f"<h2>{_escaped(heading)}</h2>\n{content}" for heading, content in sections)
+def page(overview: Overview, boundaries: bool) -> str:
+    """The overview as a whole page that needs nothing from elsewhere."""
+    kind = "bad" if overview.is_refused else "good"
+    verdict = "".join(f"<div>{_plain(line)}</div>" for line in overview.verdict)
+    parts = [f'<div class="verdict {kind}">{verdict}</div>']
+    parts += ["<h2>Sources</h2>", f'<div class="table">{_plain(overview.table)}</div>']
+    if overview.packing:
+        parts += ["<h2>Packing</h2>"]
+        parts += [f'<div class="table">{_plain(chr(10).join(overview.packing))}</div>']
+    charts = [chart_html(*chart) for chart in overview.charts]
+    parts.append(f'<div class="charts">{"".join(charts)}</div>')
+    for heading, blocks in (("Examples", overview.examples), ("Packed rows", overview.rows)):
+        if blocks:
+            parts += [f"<h2>{heading}</h2>", legend_html(boundaries)]
+            parts += [block_html(block, boundaries) for block in blocks]
+    for heading, count, lines in overview.left_out:
+        parts.append(f"<h2>{_plain(heading)}</h2>")
+        parts.append(f'<div class="table">{_plain(chr(10).join(lines))}</div>')
+        if count > len(lines):
+            parts.append(f"<p>... and {count - len(lines):,} more</p>")
+    title, body = _plain(overview.title), "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_escaped(title)}</title><style>{CSS}</style></head>\n"
-        f"<body><h1>{_escaped(title)}</h1>\n{body}\n</body></html>\n"
+        f"<title>{title}</title><style>{CSS}</style></head>\n"
+        f"<body><h1>{title}</h1>\n{body}\n</body></html>\n"
     )
-
-
-def paragraph_html(text: str, kind: str = "p") -> str:
-    """Plain text as a paragraph, or as a monospaced table that keeps its columns."""
-    if kind == "table":
-        return f'<div class="table">{html.escape(visible(text))}</div>'
-    return f"<p>{html.escape(visible(text))}</p>"
 
 
 def legend_html(boundaries: bool) -> str:
@@ -277,6 +341,11 @@ def legend_html(boundaries: bool) -> str:
     return shown + (" &nbsp; <i></i>token boundary</p>" if boundaries else "</p>")
 
 
+def _plain(text: str) -> str:
+    """Text of ours for HTML, with newlines as they are."""
+    return html.escape(visible(text))
+
+
 def _escaped(text: str) -> str:
-    """Text for HTML; newlines are shown and kept."""
-    return html.escape(visible(text)).replace("\n", '<span class="nl">\n</span>')
+    """Text of the data for HTML; newlines are shown and kept."""
+    return _plain(text).replace("\n", '<span class="nl">\n</span>')

@@ -1,0 +1,383 @@
+"""See what a config would train before it does; needs no weights and no accelerator.
+
+    python -m jax_sft.inspect --config=configs/tiny.py [--num=3] [--tokens] [--rows=2]
+    python -m jax_sft.inspect --config=... --source=NAME --row=17
+    python -m jax_sft.inspect --config=... --html=page.html --dump=tokens.jsonl
+
+On screen: what became of each source, how its examples are packed, and some of them with the
+tokens that train marked. Any key of the config can be set as in training, for instance
+--config.data.train.main.path=my.jsonl. Eval sets are named eval/NAME. Rows count from 0 within
+their source.
+
+--dump writes one JSON object per example: source, row, ids, mask (the loss weight of each id, not
+shifted; the first id of an example is never predicted, whatever its mask) and, where it was cut,
+truncated. What was refused or dropped has an error instead.
+
+Exit code: 0 if training would take the data as it is, 1 if it would refuse anything, 64 for a
+mistake in the command or the config. Colours: NO_COLOR=1 turns them off, FORCE_COLOR=1 on.
+"""
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from jax_sft import config, hf
+from jax_sft.data import chat, check, outcomes, packing, prepare, show
+from jax_sft.data.examples import Examples
+from jax_sft.data.loader import Schedule
+
+EXIT_REFUSED = 1
+EXIT_USER_ERROR = 64
+# What a mistake on the command line or in a config file raises.
+CONFIG_ERRORS = (
+    *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
+    *(ImportError, NameError, OSError, SyntaxError),
+)
+MOST_LEFT_OUT = 500  # refused and dropped rows listed per source; the dump has all
+MOST_STEPS = 50  # of which the balance is measured
+MOST_RANKS = 8  # for which it is shown where the mesh does not tell their number
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command's own flags, see their help."""
+
+    num: int = 3
+    rows: int = 0
+    row: int | None = None
+    source: str = ""
+    tokens: bool = False
+    html: str = ""
+    dump: str = ""
+
+
+def inspect(cfg: config.Config, options: Options, color: bool) -> int:
+    """Show what the config would train; the same as the command.
+
+    Returns:
+        0, or EXIT_REFUSED.
+
+    Raises:
+        ValueError: a config or a source of which nothing can be shown.
+    """
+    if problems := check.problems(cfg.data):
+        raise ValueError(outcomes.listed("the config has {} problem(s)", problems))
+    folder = hf.resolve(cfg.model.path, cfg.model.revision, weights=False)
+    tokenizer = chat.load_tokenizer(folder, needs_template=False)
+    sources = outcomes.open_sources(cfg.data, folder)
+    chosen = choose(sources, options)
+    planned, refused = plan(cfg, sources, folder)
+    refused += outcomes.refusals(cfg.data, sources, folder)
+    rows = row_blocks(planned, sources, tokenizer) if planned else ()
+    overview = show.Overview(
+        title=f"What trains: {cfg.model.path}, data.seq_len = {cfg.data.seq_len}",
+        # Bad rows are listed further down.
+        table=prepare.table({s.name: s.report | {"bad_rows": []} for s in sources}),
+        packing=packing_lines(planned, cfg) if planned else [],
+        charts=list(charts(planned, sources, cfg.data)),
+        examples=list(example_blocks(chosen, options, cfg.seed, tokenizer)),
+        rows=list(itertools.islice(rows, options.rows)),
+        left_out=list(left_out_lists(chosen)) if options.row is None else [],
+        verdict=outcomes.verdict(cfg.data, sources, refused),
+        is_refused=bool(refused),
+    )
+    if options.html:
+        write(options.html, [show.page(overview, options.tokens)])
+    if options.dump:
+        objects = (entry.to_json(source.name) for source in sources for entry in source.entries())
+        write(options.dump, (json.dumps(found) + "\n" for found in objects))
+    print_all(show.screen(overview, color, options.tokens))
+    return EXIT_REFUSED if refused else 0
+
+
+# ---- the plan -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """The packed rows of the train sources.
+
+    Attributes:
+        ranks: parts of a batch, one per data-parallel rank, for which the balance is shown.
+    """
+
+    examples: Examples
+    schedule: Schedule
+    rows: int
+    micro_rows: int
+    ranks: int
+
+
+def plan(
+    cfg: config.Config, sources: Sequence[outcomes.Source], folder: Path
+) -> tuple[Planned | None, list[str]]:
+    """Plan the rows of each step as training would, or say why it would not."""
+    used = {s.name: len(s.fit.kept) for s in sources if not s.name.startswith(outcomes.EVAL)}
+    if not any(used.values()):
+        return None, ["to start: data.train has no example left"]
+    data = outcomes.lenient(cfg.data)
+    examples = prepare.prepare(data.train, folder, data, progress=False)
+    assert {name: len(ids) for name, ids in examples.sources.items()} == used
+    # Also where they do not fit each other: rows are inspected before a machine is chosen.
+    rows = max(cfg.batch.rows, 1)
+    micro_rows = cfg.batch.micro_rows
+    micro_rows = micro_rows if micro_rows > 0 and rows % micro_rows == 0 else rows
+    ranks = cfg.mesh.data * cfg.mesh.fsdp
+    if min(cfg.mesh.data, cfg.mesh.fsdp) < 1 or micro_rows % ranks:
+        ranks = max(n for n in range(1, MOST_RANKS + 1) if micro_rows % n == 0)
+    try:
+        schedule = Schedule(
+            *(examples, data, data.train),
+            **{"rows": rows, "micro_rows": micro_rows},
+            **{"shuffle": data.shuffle, "seed": cfg.seed},
+        )
+    except ValueError as error:  # a source that gives no example per epoch
+        return None, [f"to start: {error}"]
+    return Planned(examples, schedule, rows, micro_rows, ranks), []
+
+
+# ---- what is shown ------------------------------------------------------------------------------
+
+
+def choose(sources: Sequence[outcomes.Source], options: Options) -> list[outcomes.Source]:
+    """Return the sources to show.
+
+    Raises:
+        ValueError: --source or --row names nothing that is there.
+    """
+    names = [source.name for source in sources]
+    if options.source and options.source not in names:
+        raise ValueError(f"--source={options.source} is not a source: use one of {names}")
+    chosen = [source for source in sources if options.source in ("", source.name)]
+    if options.row is not None:
+        if len(chosen) > 1:
+            raise ValueError(f"--row needs --source: use one of {names}")
+        num_rows = chosen[0].report["rows"]
+        if not 0 <= options.row < num_rows:
+            raise ValueError(
+                f"--row={options.row} is not there: {chosen[0].name} has rows 0 to {num_rows - 1}"
+            )
+    return chosen
+
+
+def example_blocks(
+    chosen: Sequence[outcomes.Source], options: Options, seed: int, tokenizer
+) -> Iterator[show.Block]:
+    """Yield one block per example: of the row asked for, or of a sample of each source."""
+    for source in chosen:
+        if options.row is None:
+            entries = [source.example(index) for index in sample(source, options.num, seed)]
+        else:
+            entries = source.of_row(options.row)
+        for entry in entries:
+            title = f"{source.name}, row {entry.row} ({entry.where})"
+            label = f"left out: {entry.error}" if entry.error else entry.describe()
+            yield show.Block(title, [show.Segment(label, pieces(entry, tokenizer))])
+
+
+def sample(source: outcomes.Source, num: int, seed: int) -> list[int]:
+    """Choose examples: the first, and one at random from each equal part of the others."""
+    size = len(source.fit.kept)
+    if size <= num:
+        return list(range(size))
+    rng = np.random.default_rng([seed, zlib.crc32(source.name.encode())])
+    bounds = np.linspace(1, size, num).astype(int).tolist()
+    others = [int(rng.integers(*part)) for part in itertools.pairwise(bounds)]
+    return [0, *others][:num]
+
+
+def row_blocks(
+    planned: Planned, sources: Sequence[outcomes.Source], tokenizer
+) -> Iterator[show.Block]:
+    """Yield the packed rows of the first epoch, in the order of its batches."""
+    by_name = {source.name: source for source in sources}
+    names = list(planned.examples.sources)
+    lengths, seq_len = planned.schedule.lengths, sources[0].seq_len
+    for step in range(planned.schedule.steps_in(0)):
+        for number, ids in enumerate(planned.schedule.rows_of(step)):
+            segments, used = [], 0
+            for place, index in enumerate(ids.tolist(), start=1):
+                name = names[planned.examples.source_of[index]]
+                entry = by_name[name].example(index - planned.examples.sources[name].start)
+                where = f"{name}, row {entry.row}, inputs {used} to {used + lengths[index] - 1}"
+                label = f"segment {place}: {where}; {entry.describe()}"
+                segments.append(show.Segment(label, pieces(entry, tokenizer)))
+                used += int(lengths[index])
+            title = (
+                f"step {step + 1}, row {number}: {len(ids)} segments, {used} of {seq_len} inputs"
+            )
+            yield show.Block(title, segments)
+
+
+def pieces(entry: outcomes.Entry, tokenizer) -> list[show.Piece]:
+    """The text of an example, by what trains."""
+    return show.pieces(tokenizer, entry.ids.tolist(), entry.target_weights.tolist())
+
+
+def packing_lines(planned: Planned, cfg: config.Config) -> list[str]:
+    """How full the rows of the first epoch are, and how well their work is balanced."""
+    schedule, data = planned.schedule, cfg.data
+    rows, _ = schedule.plan(0)
+    fill = rows.sums(schedule.lengths).mean() / data.seq_len
+    segments = np.diff(rows.row_starts)
+    steps = f"{schedule.steps_in(0):,} steps of {planned.rows:,} rows per epoch"
+    if data.packing == "none":
+        lines = [f"unpacked  {len(rows):,} rows, padded to what their batch needs; {steps}"]
+    else:
+        lines = [
+            f"packed    {len(rows):,} rows of {data.seq_len:,} inputs, {fill:.2%} full; {steps}"
+        ]
+        lines += [f"segments  {segments.mean():.1f} per row, {segments.max()} at most"]
+    if planned.ranks > 1:
+        before, after = balance(planned)
+        lines.append(
+            f"balance   attention work of {planned.ranks} ranks, max/mean: {before:.3f} as packed, "
+            f"{after:.3f} as trained"
+        )
+    return lines
+
+
+def balance(planned: Planned) -> tuple[float, float]:
+    """The mean imbalance of up to MOST_STEPS steps, before and after rows are put in order."""
+    schedule = planned.schedule
+    rows, work_of = schedule.plan(0)
+    # The last batch of an epoch has empty rows, which no order can balance.
+    full_steps = np.arange(max(len(rows) // planned.rows, 1))
+    found = []
+    for step in full_steps[:: -(-len(full_steps) // MOST_STEPS)].tolist():
+        packed = np.zeros(planned.rows, np.int64)
+        here = work_of[step * planned.rows : (step + 1) * planned.rows]
+        packed[: len(here)] = here
+        ordered = [int((schedule.lengths[ids] ** 2).sum()) for ids in schedule.rows_of(step)]
+        shape = (-1, planned.micro_rows)
+        found.append(
+            [
+                packing.imbalance(work.reshape(shape), planned.ranks)
+                for work in (packed, np.array(ordered))
+            ]
+        )
+    before, after = np.mean(found, axis=0).tolist()
+    return before, after
+
+
+def charts(
+    planned: Planned | None, sources: Sequence[outcomes.Source], data: config.Config
+) -> Iterator[tuple[str, np.ndarray, str]]:
+    """Yield the histograms of the page."""
+    if planned and data.packing != "none":
+        rows, _ = planned.schedule.plan(0)
+        yield "fill of rows", 100 * rows.sums(planned.schedule.lengths) / data.seq_len, "%"
+        yield "segments per row", np.diff(rows.row_starts), " segments"
+    for source in sources:
+        lengths = source.fit.stops - source.store.starts[source.fit.kept] - 1
+        yield f"lengths of {source.name}", lengths, " tokens"
+
+
+def left_out_lists(
+    chosen: Sequence[outcomes.Source],
+) -> Iterator[tuple[str, int, list[str]]]:
+    """Yield (heading, number, the first of them) of the rows of each source that do not train."""
+    for source in chosen:
+        num_bad = source.report["dropped"]["bad_row"]
+        num_dropped = sum(source.report["dropped"].values()) - num_bad
+        for count, what, entries in (
+            (num_bad, "bad row(s)", source.bad_rows()),
+            (num_dropped, "dropped", source.dropped()),
+        ):
+            lines = [
+                f"row {entry.row} ({entry.where}): {' '.join(entry.error.split())}"
+                for entry in itertools.islice(entries, MOST_LEFT_OUT)
+            ]
+            if lines:
+                yield f"{source.name}: {count:,} {what}", count, lines
+
+
+def write(file: str, parts: Iterable[str]) -> None:
+    """Write a file that appears when it is complete.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    target = Path(file).expanduser()
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        try:
+            with open(unfinished, "w", encoding="utf-8") as stream:
+                stream.writelines(parts)
+            unfinished.replace(target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written: {error}") from error
+
+
+def print_all(texts: Iterable[str]) -> None:
+    """Print, whatever the terminal's encoding, until the reader has seen enough (`| head`)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        for text in texts:
+            print(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nor must the flush at exit find the closed pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> int:
+    """The command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}: options start with --")
+    given: dict[str, Any] = {
+        field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Options)
+    }
+    color = not os.environ.get("NO_COLOR")
+    color = color and bool(os.environ.get("FORCE_COLOR") or sys.stdout.isatty())
+    try:
+        return inspect(flags.FLAGS.config, Options(**given), color)
+    except ValueError as error:
+        if os.environ.get("JAX_SFT_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse the command line; an error in it or in the config file is a line, not a traceback."""
+    try:
+        rest = flags.FLAGS(argv)
+        _ = flags.FLAGS.config.seed  # a file that could not be loaded says so only now
+        return rest
+    except CONFIG_ERRORS as error:
+        if os.environ.get("JAX_SFT_TRACEBACK"):
+            raise
+        text = f"{type(error).__name__}: {error}"
+        hint = "(--help lists the options; JAX_SFT_TRACEBACK=1 shows where)"
+        print(f"error: {text}\n{hint}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/tiny.py")
+    flags.DEFINE_integer("num", 3, "Examples to show of each source", lower_bound=0)
+    flags.DEFINE_integer("rows", 0, "Packed rows to show, in the order of training", lower_bound=0)
+    flags.DEFINE_integer("row", None, "Show this row of --source, from 0", lower_bound=0)
+    flags.DEFINE_string("source", "", "Show only this source: NAME, or eval/NAME")
+    flags.DEFINE_boolean("tokens", False, "Also show where tokens begin and end")
+    flags.DEFINE_string("html", "", "Also write what is shown as a page to this file")
+    flags.DEFINE_string("dump", "", "Also write every example's tokens to this .jsonl file")
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse_flags)
