@@ -67,7 +67,7 @@ def make_store(
         root=Path("root"),
         meta={
             **{"key": "k", "format": format, "format_reason": "", "refused": {}},
-            **{"files": files, "rows": num_rows},
+            **{"files": files, "rows": num_rows, "highest_id": int(bounds[-1]) - 1},
         },
         cached=True,
         ids=np.arange(bounds[-1], dtype=np.int32),
@@ -208,6 +208,7 @@ def test_the_report_counts_rows_examples_and_tokens_by_hand(tmp_path):
         "tokens": 2 + 2 + 1 + 3,
         "trained_tokens": 2 + 1 + 1 + 3,
         "lost_trained_tokens": 3 + 6,
+        "highest_id": 25,
         "lengths": {"p5": 2, "p50": 2, "p95": 6, "p99": 6, "max": 6},
         "longest": [
             {"row": 4, "where": "root/a.jsonl, line 5", "tokens": 6},

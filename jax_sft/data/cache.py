@@ -41,7 +41,11 @@ DTYPES = {
 }
 # Keys of a source that do not change its tokens: a moved file is found again.
 NOT_IN_KEY = ("path", "epochs", "weight")
-TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab")
+# What lies beside a tokenizer and is none of it: weights mostly, which would take long to hash.
+NOT_TOKENIZER = (
+    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"),
+    *(".md", ".gitattributes"),
+)
 PLAIN = (".jsonl", ".json", ".ndjson")  # files whose chunks say how many bytes they are
 SHOW_HASHING = 1_000_000_000  # bytes from which hashing shows a progress bar
 RACY_NS = 2_000_000_000  # the coarsest time stamp of a file system: FAT's 2 s
@@ -56,8 +60,8 @@ class Store:
     Attributes:
         folder: its folder in the cache.
         root: the folder that the names of the data files are relative to.
-        meta: key, format, format_reason, rows (read), refused {kind of reason: rows}, files
-            [{name, first_row, unit}], dtypes and sizes.
+        meta: key, format, format_reason, rows (read), highest_id (of a token; -1 = none), refused
+            {kind of reason: rows}, files [{name, first_row, unit}], dtypes and sizes.
         cached: whether it was there already.
         ids: int32 [tokens], not shifted, example after example.
         weights: [tokens], uint8 or float32, the loss weight of each token.
@@ -200,16 +204,15 @@ def _key(request: _Request, progress: bool) -> str:
         file
         for pattern in ("*", "additional_chat_templates/*")
         for file in folder.glob(pattern)
-        if file.suffix in TOKENIZER_SUFFIXES and not file.name.endswith(".index.json")
+        if file.is_file() and not file.name.endswith(NOT_TOKENIZER)
     )
     contents = _contents([*request.files, *tokenizer_files], request.cache, progress)
     deciding = {
-        "arrays": DTYPES,
         "files": [[os.path.relpath(file, request.root), contents[file]] for file in request.files],
         "source": {k: v for k, v in request.source.to_dict().items() if k not in NOT_IN_KEY},
         "options": dataclasses.asdict(request.options),
         "tokenizer": [[str(file.relative_to(folder)), contents[file]] for file in tokenizer_files],
-        "code": worker.CODE,
+        "code": CODE,
     }
     # Not sorted: the order of keys within a template argument may show in the text.
     return hashlib.sha256(json.dumps(deciding, default=repr).encode()).hexdigest()
@@ -232,15 +235,22 @@ def _contents(files: Sequence[Path], cache: Path, progress: bool) -> dict[Path, 
     with tqdm(total=total, desc="hashing", unit="B", unit_scale=True, disable=not show) as bar:
         for file, identity in todo.items():
             started = time.time_ns()
-            digest = hashlib.sha256()
-            with open(file, "rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-                    bar.update(len(block))
-            known[identity] = digest.hexdigest()
+            known[identity] = _hash(file, bar)
             if started - file.stat().st_ctime_ns > RACY_NS and _identity(file) == identity:
                 _remember(memory, identity, known[identity])
     return {file: known[identity] for file, identity in identities.items()}
+
+
+def _hash(file: Path, bar: tqdm) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+                bar.update(len(block))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    return digest.hexdigest()
 
 
 def _identity(file: Path) -> tuple:
@@ -300,7 +310,7 @@ def _map(file: Path, dtype: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def _explained(cache: Path) -> Iterator[None]:
-    """Say what to do where the cache folder cannot be written."""
+    """Say what to do where the system refuses something within the cache folder."""
     try:
         yield
     except OSError as error:
@@ -308,9 +318,7 @@ def _explained(cache: Path) -> Iterator[None]:
             remedy = "make room, or set data.cache_dir to a folder on a larger disk"
         else:
             remedy = "set data.cache_dir to a folder that can be written"
-        raise ValueError(
-            f"tokens cannot be written to the cache folder {cache}: {error}: {remedy}"
-        ) from error
+        raise ValueError(f"the cache folder {cache} cannot be used: {error}: {remedy}") from error
 
 
 @contextlib.contextmanager
@@ -359,7 +367,7 @@ def _make_room(cache: Path, key: str, locked: bool) -> None:
             (cache / key).rename(damaged := _unfinished(cache, key))
             shutil.rmtree(damaged)
         for folder in cache.glob("*.unfinished-*"):
-            with contextlib.suppress(FileNotFoundError):  # another process clears up too
+            with contextlib.suppress(OSError):  # another user's, or another process clears up too
                 if _is_dead(folder, key if locked else ""):
                     shutil.rmtree(folder)
 
@@ -477,6 +485,7 @@ class _Writer:
         self._dtypes = dict(DTYPES)
         self._streams = {name: self._create(name) for name in [*DTYPES, "errors.jsonl"]}
         self._num_rows = self._num_tokens = 0
+        self._highest_id = -1
         self._files: list[dict] = []
         self._refused: collections.Counter[str] = collections.Counter()
         self._append("starts", np.zeros(1, np.int64))
@@ -507,6 +516,7 @@ class _Writer:
             kind = _kind(bad.reason)
             full = len(self._refused) >= MAX_REASONS and kind not in self._refused
             self._refused["other reasons" if full else kind] += 1
+        self._highest_id = max(self._highest_id, int(result.ids.max(initial=-1)))
         self._num_tokens += len(result.ids)
         self._num_rows += result.num_rows
 
@@ -527,6 +537,7 @@ class _Writer:
             os.fsync(stream.fileno())
         meta = about | {
             "rows": self._num_rows,
+            "highest_id": self._highest_id,
             "refused": dict(self._refused.most_common()),
             "files": self._files,
             "dtypes": self._dtypes,
@@ -549,3 +560,6 @@ def _write(stream: BinaryIO, data: bytes) -> None:
 def _kind(reason: str) -> str:
     """Reasons that differ in numbers and quoted text only are of one kind."""
     return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "...", reason.partition("\n")[0])[:100]
+
+
+CODE = worker.code_versions(__name__)  # of this module too: it decides what a store looks like

@@ -33,7 +33,7 @@ FEW_CHUNKS = 16
 WINDOW = 8
 NO_TEMPLATE = ("text", "tokens", "prompt_completion")  # formats whose items need no chat template
 LONGEST_REASON = 1000  # characters
-LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
+LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow")
 
 # The child finds modules exactly where this process does; -P keeps its working folder out. Where
 # torch is installed transformers would import it: 2 s and 180 MB in each process, for nothing.
@@ -108,7 +108,9 @@ Encode = Callable[[read.Chunk], Tokenized]
 
 def cores() -> int:
     """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
 
 
 def load(job: Job) -> Encode:
@@ -335,14 +337,14 @@ def serve(file_descriptor: int) -> None:
             connection.send(encode(connection.recv()))
 
 
-def _code_versions() -> dict[str, str]:
-    """Say what changes with the code that makes the tokens: this module, what it imports of
-    this package, the libraries and Python itself (its Unicode tables).
+def code_versions(module: str) -> dict[str, str]:
+    """Say what changes with the code: a hash of the source of a module and of each that it imports
+    of this package; the versions of the libraries and of Python itself (its Unicode tables).
     """
     package = __name__.partition(".")[0]
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     versions["python"] = platform.python_version()
-    pending = [__name__]
+    pending = [module]
     while pending:
         name = pending.pop()
         if name in versions or name not in sys.modules or name.partition(".")[0] != package:
@@ -358,4 +360,4 @@ def _code_versions() -> dict[str, str]:
 
 
 # Taken now: the text of a module may change while the process runs on with the old one.
-CODE = _code_versions()
+CODE = code_versions(__name__)
