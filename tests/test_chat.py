@@ -73,10 +73,16 @@ def assistant(text: str, **more) -> dict:
     return {"role": "assistant", "content": text, **more}
 
 
+ENCODERS = {}  # making one takes longer than all of a test
+
+
 def encode_all(tokenizer, messages, tools=None, **options) -> list[Encoded]:
     """The examples of one conversation; a refused one raises."""
     item = formats.Conversation(messages, tools)
-    (result,) = chat.Encoder(tokenizer, chat.Options(**options)).encode([item])
+    key = id(tokenizer), tuple(options.items())
+    if key not in ENCODERS:  # with the tokenizer, so that its id stays its own
+        ENCODERS[key] = tokenizer, chat.Encoder(tokenizer, chat.Options(**options))
+    (result,) = ENCODERS[key][1].encode([item])
     if isinstance(result, str):
         raise ValueError(result)
     return result

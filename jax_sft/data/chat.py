@@ -22,6 +22,7 @@ from jax_sft.data.formats import Conversation, Item, Text, Tokens
 from jax_sft.data.template import ChatTemplate
 from jax_sft.data.turns import Rendered, Turn
 
+LEADS = ("\n", "|", "0", "a")
 SENTENCEPIECE_SPACE = "\u2581"
 
 
@@ -71,8 +72,11 @@ class Encoder:
     """
 
     def __init__(self, tokenizer, options: Options):
-        # A copy: what tokenizer.json says about truncation and padding is not for whole texts.
-        self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        # A copy: what tokenizer.json says about truncation and padding is not for whole texts, and
+        # offsets must not leave white space out.
+        described = tokenizer.backend_tokenizer.to_str()
+        described = described.replace('"trim_offsets":true', '"trim_offsets":false')
+        self._backend = tokenizers.Tokenizer.from_str(described)
         self._backend.no_truncation()
         self._backend.no_padding()
         self._options = options
@@ -84,8 +88,8 @@ class Encoder:
         added = tokenizer.added_tokens_decoder
         special = {i for i, token in added.items() if token.special} | {*tokenizer.all_special_ids}
         self._special_ids = frozenset(special)
-        texts = {text for i in special if (text := self._backend.id_to_token(i))}
-        self._special = sorted(texts, key=len, reverse=True)
+        # SentencePiece puts a space before a text.
+        self._adds_space = self._backend.encode("a", add_special_tokens=False).tokens[0] != "a"
         self._eos: int | None = tokenizer.eos_token_id
         self._before, self._after = self._added_around()
 
@@ -158,9 +162,7 @@ class Encoder:
     def _render_conversation(self, item: Conversation, which: str) -> list[Rendered]:
         assert self._template
         empty_think = self._options.train_empty_think
-        return turns.render(
-            self._template, item, self._special, turns=which, train_empty_think=empty_think
-        )
+        return turns.render(self._template, item, turns=which, train_empty_think=empty_think)
 
     def _mark(self, rendered: Rendered, encoding: tokenizers.Encoding) -> "_Marked":
         """Find the tokens of each turn.
@@ -170,7 +172,7 @@ class Encoder:
         """
         if self._options.max_tokens and len(encoding) > self._options.max_tokens:
             rendered, encoding = self._shorten(rendered, encoding)
-        spans = [_token_span(encoding, turn) for turn in rendered.turns]
+        spans = [_token_span(rendered.text, encoding, turn) for turn in rendered.turns]
         if None in spans:
             ids, offsets = self._cut(rendered, encoding)
             spans = [_span_by_offsets(offsets, turn) for turn in rendered.turns]
@@ -227,7 +229,8 @@ class Encoder:
             ids, character offsets int64 [n, 2].
         """
         text, ids, offsets = rendered.text, encoding.ids, _offsets(encoding)
-        edges = [turn.start for turn in rendered.turns if _crosses(offsets, turn.start)]
+        starts = [turn.start for turn in rendered.turns]
+        edges = [e for e in starts if _crosses(offsets, e) or _is_between_blanks(text, e)]
         if not edges:
             return ids, offsets
         ids, pieces = [], []
@@ -239,16 +242,15 @@ class Encoder:
 
     def _piece(self, piece: str, at_start: bool) -> tuple[list[int], np.ndarray]:
         """Tokenize part of a text. SentencePiece adds a space where a text starts, and only there:
-        a piece that does not start one is tokenized behind a newline, which is removed again.
+        a piece that does not start one is tokenized behind a character, which is removed again.
         """
-        lead = "" if at_start else "\n"
-        encoding = self._backend.encode(lead + piece, add_special_tokens=False)
-        offsets = _offsets(encoding) - len(lead)
-        num_lead = len(self._backend.encode(lead, add_special_tokens=False)) if lead else 0
-        if num_lead and offsets[num_lead - 1, 1] > 0:  # the newline is merged with the piece
-            encoding = self._backend.encode(piece, add_special_tokens=False)
-            return encoding.ids, _offsets(encoding)
-        return encoding.ids[num_lead:], offsets[num_lead:]
+        for lead in LEADS if self._adds_space and not at_start else [""]:
+            encoding = self._backend.encode(lead + piece, add_special_tokens=False)
+            offsets = _offsets(encoding)
+            if not _crosses(offsets, len(lead)):
+                first = int(np.count_nonzero(offsets[:, 1] <= len(lead))) if lead else 0
+                return encoding.ids[first:], offsets[first:] - len(lead)
+        raise ValueError("the tokenizer merges the prompt with the start of an answer")
 
     def _decoding_errors(self, marked: Sequence["_Marked"]) -> list[str]:
         """Decode what trains; return per text why it is not what is written there, or ""."""
@@ -297,9 +299,9 @@ class _Marked:
     num_cut: int
 
 
-def _token_span(encoding: tokenizers.Encoding, turn: Turn) -> tuple[int, int] | None:
+def _token_span(text: str, encoding: tokenizers.Encoding, turn: Turn) -> tuple[int, int] | None:
     """The tokens of a turn, by a few look-ups; None where they do not tell, see `_cut`."""
-    if turn.end_token is None:
+    if turn.end_token is None or _is_between_blanks(text, turn.start):
         return None
     first = encoding.char_to_token(turn.start)
     last = encoding.char_to_token(turn.end_token)
@@ -319,14 +321,14 @@ def _span_by_offsets(offsets: np.ndarray, turn: Turn) -> tuple[int, int]:
 
 
 def _crosses(offsets: np.ndarray, edge: int) -> bool:
-    """Whether a token has characters on both sides of an edge.
+    """Whether a token has characters on both sides of an edge."""
+    return bool(((offsets[:, 0] < edge) & (offsets[:, 1] > edge)).any())
 
-    Some tokenizers leave white space at the start of a token out of its offsets: where the
-    characters before the edge belong to no token, the token behind it may have swallowed them.
-    """
-    within = (offsets[:, 0] < edge) & (offsets[:, 1] > edge)
-    before = offsets[offsets[:, 1] <= edge, 1]
-    return bool(within.any()) or (edge > 0 and before.max(initial=0) < edge)
+
+def _is_between_blanks(text: str, edge: int) -> bool:
+    """Whether a prompt ends in several blanks: a tokenizer groups them by what follows."""
+    end = text[max(0, edge - 2) : edge]
+    return len(end) == 2 and end.isspace() and "\n" not in end
 
 
 def _offsets(encoding: tokenizers.Encoding) -> np.ndarray:

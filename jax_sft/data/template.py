@@ -8,6 +8,7 @@ import datetime
 import functools
 import itertools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ TEMPLATE_ERRORS = (
 )
 # Ways in which templates want the tool calls of a message: is `arguments` an object or its JSON
 # text, and what stands for "no content".
+PROBE = "qxj7zk"  # nobody's text
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _CALL_STYLES = tuple(itertools.product((False, True), ("", None)))
 
@@ -48,6 +50,9 @@ class ChatTemplate:
         tokenizer: a transformers tokenizer with a chat template.
         args: further variables that the template sees.
         date: ISO date that a template sees as today.
+
+    Raises:
+        ValueError: the template is malformed.
     """
 
     def __init__(self, tokenizer, args: Mapping[str, Any], date: str):
@@ -59,6 +64,13 @@ class ChatTemplate:
             "strftime_now": self._today.strftime,
             **args,
         }
+        added = (str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
+        texts = {*tokenizer.all_special_tokens, *added} - {""}
+        self.special = sorted(texts, key=len, reverse=True)  # the longest first
+        try:
+            self._compiled(False)
+        except TEMPLATE_ERRORS as error:
+            raise ValueError(f"the chat template cannot be compiled: {error}") from error
 
     @functools.cache  # noqa: B019 (one object per process, of two entries at most)
     def _compiled(self, with_tools: bool) -> tuple[jinja2.Template, dict[str, Any]]:
@@ -127,10 +139,47 @@ class ChatTemplate:
         except ValueError:
             return False
 
+    @functools.cached_property
+    def final_text(self) -> str:
+        """What the template puts behind the last turn only, and not where a user goes on.
+
+        Phi-3's ends every conversation with its end-of-text token; no turn is ended by it.
+        """
+        answered = [{"role": "user", "content": "u"}, {"role": "assistant", "content": PROBE}]
+        try:
+            end = self.render(answered, None).rpartition(PROBE)[2]
+            goes_on = self.render([*answered, answered[0]], None).rpartition(PROBE)[2]
+        except ValueError:
+            return ""
+        cut = len(os.path.commonprefix([end, goes_on]))
+        for token in self.special:  # none is cut in two
+            start = end.find(token, max(0, cut - len(token) + 1))
+            cut = start if 0 <= start < cut else cut
+        ends_turn = any(token in end[:cut] for token in self.special)
+        return end[cut:] if ends_turn else ""
+
+    def prints(
+        self, messages: Sequence[dict], tools: Sequence[dict] | None, number: int, *parts: str
+    ) -> bool:
+        """Whether the template prints parts of a message ("content", "reasoning_content",
+        "tool_calls"), told by marking them: a text that is found may be another's.
+        """
+        marked = copy.deepcopy(messages[number])
+        for part in parts:
+            if part == "tool_calls":
+                for call in marked[part]:
+                    call.get("function", call)["name"] += PROBE
+            else:
+                marked[part] += PROBE
+        count = sum(len(marked[part]) if part == "tool_calls" else 1 for part in parts)
+        changed = [*messages[:number], _for_template(marked), *messages[number + 1 :]]
+        return self.render(changed, tools).count(PROBE) >= count
+
     def styled(self, messages: Sequence[dict]) -> list[dict]:
-        """Return copies of the messages, their tool calls in the way that the template prints."""
+        """Return the messages as the template wants them, tool calls in the way that it prints."""
+        messages = [_for_template(message) for message in messages]
         if not any(message.get("tool_calls") for message in messages):
-            return list(messages)
+            return messages
         as_text, no_content = self._call_style
         return [_with_calls(message, as_text, no_content) for message in messages]
 
@@ -156,6 +205,14 @@ class ChatTemplate:
             if "probe_name" in text and '"probe_key"' in text:
                 return as_text, no_content
         return _CALL_STYLES[0]
+
+
+def _for_template(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as transformers hands it to templates: no nulls, reasoning under both names."""
+    kept = {k: v for k, v in message.items() if v is not None and k not in ("train", "weight")}
+    if "reasoning_content" in kept:
+        kept["thinking"] = kept["reasoning_content"]
+    return kept
 
 
 def _with_calls(message: dict, as_text: bool, no_content: str | None) -> dict:

@@ -8,7 +8,7 @@ texts in which each trained turn follows the very prompt that inference would gi
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_sft.data.formats import Conversation
@@ -17,6 +17,7 @@ from jax_sft.data.template import ChatTemplate
 # The empty block itself is context, as in the prompt of a model that is told not to think.
 EMPTY_THINK = re.compile(r"<think>\s*</think>\n{0,2}")
 OPENED_THINK = re.compile(r"<think>(\s*)\Z")
+SHORT = 12  # characters; a shorter text may stand in a conversation by chance
 CLOSING_THINK = re.compile(r"\s*</think>\n{0,2}")
 
 
@@ -47,7 +48,6 @@ class Rendered:
 def render(
     template: ChatTemplate,
     conversation: Conversation,
-    special: Sequence[str],
     *,
     turns: str = "all",
     train_empty_think: bool = False,
@@ -58,7 +58,6 @@ def render(
     end-of-turn token; what the template puts behind that (a newline, usually) does not.
 
     Args:
-        special: texts of the special tokens, the longest first.
         turns: "all", "last" or "from:K", see `cfg.data.turns`.
 
     Raises:
@@ -66,7 +65,7 @@ def render(
             messages, leaves out or changes part of one, or ends a turn without a special token.
     """
     weights = turn_weights(conversation.messages, turns)
-    messages = template.styled([_for_template(message) for message in conversation.messages])
+    messages = template.styled(conversation.messages)
     tools = conversation.tools
     text = template.render(messages, tools)
     check_tools(template, text, messages, tools)
@@ -75,7 +74,7 @@ def render(
         last = number == len(messages) - 1
         through = text if last else template.render(messages[: number + 1], tools)
         turn, through = _find_turn(
-            template, messages[: number + 1], tools, through, special, train_empty_think
+            template, messages[: number + 1], tools, through, train_empty_think
         )
         trained.append((number, through, dataclasses.replace(turn, weight=weights[number])))
 
@@ -94,7 +93,8 @@ def render(
     results = []
     for carrier, num_messages, carried in reversed(carriers):
         indices = sorted(carried)
-        check_context(carrier, messages[:num_messages], {trained[i][0] for i in indices})
+        stops = {trained[i][0]: trained[i][2].stop for i in indices}
+        check_context(template, carrier, messages[:num_messages], tools, stops)
         part = [
             {**message, "weight": weights[n] if n in {trained[i][0] for i in indices} else 0.0}
             if message["role"] == "assistant"
@@ -127,20 +127,11 @@ def _unweighted(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
 
 
-def _for_template(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as transformers hands it to templates: no nulls, reasoning under both names."""
-    kept = {k: v for k, v in message.items() if v is not None and k not in ("train", "weight")}
-    if "reasoning_content" in kept:
-        kept.setdefault("thinking", kept["reasoning_content"])
-    return kept
-
-
 def _find_turn(
     template: ChatTemplate,
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict] | None,
     through: str,
-    special: Sequence[str],
     train_empty_think: bool,
 ) -> tuple[Turn, str]:
     """Find the last message, an assistant's, in the text that ends with it.
@@ -152,11 +143,12 @@ def _find_turn(
         raise ValueError("the conversation starts with an assistant message")
     message = messages[-1]
     prompt = template.render(messages[:-1], tools, prompt=True)
-    if not through.startswith(prompt):
-        through = _continue_think(prompt, through, message, special)
+    through = through.removesuffix(template.final_text)
+    is_whole = through.startswith(prompt)
+    if not is_whole:
+        through = _continue_think(prompt, through, message, template.special)
     start = len(prompt)
-    _, answer = split_think(message)
-    ends = _end_of_turn(through, _behind(through, answer, start), special)
+    ends = _end_of_turn(through, _behind(through, split_think(message)[1], start), template.special)
     if ends is None:
         raise ValueError(
             "the chat template ends an assistant turn without a special token, so a model "
@@ -164,9 +156,13 @@ def _find_turn(
         )
     template_block = _template_think(template, message, prompt, through)
     _check_turn(through[start + template_block : ends[0]], message)
+    parts = [p for p in ("reasoning_content", "tool_calls", "content") if message.get(p)]
+    last = len(messages) - 1
+    if is_whole and parts[1:] and not template.prints(messages, tools, last, *parts):
+        raise ValueError(f"the chat template leaves out {' or '.join(parts)} of a message")
     if template.has_tags:
         spans = template.tagged(messages, tools)
-        if not spans or spans[-1][1] <= start:
+        if not spans or spans[-1][1] < start:
             raise ValueError("the chat template's {% generation %} tag leaves out a turn")
         start = max(start, min(spans[-1][0], ends[0]))
     if not train_empty_think:
@@ -220,20 +216,10 @@ def _behind(text: str, answer: str, start: int) -> int:
 
 
 def _end_of_turn(text: str, start: int, special: Sequence[str]) -> tuple[int, int] | None:
-    """Return the first special token of those that end the text, white space aside, from `start`.
-
-    Generation stops there: what follows (Phi-3 puts its end-of-text token behind every
-    conversation) is not emitted.
-    """
-    found, end = None, len(text)
-    while True:
-        while end > start and text[end - 1].isspace():
-            end -= 1
-        token = next((t for t in special if text.endswith(t, start, end)), None)
-        if not token:
-            return found
-        found = (end - len(token), end)
-        end -= len(token)
+    """Return where the special token is that ends the text, white space aside; not before start."""
+    end = len(text.rstrip())
+    token = next((t for t in special if text.endswith(t, start, end)), None)
+    return (end - len(token), end) if token else None
 
 
 def _check_turn(body: str, message: dict[str, Any]) -> None:
@@ -247,34 +233,64 @@ def _check_turn(body: str, message: dict[str, Any]) -> None:
     for part in [reasoning or "", answer, *calls]:
         if not is_in(part, body):
             raise ValueError(f"the chat template leaves out part of a message: {part!r:.80}")
-    if not calls and reasoning is None and body.strip() != answer.strip():
+    content = message.get("content") or ""
+    if calls or body.strip() == content.strip():
+        return
+    thought = ["".join(f"{reasoning}</think>{answer}".split())] if reasoning is not None else []
+    if "".join(body.split()).removeprefix("<think>") not in thought:
         raise ValueError(
             f"the chat template adds text of its own to an answer: {body.strip()!r:.200}"
         )
 
 
 def split_think(message: dict[str, Any]) -> tuple[str | None, str]:
-    """Return (reasoning or None, answer) of an assistant message."""
+    """Return (reasoning or None, answer) of an assistant message.
+
+    Reasoning is a field of its own, or the one think block that the content starts with. A content
+    with more around "</think>" is an answer as a whole.
+    """
     content = message.get("content") or ""
     if message.get("reasoning_content"):
         return message["reasoning_content"], content
-    before, closed, answer = content.rpartition("</think>")
-    return (before.partition("<think>")[2] or before, answer) if closed else (None, content)
+    before, closed, answer = content.partition("</think>")
+    reasoning = before.lstrip().removeprefix("<think>")
+    if not closed or "<think>" in reasoning + answer or "</think>" in answer:
+        return None, content
+    return reasoning, answer
 
 
-def check_context(text: str, messages: Sequence[dict[str, Any]], trained: set[int]) -> None:
+def check_context(
+    template: ChatTemplate,
+    text: str,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict] | None,
+    trained: Mapping[int, int],
+) -> None:
     """Refuse a text that drops a message which is context; only earlier thinking may go.
 
+    Args:
+        trained: {number of a message that trains: where it ends in the text}.
+
     Raises:
-        ValueError: a message's content is not in the text.
+        ValueError: a message is not in the text.
     """
+    place = 0
     for number, message in enumerate(messages):
-        if number not in trained:
-            kept = message.get("content") or ""
-            if message["role"] == "assistant":
-                kept = split_think(message)[1]
-            if not is_in(kept, text):
-                raise ValueError(f"the chat template leaves out part of message {number}")
+        if number in trained:
+            place = trained[number]
+            continue
+        kept = message.get("content") or ""
+        if message["role"] == "assistant":
+            kept = split_think(message)[1]
+        there = all(is_in(part, text) for part in [kept, *call_parts(message)])
+        found = text.find(kept.strip(), place)
+        place = max(found, place)
+        if there and (found < 0 or len(kept.strip()) < SHORT or message.get("tool_calls")):
+            # Out of order, or so short that it may have been found in something else.
+            parts = [part for part in ("content", "tool_calls") if message.get(part)]
+            there = not parts or template.prints(messages, tools, number, *parts)
+        if not there:
+            raise ValueError(f"the chat template leaves out part of message {number}")
 
 
 def check_tools(
