@@ -1,254 +1,655 @@
-"""Data files to messages and examples: what is wrong with a file or row is said, never skipped."""
+"""Rows to items: each format against hand-made items; what is wrong with a row is named."""
 
 import json
-import os
 
-import datasets
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from jax_sft import config, tiny
-from jax_sft.data import chat, formats
-from jax_sft.data.prepare import prepare
+from jax_sft import config
+from jax_sft.data import formats
+from jax_sft.data.formats import Conversation, Text, Tokens
 
-ROWS = [{"prompt": f"ask {n}", "response": f"answer {n}"} for n in range(3)]
-TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Write a data file and describe it; rows are written one per line."""
-
-    def write(content, name: str = "data.jsonl", **options):
-        if isinstance(content, list):
-            content = "".join(json.dumps(row) + "\n" for row in content)
-        if isinstance(content, str):
-            content = content.encode()
-        (tmp_path / name).write_bytes(content)
-        return config.source(str(tmp_path / name), **options)
-
-    return write
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny.write_tokenizer(folder)
-    return chat.load_tokenizer(folder)
-
-
-def conversations(source) -> list:
-    rows = formats.read_rows(source)
-    to_messages = formats.FORMATS[formats.choose(source, rows.column_names)]
-    return [to_messages(row, source) for row in rows]
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS)),
-        ("a.jsonl", "\n".join(json.dumps(row) for row in ROWS)),
-        ("a.jsonl", "\r\n".join(json.dumps(row) for row in ROWS)),
-        ("a.jsonl", "\ufeff" + "\n\n".join(json.dumps(row) for row in ROWS)),
-        ("a.json", json.dumps(ROWS)),
-        ("a.json", json.dumps(ROWS, indent=2)),
-    ],
-)
-def test_json_and_jsonl_give_the_same_rows(write, name, content):
-    assert list(formats.read_rows(write(content, name))) == ROWS
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", "", "is empty"),
-        ("a.csv", "prompt,response\n", "must be .json or .jsonl"),
-        ("a.jsonl", json.dumps(ROWS[0]) + "\nhello\n", "cannot be read: .*row 1"),
-        ("a.jsonl", json.dumps(ROWS[0]) + '\n{"prompt": "cut\n', "cannot be read"),
-        ("a.json", '[{"prompt": "a"}, 3]', "cannot be read"),
-        ("a.json", '[{"prompt": "a"},', "cannot be read"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_named(write, name, content, message):
-    with pytest.raises(ValueError, match=rf"{name}' {message}"):
-        formats.read_rows(write(content, name))
-
-
-@pytest.mark.parametrize("content", [" \n", "[]", "{}", b'{"prompt": "\xe9", "response": "b"}\n'])
-def test_a_file_without_rows_or_not_utf8_is_named(write, content):
-    with pytest.raises(ValueError, match="a.json"):
-        formats.read_rows(write(content, "a.json"))
-
-
-def test_a_missing_file_is_named():
-    with pytest.raises(ValueError, match="'/nowhere/a.jsonl' does not exist"):
-        formats.read_rows(config.source("/nowhere/a.jsonl"))
-
-
-def test_limit_reads_the_first_rows(write):
-    assert list(formats.read_rows(write(ROWS, limit=2))) == ROWS[:2]
-    assert list(formats.read_rows(write(ROWS, limit=9))) == ROWS
-
-
-def test_a_changed_file_with_the_same_time_is_read_anew(write):
-    source = write([{"prompt": "a", "response": "old"}])
-    stat = os.stat(source.path)
-    assert formats.read_rows(source)[0]["response"] == "old"
-    write([{"prompt": "a", "response": "new"}])
-    os.utime(source.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as `cp -p`, rsync and tar do
-    assert formats.read_rows(source)[0]["response"] == "new"
-
-
-@pytest.mark.parametrize("answer", ["2024-01-01", "2024-01-01T10:00:00Z"])
-def test_answers_that_look_like_dates_stay_text(write, answer):
-    (messages, _), *_ = conversations(write([{"prompt": "When?", "response": answer}] * 2))
-    assert messages[1]["content"] == answer
-
-
-CALLS = [{"type": "function", "function": {"name": "f", "arguments": {"day": "2024-01-01"}}}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "a"}
+ANSWER = {"role": "assistant", "content": "b"}
+TURNS = [USER, ANSWER]
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"day": "2024-01-01"}}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"a": {"type": "string"}}}}
 
 
+def source(**options):
+    return config.source("data.jsonl", **options)
+
+
+def item(row: dict, **options) -> formats.Item:
+    """The item of a row, in the format that its columns tell."""
+    chosen = source(**options)
+    return formats.FORMATS[formats.choose(chosen, [row])[0]](row, chosen)
+
+
+def conversation(row: dict, **options) -> Conversation:
+    found = item(row, **options)
+    assert isinstance(found, Conversation)
+    return found
+
+
+def messages(*turns) -> list[dict]:
+    return conversation({"messages": list(turns)}).messages
+
+
+def refused(row: dict, **options) -> str:
+    with pytest.raises(ValueError) as raised:
+        item(row, **options)
+    return str(raised.value)
+
+
+# ---- which format --------------------------------------------------------------------------------
+
+COLUMNS = {
+    "messages": ["messages"],
+    "sharegpt": ["conversations"],
+    "prompt_response": ["prompt", "response"],
+    "prompt_completion": ["prompt", "completion"],
+    "tokens": ["ids", "mask"],
+    "text": ["text"],
+}
+
+
 @pytest.mark.parametrize(
-    "rows",
+    ("columns", "expected"),
     [
-        [{"messages": TURNS}, {"messages": [*TURNS, *TURNS]}],
-        [{"messages": [TURNS[0], {"role": "assistant", "content": "", "tool_calls": CALLS}]}] * 2,
-        [{"messages": TURNS, "tools": [TOOL]}, {"messages": TURNS, "tools": [TOOL | {"x": 1}]}],
-        [
-            {"messages": TURNS, "tools": [{"function": {"name": "f", "parameters": {key: {}}}}]}
-            for key in "ab"
-        ],
+        (["tools", "messages"], ("messages", "column 'messages'")),
+        (["conversations", "id"], ("sharegpt", "column 'conversations'")),
+        (["response", "prompt"], ("prompt_response", "columns 'prompt' and 'response'")),
+        (["completion", "prompt"], ("prompt_completion", "columns 'prompt' and 'completion'")),
+        (["ids", "mask"], ("tokens", "columns 'ids' and 'mask'")),
+        (["input_ids", "labels"], ("tokens", "columns 'input_ids' and 'labels'")),
+        (["ids", "mask", "input_ids", "labels"], ("tokens", "columns 'ids' and 'mask'")),
+        (["text", "url"], ("text", "column 'text'")),
+        (["text", "input_ids", "mask"], ("text", "column 'text'")),
     ],
 )
-def test_messages_and_tools_come_back_as_written(write, rows):
-    # Columns have one type for all rows: no row may get the fields of another as null.
-    found = conversations(write(rows))
-    assert found == [(row["messages"], row.get("tools")) for row in rows]
+def test_the_format_follows_from_the_columns(columns, expected):
+    assert formats.choose(source(), [dict.fromkeys(columns)]) == expected
+    # A column is there if any of the rows has it.
+    assert formats.choose(source(), [{}, *({column: None} for column in columns)]) == expected
 
 
-# ---- formats -------------------------------------------------------------------------------------
-
-
-def test_the_format_follows_from_the_columns_or_is_given(write):
-    both = [ROWS[0] | {"messages": TURNS}]
-    assert formats.choose(write(ROWS), ["prompt", "response"]) == "prompt_response"
-    assert formats.choose(write(both), ["messages", "tools"]) == "messages"
-    assert conversations(write(both))[0][0] == TURNS
-    chosen = write(both, format="prompt_response")
-    assert conversations(chosen)[0][0][0]["content"] == "ask 0"
+def test_of_several_formats_that_fit_the_first_of_the_list_is_taken():
+    names = list(formats.FORMATS)
+    assert names == list(COLUMNS)
+    for number, name in enumerate(names):
+        columns = [column for later in names[number:][::-1] for column in COLUMNS[later]]
+        assert formats.choose(source(), [dict.fromkeys(columns)])[0] == name
+        every = [column for later in COLUMNS.values() for column in later]
+        chosen = formats.choose(source(format=name), [dict.fromkeys(every)])
+        assert chosen[0] == name and chosen[1].startswith("source.format, column")
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("row", "options", "message"),
     [
-        ({}, r"columns \['question', 'answer'\] do not have .*: set the source's \*_key options"),
-        ({"format": "messages"}, r"columns .* do not have \['messages'\]"),
-        ({"prompt_key": "question"}, r"columns .* do not have"),
-        ({"format": "xml"}, r"format 'xml' is not one of \['prompt_response', 'messages'\]"),
+        (
+            {"question": "", "answer": ""},
+            {},
+            r"^source.path = 'data.jsonl' has the columns \['question', 'answer'\], but format "
+            r"'messages' needs 'messages'; 'sharegpt' needs 'conversations'; 'prompt_response' "
+            r"needs 'prompt' and 'response'; 'prompt_completion' needs 'prompt' and 'completion'; "
+            r"'tokens' needs 'ids' and 'mask' or 'input_ids' and 'labels'; 'text' needs 'text'. "
+            r"Say what its columns are called: messages_key, conversations_key, prompt_key, "
+            r"response_key, completion_key, text_key$",
+        ),
+        ({"text": ""}, {"format": "messages"}, "but format 'messages' needs 'messages'. Say"),
+        ({"messages": ""}, {"messages_key": "turns"}, "format 'messages' needs 'turns'; "),
+        ({"text": ""}, {"format": "xml"}, r"source.format = 'xml' is not one of \['messages', "),
+        ({"prompt": "", "response": ""}, {"query_key": "input"}, "not source.query_key = 'input'"),
+        ({"prompt": "", "response": ""}, {"system_key": "sys"}, "not source.system_key = 'sys'"),
+        ({"messages": "", "q": ""}, {"query_key": "q"}, "'messages' does not use source.query_key"),
+        ({"text": "", "s": ""}, {"system_key": "s"}, "'text' does not use source.system_key"),
+        ({}, {}, r"has the columns \[\], but"),
     ],
 )
-def test_columns_that_fit_no_format_are_named(write, options, message):
+def test_columns_that_fit_no_format_are_named(row, options, message):
     with pytest.raises(ValueError, match=message):
-        conversations(write([{"question": "a", "answer": "b"}], **options))
+        formats.choose(source(**options), [row])
 
 
-def test_prompt_query_response_and_system_make_three_messages(write):
-    rows = [
-        {"instruction": "Add.", "input": "1 2", "output": "3", "sys": "Be brief."},
-        {"instruction": "Add.", "input": "", "output": "3", "sys": None},
-    ]
+def test_a_column_of_system_messages_that_is_not_used_is_said():
+    hint = "; column 'system' is not used: source.system_key is not set"
+    row = {"prompt": "a", "response": "b", "messages": TURNS, "system": "s"}
+    for name in ("messages", "prompt_response"):
+        assert formats.choose(source(format=name), [row])[1].endswith(hint)
+        assert "used" not in formats.choose(source(format=name, system_key="system"), [row])[1]
+
+
+def test_an_error_is_short_whatever_the_columns_are():
+    row = {f"{n}" * 100_000: n for n in range(1000)}
+    with pytest.raises(ValueError) as raised:
+        formats.choose(source(), [row])
+    assert len(str(raised.value)) < 3000
+
+
+# ---- prompt_response -----------------------------------------------------------------------------
+
+
+def test_prompt_query_response_and_system_make_three_messages():
     keys = {"prompt_key": "instruction", "query_key": "input", "response_key": "output"}
-    full, plain = conversations(write(rows, system_key="sys", **keys))
-    assert full == (
-        [
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": "Add.\n1 2"},
-            {"role": "assistant", "content": "3"},
-        ],
-        None,
-    )
-    assert plain[0] == [
-        {"role": "user", "content": "Add."},
-        {"role": "assistant", "content": "3"},
+    full = {"instruction": "Add.", "input": "1 2", "output": "3", "sys": "Be brief."}
+    user = {"role": "user", "content": "Add.\n1 2"}
+    answer = {"role": "assistant", "content": "3"}
+    found = conversation(full, system_key="sys", **keys)
+    assert found == Conversation([SYSTEM, user, answer], None)
+    plain = conversation(full | {"input": "", "sys": None}, system_key="sys", **keys)
+    assert plain == Conversation([{"role": "user", "content": "Add."}, answer], None)
+    with_tools = conversation(full | {"tools": [TOOL]}, **keys)
+    assert with_tools == Conversation([user, answer], [TOOL])
+
+
+@pytest.mark.parametrize("value", ["", None, 3, True, float("nan"), ["a"], {"a": 1}])
+@pytest.mark.parametrize("key", ["prompt", "response", "query", "sys"])
+def test_a_field_that_is_no_text_is_named(key, value):
+    row = {"prompt": "a", "query": "b", "response": "c", "sys": "d"}
+    options = {"query_key": "query", "system_key": "sys"}
+    if key in ("query", "sys") and value in ("", None):
+        assert len(conversation(row | {key: value}, **options).messages) == 3 - (key == "sys")
+    else:
+        found = refused(row | {key: value}, **options)
+        assert found == f"field {key!r} must be a non-empty string, not {value!r}"
+    if key in ("prompt", "response"):
+        del row[key]
+        assert formats.choose(source(**options), [row, {key: "x"}])
+        with pytest.raises(ValueError, match=f"field '{key}' must be a non-empty string, not None"):
+            formats.prompt_response(row, source(**options))
+
+
+# ---- messages ------------------------------------------------------------------------------------
+
+
+def test_messages_and_tools_come_back_as_written():
+    turns = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": " a\n", "name": "Eve"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL | {"id": "1"}], "train": False},
+        {"role": "tool", "content": "", "tool_call_id": "1", "name": "f"},
+        {"role": "assistant", "content": "b", "reasoning_content": "c", "weight": 0.5},
     ]
+    before = json.dumps(turns)
+    found = conversation({"messages": turns, "tools": [TOOL, {"name": "bare"}]})
+    assert found == Conversation([SYSTEM, *turns[1:]], [TOOL, {"name": "bare"}])
+    assert json.dumps(turns) == before  # nothing is changed in place
+
+
+def test_fields_that_are_null_or_say_nothing_are_left_out():
+    nothing = dict.fromkeys(
+        ["tool_calls", "function_call", "audio", "refusal", "name", "train", "weight", "thinking"]
+    )
+    assert messages(USER | nothing, ANSWER | nothing) == TURNS
+    nothing = {"tool_calls": [], "prefix": False, "refusal": "", "audio": {}, "function_call": {}}
+    assert messages(USER | nothing, ANSWER | nothing) == TURNS
+    nothing = {"train": False, "reasoning_content": ""}
+    assert messages(SYSTEM | nothing, USER | nothing, ANSWER) == [SYSTEM, *TURNS]
+
+
+def test_content_may_be_a_list_of_text_parts():
+    parts = [{"type": "text", "text": "a\n"}, {"type": "text", "text": " b", "image_url": None}]
+    user, answer, tool = messages(
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": parts[:1]},
+        {"role": "tool", "content": []},
+    )
+    assert [user["content"], answer["content"], tool["content"]] == ["a\n b", "a\n", ""]
 
 
 @pytest.mark.parametrize(
-    ("messages", "message"),
+    "call",
     [
-        ([], r"'messages' must be a list of messages, not \[\]"),
-        (None, "'messages' must be a list of messages, not None"),
-        ([{"role": "robot", "content": "a"}], r"messages\[0\] must be an object whose role is one"),
-        ([*TURNS, {"content": "a"}], r"messages\[2\] must be an object whose role is one"),
-        ([*TURNS, {"role": "user", "content": ""}], r"messages\[2\] has neither content nor"),
-        ([*TURNS, {"role": "user", "content": [1]}], r"messages\[2\].content must be a string"),
+        CALL,
+        {"function": CALL["function"]},
+        CALL["function"],
+        {"type": None, **CALL["function"]},
+        {"type": "function", **CALL["function"]},
+        {"function": {"name": "f", "arguments": '{"day": "2024-01-01"}'}},
+        {"name": "f", "arguments": ' {"day": "2024-01-01"}\n'},
     ],
 )
-def test_a_malformed_message_is_named(messages, message):
+def test_every_form_of_a_tool_call_is_brought_into_one(call):
+    for content in ("", None, "I call."):
+        turn = {"role": "assistant", "content": content, "tool_calls": [call, call | {"id": "1"}]}
+        expected = {"role": "assistant", "content": content or ""}
+        found = messages(USER, turn)
+        assert found == [USER, expected | {"tool_calls": [CALL, CALL | {"id": "1"}]}]
+
+
+def test_a_tool_call_without_arguments_has_none():
+    for call in ({"name": "f"}, {"function": {"name": "f", "arguments": None}}):
+        (found,) = messages(ANSWER | {"tool_calls": [call]})
+        assert found["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+
+
+def test_arguments_keep_their_types_and_nulls():
+    arguments = {"a": None, "b": "1", "c": 1, "d": [True, {"e": None}], "f": 1.0}
+    for given_as in (arguments, json.dumps(arguments)):
+        call = {"name": "f", "arguments": given_as}
+        (found,) = messages(ANSWER | {"tool_calls": [call]})
+        assert repr(found["tool_calls"][0]["function"]["arguments"]) == repr(arguments)
+
+
+@pytest.mark.parametrize("key", formats.THINKING)
+def test_thinking_has_one_name(key):
+    assert messages(USER, ANSWER | {key: "hm"}) == [USER, ANSWER | {"reasoning_content": "hm"}]
+    only = {"role": "assistant", "content": "", key: "hm"}
+    assert messages(only) == [{"role": "assistant", "content": "", "reasoning_content": "hm"}]
+
+
+@pytest.mark.parametrize("tools", [None, "", [], "[]", "null"])
+def test_no_tools_are_none(tools):
+    assert conversation({"messages": TURNS, "tools": tools}).tools is None
+
+
+def test_tools_may_be_json_or_have_another_column_or_none():
+    row = {"messages": TURNS, "tools": json.dumps([TOOL]), "functions": [{"name": "g"}]}
+    assert conversation(row).tools == [TOOL]
+    assert conversation(row, tools_key="functions").tools == [{"name": "g"}]
+    assert conversation(row | {"tools": "hammer"}, tools_key="").tools is None
+
+
+def test_messages_may_have_a_column_of_system_messages():
+    row = {"messages": TURNS, "sys": "Be brief."}
+    assert conversation(row, system_key="sys").messages == [SYSTEM, *TURNS]
+    row["messages"] = [SYSTEM, *TURNS]
+    assert conversation(row, system_key="sys").messages == [SYSTEM, *TURNS]
+    message = r"messages\[0\] and the column of system messages differ"
     with pytest.raises(ValueError, match=message):
-        formats.messages({"messages": messages}, config.source("x"))
+        conversation(row | {"sys": "Be long."}, system_key="sys")
+    row["system"] = "not asked for"
+    assert conversation(row, system_key="sys").messages == [SYSTEM, *TURNS]
 
 
-# ---- examples ------------------------------------------------------------------------------------
+def test_train_and_weight_stay_on_answers():
+    marks = [{"train": True}, {"train": False}, {"weight": 0}, {"weight": 2}, {"weight": 0.25}]
+    found = messages(*(ANSWER | mark for mark in marks))
+    assert found == [ANSWER | mark for mark in marks]
+    assert [type(one["weight"]) for one in found if "weight" in one] == [float] * 3
+    assert messages(USER | {"weight": 0.0}, ANSWER) == TURNS
+    assert conversation({"messages": TURNS, "weight": 3, "train": "x"}).messages == TURNS
 
 
-def test_a_bad_row_is_named(write, tokenizer):
-    source = write([*ROWS, {"prompt": "ask", "response": 3}, {"prompt": "", "response": "a"}])
-    message = r"data\.jsonl \(source 'words'\), row 4: field 'response' must be a non-empty string"
-    with pytest.raises(ValueError, match=message):
-        prepare({"words": source}, tokenizer, seq_len=64, overlong="drop", progress=False)
+def test_an_answer_of_nothing_is_history_only():
+    empty = {"role": "assistant", "content": ""}
+    for mark in ({"train": False}, {"weight": 0}):
+        assert messages(USER, empty | mark, *TURNS)[1] == empty | mark
+    for role in ("system", "user", "tool"):
+        assert messages({"role": role, "content": ""}, ANSWER)[0]["content"] == ""
 
 
-def test_a_row_that_the_template_refuses_is_named(write, tokenizer):
-    refused = {"messages": TURNS[::-1]}
-    source = write([{"messages": TURNS}, refused])
-    with pytest.raises(ValueError, match=r"row 2: the conversation starts with an assistant"):
-        prepare({"a": source}, tokenizer, seq_len=64, overlong="drop", progress=False)
+@pytest.mark.parametrize("found", [[], None, "a", {"role": "user"}, 3])
+def test_a_column_that_is_no_list_of_messages_is_named(found):
+    assert refused({"messages": found}) == (
+        f"field 'messages' must be a list of messages, not {found!r}"
+    )
 
 
-def test_every_dropped_row_is_counted(write, tokenizer):
-    rows = [
-        {"messages": TURNS},
-        {"messages": [TURNS[0], {"role": "assistant", "content": "b" * 99}]},
-        {"messages": TURNS[:1]},
-        {"messages": TURNS},
-    ]
-    source = write(rows)
-    examples = prepare({"a": source}, tokenizer, seq_len=64, overlong="drop", progress=False)
-    length = len(chat.encode(tokenizer, TURNS))
-    assert len(examples) == 2 and examples.lengths.tolist() == [length] * 2
-    assert examples.report == {
-        "a": {
-            **{"path": source.path, "format": "messages", "rows": 4, "kept": 2},
-            "dropped": {"overlong": 1, "no_trained_token": 1},
-            **{"tokens": 2 * length, "trained_tokens": 4, "longest": length + 98},
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ("a", " must be an object with role and content, not 'a'"),
+        ({"role": "robot", "content": "a"}, ".role must be one of ('system', 'user', "),
+        ({"role": ["user"], "content": "a"}, ".role must be one of ('system', 'user', "),
+        ({"content": "a"}, ".role must be one of ('system', 'user', "),
+        (
+            {"role": "function", "content": "a"},
+            ".role = 'function' is out of date: use role 'tool'",
+        ),
+        ({"role": "user"}, ".content must be a string, not null"),
+        ({"role": "user", "content": None}, ".content must be a string, not null"),
+        ({"role": "tool", "content": None}, ".content must be a string, not null"),
+        ({"role": "assistant", "content": None}, ".content must be a string, not null"),
+        ({"role": "assistant", "content": ""}, " has neither content nor tool_calls"),
+        (USER | {"content": 3}, ".content must be a string or a list of text parts, not 3"),
+        (USER | {"content": {"type": "text"}}, ".content must be a string or a list of text parts"),
+        (USER | {"content": float("nan")}, ".content must be a string or a list of text parts"),
+        (USER | {"content": ["a"]}, ".content[0].type must be 'text', not 'a'"),
+        (
+            USER | {"content": [{"type": "text", "text": "a"}, {"type": "image_url"}]},
+            ".content[1].type must be 'text', not 'image_url'",
+        ),
+        (USER | {"content": [{"text": "a"}]}, ".content[0].type must be 'text', not None"),
+        (USER | {"content": [{"type": "text"}]}, ".content[0].text must be a string, not None"),
+        (
+            USER | {"content": [{"type": "text", "text": "a", "image": "b"}]},
+            ".content[0] must hold only text, not 'image' as well",
+        ),
+        (USER | {"tool_calls": [CALL]}, ".tool_calls: only an assistant's message may have it"),
+        (USER | {"thinking": "a"}, ".reasoning_content: only an assistant's message may have it"),
+        (USER | {"train": True}, ".train: only an assistant's message may have it"),
+        (SYSTEM | {"weight": 0.1}, ".weight: only an assistant's message may have it"),
+        (USER | {"train": 0}, ".train must be true or false, not 0"),
+        (ANSWER | {"train": 1}, ".train must be true or false, not 1"),
+        (ANSWER | {"train": "no"}, ".train must be true or false, not 'no'"),
+        (ANSWER | {"weight": True}, ".weight must be a number from 0, not True"),
+        (ANSWER | {"weight": "1"}, ".weight must be a number from 0, not '1'"),
+        (ANSWER | {"weight": -0.1}, ".weight must be a number from 0, not -0.1"),
+        (ANSWER | {"weight": float("nan")}, ".weight must be a number from 0, not nan"),
+        (ANSWER | {"weight": float("inf")}, ".weight must be a number from 0, not inf"),
+        (ANSWER | {"weight": 10**400}, ".weight must be a number from 0, not 1000"),
+        (ANSWER | {"weight": 1, "train": True}, " has train and weight: leave one"),
+        (ANSWER | {"function_call": CALL}, ".function_call is out of date: write it as tool_calls"),
+        (ANSWER | {"prefix": True}, ".prefix is not supported"),
+        (ANSWER | {"audio": {"id": "1"}}, ".audio is not supported"),
+        (ANSWER | {"refusal": "No."}, ".refusal is not supported"),
+        (ANSWER | {"thinking": ["a"]}, ".thinking must be a string, not ['a']"),
+        (
+            ANSWER | {"thinking": "a", "reasoning": "a"},
+            " has reasoning and thinking: they are the same, leave one",
+        ),
+    ],
+)
+def test_a_malformed_message_is_named(turn, message):
+    assert refused({"messages": [*TURNS, turn]}).startswith("messages[2]" + message)
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        ("f()", " must be a list of tool calls, not 'f()'"),
+        (CALL, " must be a list of tool calls, not {"),
+        ([CALL, None], "[1] must be a tool call, not None"),
+        ([CALL | {"type": "code"}], "[0].type must be 'function', not 'code'"),
+        ([{"function": "f"}], "[0].function must be an object with name and arguments"),
+        (
+            [{"function": {"arguments": {}}}],
+            "[0].function.name must be a non-empty string, not None",
+        ),
+        ([{"name": 3, "arguments": {}}], "[0].name must be a non-empty string, not 3"),
+        ([{"name": "", "arguments": {}}], "[0].name must be a non-empty string, not ''"),
+        ([{}], "[0].name must be a non-empty string, not None"),
+        ([{"name": "f", "arguments": "{"}], "[0].arguments is not JSON: Expecting property name"),
+        ([{"name": "f", "arguments": ""}], "[0].arguments is not JSON: "),
+        ([{"name": "f", "arguments": "[1]"}], "[0].arguments must be an object, not [1]"),
+        ([{"name": "f", "arguments": [1]}], "[0].arguments must be an object, not [1]"),
+        ([{"name": "f", "parameters": {}}], "[0].arguments must be an object, not None"),
+        ([{"name": "f", "arguments": '{"a": 1, "a": 2}'}], "[0].arguments is not JSON: a key is"),
+        ([{"name": "f", "arguments": "[" * 9999 + "]" * 9999}], "[0].arguments is not JSON: max"),
+    ],
+)
+def test_a_malformed_tool_call_is_named(calls, message):
+    turn = {"role": "assistant", "content": "", "tool_calls": calls}
+    assert refused({"messages": [USER, turn]}).startswith("messages[1].tool_calls" + message)
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ("hammer", "field 'tools' is not JSON: Expecting value"),
+        ('{"name": "f"}', "field 'tools' must be a list of objects, not {'name': 'f'}"),
+        ({"name": "f"}, "field 'tools' must be a list of objects, not {'name': 'f'}"),
+        (["f"], "field 'tools' must be a list of objects, not ['f']"),
+        (3, "field 'tools' must be a list of objects, not 3"),
+    ],
+)
+def test_malformed_tools_are_named(tools, message):
+    assert refused({"messages": TURNS, "tools": tools}).startswith(message)
+    assert refused({"prompt": "a", "response": "b", "tools": tools}).startswith(message)
+
+
+def test_objects_too_deep_for_a_template_are_named():
+    def nested(depth: int) -> dict:
+        return json.loads('{"a": ' * depth + "1" + "}" * depth)
+
+    for depth, fits in ((61, True), (62, False), (400, False)):
+        call = {"name": "f", "arguments": nested(depth)}
+        rows = {
+            "messages[0]": {"messages": [ANSWER | {"tool_calls": [call]}]},
+            "messages[1]": {"messages": [USER, USER | {"name": [[nested(depth)]]}]},
+            "field 'tools'": {"messages": TURNS, "tools": [{"name": "f", "p": [[nested(depth)]]}]},
         }
+        for field, row in rows.items():
+            if fits:
+                item(row)
+            else:
+                assert refused(row) == f"{field} is nested more than 64 deep"
+
+
+# ---- sharegpt ------------------------------------------------------------------------------------
+
+
+def test_sharegpt_speakers_become_roles():
+    speakers = {
+        "system": ["system"],
+        "user": ["human", "user"],
+        "assistant": ["gpt", "assistant", "chatgpt", "model"],
+        "tool": ["tool", "observation", "function_response"],
     }
+    for role, names in speakers.items():
+        for name in names:
+            found = conversation({"conversations": [{"from": name, "value": " x"}]})
+            assert found == Conversation([{"role": role, "content": " x"}], None)
+    assert {name for names in speakers.values() for name in names} | {"function_call"} == set(
+        formats.SHAREGPT_ROLES
+    )
 
 
-def test_an_example_of_exactly_seq_len_is_kept(write, tokenizer):
-    length = len(chat.encode(tokenizer, TURNS))
-    source = write([{"messages": TURNS}])
-    kept = prepare({"a": source}, tokenizer, seq_len=length, overlong="raise", progress=False)
-    assert len(kept) == 1
-    message = f"row 1: {length} tokens do not fit data.seq_len = {length - 1}: raise it, or set"
-    with pytest.raises(ValueError, match=message):
-        prepare({"a": source}, tokenizer, seq_len=length - 1, overlong="raise", progress=False)
-    with pytest.raises(ValueError, match="no example is left to use"):
-        prepare({"a": source}, tokenizer, seq_len=length - 1, overlong="drop", progress=False)
+def test_a_sharegpt_function_call_becomes_tool_calls():
+    one = {"name": "f", "arguments": {"day": "2024-01-01"}}
+    turns = [
+        {"from": "human", "value": "a"},
+        {"from": "function_call", "value": json.dumps(one), "weight": 0.5},
+        {"from": "observation", "value": "x"},
+        {"from": "function_call", "value": json.dumps([one, one | {"arguments": json.dumps({})}])},
+        {"from": "function_response", "value": "y"},
+        {"from": "gpt", "value": "b", "train": False, "id": 7},
+    ]
+    found = conversation({"conversations": turns, "tools": json.dumps([TOOL])})
+    other = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    assert found.tools == [TOOL]
+    assert found.messages == [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [CALL], "weight": 0.5},
+        {"role": "tool", "content": "x"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL, other]},
+        {"role": "tool", "content": "y"},
+        ANSWER | {"train": False, "id": 7},
+    ]
 
 
-def test_sources_are_read_in_order_of_name_and_row(write, tokenizer):
-    sources = {"b": write(ROWS[:1], "b.jsonl"), "a": write(ROWS[1:], "a.jsonl")}
-    examples = prepare(sources, tokenizer, seq_len=64, overlong="drop", progress=False)
-    texts = [tokenizer.decode(examples[number].tokens) for number in range(3)]
-    assert ["ask 1" in texts[0], "ask 2" in texts[1], "ask 0" in texts[2]] == [True] * 3
-    assert list(examples.report) == ["a", "b"]
+def test_a_sharegpt_system_message_may_have_its_own_column():
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    row = {"conversations": turns, "system": "Be brief.", "other": "Be long."}
+    assert conversation(row).messages == [SYSTEM, *TURNS]
+    found = conversation(row, system_key="other").messages
+    assert found == [{"role": "system", "content": "Be long."}, *TURNS]
+    for nothing in ("", None):
+        assert conversation(row | {"system": nothing}).messages == TURNS
+    assert refused(row | {"system": 3}) == "field 'system' must be a non-empty string, not 3"
+    row["conversations"] = [{"from": "system", "value": "Be brief."}, *turns]
+    assert conversation(row).messages == [SYSTEM, *TURNS]
+    assert refused(row | {"system": "x"}).startswith("conversations[0] and the column of system")
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ("a", " must be an object with from and value, not 'a'"),
+        ({"value": "a"}, " must be an object with from and value, not {'value': 'a'}"),
+        ({"from": "bing", "value": "a"}, ".from must be one of ['system', 'human', 'user', "),
+        ({"from": "gpt"}, ".value must be a string, not null"),
+        ({"from": "gpt", "value": None}, ".value must be a string, not null"),
+        ({"from": "gpt", "value": ""}, " has neither value nor tool_calls"),
+        ({"from": "gpt", "value": 3}, ".value must be a string or a list of text parts, not 3"),
+        ({"from": "human", "value": "a", "train": True}, ".train: only an assistant's message"),
+        ({"from": "gpt", "value": "a", "weight": -1}, ".weight must be a number from 0, not -1"),
+        ({"from": "function_call", "value": "f()"}, ".value is not JSON: Expecting value"),
+        ({"from": "function_call", "value": "3"}, ".value[0] must be a tool call, not 3"),
+        ({"from": "function_call", "value": None}, ".value[0] must be a tool call, not None"),
+        ({"from": "function_call", "value": "{}"}, ".value[0].name must be a non-empty string"),
+        ({"from": "function_call", "value": "[]"}, " has neither value nor tool_calls"),
+    ],
+)
+def test_a_malformed_sharegpt_turn_is_named(turn, message):
+    turns = [{"from": "human", "value": "a"}, turn]
+    assert refused({"conversations": turns}).startswith("conversations[1]" + message)
+
+
+def test_openai_messages_in_a_sharegpt_column_get_the_remedy():
+    row = {"conversations": TURNS}
+    remedy = "set format = 'messages' and messages_key = 'conversations'"
+    assert refused(row).endswith(remedy)
+    found = conversation(row, format="messages", messages_key="conversations")
+    assert found.messages == TURNS
+
+
+# ---- prompt_completion and text ------------------------------------------------------------------
+
+
+def test_prompt_and_completion_strings_are_plain_text():
+    assert item({"prompt": "2 + 2 =", "completion": " 4"}) == Text("2 + 2 =", " 4")
+    assert item({"prompt": "", "completion": " 4"}) == Text("", " 4")
+    assert item({"q": "a", "a": "b"}, prompt_key="q", completion_key="a") == Text("a", "b")
+
+
+def test_answers_in_a_prompt_of_messages_are_history():
+    empty = {"role": "assistant", "content": ""}
+    row = {
+        "prompt": [SYSTEM, *TURNS, USER, ANSWER | {"train": True}, ANSWER | {"weight": 1}, empty],
+        "completion": [USER, ANSWER, ANSWER | {"train": False}],
+        "tools": [TOOL],
+    }
+    expected = [SYSTEM, USER, ANSWER | {"train": False}, USER, *row["prompt"][4:6]]
+    expected += [empty | {"train": False}, *row["completion"]]
+    assert item(row) == Conversation(expected, [TOOL])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "a", "completion": ""},
+            "field 'completion' must be a non-empty string, not ''",
+        ),
+        ({"prompt": "a", "completion": [ANSWER]}, "fields 'prompt' and 'completion' must be two "),
+        ({"prompt": [USER], "completion": "b"}, "fields 'prompt' and 'completion' must be two "),
+        ({"prompt": None, "completion": "b"}, "fields 'prompt' and 'completion' must be two "),
+        (
+            {"prompt": [], "completion": [ANSWER]},
+            "field 'prompt' must be a list of messages, not []",
+        ),
+        ({"prompt": [USER], "completion": []}, "field 'completion' must be a list of messages"),
+        ({"prompt": [USER], "completion": [USER, {}]}, "completion[1].role must be one of"),
+        ({"prompt": [{"role": "user"}], "completion": [ANSWER]}, "prompt[0].content must be"),
+        ({"prompt": "a", "completion": "b", "tools": [TOOL]}, "field 'tools' needs prompt and"),
+    ],
+)
+def test_a_malformed_prompt_or_completion_is_named(row, message):
+    assert refused(row).startswith(message)
+
+
+def test_text_is_one_piece_that_trains():
+    assert item({"text": " a\n"}) == Text("", " a\n")
+    assert item({"body": "a"}, text_key="body") == Text("", "a")
+    for bad in ("", None, 3, ["a"]):
+        assert refused({"text": bad}) == f"field 'text' must be a non-empty string, not {bad!r}"
+
+
+# ---- tokens --------------------------------------------------------------------------------------
+
+
+def test_tokens_are_taken_as_they_are():
+    expected = Tokens([5, 0, 2**31 - 1], [0.0, 1.0, 1.0])
+    assert item({"ids": [5, 0, 2**31 - 1], "mask": [0, 1, 1]}) == expected
+    assert item({"ids": [5, 0, 2**31 - 1], "mask": [False, True, True]}) == expected
+    assert item({"input_ids": [5, 0, 2**31 - 1], "labels": [-100, 0, 2**31 - 1]}) == expected
+    weighted = item({"ids": [1, 2, 3], "mask": [0, 0.25, 2.0]})
+    assert weighted == Tokens([1, 2, 3], [0.0, 0.25, 2.0])
+    assert isinstance(weighted, Tokens) and [type(w) for w in weighted.weights] == [float] * 3
+    nulls = {"ids": None, "mask": None, "attention_mask": [1, 1]}
+    assert item({"input_ids": [1, 2], "labels": [1, 2]} | nulls) == Tokens([1, 2], [1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"ids": [], "mask": []}, "fields 'ids' and 'mask' must be of the same length, from 1"),
+        ({"ids": [1], "mask": [1, 1]}, "fields 'ids' and 'mask' must be of the same length"),
+        ({"ids": "12", "mask": [1, 1]}, "field 'ids' must be a list, not '12'"),
+        ({"ids": [1], "mask": None}, "field 'mask' must be a list, not None"),
+        ({"ids": None, "mask": [1]}, "fields 'ids' and 'mask' or 'input_ids' and 'labels' are"),
+        ({"ids": [1, -1], "mask": [0, 1]}, "ids[1] must be a token id, not -1"),
+        ({"ids": [2**31], "mask": [1]}, "ids[0] must be a token id, not 2147483648"),
+        ({"ids": [1.0], "mask": [1]}, "ids[0] must be a token id, not 1.0"),
+        ({"ids": [True], "mask": [1]}, "ids[0] must be a token id, not True"),
+        ({"ids": ["1"], "mask": [1]}, "ids[0] must be a token id, not '1'"),
+        ({"ids": [[1]], "mask": [1]}, "ids[0] must be a token id, not [1]"),
+        ({"ids": [1], "mask": [2]}, "mask[0] must be 0, 1 or a float from 0, not 2"),
+        ({"ids": [1], "mask": [-0.5]}, "mask[0] must be 0, 1 or a float from 0, not -0.5"),
+        ({"ids": [1], "mask": [float("nan")]}, "mask[0] must be 0, 1 or a float from 0, not nan"),
+        ({"ids": [1], "mask": [1e39]}, "mask[0] must be 0, 1 or a float from 0, not 1e+39"),
+        ({"ids": [1], "mask": ["1"]}, "mask[0] must be 0, 1 or a float from 0, not '1'"),
+        ({"ids": [1], "mask": [None]}, "mask[0] must be 0, 1 or a float from 0, not None"),
+        (
+            {"input_ids": [5, 6, 7], "labels": [-100, 7, -100]},
+            "labels[1] must be -100 or input_ids[1] = 6, not 7: labels are not shifted here",
+        ),
+        ({"input_ids": [5], "labels": [-1]}, "labels[0] must be -100 or input_ids[0] = 5, not -1"),
+        (
+            {"input_ids": [5], "labels": [5.0]},
+            "labels[0] must be -100 or input_ids[0] = 5, not 5.0",
+        ),
+        ({"input_ids": [1], "labels": [True]}, "labels[0] must be -100 or input_ids[0] = 1, not T"),
+        (
+            {"input_ids": [5, 0], "labels": [5, -100], "attention_mask": [1, 0]},
+            "field 'attention_mask' must be all 1: leave out the padding",
+        ),
+        ({"ids": [5], "mask": [1], "attention_mask": [1, 1]}, "field 'attention_mask' must be all"),
+        ({"ids": [5], "mask": [1], "attention_mask": 1}, "field 'attention_mask' must be a list"),
+        (
+            {"ids": [1], "mask": [1], "input_ids": [1], "labels": [1]},
+            "fields 'ids' and 'mask' or 'input_ids' and 'labels' are needed, not both",
+        ),
+    ],
+)
+def test_malformed_tokens_are_named(row, message):
+    assert refused(row).startswith(message)
+
+
+# ---- any value -----------------------------------------------------------------------------------
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["role", "content", "from", "value", "type", "text", "name", "arguments"]
+            )
+            | st.sampled_from(["tool_calls", "function", "train", "weight", "thinking"]),
+            inner
+            | st.sampled_from(["user", "assistant", "gpt", "function_call", "text", "function"]),
+            max_size=4,
+        )
+    ),
+    max_leaves=8,
+)
+FIELDS = ["messages", "conversations", "prompt", "response", "completion", "text", "tools", "ids"]
+
+
+@settings(deadline=None)
+@given(
+    row=st.dictionaries(st.sampled_from([*FIELDS, "mask", "input_ids", "labels", "system"]), ANY)
+)
+def test_any_row_makes_an_item_or_a_short_value_error(row):
+    for to_item in formats.FORMATS.values():
+        try:
+            found = to_item(row, source())
+        except ValueError as error:
+            assert 10 < len(str(error)) < 600
+            continue
+        if isinstance(found, Conversation):
+            for message in found.messages:
+                assert message["role"] in formats.ROLES and type(message["content"]) is str
+                assert not {*message} & {"prefix", "audio", "refusal", "function_call"}
+                assert None not in message.values()
+                for call in message.get("tool_calls", ()):
+                    assert type(call["function"]["arguments"]) is dict
+                if message["role"] != "assistant":
+                    assert not {*message} & {"tool_calls", "train", "weight", "reasoning_content"}

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -627,14 +628,26 @@ def test_a_table_is_read_in_chunks_of_bounded_size(tmp_path, name):
         assert [row["n"] for row in rows(limited)] == list(range(7))
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_a_bad_value_of_a_table_is_an_error_of_that_row_alone(tmp_path, name):
+def test_a_bad_value_of_parquet_is_an_error_of_that_row_alone(tmp_path):
     texts = pa.array([b"a", b"\xff", b"c"], pa.binary()).view(pa.string())
-    write_table(pa.table({"text": texts}), tmp_path / name)
-    found = records(config.source(tmp_path / name))
+    write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    found = records(config.source(tmp_path / "a.parquet"))
     assert [record.row for record in found] == [{"text": "a"}, None, {"text": "c"}]
-    assert found[1].where.endswith(f"{name}, row 2")
+    assert found[1].where.endswith("a.parquet, row 2")
     assert found[1].error.startswith("cannot be read: 'utf-8' codec can't decode byte 0xff")
+
+
+@pytest.mark.parametrize("name", TABLES[1:])
+def test_arrow_is_checked_before_it_is_trusted(tmp_path, name):
+    write_table(pa.table({"text": ["abc", "def", "ghi"]}), tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    offsets = np.array([0, 3, 6], np.int32).tobytes()
+    assert whole.count(offsets) == 1  # where the texts of the first batch end
+    for wrong in ([0, 3, 2**30], [0, 2**30, 6], [0, -5, 6]):
+        content = whole.replace(offsets, np.array(wrong, np.int32).tobytes())
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"source.path = .*{name}: "):
+            records(config.source(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", TABLES)

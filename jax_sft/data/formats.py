@@ -27,6 +27,7 @@ NOT_SUPPORTED = {
 }
 NOT_TRAINED = -100  # the label of a token that does not train
 MAX_WEIGHT = 3.4e38  # float32 ends there
+MAX_DEPTH = 64  # of objects in tools, arguments and further fields; Python stops at some hundreds
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]
@@ -290,6 +291,7 @@ def _message(message: Any, where: str, trains: bool = True, content: str = "cont
     words = _content(given.pop("content", ""), f"{where}.{content}")
     thinking = _thinking(given, where)
     training = _training(given, where)
+    _check_depth([given, calls], where)
     found = {"role": role, "content": words} | given | thinking
     if role != "assistant":
         wrong = ["tool_calls"] * bool(calls) + [name for name, part in thinking.items() if part]
@@ -415,7 +417,16 @@ def _tools(row: Row, key: str) -> list[dict[str, Any]] | None:
     tools = _parsed(row.get(key) or None, f"field {key!r}")
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError(f"field {key!r} must be a list of objects, not {_shown(tools)}")
+    _check_depth(tools or [], f"field {key!r}")
     return tools or None
+
+
+def _check_depth(value: dict | list, where: str, depth: int = 0) -> None:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{where} is nested more than {MAX_DEPTH} deep")
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, dict | list):
+            _check_depth(inner, where, depth + 1)
 
 
 def _weight(mark: Any, where: str) -> float:

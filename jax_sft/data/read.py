@@ -35,6 +35,7 @@ MAX_ROWS = 1000  # per chunk
 BLOCK = 1_000_000  # bytes; about the size of a chunk, and of one read
 
 BOM = b"\xef\xbb\xbf"
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 BLANKS = re.compile(rb"[ \t\r\n]*+")
@@ -398,18 +399,22 @@ def _read_parquet(file: Path) -> Iterator[Chunk]:
 
 
 def _read_arrow(file: Path) -> Iterator[Chunk]:
-    with pa.memory_map(str(file)) as mapped:
-        if mapped.read(6) == b"ARROW1":
-            opened = pa.ipc.open_file(mapped)
-            numbers = range(opened.num_record_batches)
-            yield from _batch_chunks(file, opened.schema, map(opened.get_batch, numbers))
-            return
-        mapped.seek(max(0, mapped.size() - 8))
-        if mapped.read(8) != b"\xff\xff\xff\xff\0\0\0\0":  # pyarrow takes any batch for the last
-            raise ValueError("the file is cut off")
-        mapped.seek(0)
-        opened = pa.ipc.open_stream(mapped)
-        yield from _batch_chunks(file, opened.schema, opened)
+    with pa.OSFile(str(file)) as stream:  # not mapped: wrong offsets would end the process
+        if stream.read(6) == b"ARROW1":
+            opened = pa.ipc.open_file(stream)
+            batches = map(opened.get_batch, range(opened.num_record_batches))
+        else:
+            stream.seek(max(0, stream.size() - 8))
+            if stream.read(8) != END_OF_STREAM:  # pyarrow takes any batch for the last
+                raise ValueError("the file is cut off")
+            stream.seek(0)
+            batches = opened = pa.ipc.open_stream(stream)
+        yield from _batch_chunks(file, opened.schema, map(_validated, batches))
+
+
+def _validated(batch):
+    batch.validate(full=True)  # Arrow has no check sums, and pyarrow trusts what it reads
+    return batch
 
 
 def _batch_chunks(file: Path, schema: pa.Schema, batches: Iterable) -> Iterator[Chunk]:
