@@ -266,9 +266,11 @@ class Encoder:
         return errors
 
     def _same(self, decoded: str, text: str) -> bool:
-        """Whether two texts differ only in the tokenizer's own normal form or its first space."""
+        """Whether two texts differ only in the tokenizer's own normal form or SentencePiece's space."""
         normalizer = self._backend.normalizer
         normal = normalizer.normalize_str(text) if normalizer else text
+        if not self._adds_space:
+            return decoded == normal
         forms = {text, normal, normal.replace(SENTENCEPIECE_SPACE, " ")}
         return any(form in (decoded, " " + decoded) or decoded == " " + form for form in forms)
 

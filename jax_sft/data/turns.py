@@ -234,10 +234,10 @@ def _check_turn(body: str, message: dict[str, Any]) -> None:
         if not is_in(part, body):
             raise ValueError(f"the chat template leaves out part of a message: {part!r:.80}")
     content = message.get("content") or ""
-    if calls or body.strip() == content.strip():
+    if calls or body.strip() in (content.strip(), answer.strip()) and not (reasoning or "").strip():
         return
-    thought = ["".join(f"{reasoning}</think>{answer}".split())] if reasoning is not None else []
-    if "".join(body.split()).removeprefix("<think>") not in thought:
+    thought = f"{reasoning}</think>{answer}"
+    if "".join(body.split()).removeprefix("<think>") != "".join(thought.split()):
         raise ValueError(
             f"the chat template adds text of its own to an answer: {body.strip()!r:.200}"
         )
