@@ -69,6 +69,19 @@ def best_fit_decreasing(lengths: list[int], seq_len: int) -> int:
 
 
 @quickly
+@given(
+    st.integers(50, 400), st.floats(0.1, 2.0), st.integers(1, 30), st.integers(0, 2**32), st.data()
+)
+def test_lengths_of_any_spread_fit(seq_len, spread, most, seed, data):
+    typical = data.draw(st.integers(1, seq_len))
+    lengths = np.random.default_rng(seed).lognormal(np.log(typical), spread, 200)
+    lengths = np.sort(lengths.clip(1, seq_len).astype(np.int64))[::-1]
+    rows = packing.pack(lengths, seq_len, most)
+    assert np.bincount(rows, weights=lengths).max() <= seq_len
+    assert 0 < np.bincount(rows).min() <= np.bincount(rows).max() <= most
+
+
+@quickly
 @given(problems())
 def test_no_more_rows_than_best_fit_decreasing_makes(problem):
     problem |= {"packing": "best_fit", "max_segments": 100}

@@ -174,7 +174,9 @@ def _next_length(pool: "_Pool", draws: Iterator[int], free: int, room: int) -> i
     if free <= 2 * longest and (length := pool.exact(free, room)):
         return length
     num_ahead = round(free * pool.num_left / pool.total) if pool.total else 0
-    if num_ahead > 2 and free <= 5 * longest:  # so that two of ordinary length remain at the end
+    if num_ahead > 2 and free <= 5 * longest:
+        # Towards an end for two of ordinary length. It fits: some length is not above the mean, so
+        # the nearest is below twice the wanted one, or the shortest of all.
         return pool.nearest(free // num_ahead)
     if free >= longest:
         return next((length for length in draws if pool.count[length]), pool.longest(free))
