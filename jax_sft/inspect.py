@@ -30,20 +30,13 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
 
-from jax_sft import config, hf
+from jax_sft import command, config, hf
 from jax_sft.data import chat, check, outcomes, packing, prepare, show
 from jax_sft.data.examples import Examples
 from jax_sft.data.loader import Schedule
 
 EXIT_REFUSED = 1
-EXIT_USER_ERROR = 64
-# What a mistake on the command line or in a config file raises.
-CONFIG_ERRORS = (
-    *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
-    *(ImportError, NameError, OSError, SyntaxError),
-)
 MOST_LEFT_OUT = 500  # refused and dropped rows listed per source; the dump has all
 MOST_STEPS = 50  # of which the balance is measured
 MOST_RANKS = 8  # for which it is shown where the mesh does not tell their number
@@ -349,29 +342,14 @@ def main(argv: list[str]) -> int:
     try:
         return inspect(flags.FLAGS.config, Options(**given), color)
     except ValueError as error:
-        if os.environ.get("JAX_SFT_TRACEBACK"):
+        if command.shows_traceback():
             raise
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parse the command line; an error in it or in the config file is a line, not a traceback."""
-    try:
-        rest = flags.FLAGS(argv)
-        _ = flags.FLAGS.config.seed  # a file that could not be loaded says so only now
-        return rest
-    except CONFIG_ERRORS as error:
-        if os.environ.get("JAX_SFT_TRACEBACK"):
-            raise
-        text = f"{type(error).__name__}: {error}"
-        hint = "(--help lists the options; JAX_SFT_TRACEBACK=1 shows where)"
-        print(f"error: {text}\n{hint}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        return command.EXIT_USER_ERROR
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/tiny.py")
+    command.define_config()
     flags.DEFINE_integer("num", 3, "Examples to show of each source", lower_bound=0)
     flags.DEFINE_integer("rows", 0, "Packed rows to show, in the order of training", lower_bound=0)
     flags.DEFINE_integer("row", None, "Show this row of --source, from 0", lower_bound=0)
@@ -379,5 +357,4 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("tokens", False, "Also show where tokens begin and end")
     flags.DEFINE_string("html", "", "Also write what is shown as a page to this file")
     flags.DEFINE_string("dump", "", "Also write every example's tokens to this .jsonl file")
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=command.parse_flags)

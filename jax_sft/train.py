@@ -23,7 +23,18 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jax_sft import checkpoint, config, evaluate, hf, metrics, optim, parallel, state, trackers
+from jax_sft import (
+    checkpoint,
+    command,
+    config,
+    evaluate,
+    hf,
+    metrics,
+    optim,
+    parallel,
+    state,
+    trackers,
+)
 from jax_sft.data import chat, prepare
 from jax_sft.data.examples import Examples
 from jax_sft.data.loader import Loader
@@ -31,13 +42,6 @@ from jax_sft.inference import LoadedModel
 from jax_sft.model import ModelDef
 from jax_sft.step import make_eval_step, make_train_step
 from jax_sft.validate import validate
-
-EXIT_USER_ERROR = 64  # a launcher does not restart after this one
-# What a mistake on the command line or in a config file raises.
-CONFIG_ERRORS = (
-    *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
-    *(ImportError, NameError, OSError, SyntaxError),
-)
 
 
 def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
@@ -268,33 +272,17 @@ def main(argv: list[str]) -> None:
     try:
         train(flags.FLAGS.config, workdir)
     except (ValueError, FloatingPointError) as error:
-        if os.environ.get("JAX_SFT_TRACEBACK"):
+        if command.shows_traceback():
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
-        code = EXIT_USER_ERROR if isinstance(error, ValueError) else 1
+        code = command.EXIT_USER_ERROR if isinstance(error, ValueError) else 1
         if jax.distributed.is_initialized():
             sys.stdout.flush()
             os._exit(code)  # an orderly exit would wait for the other processes
         sys.exit(code)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parse the command line; an error in it or in the config file is a line, not a traceback."""
-    try:
-        rest = flags.FLAGS(argv)
-        _ = flags.FLAGS.config.seed  # a file that could not be loaded says so only now
-        return rest
-    except CONFIG_ERRORS as error:
-        if os.environ.get("JAX_SFT_TRACEBACK"):
-            raise
-        text = f"{type(error).__name__}: {error}"
-        hint = "(--help lists the options; JAX_SFT_TRACEBACK=1 shows where)"
-        print(f"error: {text}\n{hint}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-
-
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/tiny.py")
+    command.define_config()
     flags.DEFINE_string("workdir", "", "The run's folder; default runs/NAME_OF_CONFIG")
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=command.parse_flags)

@@ -7,7 +7,9 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+import atexit
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jax_sft import config, tiny
+
+# Tokenized data of the tests, and of the programs that they run, goes with them.
+_CACHE = tempfile.TemporaryDirectory(prefix="jax-sft-tests-")
+atexit.register(_CACHE.cleanup)
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 # A small model in which no two dimensions are equal, so that a mix-up cannot go unnoticed.
 ODD = {

@@ -16,12 +16,15 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 
 # A file imports only from levels below its own.
 LEVELS = [
-    "config tree parallel trackers models models.spec models.rope data.formats data.packing",
-    "data.chat ops.attention ops.cross_entropy model optim metrics hf",
-    "models.layers data.prepare state",
-    f"{FAMILY} data.loader checkpoint inference validate tiny",
-    "step evaluate",
-    "train",
+    "config command tree parallel trackers models models.spec models.rope",
+    "data.read data.formats data.examples data.template data.packing data.mixture data.show",
+    "data.turns ops.attention ops.cross_entropy model optim metrics hf",
+    "models.layers data.chat data.check state",
+    "data.worker data.loader checkpoint",
+    f"{FAMILY} data.cache inference validate tiny",
+    "data.prepare step",
+    "data.outcomes evaluate",
+    "train inspect",
 ]
 LEVEL = {f"jax_sft.{name}": level for level, row in enumerate(LEVELS) for name in row.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -11,7 +11,8 @@ import pytest
 
 import jax_sft
 from jax_sft import config, evaluate, hf, metrics, models, parallel, state, tiny, trackers
-from jax_sft.data import chat
+from jax_sft.data import chat, formats
+from jax_sft.data.examples import Examples
 from jax_sft.data.loader import Loader
 from jax_sft.data.prepare import prepare
 from jax_sft.model import ModelDef
@@ -68,7 +69,7 @@ def clock(monkeypatch):
 
 def make_meter(**changes) -> metrics.Meter:
     options = {
-        **{"every_steps": 10, "num_steps": 100, "steps_per_epoch": 40, "tokens_per_step": 200},
+        **{"every_steps": 10, "num_steps": 100, "epoch_of": lambda step: step / 40},
         **{"flops": lambda sums: 10 * sums["tokens"], "peak": 1e4, "start_step": 0},
     }
     return metrics.Meter(**options | changes)
@@ -84,7 +85,7 @@ def test_the_meter_averages_speed_over_its_window_and_shows_the_last_loss(clock)
     meter = make_meter()
     for step in range(1, 11):
         assert not meter.due
-        meter.add(sums(tokens=100 if step % 2 else 200, loss=120 if step < 10 else 240))
+        meter.add(sums(tokens=100 if step % 2 else 200, loss=120 if step < 10 else 240), 200)
         clock[0] += 0.5
     assert meter.due
     found = meter.read()
@@ -93,7 +94,7 @@ def test_the_meter_averages_speed_over_its_window_and_shows_the_last_loss(clock)
         {
             **{"step": 10, "epoch": 0.25, "loss": 4.0, "learning_rate": 1e-5, "grad_norm": 2.0},
             **{"tokens_per_s": 300.0, "trained_tokens_per_s": 120.0, "fill": 0.75},
-            **{"step_time_s": 0.5, "mfu": 0.3},
+            **{"step_time_s": 0.5, "data/wait_ms": 0.0, "mfu": 0.3},
         }
     )
     line = meter.line(found)
@@ -103,7 +104,7 @@ def test_the_meter_averages_speed_over_its_window_and_shows_the_last_loss(clock)
 def test_the_meter_counts_steps_from_where_the_run_resumed(clock):
     meter = make_meter(start_step=95, peak=None)
     for _ in range(5):
-        meter.add(sums())
+        meter.add(sums(), 200)
         clock[0] += 2
     assert meter.due  # the last step of the run, though not a tenth one
     found = meter.read()
@@ -112,12 +113,12 @@ def test_the_meter_counts_steps_from_where_the_run_resumed(clock):
 
 def test_time_of_an_evaluation_between_two_readings_is_left_out(clock):
     meter = make_meter(every_steps=1)
-    meter.add(sums())
+    meter.add(sums(), 200)
     clock[0] += 1
     meter.read()
     with meter.paused():
         clock[0] += 500
-    meter.add(sums())
+    meter.add(sums(), 200)
     clock[0] += 1
     assert meter.read()["step_time_s"] == 1
 
@@ -125,7 +126,7 @@ def test_time_of_an_evaluation_between_two_readings_is_left_out(clock):
 def test_time_of_an_evaluation_within_a_window_is_left_out(clock):
     meter = make_meter()
     for step in range(1, 11):
-        meter.add(sums())
+        meter.add(sums(), 200)
         clock[0] += 1
         if step == 5:  # eval.every_steps = 5, log.every_steps = 10
             with meter.paused():
@@ -137,7 +138,7 @@ def test_time_of_an_evaluation_within_a_window_is_left_out(clock):
 def test_a_loss_that_is_not_finite_raises(clock, bad):
     meter = make_meter()
     for step in range(1, 11):
-        meter.add(sums(**bad) if step == 4 else sums())
+        meter.add(sums(**bad) if step == 4 else sums(), 200)
     with pytest.raises(FloatingPointError, match="step 4: loss .*lower optimizer.learning_rate"):
         meter.read()
 
@@ -145,14 +146,14 @@ def test_a_loss_that_is_not_finite_raises(clock, bad):
 def test_the_first_step_that_is_not_finite_is_named(clock):
     meter = make_meter()
     for step in range(1, 11):
-        meter.add(sums(loss=math.nan) if step >= 4 else sums())
+        meter.add(sums(loss=math.nan) if step >= 4 else sums(), 200)
     with pytest.raises(FloatingPointError, match="step 4:"):
         meter.read()
 
 
 def test_a_batch_without_a_trained_token_has_loss_zero(clock):
     meter = make_meter(every_steps=1)
-    meter.add(sums(loss=0, weight=0, correct=0))
+    meter.add(sums(loss=0, weight=0, correct=0), 200)
     clock[0] += 1
     assert meter.read()["loss"] == 0
 
@@ -286,17 +287,15 @@ def sets(make_model, tmp_path):
     mesh = parallel.make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
     cfg = config.default()
     cfg.data.seq_len = 64
-    tokenizer = chat.load_tokenizer(folder)
     examples, loaders = {}, {}
     for name, size, answer in (("large", 9, "yes, I think so"), ("small", 2, "no")):
         file = tmp_path / f"{name}.jsonl"
         rows = [{"prompt": "q" * n, "response": answer[: 2 + n]} for n in range(1, size + 1)]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         sources = {name: config.source(str(file))}
-        examples[name] = prepare(sources, tokenizer, seq_len=64, overlong="raise", progress=False)
-        loaders[name] = Loader(
-            examples[name], cfg.data, rows=4, micro_rows=4, mesh=mesh, shuffle=False, seed=0
-        )
+        examples[name] = prepare(sources, folder, cfg.data, progress=False)
+        options = dict(rows=4, micro_rows=4, mesh=mesh, shuffle=False, seed=0)
+        loaders[name] = Loader(examples[name], cfg.data, None, **options)
     return folder, mesh, examples, loaders
 
 
@@ -361,7 +360,10 @@ def encoded(tmp_path):
         *({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "\nyes"}),
         *({"role": "user", "content": "So?"}, {"role": "assistant", "content": "no"}),
     ]
-    return tokenizer, chat.encode(tokenizer, messages), chat.encode(tokenizer, messages[:2])
+    items = [formats.Conversation(part, None) for part in (messages, messages[:2])]
+    results = chat.Encoder(tokenizer, chat.Options()).encode(items)
+    examples = Examples.in_memory({"all": [one for found in results for one in found]})
+    return tokenizer, examples[0], examples[1]
 
 
 def test_the_first_turn_is_the_prompt_at_inference_and_its_answer(encoded):

@@ -18,7 +18,6 @@ from safetensors.numpy import load_file
 
 import jax_sft
 from jax_sft import hf, models, optim, parallel, state
-from jax_sft.data import chat
 from jax_sft.data.loader import Loader
 from jax_sft.data.prepare import prepare
 from jax_sft.model import ModelDef
@@ -129,16 +128,11 @@ def their_training(cfg, batches: list[dict[str, np.ndarray]]):
 
 
 def make_loader(cfg, mesh, micro_rows: int = 0) -> Loader:
-    examples = prepare(
-        cfg.data.train,
-        chat.load_tokenizer(Path(cfg.model.path)),
-        seq_len=cfg.data.seq_len,
-        overlong=cfg.data.overlong,
-        progress=False,
-    )
+    examples = prepare(cfg.data.train, Path(cfg.model.path), cfg.data, progress=False)
     return Loader(
         examples,
         cfg.data,
+        cfg.data.train,
         rows=cfg.batch.rows,
         micro_rows=micro_rows or cfg.batch.rows,
         mesh=mesh,

@@ -12,7 +12,6 @@ import pytest
 
 import jax_sft
 from jax_sft import config, hf, models, optim, parallel, state
-from jax_sft.data import chat
 from jax_sft.data.loader import Loader
 from jax_sft.data.prepare import prepare
 from jax_sft.model import ModelDef
@@ -58,16 +57,11 @@ def on_mesh(cfg, sizes: tuple[int, ...], attention: str = "auto"):
     params = hf.load(
         tensors, rows, dims, state.param_shardings(rows, mesh), np.float32, progress=False
     )
-    examples = prepare(
-        cfg.data.train,
-        chat.load_tokenizer(folder),
-        seq_len=cfg.data.seq_len,
-        overlong="raise",
-        progress=False,
-    )
+    examples = prepare(cfg.data.train, folder, cfg.data, progress=False)
     loader = Loader(
         examples,
         cfg.data,
+        cfg.data.train,
         rows=cfg.batch.rows,
         micro_rows=cfg.batch.micro_rows or cfg.batch.rows,
         mesh=mesh,

@@ -266,7 +266,7 @@ class Encoder:
         return errors
 
     def _same(self, decoded: str, text: str) -> bool:
-        """Whether two texts differ only in the tokenizer's own normal form or SentencePiece's space."""
+        """Whether two texts differ only in the normal form, or in SentencePiece's space."""
         normalizer = self._backend.normalizer
         normal = normalizer.normalize_str(text) if normalizer else text
         if not self._adds_space:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_sft.data import cache, chat, prepare
+from jax_sft.data import cache, prepare
 
 EVAL = "eval/"  # before the names of eval sets
 
@@ -146,13 +146,7 @@ def open_sources(data: Any, folder: Path) -> list[Source]:
         ValueError: all sources that cannot be read at all.
     """
     data, found, problems = lenient(data), [], []
-    options = chat.Options(
-        turns=data.turns,
-        train_empty_think=data.train_empty_think,
-        template_args=data.template_args.to_dict(),
-        date=data.date,
-        max_tokens=data.seq_len + 1 if data.overlong == "truncate_history" else 0,
-    )
+    options = prepare.options(data)
     named = {name: data.train[name] for name in sorted(data.train)}
     named |= {EVAL + name: data.eval[name] for name in sorted(data.eval)}
     for name, source in named.items():

@@ -48,13 +48,6 @@ def prepare(
             and line; a source that cannot be read; or nothing left to use.
         RuntimeError: a process that tokenizes died.
     """
-    options = chat.Options(
-        turns=data.turns,
-        train_empty_think=data.train_empty_think,
-        template_args=data.template_args.to_dict(),
-        date=data.date,
-        max_tokens=data.seq_len + 1 if data.overlong == "truncate_history" else 0,
-    )
     stops = data.on_bad_row == "raise" if stop_at_bad_row is None else stop_at_bad_row
     stores: list[cache.Store] = []
     fitted: list[Fitted] = []
@@ -64,7 +57,7 @@ def prepare(
         store = cache.open_or_build(
             sources[name],
             tokenizer_folder,
-            options,
+            options(data),
             data.cache_dir,
             data.num_workers,
             stop_at_bad_row=stops,
@@ -86,6 +79,17 @@ def prepare(
             f"no example is left to use (data.seq_len = {data.seq_len}):\n{table(report)}"
         )
     return _join(stores, fitted, report)
+
+
+def options(data) -> chat.Options:
+    """Return what decides which tokens train, of `cfg.data`."""
+    return chat.Options(
+        turns=data.turns,
+        train_empty_think=data.train_empty_think,
+        template_args=data.template_args.to_dict(),
+        date=data.date,
+        max_tokens=data.seq_len + 1 if data.overlong == "truncate_history" else 0,
+    )
 
 
 def fingerprint(examples: Examples) -> str:

@@ -1,0 +1,40 @@
+"""What the programs' command lines have in common: the config file, and how mistakes are told."""
+
+import os
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+EXIT_USER_ERROR = 64  # a launcher does not restart after this one
+# What a mistake on the command line or in a config file raises.
+CONFIG_ERRORS = (
+    *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
+    *(ImportError, NameError, OSError, SyntaxError),
+)
+
+
+def define_config() -> None:
+    """Define --config, a Python file, and with it --config.KEY for every key."""
+    config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/tiny.py")
+    flags.mark_flag_as_required("config")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse the command line; an error in it or in the config file is a line, not a traceback."""
+    try:
+        rest = flags.FLAGS(argv)
+        _ = flags.FLAGS.config.seed  # a file that could not be loaded says so only now
+        return rest
+    except CONFIG_ERRORS as error:
+        if shows_traceback():
+            raise
+        text = f"{type(error).__name__}: {error}"
+        hint = "(--help lists the options; JAX_SFT_TRACEBACK=1 shows where)"
+        print(f"error: {text}\n{hint}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def shows_traceback() -> bool:
+    """Whether JAX_SFT_TRACEBACK asks for tracebacks instead of one line."""
+    return bool(os.environ.get("JAX_SFT_TRACEBACK"))
