@@ -618,6 +618,7 @@ def test_any_number_of_processes_gives_bitwise_the_same_store(build, tmp_path, s
         store = build(file, num_workers=num_workers, cache_dir=folder, stop_at_bad_row=False)
         made.append(contents(store.folder))
         assert store.meta["rows"] == 4401
+        assert store.rows.tolist() == [*range(3500), *range(3501, 4401)]
     assert len(started) == 0 + 2 + 3
     assert made[0] == made[1] == made[2]
     assert all(process.returncode is not None for process in started)
@@ -700,7 +701,9 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path, model, kind):
     head = f"import sys\nsys.path.insert(0, {str(REPO)!r})\n" + textwrap.dedent(PROGRAM)
     arguments = [str(file), str(model), str(tmp_path / "cache")]
     command = [sys.executable, "-c", head, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
         written: list[Path] = []
         while not any(found.stat().st_size for found in written):
             assert process.poll() is None
@@ -708,7 +711,10 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path, model, kind):
             written = list((tmp_path / "cache").glob("*.unfinished-*/ids"))
         workers = children(process.pid)
         assert len(workers) == 2
-        process.send_signal(kind)
+        if kind == signal.SIGINT:  # which Ctrl-C sends to all processes of a group
+            os.killpg(process.pid, kind)
+        else:
+            process.send_signal(kind)
         assert process.stderr
         shown = process.stderr.read().decode()
     assert "in serve" not in shown  # no traceback of theirs

@@ -35,8 +35,8 @@ NO_TEMPLATE = ("text", "tokens", "prompt_completion")  # formats whose items nee
 LONGEST_REASON = 1000  # characters
 LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow")
 
-# The child finds modules exactly where this process does; -P keeps its working folder out. Where
-# torch is installed transformers would import it: 2 s and 180 MB in each process, for nothing.
+# The child finds modules exactly where this process does. Where torch is installed transformers
+# would import it: 2 s and 180 MB in each process, for nothing.
 CHILD = (
     "import sys; sys.path[:] = sys.argv[2:]; sys.modules['torch'] = None; "
     "from jax_sft.data import worker; worker.serve(int(sys.argv[1]))"
@@ -307,7 +307,7 @@ def _start() -> tuple[Connection, subprocess.Popen]:
     ours, theirs = multiprocessing.Pipe()
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-c", CHILD, str(theirs.fileno()), *sys.path],
+            [sys.executable, "-c", CHILD, str(theirs.fileno()), *sys.path],
             pass_fds=[theirs.fileno()],
             env=os.environ | ONE_THREAD,
             stdin=subprocess.DEVNULL,
