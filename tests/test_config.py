@@ -159,8 +159,8 @@ def test_all_problems_are_reported_at_once(make_config):
         r"train\.epochs = 0\.0: use a positive value, or set train\.steps",
         r"checkpoint\.keep_best needs an evaluation .* set eval\.every_steps \(now 0\)",
         r"log\.trackers: 'tensorbored' is not one of \['tensorboard', 'wandb'\]",
-        r"data\.eval\.held: path is empty",
-        r"data\.eval\.held: format = 'xml': use one of \['prompt_response', 'messages'\]",
+        r"data\.eval\.held: source\.path is empty",
+        r"data\.eval\.held: format = 'xml': use one of",
         r"data\.eval\.held: limit = -2: use 0 for all rows",
     ]
     found = problems(cfg)

@@ -38,6 +38,12 @@ def problems(data) -> list[str]:
     for kind, sources in (("train", data.train), ("eval", data.eval)):
         for name, source in sources.items():
             found += [f"data.{kind}.{name}: {p}" for p in _source_problems(name, source)]
+    for name, source in data.eval.items():
+        if _is_source(source) and (source.weight or source.epochs != 1):
+            found.append(
+                f"data.eval.{name}: weight and epochs are for train sources; an eval set is seen "
+                "whole each time"
+            )
     sound = all(_is_source(source) for source in data.train.values())
     return found + (mixture.problems(data.train) if sound else [])
 
