@@ -726,7 +726,7 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path, model, kind):
         assert stores(tmp_path / "cache") == []
 
 
-@pytest.mark.slow  # a minute or two: 300 MB of text
+@pytest.mark.slow  # six minutes of one core: 300 MB of text, a token per byte
 def test_memory_stays_flat_for_much_text(tmp_path, model):
     program = """
         import resource
