@@ -394,8 +394,14 @@ def _check_columns(columns: Sequence[str]) -> None:
 
 
 def _read_parquet(file: Path) -> Iterator[Chunk]:
-    with pq.ParquetFile(file, buffer_size=BLOCK) as opened:
-        yield from _batch_chunks(file, opened.schema_arrow, opened.iter_batches(MAX_ROWS))
+    # By default all of a row group is read before its first row: often all of the file.
+    with pq.ParquetFile(file, buffer_size=BLOCK, pre_buffer=False) as opened:
+        about = opened.metadata
+        groups = (about.row_group(number) for number in range(about.num_row_groups))
+        size = max(1, sum(group.total_byte_size for group in groups))
+        num_rows = min(MAX_ROWS, max(1, about.num_rows * BLOCK // size))
+        batches = opened.iter_batches(num_rows, use_threads=False)
+        yield from _batch_chunks(file, opened.schema_arrow, batches)
 
 
 def _read_arrow(file: Path) -> Iterator[Chunk]:
