@@ -671,13 +671,14 @@ PROGRAM = """
 """
 
 
-def test_a_program_without_a_main_guard_runs_once_and_from_any_folder(tmp_path, model):
+def test_a_program_without_a_main_guard_runs_once_and_from_any_folder(build, tmp_path, model):
     file = write(tmp_path / "a.jsonl", rows(3000))
     # Modules that would be found first, were the working folder searched.
     write(tmp_path / "elsewhere" / "numpy.py", ["raise ImportError('the wrong numpy')"])
     program = "sys.path.remove('')\n" + textwrap.dedent(PROGRAM)
     ran = run_script(program, file, model, tmp_path / "cache", cwd=tmp_path / "elsewhere")
     assert ran.stdout == "the program runs\n3000 False\n", ran.stderr
+    assert build(file).cached  # another process finds what that one made
 
 
 def children(process_id: int) -> set[int]:
