@@ -1004,6 +1004,19 @@ def test_turns_that_do_not_train_still_do_not_in_a_shorter_conversation(subject)
     assert short.num_cut == 1 and texts_trained(one, short) == ["d<|im_end|>", "h<|im_end|>"]
 
 
+@pytest.mark.parametrize("kind", ["bytes", "unigram"])
+def test_what_is_shortened_fits_although_cutting_tokens_makes_more_of_them(subject, kind):
+    one = subject("chatml", kind)
+    messages = [turn for n in range(4) for turn in (user(f"a{n}"), assistant("\n\n"))]
+    ((whole,),) = one.encoder().encode([Conversation(messages, None)])
+    pieces = one.family.pieces(messages, None, False)
+    assert len(whole.ids) > len(prompt_ids(one, joined(pieces))), "no token crosses an edge"
+    for limit in range(len(whole.ids) - 20, len(whole.ids) + 1):
+        ((found,),) = one.encoder(max_tokens=limit).encode([Conversation(messages, None)])
+        assert len(found.ids) <= limit
+        assert (found.num_cut == 0) == (limit == len(whole.ids))
+
+
 def test_what_fits_is_not_shortened(subject):
     one = subject("llama31")
     item = Conversation(*exchanges(one.family))
