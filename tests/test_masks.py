@@ -963,16 +963,17 @@ def test_a_conversation_that_is_too_long_is_that_without_its_oldest_turns(subjec
     def text_of(messages: Messages) -> str:
         return joined(one.family.pieces(messages, tools, False))
 
-    def length(text: str) -> int:
-        return len(one.backend.encode(text, add_special_tokens=False).ids)
+    def length(messages: Messages) -> int:
+        (found,) = one.encoder().encode([Conversation(messages, tools)])
+        return len(found[-1].ids)
 
     prefixes = {text_of(messages[: n + 1]): messages[: n + 1] for n in range(1, len(messages))}
     kept = []  # of each example, which is the conversation up to some message: all its cuts
     for example in examples:
         own = prefixes[one.decode(example.ids)]
         num_users = sum(message["role"] == "user" for message in own)
-        texts = [text_of(shortened(own, num_cut)) for num_cut in range(num_users)]
-        kept.append([(text, length(text)) for text in texts])
+        cut = [shortened(own, num_cut) for num_cut in range(num_users)]
+        kept.append([(text_of(left), length(left)) for left in cut])
     cuts = Counter()
     for limit in {1, *(length + more for _, length in kept[-1] for more in (-1, 0))}:
         (shorter,) = one.encoder(max_tokens=limit).encode([item])

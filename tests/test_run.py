@@ -150,8 +150,8 @@ def test_a_stopped_run_goes_on_with_bitwise_the_same_losses(make_config, tmp_pat
     first = make_config(model, **options, **{"checkpoint.every_steps": 7})
     real_add = jax_sft.train.metrics.Meter.add
 
-    def crash_after_9(meter, sums):
-        real_add(meter, sums)
+    def crash_after_9(meter, *sums):
+        real_add(meter, *sums)
         if meter._step == 9:
             raise KeyboardInterrupt
 

@@ -22,6 +22,8 @@ from jax_sft.data.formats import Conversation, Item, Text, Tokens
 from jax_sft.data.template import ChatTemplate
 from jax_sft.data.turns import Rendered, Turn
 
+_Spans = list[tuple[int, int]]
+_Tokens = tuple[list[int], _Spans]
 LEADS = ("\n", "|", "0", "a")
 SENTENCEPIECE_SPACE = "\u2581"
 
@@ -117,7 +119,7 @@ class Encoder:
                     ids, weights = np.array(item.ids, np.int32), np.array(item.weights, np.float32)
                     results[number] = [Encoded(ids, weights)]
                 else:
-                    pending += [(number, one) for one in self._render(item)]
+                    pending += [(number, one) for one in self.render(item)]
             except ValueError as error:
                 results[number] = str(error)
         texts = [one.text for _, one in pending]
@@ -140,7 +142,12 @@ class Encoder:
                 found.append(self._finish(one))
         return results
 
-    def _render(self, item: Conversation | Text) -> list[Rendered]:
+    def render(self, item: Conversation | Text) -> list[Rendered]:
+        """Return the texts that are tokenized for an item.
+
+        Raises:
+            ValueError: see `turns.render`; or the text holds half a character.
+        """
         if isinstance(item, Text):
             if self._eos is None and not self._after:
                 raise ValueError("the tokenizer has no EOS token to end a text with")
@@ -165,57 +172,60 @@ class Encoder:
         return turns.render(self._template, item, turns=which, train_empty_think=empty_think)
 
     def _mark(self, rendered: Rendered, encoding: tokenizers.Encoding) -> "_Marked":
-        """Find the tokens of each turn.
+        """Find the tokens of each turn, leaving out the oldest turns where they are too many.
 
         Raises:
             ValueError: a turn does not end with a special token.
         """
-        if self._options.max_tokens and len(encoding) > self._options.max_tokens:
-            rendered, encoding = self._shorten(rendered, encoding)
-        spans = [_token_span(rendered.text, encoding, turn) for turn in rendered.turns]
-        if None in spans:
-            ids, offsets = self._cut(rendered, encoding)
-            spans = [_span_by_offsets(offsets, turn) for turn in rendered.turns]
-        else:
-            ids = encoding.ids
+        ids, spans = self._tokens(rendered, encoding)
+        if self._options.max_tokens and len(ids) > self._options.max_tokens:
+            rendered, ids, spans = self._shorten(rendered, ids, spans)
         marked = _Marked(ids, [], rendered.conversation is None, rendered.num_cut)
-        for turn, span in zip(rendered.turns, spans, strict=True):
-            first, stop = span or (0, 0)
+        for turn, (first, stop) in zip(rendered.turns, spans, strict=True):
             if turn.end_token is not None and ids[stop - 1] not in self._special_ids:
                 raise ValueError("an end-of-turn token is merged with the text before it")
             text = rendered.text[turn.start : turn.stop]
             marked.spans.append((first, stop, turn.weight, text))
         return marked
 
+    def _tokens(self, rendered: Rendered, encoding: tokenizers.Encoding) -> _Tokens:
+        """Return ids, and the tokens [first, stop) of each turn."""
+        spans = [_token_span(rendered.text, encoding, turn) for turn in rendered.turns]
+        if None not in spans:
+            return encoding.ids, [span for span in spans if span]
+        ids, offsets = self._cut(rendered, encoding)
+        return ids, [_span_by_offsets(offsets, turn) for turn in rendered.turns]
+
     def _shorten(
-        self, rendered: Rendered, encoding: tokenizers.Encoding
-    ) -> tuple[Rendered, tokenizers.Encoding]:
+        self, rendered: Rendered, ids: list[int], spans: _Spans
+    ) -> tuple[Rendered, list[int], _Spans]:
         """Leave out as few of the oldest turns as make the rest fit; all but one where none does.
 
         The system text and the tools stay, and what is left starts with a user's message.
         """
         if rendered.conversation is None or not rendered.turns:
-            return rendered, encoding
+            return rendered, ids, spans
         messages, tools = rendered.conversation.messages, rendered.conversation.tools
         last = max(turns.turn_weights(messages, "all"))
         users = [n for n, m in enumerate(messages[:last]) if m["role"] == "user"]
         system = [m for m in messages[: users[0]] if m["role"] == "system"] if users else []
 
         @functools.cache
-        def without(num_cut: int) -> tuple[Rendered, tokenizers.Encoding]:
+        def without(num_cut: int) -> tuple[Rendered, list[int], _Spans]:
             kept = Conversation([*system, *messages[users[num_cut] :]], tools)
             shorter = self._render_conversation(kept, "all")
             if len(shorter) != 1:
                 raise ValueError("the chat template does not let the oldest turns be left out")
-            encoded = self._backend.encode(shorter[0].text, add_special_tokens=False)
-            return dataclasses.replace(shorter[0], num_cut=num_cut), encoded
+            encoding = self._backend.encode(shorter[0].text, add_special_tokens=False)
+            one = dataclasses.replace(shorter[0], num_cut=num_cut)
+            return one, *self._tokens(one, encoding)
 
         def fits(num_cut: int) -> bool:
             return len(without(num_cut)[1]) <= self._options.max_tokens
 
         cuts = range(1, len(users))
         if not cuts:
-            return rendered, encoding
+            return rendered, ids, spans
         return without(cuts[min(bisect.bisect_left(cuts, True, key=fits), len(cuts) - 1)])
 
     def _cut(

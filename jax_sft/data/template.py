@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+from jinja2.runtime import new_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import (
     _compile_jinja_template,
@@ -103,7 +104,9 @@ class ChatTemplate:
         asked = dict(messages=messages, tools=tools, documents=None, add_generation_prompt=prompt)
         try:
             # As Template.render, without merging the globals anew each time: 2x as fast.
-            context = compiled.new_context({**seen, **asked}, shared=True)
+            context = new_context(
+                compiled.environment, None, compiled.blocks, {**seen, **asked}, shared=True
+            )
             return "".join(compiled.root_render_func(context))
         except TEMPLATE_ERRORS as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error

@@ -93,8 +93,8 @@ def render(
     results = []
     for carrier, num_messages, carried in reversed(carriers):
         indices = sorted(carried)
-        stops = {trained[i][0]: trained[i][2].stop for i in indices}
-        check_context(template, carrier, messages[:num_messages], tools, stops)
+        here = {trained[i][0]: trained[i][2] for i in indices}
+        check_context(template, carrier, messages[:num_messages], tools, here)
         part = [
             {**message, "weight": weights[n] if n in {trained[i][0] for i in indices} else 0.0}
             if message["role"] == "assistant"
@@ -264,32 +264,35 @@ def check_context(
     text: str,
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict] | None,
-    trained: Mapping[int, int],
+    trained: Mapping[int, Turn],
 ) -> None:
     """Refuse a text that drops a message which is context; only earlier thinking may go.
 
     Args:
-        trained: {number of a message that trains: where it ends in the text}.
+        trained: {number of a message that trains: its place in the text}.
 
     Raises:
         ValueError: a message is not in the text.
     """
-    place = 0
+    place, in_order, doubtful = 0, True, []
     for number, message in enumerate(messages):
         if number in trained:
-            place = trained[number]
+            place = trained[number].stop
             continue
+        following = next((turn.start for n, turn in trained.items() if n > number), len(text))
         kept = message.get("content") or ""
         if message["role"] == "assistant":
             kept = split_think(message)[1]
-        there = all(is_in(part, text) for part in [kept, *call_parts(message)])
-        found = text.find(kept.strip(), place)
-        place = max(found, place)
-        if there and (found < 0 or len(kept.strip()) < SHORT or message.get("tool_calls")):
-            # Out of order, or so short that it may have been found in something else.
-            parts = [part for part in ("content", "tool_calls") if message.get(part)]
-            there = not parts or template.prints(messages, tools, number, *parts)
-        if not there:
+        if not all(is_in(part, text) for part in [kept, *call_parts(message)]):
+            raise ValueError(f"the chat template leaves out part of message {number}")
+        found = text.find(kept.strip(), place, following)
+        place, in_order = max(found + len(kept.strip()), place), in_order and found >= 0
+        # A text so short may have been found in something else.
+        sure = len(kept.strip()) >= SHORT and not message.get("tool_calls")
+        doubtful.append((number, sure))
+    for number, sure in doubtful:
+        parts = [part for part in ("content", "tool_calls") if messages[number].get(part)]
+        if parts and not (sure and in_order or template.prints(messages, tools, number, *parts)):
             raise ValueError(f"the chat template leaves out part of message {number}")
 
 

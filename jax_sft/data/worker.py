@@ -8,6 +8,8 @@ import ast
 import collections
 import contextlib
 import dataclasses
+import functools
+import gc
 import hashlib
 import importlib.metadata
 import itertools
@@ -17,6 +19,7 @@ import platform
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -113,6 +116,24 @@ def cores() -> int:
     return os.cpu_count() or 1  # macOS
 
 
+def _without_collections(function: Encode) -> Encode:
+    """Pause Python's search for reference cycles: over so many small objects, none of which is in
+    one, it takes a seventh of the time.
+    """
+
+    @functools.wraps(function)
+    def paused(chunk: read.Chunk) -> Tokenized:
+        was_on = gc.isenabled()
+        gc.disable()
+        try:
+            return function(chunk)
+        finally:
+            if was_on:
+                gc.enable()
+
+    return paused
+
+
 def load(job: Job) -> Encode:
     """Load the tokenizer and return the function that tokenizes a chunk.
 
@@ -123,7 +144,9 @@ def load(job: Job) -> Encode:
     tokenizer = chat.load_tokenizer(job.tokenizer_folder, needs_template=needs_template)
     encoder = chat.Encoder(tokenizer, job.options)
     to_item = formats.FORMATS[job.format]
+    source = types.SimpleNamespace(**job.source)  # a ConfigDict would take 5 us per row to ask
 
+    @_without_collections
     def encode(chunk: read.Chunk) -> Tokenized:
         places, reasons, items, item_rows = [], {}, [], []
         for row, record in enumerate(read.parse(chunk)):
@@ -131,7 +154,7 @@ def load(job: Job) -> Encode:
             try:
                 if record.row is None:
                     raise ValueError(record.error)
-                items.append(to_item(record.row, job.source))
+                items.append(to_item(record.row, source))
                 item_rows.append(row)
             except ValueError as error:
                 reasons[row] = str(error)
