@@ -204,7 +204,8 @@ def assert_same_training(cfg, losses, norms, rates, weights) -> None:
     assert weights.keys() == their_weights.keys()
     for name, theirs in their_weights.items():
         moved = np.linalg.norm(theirs - before[name])
-        assert moved > 0.005 * np.linalg.norm(before[name]), name
+        # By so much that the next line says something.
+        assert moved > 0.004 * np.linalg.norm(before[name]), name
         assert np.linalg.norm(weights[name] - theirs) < 2e-4 * moved, name
 
 

@@ -70,41 +70,60 @@ def render(
     text = template.render(messages, tools)
     check_tools(template, text, messages, tools)
     trained = []
-    for number in sorted(weights):
-        last = number == len(messages) - 1
-        through = text if last else template.render(messages[: number + 1], tools)
+    for number, weight in weights.items():
+        is_last = number == len(messages) - 1
+        through = text if is_last else template.render(messages[: number + 1], tools)
         turn, through = _find_turn(
             template, messages[: number + 1], tools, through, train_empty_think
         )
-        trained.append((number, through, dataclasses.replace(turn, weight=weights[number])))
-
-    # Greedily from the last turn back: a text carries every turn whose own text it starts with.
-    carriers: list[tuple[str, int, list[int]]] = [(text, len(messages), [])]
-    for index in reversed(range(len(trained))):
-        number, through, turn = trained[index]
-        for carrier, _, carried in carriers:
-            if carrier.startswith(through[: turn.stop]):
-                carried.append(index)
-                break
-        else:
-            carriers.append((through, number + 1, [index]))
-    if trained and not carriers[0][2]:
-        del carriers[0]  # nothing trains in the whole conversation's own text
+        trained.append(_Trained(number, dataclasses.replace(turn, weight=weight), through))
     results = []
-    for carrier, num_messages, carried in reversed(carriers):
-        indices = sorted(carried)
-        here = {trained[i][0]: trained[i][2] for i in indices}
+    for carrier, num_messages, carried in _fewest_texts(text, len(messages), trained):
+        here = {one.number: one.turn for one in carried}
         check_context(template, carrier, messages[:num_messages], tools, here)
-        part = [
-            {**message, "weight": weights[n] if n in {trained[i][0] for i in indices} else 0.0}
-            if message["role"] == "assistant"
-            else message
-            for n, message in enumerate(_unweighted(conversation.messages[:num_messages]))
-        ]
-        results.append(
-            Rendered(carrier, tuple(trained[i][2] for i in indices), Conversation(part, tools))
-        )
+        part = _only_training(conversation.messages[:num_messages], here)
+        results.append(Rendered(carrier, tuple(here.values()), Conversation(part, tools)))
     return results
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+    """A turn that trains, the message that it is, and the text that ends with it."""
+
+    number: int
+    turn: Turn
+    through: str
+
+
+def _fewest_texts(
+    text: str, num_messages: int, trained: Sequence[_Trained]
+) -> list[tuple[str, int, list[_Trained]]]:
+    """Choose texts that carry all turns: (text, messages in it, turns), in the order of the turns.
+
+    A text carries every turn whose own text it starts with. From the last turn back, each goes to
+    the whole conversation's text if that carries it, or to a later turn's.
+    """
+    texts: list[tuple[str, int, list[_Trained]]] = [(text, num_messages, [])]
+    for one in reversed(trained):
+        prefix = one.through[: one.turn.stop]
+        carried = next((carried for text, _, carried in texts if text.startswith(prefix)), None)
+        if carried is None:
+            texts.append((one.through, one.number + 1, [one]))
+        else:
+            carried.insert(0, one)
+    used = [found for found in texts if found[2]] or texts
+    return used[::-1]
+
+
+def _only_training(
+    messages: Sequence[dict[str, Any]], trained: Mapping[int, Turn]
+) -> list[dict[str, Any]]:
+    """The messages, of which only these train."""
+    found = [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
+    for number, message in enumerate(found):
+        if message["role"] == "assistant":
+            message["weight"] = trained[number].weight if number in trained else 0.0
+    return found
 
 
 def turn_weights(messages: Sequence[dict[str, Any]], turns: str) -> dict[int, float]:
@@ -121,10 +140,6 @@ def turn_weights(messages: Sequence[dict[str, Any]], turns: str) -> dict[int, fl
         if weight:
             weights[number] = weight
     return weights
-
-
-def _unweighted(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
 
 
 def _find_turn(
