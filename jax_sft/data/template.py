@@ -68,13 +68,13 @@ class ChatTemplate:
         added = (str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
         texts = {*tokenizer.all_special_tokens, *added} - {""}
         self.special = sorted(texts, key=len, reverse=True)  # the longest first
+        self._compiled = functools.cache(self._compile)
         try:
             self._compiled(False)
         except TEMPLATE_ERRORS as error:
             raise ValueError(f"the chat template cannot be compiled: {error}") from error
 
-    @functools.cache  # noqa: B019 (one object per process, of two entries at most)
-    def _compiled(self, with_tools: bool) -> tuple[jinja2.Template, dict[str, Any]]:
+    def _compile(self, with_tools: bool) -> tuple[jinja2.Template, dict[str, Any]]:
         """The template and all that it sees but the messages.
 
         A tokenizer may have one template for tools and one for all else. Compiled by transformers,
@@ -175,7 +175,9 @@ class ChatTemplate:
             else:
                 marked[part] += PROBE
         count = sum(len(marked[part]) if part == "tool_calls" else 1 for part in parts)
-        changed = [*messages[:number], _for_template(marked), *messages[number + 1 :]]
+        if "reasoning_content" in parts:
+            marked["thinking"] = marked["reasoning_content"]
+        changed = [*messages[:number], marked, *messages[number + 1 :]]
         return self.render(changed, tools).count(PROBE) >= count
 
     def styled(self, messages: Sequence[dict]) -> list[dict]:
