@@ -18,6 +18,7 @@ import pytest
 import jax_sft
 from jax_sft import config, tiny
 from jax_sft.data import cache, chat, worker
+from jax_sft.data import store as store_module
 
 REPO = Path(jax_sft.__file__).parent.parent
 
@@ -256,7 +257,8 @@ def test_the_order_of_files_is_in_the_key(build, tmp_path):
 
 
 def test_the_key_holds_the_text_of_all_modules_that_decide_tokens_and_their_libraries():
-    needed = {"read", "formats", "chat", "template", "turns", "examples", "worker", "cache"}
+    needed = {"read", "formats", "template", "turns", "chat", "examples"}
+    needed |= {"worker", "cache", "store"}
     assert {f"jax_sft.data.{name}" for name in needed} <= set(cache.CODE)
     assert {"python", "tokenizers", "transformers", "jinja2"} <= set(cache.CODE)
     assert "jax_sft.data.prepare" not in cache.CODE and "jax_sft.config" not in cache.CODE
@@ -386,7 +388,7 @@ def test_a_damaged_store_is_made_again_with_a_notice(build, tmp_path, capfd):
     file = write(tmp_path / "a.jsonl", [*rows(50), "{"])
     store = build(file, stop_at_bad_row=False)
     whole = contents(store.folder)
-    assert set(whole) == {*cache.DTYPES, "errors.jsonl", "meta.json"}
+    assert set(whole) == {*store_module.DTYPES, "errors.jsonl", "meta.json"}
     capfd.readouterr()
     num_damages = 0
     for name, data in whole.items():
@@ -405,7 +407,7 @@ def test_a_damaged_store_is_made_again_with_a_notice(build, tmp_path, capfd):
 @pytest.mark.parametrize("number", [1, 4, 9, 20])
 def test_a_full_disk_is_told_and_leaves_nothing(build, tmp_path, monkeypatch, number):
     file = write(tmp_path / "a.jsonl", rows(2500))
-    write_all, calls = cache._write, []
+    write_all, calls = store_module._write, []
 
     def write_until_full(stream, data):
         calls.append(len(data))
@@ -413,11 +415,11 @@ def test_a_full_disk_is_told_and_leaves_nothing(build, tmp_path, monkeypatch, nu
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_all(stream, data)
 
-    monkeypatch.setattr(cache, "_write", write_until_full)
+    monkeypatch.setattr(store_module, "_write", write_until_full)
     with pytest.raises(ValueError, match="No space left on device: .* data.cache_dir"):
         build(file)
     assert len(calls) == number and stores(tmp_path / "cache") == []
-    monkeypatch.setattr(cache, "_write", write_all)
+    monkeypatch.setattr(store_module, "_write", write_all)
     assert not build(file).cached
 
 
@@ -484,6 +486,7 @@ def test_a_build_killed_at_any_moment_leaves_nothing_half_valid(tmp_path, model)
         FORKS
         + """
     import itertools, json, pathlib, shutil
+    from jax_sft.data import store as store_module
     file, model, folder, whole = sys.argv[1:]
     expected = build(file, model, whole).folder
 
@@ -506,7 +509,7 @@ def test_a_build_killed_at_any_moment_leaves_nothing_half_valid(tmp_path, model)
                     args = stream, data[len(data) // 2 :]
                 return function(*args, **kwargs)
             setattr(place, name, watched)
-        around(cache, "_write"), around(os, "fsync"), around(json, "dump")
+        around(store_module, "_write"), around(os, "fsync"), around(json, "dump")
         around(pathlib.Path, "rename"), around(pathlib.Path, "mkdir"), around(shutil, "rmtree")
         build(file, model, folder)
 
@@ -631,13 +634,13 @@ def test_no_process_is_started_for_little_data(build, tmp_path, monkeypatch):
 
 def test_a_process_that_is_killed_is_told_with_what_to_do(build, tmp_path, started, monkeypatch):
     file = write(tmp_path / "a.jsonl", rows(6000))
-    add = cache._Writer.add
+    add = store_module.Writer.add
 
     def kill_one(*args):
         started[0].kill()
         add(*args)
 
-    monkeypatch.setattr(cache._Writer, "add", kill_one)
+    monkeypatch.setattr(store_module.Writer, "add", kill_one)
     with pytest.raises(RuntimeError, match=r"SIGKILL.*memory.*data\.num_workers below 2"):
         build(file, num_workers=2)
     assert all(process.returncode is not None for process in started)

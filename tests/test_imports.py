@@ -21,9 +21,10 @@ LEVELS = [
     "data.turns ops.attention ops.cross_entropy model optim metrics hf",
     "models.layers data.chat data.check state",
     "data.worker data.loader checkpoint",
-    f"{FAMILY} data.cache inference validate tiny",
-    "data.prepare step",
-    "data.outcomes evaluate",
+    f"{FAMILY} data.store inference validate tiny",
+    "data.cache step",
+    "data.prepare evaluate",
+    "data.outcomes",
     "train inspect",
 ]
 LEVEL = {f"jax_sft.{name}": level for level, row in enumerate(LEVELS) for name in row.split()}
