@@ -194,8 +194,8 @@ class Meter:
 
 
 def stalls(metrics: Mapping[str, float]) -> bool:
-    """Whether more than a hundredth of the time is spent waiting for data."""
-    return metrics["data/wait_ms"] > 10 * metrics["step_time_s"]
+    """Whether more than a twentieth of the time is spent waiting for data."""
+    return metrics["data/wait_ms"] > 50 * metrics["step_time_s"]
 
 
 def count(number: float) -> str:

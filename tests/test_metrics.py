@@ -101,6 +101,47 @@ def test_the_meter_averages_speed_over_its_window_and_shows_the_last_loss(clock)
     assert "step 10/100" in line and "MFU 30.0%" in line and "ETA 45s" in line
 
 
+def test_waiting_for_data_is_averaged_and_shown_only_when_it_slows_down(clock):
+    meter = make_meter(every_steps=4)
+    lines = []
+    for wait_ms in (1.0, 100.0):
+        for _ in range(4):
+            meter.add(sums(), 200, wait_ms)
+            clock[0] += 1
+        found = meter.read()
+        assert found["data/wait_ms"] == wait_ms  # nothing is left of the window before
+        lines.append(meter.line(found))
+    assert "WAITING" not in lines[0] and "WAITING FOR DATA 100 ms/step" in lines[1]
+
+
+def test_fill_counts_the_batch_as_it_was_built(clock):
+    meter = make_meter(every_steps=2)
+    meter.add(sums(tokens=100), 100)  # batches of two buckets
+    meter.add(sums(tokens=100), 300)
+    clock[0] += 1
+    assert meter.read()["fill"] == 0.5
+
+
+def test_the_loss_of_each_source_is_its_own_mean_and_left_out_where_it_has_none(clock):
+    meter = make_meter(every_steps=1, sources=("chat", "code", "math"))
+    of_sources = {
+        "loss_by_source": np.float32([6.0, 0.0, 0.5]),
+        "weight_by_source": np.float32([3.0, 0.0, 0.25]),
+    }
+    meter.add(sums(loss=6.5, weight=3.25) | of_sources, 200)
+    clock[0] += 1
+    found = meter.read()
+    assert found["loss/chat"] == 2.0 and found["loss/math"] == 2.0 and "loss/code" not in found
+    assert found["loss"] == 2.0
+
+
+def test_a_batch_of_less_than_one_weight_still_has_a_mean_loss(clock):
+    meter = make_meter(every_steps=1)
+    meter.add(sums(loss=0.5, weight=0.25), 200)
+    clock[0] += 1
+    assert meter.read()["loss"] == 2.0
+
+
 def test_the_meter_counts_steps_from_where_the_run_resumed(clock):
     meter = make_meter(start_step=95, peak=None)
     for _ in range(5):
