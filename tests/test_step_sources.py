@@ -11,7 +11,7 @@ from jax_sft import config, hf, models, optim, parallel, state, tiny
 from jax_sft.data.examples import Encoded, Examples
 from jax_sft.data.loader import Loader
 from jax_sft.model import ModelDef
-from jax_sft.step import make_eval_step, make_train_step
+from jax_sft.step import make_eval_step, make_train_step, value_and_grad
 
 MESHES = [(8, 1, 1, 1), (1, 2, 2, 2)]
 NUM_SOURCES = 3
@@ -113,3 +113,14 @@ def test_a_step_that_tells_sources_apart_trains_bitwise_the_same(folder):
         np.testing.assert_array_equal(sums[name], plain_sums[name])
     for path in plain_params:
         np.testing.assert_array_equal(params[path], plain_params[path])
+
+
+def test_weights_of_less_than_one_in_all_give_the_same_gradient(folder):
+    model_def, params, batch, mesh = on_mesh(folder, (1, 1, 1, 1), per_source=False)
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(lambda params, batch: value_and_grad(model_def, params, batch))
+        _, whole = gradient(params, batch)
+        sums, light = gradient(params, batch | {"weights": batch["weights"] / 1024})
+    assert sums["weight"] < 1
+    for path in whole:
+        np.testing.assert_allclose(light[path], whole[path], rtol=1e-5, atol=1e-7)
