@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jax_sft import config
-from jax_sft.data import read
+from jax_sft.data import json_rows, read
 
 ROWS = [{"prompt": f"ask {n}", "response": f"answer {n}"} for n in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -413,9 +413,11 @@ def test_a_list_is_accepted_exactly_when_json_accepts_it(tmp_path_factory, conte
 
 
 def test_an_element_of_many_blocks_is_not_scanned_once_per_block(write, monkeypatch):
-    scans, value_end = [], read._value_end
+    scans, value_end = [], json_rows._value_end
     monkeypatch.setattr(read, "BLOCK", 100)
-    monkeypatch.setattr(read, "_value_end", lambda *given: scans.append(1) or value_end(*given))
+    monkeypatch.setattr(
+        json_rows, "_value_end", lambda *given: scans.append(1) or value_end(*given)
+    )
     row = {"a": ["x" * 10] * 10_000}
     assert rows(write(json.dumps([row]), "a.json")) == [row]
     assert len(scans) < 20

@@ -16,7 +16,9 @@ def test_the_file_tree_names_every_module():
     modules = {f.name for f in (ROOT / "jax_sft").glob("*.py")} - {"__init__.py"}
     assert set(re.findall(r"^      (\w+\.py) ", TREE, re.MULTILINE)) == modules
     folders = {f.parent.name for f in (ROOT / "jax_sft").glob("*/__init__.py")}
-    assert set(re.findall(r"^      (\w+)/ ", TREE, re.MULTILINE)) == folders
+    assert set(re.findall(r"^      (\w+)/\s", TREE, re.MULTILINE)) == folders
+    inner = {f.name for f in (ROOT / "jax_sft" / "data").glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"^        (\w+\.py) ", TREE, re.MULTILINE)) == inner
 
 
 @pytest.mark.parametrize("text", ["README.md", "BUILD.md"])

@@ -1,16 +1,15 @@
 """Files to rows: `files` finds what a source names, `chunks` cuts it up, `parse` makes rows of it.
 
-The first two run in one process and are cheap; `parse` runs wherever a chunk is sent. JSON is
-parsed by the json module, row by row, so every value stays exactly what the file says.
+`cache` calls the first two, which are cheap; `worker` the third, in many processes. What is within
+JSON and within tables is the matter of `json_rows` and `tables`.
 """
 
-import csv
+import codecs
 import dataclasses
 import fnmatch
 import glob
 import importlib
 import io
-import json
 import math
 import os
 import re
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+from jax_sft.data import json_rows, tables
 
 KINDS = {
     **{".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv"},
@@ -34,23 +34,8 @@ METADATA = ("dataset_info.json", "dataset_infos.json")  # of `datasets`
 MAX_ROWS = 1000  # per chunk
 BLOCK = 1_000_000  # bytes; about the size of a chunk, and of one read
 
-BOM = b"\xef\xbb\xbf"
-END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
-BLANKS = re.compile(rb"[ \t\r\n]*+")
-# JSON up to and with its next bracket outside of strings; no match if the bytes end before it.
-BRACKET = re.compile(rb'[^"\[\]{}]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"\[\]{}]*+)*+([\[\]{}])', re.S)
-STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.S)
-ESCAPED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
-PLAIN_VALUE = re.compile(rb"[^ \t\r\n,\[\]{}\"]++(?=.)", re.S)  # a number, true, false, null
-# What is wanted in a list, and after each mark: "" = nothing more.
-AFTER = {
-    **{"[": {"[": "a value or ]"}, "a value or ]": {"]": ""}, "a value": {}},
-    **{", or ]": {",": "a value", "]": ""}, "": {}},
-}
-
-csv.field_size_limit(2**31 - 1)  # the default refuses a field over 128 KiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +246,7 @@ def _read_jsonl(file: Path) -> Iterator[Chunk]:
     with _open(file) as stream:
         while lines := stream.readlines(BLOCK):  # splits at b"\n" only, as text would not
             if first == 1:
-                lines[0] = lines[0].removeprefix(BOM)
+                lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
             for start in range(0, len(lines), MAX_ROWS):
                 yield Chunk(str(file), first + start, "jsonl", lines[start : start + MAX_ROWS])
             first += len(lines)
@@ -269,7 +254,7 @@ def _read_jsonl(file: Path) -> Iterator[Chunk]:
 
 def _starts_with_bracket(file: Path) -> bool:
     with _open(file) as stream:
-        block = stream.read(BLOCK).removeprefix(BOM)
+        block = stream.read(BLOCK).removeprefix(codecs.BOM_UTF8)
         while block and not block.strip():
             block = stream.read(BLOCK)
     return block.lstrip().startswith(b"[")
@@ -277,7 +262,8 @@ def _starts_with_bracket(file: Path) -> bool:
 
 def _read_json_list(file: Path) -> Iterator[Chunk]:
     with _open(file) as stream:
-        yield from _grouped(file, "json", ((row, len(row)) for row in _list_elements(stream)))
+        rows = json_rows.elements(stream, BLOCK)
+        yield from _grouped(file, "json", ((row, len(row)) for row in rows))
 
 
 def _grouped(file: Path, kind: str, rows: Iterable[tuple[Any, int]]) -> Iterator[Chunk]:
@@ -293,192 +279,26 @@ def _grouped(file: Path, kind: str, rows: Iterable[tuple[Any, int]]) -> Iterator
         yield Chunk(str(file), first, kind, payload)
 
 
-def _list_elements(stream: io.BufferedReader) -> Iterator[bytes]:
-    """Cut a JSON list into its elements, by its brackets and commas outside of strings.
-
-    What is within an element is not looked at: a bad one whose brackets pair up is one bad row.
-
-    Raises:
-        ValueError: the list is malformed between its elements, or is cut off. There is no telling
-            where the next element starts.
-    """
-    buffer, at, line, wanted = stream.read(BLOCK).removeprefix(BOM), 0, 1, "["
-    while True:
-        blanks = BLANKS.match(buffer, at)
-        assert blanks is not None  # it matches the empty string
-        line += buffer.count(b"\n", at, blanks.end())
-        at = blanks.end()
-        mark = buffer[at : at + 1].decode("latin-1")
-        is_value = wanted in ("a value", "a value or ]") and mark not in ("", "]", "}", ",")
-        end = _value_end(buffer, at) if is_value else at + len(mark)
-        if end <= at:  # what comes next is not in the buffer, or not all of it
-            more = stream.read(max(BLOCK, len(buffer) - at))  # twice as much each time: linear
-            if not more and not wanted:
-                return
-            if not more:
-                raise ValueError(f"line {line}: the file ends within the list")
-            buffer, at = buffer[at:] + more, 0
-            continue
-        if is_value:
-            yield buffer[at:end]
-            line += buffer.count(b"\n", at, end)
-            wanted = ", or ]"
-        elif mark in AFTER[wanted]:
-            wanted = AFTER[wanted][mark]
-        else:
-            needed = f"{wanted} is needed" if wanted else "the list has ended"
-            raise ValueError(f"line {line}: {needed} where {mark!r} stands")
-        at = end
-
-
-def _value_end(data: bytes, start: int) -> int:
-    """Return where the JSON value that starts at `start` ends, or -1 if `data` ends before it."""
-    if data[start] not in b"[{":
-        pattern = STRING if data[start] == b'"'[0] else PLAIN_VALUE
-        found = pattern.match(data, start)
-        return found.end() if found else -1
-    depth, end = 0, start
-    while found := BRACKET.match(data, end):
-        depth += 1 if found[1] in b"[{" else -1
-        end = found.end()
-        if not depth:
-            return end
-    return -1
-
-
 def _read_csv(file: Path) -> Iterator[Chunk]:
     with _open(file) as stream:
-        # surrogateescape: a byte that is not UTF-8 spoils its row, not the file.
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
         delimiter = "\t" if _kind(file) == "tsv" else ","
-        yield from _grouped(
-            file, "rows", _csv_rows(csv.reader(text, delimiter=delimiter, strict=True))
-        )
-
-
-def _csv_rows(reader) -> Iterator[tuple[dict[str, str] | str, int]]:
-    """Return (row or what is wrong with it, about its size); values stay text, such as "007".
-
-    Raises:
-        ValueError: columns without a name or with the same one; quotes that do not pair up: there
-            is no telling where the next row starts.
-    """
-    start, columns = 1, None
-    try:
-        for values in reader:
-            size = sum(map(len, values))
-            if columns is None and values:
-                columns = values
-                _check_columns(columns)
-            elif columns and values:
-                yield _csv_row(columns, values), size
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"the row that starts at line {start}: {error}") from error
-
-
-def _csv_row(columns: list[str], values: list[str]) -> dict[str, str] | str:
-    if len(values) != len(columns):
-        return f"has {len(values)} values for {len(columns)} columns"
-    if ESCAPED.search("".join(values)):
-        return "is not UTF-8"
-    return dict(zip(columns, values, strict=True))
-
-
-def _check_columns(columns: Sequence[str]) -> None:
-    for number, column in enumerate(columns):
-        if not column:
-            raise ValueError(f"column {number + 1} has no name (pandas: to_csv(index=False))")
-        if column in columns[:number]:
-            raise ValueError(f"two columns are called {column!r}")
+        yield from _grouped(file, "rows", tables.csv_rows(text, delimiter))
 
 
 def _read_parquet(file: Path) -> Iterator[Chunk]:
-    # By default all of a row group is read before its first row: often all of the file.
-    with pq.ParquetFile(file, buffer_size=BLOCK, pre_buffer=False) as opened:
-        about = opened.metadata
-        groups = (about.row_group(number) for number in range(about.num_row_groups))
-        size = max(1, sum(group.total_byte_size for group in groups))
-        num_rows = min(MAX_ROWS, max(1, about.num_rows * BLOCK // size))
-        batches = opened.iter_batches(num_rows, use_threads=False)
-        yield from _batch_chunks(file, opened.schema_arrow, batches)
+    return _numbered(file, tables.parquet_rows(file, MAX_ROWS, BLOCK))
 
 
 def _read_arrow(file: Path) -> Iterator[Chunk]:
-    with pa.OSFile(str(file)) as stream:  # not mapped: wrong offsets would end the process
-        if stream.read(6) == b"ARROW1":
-            opened = pa.ipc.open_file(stream)
-            batches = map(opened.get_batch, range(opened.num_record_batches))
-        else:
-            stream.seek(max(0, stream.size() - 8))
-            if stream.read(8) != END_OF_STREAM:  # pyarrow takes any batch for the last
-                raise ValueError("the file is cut off")
-            stream.seek(0)
-            batches = opened = pa.ipc.open_stream(stream)
-        yield from _batch_chunks(file, opened.schema, map(_validated, batches))
+    return _numbered(file, tables.arrow_rows(file, MAX_ROWS, BLOCK))
 
 
-def _validated(batch):
-    batch.validate(full=True)  # Arrow has no check sums, and pyarrow trusts what it reads
-    return batch
-
-
-def _batch_chunks(file: Path, schema: pa.Schema, batches: Iterable) -> Iterator[Chunk]:
-    _check_columns(schema.names)
+def _numbered(file: Path, lists: Iterable[list]) -> Iterator[Chunk]:
     first = 1
-    for batch in batches:
-        step = min(MAX_ROWS, max(1, batch.num_rows * BLOCK // max(1, batch.nbytes)))
-        for start in range(0, batch.num_rows, step):
-            rows = _batch_rows(batch.slice(start, step))
-            yield Chunk(str(file), first, "rows", rows)
-            first += len(rows)
-
-
-def _batch_rows(batch) -> list[dict[str, Any] | str]:
-    """Return the rows of an Arrow batch, or what is wrong with each that cannot be had."""
-    nested = [field for field in batch.schema if _holds_objects(field.type)]
-    try:
-        rows = batch.to_pylist()
-        for row in rows:
-            row |= {field.name: _as_written(row[field.name], field.type) for field in nested}
-        return rows
-    except (ValueError, OverflowError, RecursionError) as error:
-        if batch.num_rows == 1:
-            return [f"cannot be read: {error}"]
-        return [_batch_rows(batch.slice(number, 1))[0] for number in range(batch.num_rows)]
-
-
-def _holds_objects(kind: pa.DataType) -> bool:
-    return (
-        isinstance(kind, pa.JsonType)
-        or pa.types.is_struct(kind)
-        or (_is_list(kind) and _holds_objects(kind.value_type))
-    )
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    )
-
-
-def _as_written(value: Any, kind: pa.DataType) -> Any:
-    """Undo what Arrow does to objects: a struct has the fields of all rows, null where absent.
-
-    An absent field and one that is null look the same; it is taken for absent. Otherwise every
-    tool call would have the arguments of every other tool.
-    """
-    if value is None:
-        return None
-    if isinstance(kind, pa.JsonType):
-        return _DECODER.decode(value)
-    if _is_list(kind):
-        return [_as_written(item, kind.value_type) for item in value]
-    if pa.types.is_struct(kind):
-        fields = (kind.field(number) for number in range(kind.num_fields))
-        there = (field for field in fields if value[field.name] is not None)
-        return {field.name: _as_written(value[field.name], field.type) for field in there}
-    return value
+    for rows in lists:
+        yield Chunk(str(file), first, "rows", rows)
+        first += len(rows)
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -494,34 +314,4 @@ def parse(chunk: Chunk) -> Iterator[Record]:
         elif isinstance(found, str):
             yield Record(where, None, found)
         elif found.strip():
-            yield Record(where, *_parse_object(found))
-
-
-def _parse_object(data: bytes) -> tuple[dict[str, Any] | None, str]:
-    """Return (object, "") or (None, what is wrong)."""
-    try:
-        found = _DECODER.decode(data.rstrip(b"\r\n").decode())
-    except UnicodeDecodeError as error:
-        return None, f"is not UTF-8: {error.reason} at byte {error.start + 1}"
-    except json.JSONDecodeError as error:
-        return None, f"is not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}"
-    except RecursionError:
-        return None, "is nested too deeply"
-    except ValueError as error:  # from `_unique`, or int() of thousands of digits
-        return None, f"cannot be read: {error}"
-    if not isinstance(found, dict):
-        names = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-        return None, f"must be an object, not {names.get(type(found), 'a number')}"
-    return found, ""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for number, key in enumerate(keys) if key in keys[:number])
-        raise ValueError(f"key {twice!r:.80} is there twice")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+            yield Record(where, *json_rows.parse_object(found))
