@@ -257,7 +257,7 @@ def test_the_order_of_files_is_in_the_key(build, tmp_path):
 
 
 def test_the_key_holds_the_text_of_all_modules_that_decide_tokens_and_their_libraries():
-    needed = {"read", "formats", "template", "turns", "chat", "examples"}
+    needed = {"read", "formats", "messages", "template", "turns", "chat", "examples"}
     needed |= {"json_rows", "tables", "worker", "cache", "store"}
     assert {f"jax_sft.data.{name}" for name in needed} <= set(cache.CODE)
     assert {"python", "tokenizers", "transformers", "jinja2"} <= set(cache.CODE)

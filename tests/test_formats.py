@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jax_sft import config
 from jax_sft.data import formats
 from jax_sft.data.formats import Conversation, Text, Tokens
+from jax_sft.data.messages import ROLES, SHAREGPT_ROLES, THINKING
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "a"}
@@ -158,7 +159,7 @@ def test_a_field_that_is_no_text_is_named(key, value):
         assert found == f"field {key!r} must be a non-empty string, not {value!r}"
     if key in ("prompt", "response"):
         del row[key]
-        assert formats.choose(source(**options), [row, {key: "x"}])
+        formats.choose(source(**options), [row, {key: "x"}])  # by all rows: no error
         with pytest.raises(ValueError, match=f"field '{key}' must be a non-empty string, not None"):
             formats.prompt_response(row, source(**options))
 
@@ -235,7 +236,7 @@ def test_arguments_keep_their_types_and_nulls():
         assert repr(found["tool_calls"][0]["function"]["arguments"]) == repr(arguments)
 
 
-@pytest.mark.parametrize("key", formats.THINKING)
+@pytest.mark.parametrize("key", THINKING)
 def test_thinking_has_one_name(key):
     assert messages(USER, ANSWER | {key: "hm"}) == [USER, ANSWER | {"reasoning_content": "hm"}]
     only = {"role": "assistant", "content": "", key: "hm"}
@@ -426,7 +427,7 @@ def test_sharegpt_speakers_become_roles():
             found = conversation({"conversations": [{"from": name, "value": " x"}]})
             assert found == Conversation([{"role": role, "content": " x"}], None)
     assert {name for names in speakers.values() for name in names} | {"function_call"} == set(
-        formats.SHAREGPT_ROLES
+        SHAREGPT_ROLES
     )
 
 
@@ -646,7 +647,7 @@ def test_any_row_makes_an_item_or_a_short_value_error(row):
             continue
         if isinstance(found, Conversation):
             for message in found.messages:
-                assert message["role"] in formats.ROLES and type(message["content"]) is str
+                assert message["role"] in ROLES and type(message["content"]) is str
                 assert not {*message} & {"prefix", "audio", "refusal", "function_call"}
                 assert None not in message.values()
                 for call in message.get("tool_calls", ()):
