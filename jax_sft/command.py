@@ -25,11 +25,15 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         _ = flags.FLAGS.config.seed  # a file that could not be loaded says so only now
+        if len(rest) > 1:
+            raise ValueError(f"unexpected arguments {rest[1:]}: options start with --")
         return rest
     except CONFIG_ERRORS as error:
         if shows_traceback():
             raise
         text = f"{type(error).__name__}: {error}"
+        if isinstance(error, AttributeError | KeyError):
+            text += " (jax_sft/config.py has all keys)"
         hint = "(--help lists the options; JAX_SFT_TRACEBACK=1 shows where)"
         print(f"error: {text}\n{hint}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)

@@ -17,8 +17,8 @@ def source(path: str | os.PathLike, **changes) -> Config:
     """Describe one data source; the keyword arguments replace the defaults below.
 
     Args:
-        path: a file, a glob, a folder or a hub data set; .json, .jsonl, .parquet or .csv, each also
-            as .gz or .zst.
+        path: a file, a glob or a folder, relative to the working folder; or a hub data set. .json,
+            .jsonl and .csv, also as .gz or .zst; .parquet.
         **changes: any of the keys below.
 
     Raises:

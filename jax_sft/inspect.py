@@ -71,7 +71,7 @@ def inspect(cfg: config.Config, options: Options, color: bool) -> int:
     sources = outcomes.open_sources(cfg.data, folder)
     chosen = choose(sources, options)
     planned, refused = plan(cfg, sources, folder)
-    refused += outcomes.refusals(cfg.data, sources, folder)
+    refused += outcomes.refusals(cfg.data, sources, outcomes.vocabulary(folder, tokenizer))
     rows = row_blocks(planned, sources, tokenizer) if planned else ()
     overview = show.Overview(
         title=f"What trains: {cfg.model.path}, data.seq_len = {cfg.data.seq_len}",
@@ -330,10 +330,8 @@ def print_all(texts: Iterable[str]) -> None:
 # ---- the command line ---------------------------------------------------------------------------
 
 
-def main(argv: list[str]) -> int:
+def main(_: list[str]) -> int:
     """The command line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}: options start with --")
     given: dict[str, Any] = {
         field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Options)
     }

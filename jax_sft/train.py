@@ -262,10 +262,8 @@ class _CallableModule(types.ModuleType):
 sys.modules[__name__].__class__ = _CallableModule
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """The command line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}: options start with --")
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
     config_file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     workdir = flags.FLAGS.workdir or Path("runs") / config_file.stem

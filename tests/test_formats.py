@@ -284,10 +284,10 @@ def test_an_answer_of_nothing_is_history_only():
         assert messages({"role": role, "content": ""}, ANSWER)[0]["content"] == ""
 
 
-@pytest.mark.parametrize("found", [[], None, "a", {"role": "user"}, 3])
+@pytest.mark.parametrize("found", [[], None, "3", {"role": "user"}, 3])
 def test_a_column_that_is_no_list_of_messages_is_named(found):
     assert refused({"messages": found}) == (
-        f"field 'messages' must be a list of messages, not {found!r}"
+        f"field 'messages' must be a list of messages, not {3 if found == '3' else found!r}"
     )
 
 
@@ -654,3 +654,11 @@ def test_any_row_makes_an_item_or_a_short_value_error(row):
                     assert type(call["function"]["arguments"]) is dict
                 if message["role"] != "assistant":
                     assert not {*message} & {"tool_calls", "train", "weight", "reasoning_content"}
+
+
+def test_messages_in_a_table_may_be_json_text():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    item = formats.messages({"messages": json.dumps(turns)}, config.source(""))
+    assert item == formats.messages({"messages": turns}, config.source(""))
+    with pytest.raises(ValueError, match="field 'messages' is not JSON"):
+        formats.messages({"messages": "[{"}, config.source(""))

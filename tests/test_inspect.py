@@ -262,7 +262,7 @@ def test_a_tokenizer_of_another_model_fails(make, run, model, tmp_path):
         (folder / "config.json").write_text(json.dumps({"vocab_size": vocab}))
         code, printed, _ = run(cfg)
         assert code == expected_code
-        assert ("token id is 258, and the model has only 258" in printed) == bool(code)
+        assert ("token id is 258, and there are only 258" in printed) == bool(code)
 
 
 def test_all_problems_of_config_and_sources_come_at_once(make, run):

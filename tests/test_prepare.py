@@ -205,6 +205,7 @@ def test_the_report_counts_rows_examples_and_tokens_by_hand(tmp_path):
         **{"rows": 6, "kept": 4, "rows_kept": 3, "split": 1},
         "dropped": {"overlong": 1, "no_trained_token": 1, "bad_row": 1},
         "truncated": 2,
+        "turns_left_out": 2,
         "tokens": 2 + 2 + 1 + 3,
         "trained_tokens": 2 + 1 + 1 + 3,
         "lost_trained_tokens": 3 + 6,

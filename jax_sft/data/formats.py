@@ -13,6 +13,7 @@ from jax_sft.data.messages import (
     BRIEF,
     MAX_WEIGHT,
     Message,
+    parsed,
     shown,
     to_message,
     to_tools,
@@ -240,7 +241,7 @@ def _list(row: Row, key: str) -> list[Any]:
 
 
 def _messages(row: Row, key: str) -> list[Any]:
-    found = row.get(key)
+    found = parsed(row.get(key), f"field {key!r}")  # JSON text in a table such as CSV
     if not isinstance(found, list) or not found:
         raise ValueError(f"field {key!r} must be a list of messages, not {shown(found)}")
     return found

@@ -82,7 +82,7 @@ def turn_to_message(turn: Any, where: str, key: str) -> Message:
     message = {name: part for name, part in turn.items() if name not in ("from", "value")}
     message |= {"role": SHAREGPT_ROLES[speaker], "content": turn.get("value")}
     if speaker == "function_call":
-        calls = _parsed(turn.get("value"), f"{where}.value")
+        calls = parsed(turn.get("value"), f"{where}.value")
         calls = _calls(calls if isinstance(calls, list) else [calls], f"{where}.value")
         message |= {"content": "", "tool_calls": calls}
     return to_message(message, where, content="value")
@@ -126,7 +126,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         where += ".function"
     if not isinstance(function, dict):
         raise ValueError(f"{where} must be an object with name and arguments")
-    name, arguments = function.get("name"), _parsed(function.get("arguments"), f"{where}.arguments")
+    name, arguments = function.get("name"), parsed(function.get("arguments"), f"{where}.arguments")
     if not isinstance(name, str) or not name:
         raise ValueError(f"{where}.name must be a non-empty string, not {shown(name)}")
     if arguments is None and "parameters" not in call and "parameters" not in function:
@@ -169,7 +169,7 @@ def _training(given: Message, where: str) -> Message:
 
 def to_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
     """Check a list of tools, or the JSON of one; None if there is none."""
-    tools = _parsed(tools or None, where)
+    tools = parsed(tools or None, where)
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError(f"{where} must be a list of objects, not {shown(tools)}")
     _check_depth(tools or [], where)
@@ -184,7 +184,7 @@ def _check_depth(value: dict | list, where: str, depth: int = 0) -> None:
             _check_depth(inner, where, depth + 1)
 
 
-def _parsed(value: Any, where: str) -> Any:
+def parsed(value: Any, where: str) -> Any:
     """Return what JSON in a string says, or a value that is no string as it is."""
     if not isinstance(value, str):
         return value

@@ -168,16 +168,15 @@ def open_sources(data: Any, folder: Path) -> list[Source]:
     return found
 
 
-def refusals(data: Any, sources: Sequence[Source], folder: Path) -> list[str]:
+def refusals(data: Any, sources: Sequence[Source], vocab: int) -> list[str]:
     """Say what training would refuse of the sources; what the train sources lack together is not
     seen here.
 
     Args:
         data: `cfg.data`.
-        folder: of the model.
+        vocab: number of token ids.
     """
     found = []
-    vocab = vocabulary(folder)
     for source in sources:
         dropped, name, highest = source.report["dropped"], source.name, source.report["highest_id"]
         if dropped["bad_row"] and data.on_bad_row == "raise":
@@ -189,19 +188,19 @@ def refusals(data: Any, sources: Sequence[Source], folder: Path) -> list[str]:
             )
         if name.startswith(EVAL) and not len(source.fit.kept):
             found.append(f"to start: data.eval.{name.removeprefix(EVAL)} has no example left")
-        if highest >= vocab > 0:
+        if highest >= vocab:
             found.append(
-                f"{name}: its highest token id is {highest}, and the model has only {vocab}: the "
-                "tokenizer belongs to another model, or tokens were added to it"
+                f"{name}: its highest token id is {highest}, and there are only {vocab}: tokens of "
+                "another model, or added without resizing the embedding"
             )
     return found
 
 
-def vocabulary(folder: Path) -> int:
-    """Return the model's number of token ids; 0 where its folder does not say."""
+def vocabulary(folder: Path, tokenizer) -> int:
+    """Return the model's number of token ids, the tokenizer's where its folder does not say."""
     file = folder / "config.json"
     size = json.loads(file.read_text(encoding="utf-8")).get("vocab_size") if file.is_file() else 0
-    return size if isinstance(size, int) else 0
+    return size if isinstance(size, int) and size else len(tokenizer)
 
 
 def verdict(data: Any, sources: Sequence[Source], refused: Sequence[str]) -> list[str]:

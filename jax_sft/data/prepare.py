@@ -207,7 +207,7 @@ def describe(store: cache.Store, fit: Fitted) -> dict:
 
     Lengths and tokens are model inputs, one less than the tokens stored. `lengths` and `longest`
     are those before `data.overlong`, but without turns that "truncate_history" left out; these are
-    in `truncated` and in no other count.
+    in `truncated` and `turns_left_out`, and in no other count.
     """
     lengths = store.stops - store.starts - 1
     history_cut = store.num_cut[fit.kept] > 0
@@ -227,6 +227,7 @@ def describe(store: cache.Store, fit: Fitted) -> dict:
             "bad_row": num_bad,
         },
         "truncated": int(np.count_nonzero(history_cut | shorter)),
+        "turns_left_out": int(store.num_cut[fit.kept].sum()),
         "tokens": int((fit.stops - store.starts[fit.kept] - 1).sum()),
         "trained_tokens": int(fit.trained.sum()),
         "lost_trained_tokens": int(store.trained.sum(dtype=np.int64) - fit.trained.sum()),
@@ -303,6 +304,11 @@ def _notes(counts: dict) -> list[str]:
         notes.append(f"{counts['lost_trained_tokens']:,} trained tokens cut off or dropped")
     if counts["split"]:
         notes.append(f"{counts['split']:,} rows became several examples each")
+    if counts["turns_left_out"]:
+        notes.append(
+            f"{counts['turns_left_out']:,} turns left out at the start of conversations that were "
+            "too long; what would have trained in them is in no other count"
+        )
     reasons = list(counts["bad_row_reasons"].items())
     notes += [f"{count:,} bad rows: {reason}" for reason, count in reasons[:NUM_BAD]]
     notes += [f"first bad row: {bad['where']}: {bad['error']}" for bad in counts["bad_rows"][:1]]

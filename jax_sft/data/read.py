@@ -107,7 +107,8 @@ def files(source) -> list[Path]:
     elif HUB_NAME.fullmatch(given) and not _kind(path):
         return _hub_files(source)
     else:
-        raise ValueError(f"source.path = {given!r} does not exist")
+        looked = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise ValueError(f"source.path = {given!r} does not exist{looked}")
     if source.subset or source.revision or source.split != "train":
         raise ValueError(
             f"source.path = {given!r} is a local path, and source.subset, split and revision are "
@@ -132,7 +133,10 @@ def _is_beside_data(file: Path) -> bool:
 def _check_files(given: str, found: Sequence[Path]) -> None:
     """Raise ValueError unless there are files, each of a known kind, not empty, and given once."""
     if not found:
-        raise ValueError(f"source.path = {given!r} has no data file")
+        hint = (
+            " (*, ? and [ make it a glob: write [[] for a bracket)" if glob.has_magic(given) else ""
+        )
+        raise ValueError(f"source.path = {given!r} has no data file{hint}")
     first: dict[str, Path] = {}
     for file in found:
         other = first.setdefault(os.path.realpath(file), file)
