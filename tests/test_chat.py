@@ -444,6 +444,18 @@ def test_a_message_without_content_is_a_value_error(load):
         encode(load("tiny"), [user("a"), {"role": "assistant"}])
 
 
+def test_a_variable_that_the_template_does_not_read_is_refused(load):
+    messages = CONVERSATIONS["one turn"]
+    for name in ("enable_thinkin", "messages", "add_generation_prompt", "bos_token"):
+        with pytest.raises(ValueError, match=f"data.template_args.{name}: .*enable_thinking"):
+            chat.Encoder(load("qwen3"), chat.Options(template_args={name: False}))
+    prompt = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    encoder = chat.Encoder(load("qwen3"), chat.Options(template_args={"enable_thinking": False}))
+    ((example,),) = encoder.encode([formats.Conversation(messages, None)])
+    start = int(np.argmax(example.weights > 0))
+    assert decode(load("qwen3"), example.ids[:start]).endswith(prompt)
+
+
 # ---- templates and folders that attack ---------------------------------------------------------
 
 ATTACKS = {

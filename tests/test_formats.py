@@ -662,3 +662,30 @@ def test_messages_in_a_table_may_be_json_text():
     assert item == formats.messages({"messages": turns}, config.source(""))
     with pytest.raises(ValueError, match="field 'messages' is not JSON"):
         formats.messages({"messages": "[{"}, config.source(""))
+
+
+OPTIONS = {
+    **{"messages_key": "dialog", "completion_key": "output", "text_key": "body"},
+    **{"conversations_key": "chat", "query_key": "q"},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_that_the_format_does_not_use_is_refused(option):
+    row = {"prompt": "a", "response": "b"} if option != "query_key" else {"text": "a"}
+    source = config.source("f", **{option: OPTIONS[option]})
+    with pytest.raises(ValueError, match=f"does not use source.{option}: leave it out"):
+        formats.choose(source, [row])
+
+
+def test_a_tools_column_that_is_not_there_is_refused():
+    row = {"messages": [], "functions": []}
+    with pytest.raises(ValueError, match="not source.tools_key = 'function'"):
+        formats.choose(config.source("f", tools_key="function"), [row])
+    assert formats.choose(config.source("f", tools_key="functions"), [row])[0] == "messages"
+    assert formats.choose(config.source("f", tools_key=""), [row])[0] == "messages"
+
+
+def test_a_weight_of_a_row_is_not_passed_over_in_silence():
+    _, reason = formats.choose(config.source("f"), [{"prompt": "a", "response": "b", "weight": 0}])
+    assert "column 'weight' is not used" in reason

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jax_sft import config
 from jax_sft.data.messages import (
     BRIEF,
     MAX_WEIGHT,
@@ -162,11 +163,19 @@ FORMATS: dict[str, Callable[[Row, Any], Item]] = {
     "tokens": tokens,
     "text": text,
 }
-# Options of a source that not every format uses.
+# Which formats use the options of a source that name columns.
 USES = {
+    "prompt_key": ("prompt_response", "prompt_completion"),
     "query_key": ("prompt_response",),
+    "response_key": ("prompt_response",),
     "system_key": ("messages", "sharegpt", "prompt_response"),
+    "messages_key": ("messages",),
+    "conversations_key": ("sharegpt",),
+    "tools_key": ("messages", "sharegpt", "prompt_response", "prompt_completion"),
+    "completion_key": ("prompt_completion",),
+    "text_key": ("text",),
 }
+DEFAULTS = config.source("")
 
 
 def _needed(source) -> dict[str, list[tuple[str, ...]]]:
@@ -208,9 +217,11 @@ def choose(source, rows: Sequence[Row]) -> tuple[str, str]:
             "messages_key, conversations_key, prompt_key, response_key, completion_key, text_key"
         )
     for option, users in USES.items():
-        if source[option] and name not in users:
+        if not source[option] or source[option] == DEFAULTS[option]:
+            continue
+        if name not in users:
             raise ValueError(f"{given}: format {name!r} does not use source.{option}: leave it out")
-        if source[option] and source[option] not in columns:
+        if source[option] not in columns:
             raise ValueError(
                 f"{given} has the columns {names}, not source.{option} = {source[option]!r}"
             )
@@ -218,6 +229,8 @@ def choose(source, rows: Sequence[Row]) -> tuple[str, str]:
     reason = f"column{'s' * (len(keys) > 1)} {' and '.join(map(repr, keys))}"
     if name in ("messages", "prompt_response") and not source.system_key and "system" in columns:
         reason += "; column 'system' is not used: source.system_key is not set"
+    for unused in {"train", "weight"} & {*columns}:
+        reason += f"; column {unused!r} is not used: messages have weights, rows have not"
     return name, f"source.format, {reason}" if source.format else reason
 
 

@@ -43,7 +43,9 @@ def to_message(message: Any, where: str, trains: bool = True, content: str = "co
     if role == "function":
         raise ValueError(f"{where}.role = 'function' is out of date: use role 'tool'")
     if role not in ROLES:
-        raise ValueError(f"{where}.role must be one of {ROLES}, not {shown(role)}")
+        is_sharegpt = role is None and "from" in given
+        hint = ": set format = 'sharegpt' and conversations_key" if is_sharegpt else ""
+        raise ValueError(f"{where}.role must be one of {ROLES}, not {shown(role)}{hint}")
     for name, remedy in NOT_SUPPORTED.items():
         if given.pop(name, None):
             raise ValueError(f"{where}.{name} {remedy}")

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.runtime import new_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import (
@@ -30,6 +31,8 @@ TEMPLATE_ERRORS = (
 )
 # Ways in which templates want the tool calls of a message: is `arguments` an object or its JSON
 # text, and what stands for "no content".
+# What a template is given by us and cannot be set.
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
 PROBE = "qxj7zk"  # nobody's text
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _CALL_STYLES = tuple(itertools.product((False, True), ("", None)))
@@ -73,6 +76,29 @@ class ChatTemplate:
             self._compiled(False)
         except TEMPLATE_ERRORS as error:
             raise ValueError(f"the chat template cannot be compiled: {error}") from error
+        self._check_args(args)
+
+    def _check_args(self, args: Mapping[str, Any]) -> None:
+        """Refuse variables that the template does not read, or that are not the user's to set."""
+        sources = self._tokenizer.chat_template
+        parse = self._compiled(False)[0].environment.parse
+        read = set()
+        for source in sources.values() if isinstance(sources, dict) else [sources]:
+            read |= jinja2.meta.find_undeclared_variables(parse(source))
+        for name in args:
+            if name not in read - {*GIVEN, *self._tokenizer.special_tokens_map}:
+                own = sorted(
+                    read
+                    - {
+                        *GIVEN,
+                        *self._compiled(False)[0].globals,
+                        *self._tokenizer.special_tokens_map,
+                    }
+                )
+                raise ValueError(
+                    f"data.template_args.{name}: the chat template does not read it; what it reads "
+                    f"and can be set: {own}"
+                )
 
     def _compile(self, with_tools: bool) -> tuple[jinja2.Template, dict[str, Any]]:
         """The template and all that it sees but the messages.
