@@ -7,9 +7,10 @@
 # Output lines carry the number of their process. When one process fails, the others are stopped
 # and its exit code is returned. PYTHON names the interpreter (default: .venv's, else python3).
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # paths stay relative to the caller's folder
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' scripts/launch.sh; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$root/scripts/launch.sh"; }
 
 nproc=1
 options=()
@@ -27,7 +28,7 @@ fi
 if [ ${#options[@]} = 0 ]; then usage >&2; exit 64; fi
 
 python=${PYTHON:-python3}
-[ -n "${PYTHON:-}" ] || [ ! -x .venv/bin/python ] || python=.venv/bin/python
+[ -n "${PYTHON:-}" ] || [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
 
 if [ "$nproc" = 1 ]; then
   exec "$python" -m jax_sft.train "${options[@]}"

@@ -456,6 +456,25 @@ def test_a_variable_that_the_template_does_not_read_is_refused(load):
     assert decode(load("qwen3"), example.ids[:start]).endswith(prompt)
 
 
+TAGGED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content[:2] }}{% endgeneration %}GAP"
+    "{% generation %}{{ m.content[2:] }}{% endgeneration %}{% generation %}<|im_end|>"
+    "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_turn_of_several_generation_tags_trains_as_a_whole_or_not_at_all(templated):
+    messages = [user("a"), assistant("one two"), user("b"), assistant("three")]
+    example = encode(templated(TAGGED.replace("GAP", "")), messages)
+    assert trained_texts(templated(TAGGED), example) == ["one two" + END, "three" + END]
+    gap = "{{ m.content[2:3] }}"  # part of the answer, and in no tag
+    template = TAGGED.replace("GAP", gap).replace("[2:] }}{% endg", "[3:] }}{% endg")
+    with pytest.raises(ValueError, match="tags leave out part of a turn"):
+        encode(templated(template), messages)
+
+
 # ---- templates and folders that attack ---------------------------------------------------------
 
 ATTACKS = {

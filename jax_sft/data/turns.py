@@ -6,6 +6,7 @@ texts in which each trained turn follows the very prompt that inference would gi
 """
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -175,11 +176,12 @@ def _find_turn(
     last = len(messages) - 1
     if is_whole and parts[1:] and not template.prints(messages, tools, last, *parts):
         raise ValueError(f"the chat template leaves out {' or '.join(parts)} of a message")
-    if template.has_tags:
-        spans = template.tagged(messages, tools)
-        if not spans or spans[-1][1] < start:
-            raise ValueError("the chat template's {% generation %} tag leaves out a turn")
-        start = max(start, min(spans[-1][0], ends[0]))
+    if template.has_tags and is_whole:
+        spans = [span for span in template.tagged(messages, tools) if span[1] >= start]
+        gaps = itertools.pairwise(spans)
+        if not spans or any(through[end:following].strip() for (_, end), (following, _) in gaps):
+            raise ValueError("the chat template's {% generation %} tags leave out part of a turn")
+        start = max(start, min(spans[0][0], ends[0]))
     if not train_empty_think:
         start = max(start, len(prompt) + template_block)
     return Turn(start, *ends, weight=1.0), through
