@@ -32,7 +32,7 @@ BIASED = {"attention_bias": True, "mlp_bias": True}
 CLIP_NORM = 4.0  # between the gradient norms of the first and of the last steps
 # Far from the defaults where these would hide a mistake: eps and weight decay too small to see.
 OPTIMIZER = {
-    **{"optimizer.learning_rate": 1e-3, "optimizer.warmup": 3, "optimizer.final_ratio": 0.2},
+    **{"optimizer.learning_rate": 1.2e-3, "optimizer.warmup": 3, "optimizer.final_ratio": 0.2},
     **{"optimizer.weight_decay": 0.5, "optimizer.b1": 0.8, "optimizer.b2": 0.9},
     **{"optimizer.eps": 1e-5, "optimizer.clip_norm": CLIP_NORM, "optimizer.decay_fraction": 0.4},
     **{"train.steps": NUM_STEPS},
@@ -204,8 +204,7 @@ def assert_same_training(cfg, losses, norms, rates, weights) -> None:
     assert weights.keys() == their_weights.keys()
     for name, theirs in their_weights.items():
         moved = np.linalg.norm(theirs - before[name])
-        # By so much that the next line says something.
-        assert moved > 0.004 * np.linalg.norm(before[name]), name
+        assert moved > 0.005 * np.linalg.norm(before[name]), name
         assert np.linalg.norm(weights[name] - theirs) < 2e-4 * moved, name
 
 
