@@ -210,13 +210,18 @@ def test_every_ingredient_changes_the_key_and_no_two_alike(build, tmp_path, monk
     file = write(tmp_path / "a.jsonl", rows(3))
     found = [build(file).meta["key"]]
     for changes in (
-        *({"format": "prompt_response"}, {"limit": 2}, {"text_key": "other"}),
+        *({"format": "prompt_response"}, {"limit": 2}, {"tools_key": ""}),
         *({"options": chat.Options(turns="last")}, {"options": chat.Options(max_tokens=9)}),
         *({"options": chat.Options(date="2020-01-01")}, {"options": chat.Options(turns="from:1")}),
         {"options": chat.Options(train_empty_think=True)},
-        *({"options": chat.Options(template_args={"x": value})} for value in (1, True, "1", 1.5)),
     ):
         found.append(build(file, **changes).meta["key"])
+    reader = write_model(
+        tmp_path / "reader", chat_template_jinja=tiny.CHAT_TEMPLATE + "{% if x %}{% endif %}"
+    )
+    for value in (1, True, "1", 1.5):
+        options = chat.Options(template_args={"x": value})
+        found.append(build(file, tokenizer_folder=reader, options=options).meta["key"])
     template = tiny.CHAT_TEMPLATE + "{# changed #}"
     other = write_model(tmp_path / "other", chat_template_jinja=template)
     found.append(build(file, tokenizer_folder=other).meta["key"])

@@ -370,7 +370,7 @@ def test_a_malformed_message_is_named(turn, message):
         ([{"name": "f", "arguments": "[1]"}], "[0].arguments must be an object, not [1]"),
         ([{"name": "f", "arguments": [1]}], "[0].arguments must be an object, not [1]"),
         ([{"name": "f", "parameters": {}}], "[0].arguments must be an object, not None"),
-        ([{"name": "f", "arguments": '{"a": 1, "a": 2}'}], "[0].arguments is not JSON: a key is"),
+        ([{"name": "f", "arguments": '{"a": 1, "a": 2}'}], "[0].arguments is not JSON: key 'a' is"),
         ([{"name": "f", "arguments": "[" * 9999 + "]" * 9999}], "[0].arguments is not JSON: max"),
     ],
 )
@@ -676,6 +676,14 @@ def test_an_option_that_the_format_does_not_use_is_refused(option):
     source = config.source("f", **{option: OPTIONS[option]})
     with pytest.raises(ValueError, match=f"does not use source.{option}: leave it out"):
         formats.choose(source, [row])
+
+
+def test_the_columns_looked_for_by_default_are_those_of_the_config():
+    source = config.source("f")
+    assert {*formats.USES} == {key for key in source if key.endswith("_key")}
+    for option in formats.USES:
+        is_optional = option in formats.OPTIONAL
+        assert source[option] == ("" if is_optional else option.removesuffix("_key"))
 
 
 def test_a_tools_column_that_is_not_there_is_refused():

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jax_sft import config
 from jax_sft.data.messages import (
     BRIEF,
     MAX_WEIGHT,
@@ -175,7 +174,7 @@ USES = {
     "completion_key": ("prompt_completion",),
     "text_key": ("text",),
 }
-DEFAULTS = config.source("")
+OPTIONAL = ("query_key", "system_key")  # not set by default; the others name a column always
 
 
 def _needed(source) -> dict[str, list[tuple[str, ...]]]:
@@ -217,7 +216,8 @@ def choose(source, rows: Sequence[Row]) -> tuple[str, str]:
             "messages_key, conversations_key, prompt_key, response_key, completion_key, text_key"
         )
     for option, users in USES.items():
-        if not source[option] or source[option] == DEFAULTS[option]:
+        default = "" if option in OPTIONAL else option.removesuffix("_key")
+        if source[option] in ("", default):
             continue
         if name not in users:
             raise ValueError(f"{given}: format {name!r} does not use source.{option}: leave it out")

@@ -4,9 +4,10 @@ Called by `formats`. What is wrong raises ValueError, which names its place with
 `where`, such as "messages[3]".
 """
 
-import json
 import reprlib
 from typing import Any
+
+from jax_sft.data.json_rows import DECODER
 
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -191,16 +192,9 @@ def parsed(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value, object_pairs_hook=_unique)
+        return DECODER.decode(value)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
-    return found
 
 
 BRIEF = reprlib.Repr()
