@@ -16,7 +16,8 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 
 # A file imports only from levels below its own.
 LEVELS = [
-    "config command tree parallel trackers models models.spec models.rope data.json_rows",
+    "config command tree parallel trackers models models.spec models.rope data.json_rows "
+    "ops.backend",
     "data.messages",
     "data.tables data.formats data.examples data.template data.packing data.mixture data.show",
     "data.read data.turns ops.attention ops.cross_entropy model optim metrics hf",
