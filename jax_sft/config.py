@@ -65,7 +65,13 @@ def default() -> Config:
     # weights unmoved: an update below 1/256 of a weight rounds away.
     model.param_dtype = "float32"
     model.attention = "auto"  # one of ops.attention.BACKENDS
-    model.remat = "full"  # what the backward pass recomputes, see models.layers.REMAT
+    # In which gradients of matrices are formed and added up over devices. bfloat16 halves what is
+    # sent, and rounds once per device and addition.
+    model.grad_dtype = "float32"
+    # What the backward pass keeps of a layer instead of computing it again: "none" (all is kept),
+    # "dots", "attn", "full" (all is computed again), or names of compute.NAMES joined by commas.
+    model.remat = "full"
+    model.offload = ()  # names of compute.NAMES that are kept in pinned host memory
 
     data: Config = ConfigDict()
     cfg.data = data
@@ -148,6 +154,7 @@ def to_dict(cfg: Config) -> dict:
     """Return the config as plain nested dicts and lists, as stored in config.json."""
     as_dict = cfg.to_dict()
     as_dict["log"]["trackers"] = list(as_dict["log"]["trackers"])
+    as_dict["model"]["offload"] = list(as_dict["model"]["offload"])
     return as_dict
 
 

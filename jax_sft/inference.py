@@ -31,7 +31,8 @@ class LoadedModel:
 
         def logits(params, batch):
             model = model_def.bind(params)
-            hidden_BTD, head_VD = model_def.hidden(model, batch), model.head_VD
+            hidden_BTD = model_def.hidden(model, batch)
+            head_VD = model.head_VD.astype(hidden_BTD.dtype)
             return jnp.einsum(
                 "BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32
             )
@@ -40,8 +41,9 @@ class LoadedModel:
             model = model_def.bind(params)
             hidden_BTD = model_def.hidden(model, batch)
             hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
+            head_VD = model.head_VD.astype(hidden_BD.dtype)
             logits_BV = jnp.einsum(
-                "BD,VD->BV", hidden_BD, model.head_VD, preferred_element_type=jnp.float32
+                "BD,VD->BV", hidden_BD, head_VD, preferred_element_type=jnp.float32
             )
             return logits_BV.argmax(axis=-1)
 
@@ -120,7 +122,7 @@ class LoadedModel:
         """Pad to what the mesh divides (segment 0 is padding) and put on the devices."""
         sharding = parallel.sharding(self._mesh, "batch", "token")
         sizes = self._mesh.shape
-        multiples = (sizes["data"] * sizes["fsdp"], sizes["sequence"])
+        multiples = (sizes["data"] * sizes["fsdp"], sizes["sequence"] * sizes["tensor"])
         batch = {}
         for name, array in arrays.items():
             padding = [(0, -n % m) for n, m in zip(array.shape, multiples, strict=True)]
@@ -169,5 +171,5 @@ def load(
         raise ValueError("the mesh does not fit the model:\n  " + "\n  ".join(problems))
     tensors = hf.check(path, model_def.rows, dims, model_def.cfg.tied)
     shardings = state.param_shardings(model_def.rows, mesh)
-    params = hf.load(tensors, model_def.rows, dims, shardings, model_def.dtype, progress)
+    params = hf.load(tensors, model_def.rows, dims, shardings, jnp.dtype(dtype), progress)
     return LoadedModel(model_def, params, mesh)

@@ -1,13 +1,14 @@
 """A model without its weights: bound to parameters, it turns tokens into hidden states."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_sft import tree
+from jax_sft.compute import Compute, policy
 from jax_sft.models.spec import Weight
 
 
@@ -19,40 +20,42 @@ class ModelDef:
         cfg: the family's Config.
         rows: its weight rows.
         abstract: the NNX model with ShapeDtypeStructs as parameters.
-        dtype: of the activations.
-        attention: key of ops.attention.BACKENDS.
-        remat: key of models.layers.REMAT.
+        compute: how it computes.
     """
 
     cfg: Any
     rows: tuple[Weight, ...]
     abstract: Any
-    dtype: Any
-    attention: str
-    remat: str
+    compute: Compute
 
     @classmethod
-    def of(cls, family, cfg, *, dtype, attention: str = "auto", remat: str = "none") -> "ModelDef":
+    def of(
+        cls,
+        family,
+        cfg,
+        *,
+        dtype,
+        grad_dtype: Any = "float32",
+        attention: str = "auto",
+        remat: str = "none",
+        offload: Sequence[str] = (),
+    ) -> "ModelDef":
         """Build from a family module and its Config, allocating nothing."""
         abstract = jax.eval_shape(lambda key: family.Model(cfg, key), jax.random.key(0))
-        return cls(cfg, family.weights(cfg), abstract, jnp.dtype(dtype), attention, remat)
+        rows = family.weights(cfg)
+        compute = Compute(
+            dtype=jnp.dtype(dtype),
+            grad_dtype=jnp.dtype(grad_dtype),
+            attention=attention,
+            policy=policy(remat, tuple(offload)),
+            axes={row.path: row.axes for row in rows if row.is_matrix},
+        )
+        return cls(cfg, rows, abstract, compute)
 
     def bind(self, params: dict[str, jax.Array]) -> Any:
-        """Return the model with these parameters, matrices in the compute dtype."""
-        matrices = {row.path for row in self.rows if row.is_matrix}
-        cast = {
-            path: array.astype(self.dtype) if path in matrices else array
-            for path, array in params.items()
-        }
-        return tree.from_dict(self.abstract, cast)
+        """Return the model with these parameters."""
+        return tree.from_dict(self.abstract, params)
 
     def hidden(self, model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Return final hidden states [B, T, D] of a bound model."""
-        return model(
-            batch["tokens"],
-            batch["segment_ids"],
-            batch["positions"],
-            dtype=self.dtype,
-            attention=self.attention,
-            remat=self.remat,
-        )
+        return model(batch["tokens"], batch["segment_ids"], batch["positions"], self.compute)

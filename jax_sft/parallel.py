@@ -24,10 +24,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "token": ("sequence",),
     "micro_batch": (),
+    "residual": ("sequence", "tensor"),  # tokens of the residual stream, between the blocks
     "features": (),  # the model dimension of an activation
     # weights
     "layers": (),
-    "embed": ("fsdp",),  # the model dimension of a matrix
+    "embed": ("fsdp", "sequence"),  # the model dimension of a matrix
     "norm": (),  # the model dimension of a norm or bias: too small to be worth gathering
     "vocab": ("tensor",),
     "heads": ("tensor",),
@@ -71,6 +72,48 @@ def constrain(x: jax.Array, *logical_axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
 
 
+STRIPE_TOKENS = 512
+
+
+def stripe(x_BT: jax.Array) -> jax.Array:
+    """Deal the tokens of rows out over `sequence` in stripes instead of contiguous parts.
+
+    Shard r of R gets stripes r, r + R, r + 2R, ... of STRIPE_TOKENS tokens (fewer where rows are
+    short), so that each has early and late tokens of the long segments: causal attention is work
+    that grows with the position. Called inside jit on every array of a batch [B, T].
+    """
+    shards = jax.sharding.get_abstract_mesh().shape["sequence"]
+    if shards == 1:
+        return x_BT
+    num_rows, num_tokens = x_BT.shape
+    stripe_tokens = math.gcd(STRIPE_TOKENS, num_tokens // shards)
+    striped = x_BT.reshape(num_rows, -1, shards, stripe_tokens).swapaxes(1, 2)
+    return constrain(striped.reshape(num_rows, num_tokens), "batch", "token")
+
+
+def gathered(logical_axes: Sequence[str]) -> tuple[str, ...]:
+    """Return the logical axes of a weight once `embed` is gathered for use."""
+    return tuple("features" if axis == "embed" else axis for axis in logical_axes)
+
+
+def sum_over_tokens(local: jax.Array, logical_axes: Sequence[str]) -> jax.Array:
+    """Add up what each device has for its own tokens: a gradient of a weight, inside `shard_map`.
+
+    Reduce-scattered to the sharding of the weight; only the scattered part is all-reduced, over
+    the axes that split tokens but not weights.
+
+    Args:
+        local: this device's sum over its tokens; its `embed` dimension is whole.
+        logical_axes: of the weight's dimensions.
+    """
+    scattered = RULES["embed"] if "embed" in logical_axes else ()
+    if scattered:
+        dim = tuple(logical_axes).index("embed")
+        local = jax.lax.psum_scatter(local, scattered, scatter_dimension=dim, tiled=True)
+    others = [axis for axis in (*RULES["batch"], *RULES["token"]) if axis not in scattered]
+    return jax.lax.psum(local, others)
+
+
 def mesh_shape(cfg_mesh, num_devices: int) -> dict[str, int]:
     """Resolve the four sizes of `cfg.mesh` against the number of devices.
 
@@ -93,16 +136,20 @@ def mesh_shape(cfg_mesh, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
-    """Build a mesh of these sizes over `devices`, by default all of them.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """Build a mesh of these sizes over `devices`, by default all of them, host after host.
+
+    `tensor` neighbours are next to each other, then `sequence`, `fsdp` and `data`: the axes that
+    send most stay on the fast links within a host, and `data` crosses hosts first.
 
     Args:
         sizes: {axis: size}; an axis that is missing has size 1.
-
-    The last axes vary fastest, so that `tensor` and `sequence` neighbours share a host.
     """
-    shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if devices is None:
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    data, fsdp, tensor, sequence = (sizes.get(axis, 1) for axis in AXES)
+    grid = np.array(devices).reshape(data, fsdp, sequence, tensor).swapaxes(2, 3)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def single_device_mesh() -> Mesh:

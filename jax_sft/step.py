@@ -32,6 +32,7 @@ def batch_sums(
     attention within segments computes). With `num_sources`, the batch having "sources", also
     loss_by_source and weight_by_source [num_sources].
     """
+    micro = {name: parallel.stripe(array) for name, array in micro.items()}
     model = model_def.bind(params)
     hidden_BTD = model_def.hidden(model, micro)
     loss, weight, correct, *by_source = cross_entropy(
@@ -69,18 +70,22 @@ def value_and_grad(
         del sums["correct"]  # for evaluation only; the compiler drops its computation
         return sums["loss"], sums
 
-    def pin(grads):  # so that gradients are reduce-scattered, not all-reduced
-        return {path: parallel.constrain(grads[path], *axes[path]) for path in grads}
+    def gradient(micro):
+        grads, sums = jax.grad(loss, has_aux=True)(params, micro)
+        return sums, {path: parallel.constrain(grads[path], *axes[path]) for path in grads}
 
     def accumulate(carry, micro):
-        grads, sums = jax.grad(loss, has_aux=True)(params, micro)
-        return jax.tree.map(jnp.add, carry, (sums, pin(grads))), None
+        return jax.tree.map(jnp.add, carry, gradient(micro)), None
 
-    zeros = {path: jnp.zeros(p.shape, jnp.float32) for path, p in params.items()}
-    none = dict.fromkeys(("loss", "weight", "tokens", "pairs"), jnp.float32(0))
-    if num_sources:
-        none |= dict.fromkeys(BY_SOURCE, jnp.zeros(num_sources, jnp.float32))
-    (sums, grads), _ = jax.lax.scan(accumulate, (none, pin(zeros)), batch)
+    if batch["tokens"].shape[0] == 1:  # no accumulator
+        sums, grads = gradient({name: array[0] for name, array in batch.items()})
+    else:
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, jnp.float32),
+            jax.eval_shape(gradient, {name: array[0] for name, array in batch.items()}),
+        )
+        zeros = (zeros[0], {p: parallel.constrain(z, *axes[p]) for p, z in zeros[1].items()})
+        (sums, grads), _ = jax.lax.scan(accumulate, zeros, batch)
     # A batch of padding alone has a zero gradient.
     count = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
     return sums, {path: (grad / count).astype(params[path].dtype) for path, grad in grads.items()}

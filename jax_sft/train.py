@@ -73,6 +73,8 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
         dtype=cfg.model.dtype,
         attention=cfg.model.attention,
         remat=cfg.model.remat,
+        grad_dtype=cfg.model.grad_dtype,
+        offload=cfg.model.offload,
     )
     rows, dims = model_def.rows, model_cfg.dims
     num_params = sum(math.prod(row.shape(dims)) for row in rows)

@@ -8,9 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from jax_sft import hf, models, optim, parallel, trackers
+from jax_sft import compute, hf, models, optim, parallel, trackers
 from jax_sft.data import check
-from jax_sft.models.layers import REMAT
 from jax_sft.ops.attention import BACKENDS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -51,6 +50,7 @@ def validate(cfg, num_devices: int) -> Resolved:
             return None
 
     problems += _value_problems(cfg)
+    attempt(compute.policy, cfg.model.remat, tuple(cfg.model.offload))
     sizes = attempt(parallel.mesh_shape, cfg.mesh, num_devices)
     folder, family, model_cfg = _model(cfg, attempt)
     micro_rows = cfg.batch.micro_rows or cfg.batch.rows
@@ -98,7 +98,7 @@ def _value_problems(cfg) -> list[str]:
         "model.dtype": DTYPES,
         "model.param_dtype": DTYPES,
         "model.attention": tuple(BACKENDS),
-        "model.remat": tuple(REMAT),
+        "model.grad_dtype": DTYPES,
         "optimizer.name": optim.NAMES,
         "optimizer.schedule": optim.SCHEDULES,
     }
@@ -174,11 +174,12 @@ def _batch_problems(cfg, micro_rows: int, sizes: dict[str, int]) -> list[str]:
             f"{key} = {micro_rows} is not divisible by data x fsdp = {ranks}: use {fits}, or "
             "change mesh.fsdp"
         )
-    if cfg.data.seq_len % sizes["sequence"]:
-        multiple = -(-cfg.data.seq_len // sizes["sequence"]) * sizes["sequence"]
+    shards = sizes["sequence"] * sizes["tensor"]  # of the residual stream
+    if cfg.data.seq_len % shards:
+        multiple = -(-cfg.data.seq_len // shards) * shards
         problems.append(
-            f"data.seq_len = {cfg.data.seq_len} is not divisible by mesh.sequence = "
-            f"{sizes['sequence']}: use {multiple}"
+            f"data.seq_len = {cfg.data.seq_len} is not divisible by mesh.sequence x mesh.tensor = "
+            f"{shards}: use {multiple}"
         )
     return problems
 

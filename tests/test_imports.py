@@ -18,9 +18,9 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 LEVELS = [
     "config command tree parallel trackers models models.spec models.rope data.json_rows "
     "ops.backend",
-    "data.messages",
+    "data.messages compute",
     "data.tables data.formats data.examples data.template data.packing data.mixture data.show",
-    "data.read data.turns ops.attention ops.cross_entropy model optim metrics hf",
+    "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf",
     "models.layers data.chat data.check state",
     "data.worker data.loader checkpoint",
     f"{FAMILY} data.store inference validate tiny",

@@ -105,7 +105,7 @@ def test_parameters_moments_and_gradients_are_split_over_fsdp_and_tensor(make_co
         created = state.create(tx, params, model_def.rows, mesh)
     kernel = "layers.mlp.gate.kernel"
     moments = [leaf for leaf in jax.tree.leaves(created.opt_state) if leaf.ndim]
-    assert created.params[kernel].sharding.spec == jax.P(None, "fsdp", "tensor")
+    assert created.params[kernel].sharding.spec == jax.P(None, ("fsdp", "sequence"), "tensor")
     assert len(moments) == 2 * len(params)
     whole = sum(leaf.nbytes for leaf in moments)
     here = sum(leaf.addressable_shards[0].data.nbytes for leaf in moments)

@@ -206,7 +206,7 @@ class Loader:
         )
         self._grid = (rows // micro_rows, micro_rows)
         self._sharding = parallel.sharding(mesh, "micro_batch", "batch", "token")
-        self._buckets = _buckets(data, mesh.shape["sequence"])
+        self._buckets = _buckets(data, mesh.shape["sequence"] * mesh.shape["tensor"])
         self._waited_s = 0.0
         self.num_rows = len(self.schedule.plan(0)[0])
         self.steps_per_epoch = self.schedule.steps_in(0)
@@ -313,7 +313,7 @@ class _LocalBatches:
 
 
 def _buckets(data, multiple: int) -> np.ndarray:
-    """The row lengths in use, in tokens, ascending; each a multiple of the mesh's `sequence`."""
+    """The row lengths in use, in tokens, ascending; each a multiple of what the mesh divides."""
     found = [data.seq_len]
     if data.packing == "none":
         doublings = (SHORTEST_BUCKET << n for n in range(data.seq_len.bit_length()))

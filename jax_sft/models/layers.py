@@ -5,6 +5,7 @@ Modules are plain pytrees (NNX tree mode): no shared submodules, parameters crea
 Parameters multiply in the dtype of the activation; what loses precision runs in float32.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,44 +13,100 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_sft import parallel
+from jax_sft.compute import Compute
 from jax_sft.models import rope
 from jax_sft.ops.attention import packed_attention
+from jax_sft.ops.embedding import lookup
 
 INIT_STD = 0.02  # of matrices made from scratch, as in Hugging Face's initializer_range
-
-# model.remat: what the backward pass keeps of a layer instead of computing it again.
-REMAT: dict[str, Any] = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attn": jax.checkpoint_policies.save_only_these_names("attention"),
-}
 
 
 class Linear(nnx.Module):
     """y = x W (+ b), contracting the last dimensions of x with the first dimensions of W.
 
     Args:
-        inputs: sizes that are contracted, e.g. (D,) or (N, H).
-        outputs: sizes that appear, e.g. (N, H) or (D,).
+        inputs: {logical axis: size} of what is contracted, e.g. {"embed": D}.
+        outputs: {logical axis: size} of what appears, e.g. {"heads": N, "head_dim": H}.
         key: random key of the normal initialisation; the bias starts at zero.
     """
 
-    def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], key, bias: bool = False):
-        self.num_inputs = len(inputs)
-        self.kernel = nnx.Param(INIT_STD * jax.random.normal(key, inputs + outputs))
+    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], key, bias: bool = False):
+        self.axes = tuple(inputs), tuple(outputs)
+        shape = (*inputs.values(), *outputs.values())
+        self.kernel = nnx.Param(INIT_STD * jax.random.normal(key, shape))
         if bias:
-            self.bias = nnx.Param(jnp.zeros(outputs))
+            self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        contract = self.num_inputs
-        kernel = self.kernel[...].astype(x.dtype)
-        y = jax.lax.dot_general(
-            x, kernel, ((range(x.ndim - contract, x.ndim), range(contract)), ((), ()))
-        )
-        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+        y = _matmul(x, self.kernel[...], self.axes)
+        return _add_bias(y, self.bias[...]) if hasattr(self, "bias") else y
+
+
+Axes = tuple[tuple[str, ...], tuple[str, ...]]  # logical axes of a kernel: inputs, outputs
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x: jax.Array, kernel: jax.Array, axes: Axes) -> jax.Array:
+    """Multiply in the dtype of x, [batch, tokens, *inputs] x [*inputs, *outputs]."""
+    num_inputs = len(axes[0])
+    dims = (range(x.ndim - num_inputs, x.ndim), range(num_inputs)), ((), ())
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), dims)
+
+
+def _matmul_fwd(x, kernel, axes):
+    return _matmul(x, kernel, axes), (x, kernel)
+
+
+def _matmul_bwd(axes, residuals, grad):
+    x, kernel = residuals
+    inputs, outputs = (parallel.gathered(some) for some in axes)
+    grad = parallel.constrain(grad, "batch", "token", *outputs)
+    of_grad = range(grad.ndim - len(outputs), grad.ndim)
+    of_kernel = range(len(inputs), kernel.ndim)
+    grad_x = jax.lax.dot_general(grad, kernel.astype(x.dtype), ((of_grad, of_kernel), ((), ())))
+    island = jax.shard_map(
+        functools.partial(_kernel_gradient, axes=sum(axes, ()), dtype=kernel.dtype),
+        in_specs=(
+            parallel.spec("batch", "token", *inputs),
+            parallel.spec("batch", "token", *outputs),
+        ),
+        out_specs=parallel.spec(*sum(axes, ())),
+    )
+    return grad_x, island(x, grad)
+
+
+def _kernel_gradient(x, grad, *, axes: tuple[str, ...], dtype):
+    """One device's part of the gradient of a kernel, summed over the tokens of all devices.
+
+    It is formed and added up in the dtype of the (gathered) kernel: what each device has, rounded
+    to bfloat16 before it is added, would lose more with every device. An island, since the
+    partitioner may gather all activations instead of scattering the sum.
+    """
+    local = jax.lax.dot_general(x, grad, (((0, 1), (0, 1)), ((), ())), preferred_element_type=dtype)
+    return parallel.sum_over_tokens(local, axes)
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+@jax.custom_vjp
+def _add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """Add a bias to the last dimensions; its gradient is summed in the bias's dtype."""
+    return y + bias.astype(y.dtype)
+
+
+def _add_bias_fwd(y, bias):
+    return _add_bias(y, bias), jnp.zeros(bias.shape, bias.dtype)
+
+
+def _add_bias_bwd(like, grad):
+    return grad, grad.astype(like.dtype).sum(range(grad.ndim - like.ndim))
+
+
+_add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
 
 
 class RMSNorm(nnx.Module):
@@ -71,11 +128,8 @@ class Embedding(nnx.Module):
     def __init__(self, vocab: int, features: int, key):
         self.table = nnx.Param(INIT_STD * jax.random.normal(key, (vocab, features)))
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        # Gather the model dimension first: the partitioner turns a lookup in a table split over
-        # both dimensions into a full copy of the activations.
-        table_VD = parallel.constrain(self.table[...], "vocab", "features")
-        return jnp.take(table_VD, tokens_BT, axis=0)
+    def __call__(self, tokens_BT: jax.Array, dtype) -> jax.Array:
+        return residual(lookup(self.table[...], tokens_BT, dtype))
 
 
 class SwiGLU(nnx.Module):
@@ -83,12 +137,14 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, features: int, mlp: int, key, bias: bool = False):
         gate, up, down = jax.random.split(key, 3)
-        self.gate = Linear((features,), (mlp,), gate, bias)
-        self.up = Linear((features,), (mlp,), up, bias)
-        self.down = Linear((mlp,), (features,), down, bias)
+        self.gate = Linear({"embed": features}, {"mlp": mlp}, gate, bias)
+        self.up = Linear({"embed": features}, {"mlp": mlp}, up, bias)
+        self.down = Linear({"mlp": mlp}, {"embed": features}, down, bias)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        hidden_BTF = jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD)
+        gate_BTF = checkpoint_name(self.gate(x_BTD), "mlp")
+        up_BTF = checkpoint_name(self.up(x_BTD), "mlp")
+        hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
         return self.down(parallel.constrain(hidden_BTF, "batch", "token", "mlp"))
 
 
@@ -99,14 +155,35 @@ def attend(
     angles: tuple[jax.Array, jax.Array],
     segment_ids_BT: jax.Array,
     positions_BT: jax.Array,
-    backend: str,
+    compute: Compute,
 ) -> jax.Array:
     """Rotate queries and keys, then attend causally within each segment. Returns [B, T, N, H]."""
     q_BTNH, k_BTKH = rope.rotate(q_BTNH, angles), rope.rotate(k_BTKH, angles)
-    scale = 1 / math.sqrt(q_BTNH.shape[-1])
+    q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(x, "qkv") for x in (q_BTNH, k_BTKH, v_BTKH))
     return packed_attention(
-        q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, positions_BT, scale=scale, backend=backend
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        segment_ids_BT,
+        positions_BT,
+        scale=1 / math.sqrt(q_BTNH.shape[-1]),
+        backend=compute.attention,
     )
+
+
+def whole(x_BTD: jax.Array) -> jax.Array:
+    """Gather what a block reads over `tensor`: every shard of heads or mlp needs all tokens."""
+    # Pinned before too, so that what is gathered is the compute dtype and not a norm's float32.
+    return parallel.constrain(residual(x_BTD), "batch", "token", "features")
+
+
+def residual(x_BTD: jax.Array) -> jax.Array:
+    """Split the tokens of what is added to the residual stream over `tensor` too.
+
+    So what the shards of a block have computed is reduce-scattered, and what lives between blocks,
+    norms included, takes 1/tensor of the memory (Korthikanti et al. 2022, arXiv:2205.05198).
+    """
+    return parallel.constrain(x_BTD, "batch", "residual", "features")
 
 
 def stack(make_layer: Callable[[jax.Array], Any], num_layers: int, key) -> Any:
@@ -114,17 +191,18 @@ def stack(make_layer: Callable[[jax.Array], Any], num_layers: int, key) -> Any:
     return jax.vmap(make_layer)(jax.random.split(key, num_layers))
 
 
-def run_stack(layers: Any, x_BTD: jax.Array, *inputs: Any, remat: str) -> jax.Array:
+def run_stack(
+    layers: Any, x_BTD: jax.Array, *inputs: Any, name: str, compute: Compute
+) -> jax.Array:
     """Apply stacked layers in turn, `x = layer(x, *inputs)`, as one compiled loop body.
 
-    The residual stream is pinned to (batch, token) sharding between layers.
+    Args:
+        name: path of `layers` in the model, as the weight rows have it.
     """
 
     def body(x_BTD, layer):
-        x_BTD = layer(x_BTD, *inputs)
-        return parallel.constrain(x_BTD, "batch", "token", "features"), None
+        x_BTD = checkpoint_name(x_BTD, "residual")
+        return residual(compute.gathered(layer, name)(x_BTD, *inputs)), None
 
-    if remat != "none":
-        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
-    x_BTD, _ = jax.lax.scan(body, x_BTD, layers)
-    return x_BTD
+    body = jax.checkpoint(body, policy=compute.policy, prevent_cse=False)
+    return jax.lax.scan(body, x_BTD, layers)[0]

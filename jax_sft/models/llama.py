@@ -6,7 +6,6 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jax_sft import parallel
 from jax_sft.models import layers
 from jax_sft.models.rope import Rope
 from jax_sft.models.spec import Fields, Weight
@@ -113,11 +112,13 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: Config, key):
         q, k, v, out = jax.random.split(key, 4)
-        heads, kv_heads = (cfg.num_heads, cfg.head_dim), (cfg.num_kv_heads, cfg.head_dim)
-        self.q = layers.Linear((cfg.features,), heads, q, cfg.attention_bias)
-        self.k = layers.Linear((cfg.features,), kv_heads, k, cfg.attention_bias)
-        self.v = layers.Linear((cfg.features,), kv_heads, v, cfg.attention_bias)
-        self.out = layers.Linear(heads, (cfg.features,), out, cfg.attention_bias)
+        features = {"embed": cfg.features}
+        heads = {"heads": cfg.num_heads, "head_dim": cfg.head_dim}
+        kv_heads = {"kv_heads": cfg.num_kv_heads, "head_dim": cfg.head_dim}
+        self.q = layers.Linear(features, heads, q, cfg.attention_bias)
+        self.k = layers.Linear(features, kv_heads, k, cfg.attention_bias)
+        self.v = layers.Linear(features, kv_heads, v, cfg.attention_bias)
+        self.out = layers.Linear(heads, features, out, cfg.attention_bias)
 
     def __call__(self, x_BTD, *context):
         return self.out(layers.attend(self.q(x_BTD), self.k(x_BTD), self.v(x_BTD), *context))
@@ -134,8 +135,8 @@ class Layer(nnx.Module):
         self.mlp = layers.SwiGLU(cfg.features, cfg.mlp, mlp, cfg.mlp_bias)
 
     def __call__(self, x_BTD, *context):
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), *context)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        x_BTD += layers.residual(self.attn(layers.whole(self.attn_norm(x_BTD)), *context))
+        return x_BTD + layers.residual(self.mlp(layers.whole(self.mlp_norm(x_BTD))))
 
 
 class Model(nnx.Module):
@@ -150,16 +151,15 @@ class Model(nnx.Module):
         if not cfg.tied:
             self.head = layers.Embedding(cfg.vocab, cfg.features, head)
 
-    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, *, dtype, attention, remat):
-        """Return hidden states [B, T, D] in `dtype`, normed and ready for the head."""
-        x_BTD = self.embed(tokens_BT).astype(dtype)
-        x_BTD = parallel.constrain(x_BTD, "batch", "token", "features")
+    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, compute):
+        """Return hidden states [B, T, D] in `compute.dtype`, normed and ready for the head."""
+        x_BTD = self.embed(tokens_BT, compute.dtype)
         angles = self.cfg.rope.angles(positions_BT)
-        context = (angles, segment_ids_BT, positions_BT, attention)
-        x_BTD = layers.run_stack(self.layers, x_BTD, *context, remat=remat)
+        context = (angles, segment_ids_BT, positions_BT, compute)
+        x_BTD = layers.run_stack(self.layers, x_BTD, *context, name="layers", compute=compute)
         return self.final_norm(x_BTD)
 
     @property
     def head_VD(self) -> jax.Array:
-        """The output head [V, D]: the embedding table when tied."""
+        """The output head [V, D], the master weight: the embedding table when tied."""
         return (self.embed if self.cfg.tied else self.head).table[...]

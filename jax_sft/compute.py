@@ -1,0 +1,124 @@
+"""How a model computes, whatever its family: dtypes, attention, what the backward pass keeps.
+
+`ModelDef` makes one Compute; model families hand it on to the primitives of `layers`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jax_sft import parallel, tree
+
+# Values of a layer that can be named in model.remat and model.offload, [rows, tokens, ...]:
+NAMES = {
+    "residual": "the layer's input, features wide",
+    "qkv": "rotated queries and keys, and values",
+    "attention": "what attention returns, before its output projection",
+    "attention_lse": "log-sum-exp of the attention scores: with `attention`, its forward is kept",
+    "mlp": "gate and up of the MLP, by far the largest",
+}
+_WEIGHT = "weight"  # a gathered weight; it is never kept
+
+# model.remat: what the backward pass keeps of a layer instead of computing it again.
+REMAT: dict[str, Callable[..., Any]] = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names(_WEIGHT),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+_NAMED = {"full": (), "attn": ("attention", "attention_lse")}
+
+
+def policy(remat: str, offload: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """Return the policy of `jax.checkpoint`.
+
+    Args:
+        remat: "none" (keep all but gathered weights), "dots" (keep matrix products), "attn" (keep
+            attention), "full" (keep nothing but each layer's input), or NAMES joined by commas.
+        offload: NAMES that are kept in pinned host memory instead of the device's.
+
+    Raises:
+        ValueError: an unknown name; or `offload` with a policy that is not made of names.
+    """
+    if remat in REMAT:
+        if offload:
+            raise ValueError(
+                f"model.offload = {list(offload)} does not go with model.remat = {remat!r}: use "
+                '"full", "attn" or names'
+            )
+        return REMAT[remat]
+    saved = _NAMED[remat] if remat in _NAMED else tuple(remat.replace(" ", "").split(","))
+    if unknown := [name for name in (*saved, *offload) if name not in NAMES]:
+        raise ValueError(
+            f"{unknown} cannot be kept (model.remat = {remat!r}, model.offload = {list(offload)}): "
+            f"use one of {[*REMAT, *_NAMED]}, or names out of {list(NAMES)} joined by commas"
+        )
+    if not offload:
+        return jax.checkpoint_policies.save_only_these_names(*saved)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[name for name in saved if name not in offload],
+        names_which_can_be_offloaded=list(offload),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """What model code is told beside its weights and inputs.
+
+    Attributes:
+        dtype: of activations, and of matrices while they multiply.
+        grad_dtype: in which gradients of matrices are added up over devices.
+        attention: key of ops.attention.BACKENDS.
+        policy: of `jax.checkpoint`, for a layer.
+        axes: {path of a matrix: logical axes of its dimensions}.
+    """
+
+    dtype: Any
+    grad_dtype: Any
+    attention: str
+    policy: Callable[..., Any]
+    axes: Mapping[str, tuple[str, ...]]
+
+    def gathered(self, layer: Any, name: str) -> Any:
+        """Return one layer of the stack `name` with its matrices gathered in the compute dtype."""
+        params = tree.to_dict(layer)
+        for path, weight in params.items():
+            axes = self.axes.get(f"{name}.{path}")
+            if axes:
+                params[path] = gather(weight, axes[-weight.ndim :], self.dtype, self.grad_dtype)
+        return tree.from_dict(layer, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather(weight: jax.Array, axes: tuple[str, ...], dtype, grad_dtype) -> jax.Array:
+    """Round a sharded master weight, then gather it over the axes of `embed` (ZeRO stage 3).
+
+    The gradient, which each device has for its own tokens, is reduce-scattered to the sharding of
+    the weight: without being pinned here it would be all-reduced. (Rajbhandari et al. 2020,
+    arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277.)
+
+    Args:
+        axes: logical axes of the weight's dimensions.
+        dtype: the weight is rounded to it and travels in it.
+        grad_dtype: of the result, hence of its gradient: what multiplies with it must form the
+            gradient in this dtype, since the partitioner sums up what the product returns.
+    """
+    shard = parallel.constrain(weight.astype(dtype), *axes)  # cast first: half the bytes
+    whole = parallel.constrain(shard, *parallel.gathered(axes))
+    return checkpoint_name(whole, _WEIGHT).astype(grad_dtype)
+
+
+def _gather_fwd(weight, axes, dtype, grad_dtype):
+    return gather(weight, axes, dtype, grad_dtype), jnp.zeros((), weight.dtype)
+
+
+def _gather_bwd(axes, dtype, grad_dtype, like, grad):
+    return (parallel.constrain(grad, *axes).astype(like.dtype),)
+
+
+gather.defvjp(_gather_fwd, _gather_bwd)

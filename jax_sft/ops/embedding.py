@@ -1,0 +1,88 @@
+"""Embedding lookup in a table that is sharded in both dimensions, without gathering the table.
+
+Shape suffixes: B rows, T tokens, V vocabulary, D model, S shards of the model dimension.
+Called by `models.layers` inside jit, under the mesh set by `jax.set_mesh`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jax_sft import parallel
+
+_EMBED = parallel.RULES["embed"]  # mesh axes that split the model dimension; they split tokens too
+
+
+def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
+    """Return table_VD[tokens_BT] as [B, T, D] in `dtype`.
+
+    The tokens go to the shards of the model dimension and the features found come back in one
+    all-to-all: per device about tokens x D elements each way, where gathering the table and
+    scattering its gradient would move V x D three times. Over `tensor`, which splits the
+    vocabulary, each device looks up what it has and the parts are added.
+
+    Args:
+        table_VD: master weight, sharded over (vocab, embed). Its gradient is summed in float32.
+        tokens_BT: int token ids in 0..V-1.
+    """
+    return _lookup(table_VD, tokens_BT, jnp.dtype(dtype), table_VD.shape[0], table_VD.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _lookup(table_VD, tokens_BT, dtype, vocab, table_dtype):
+    find = _island(
+        functools.partial(_find, dtype=dtype),
+        parallel.spec("batch", "token", "features"),
+        parallel.spec("vocab", "embed"),
+    )
+    return find(tokens_BT, table_VD)
+
+
+def _lookup_fwd(table_VD, tokens_BT, *static):
+    return _lookup(table_VD, tokens_BT, *static), tokens_BT
+
+
+def _lookup_bwd(dtype, vocab, table_dtype, tokens_BT, grad_BTD):
+    add = _island(
+        functools.partial(_add, vocab=vocab),
+        parallel.spec("vocab", "embed"),
+        parallel.spec("batch", "token", "features"),
+    )
+    return add(tokens_BT, grad_BTD).astype(table_dtype), None
+
+
+_lookup.defvjp(_lookup_fwd, _lookup_bwd)
+
+
+def _island(local, out_spec, *in_specs):
+    return jax.shard_map(
+        local,
+        in_specs=(parallel.spec("batch", "token"), *in_specs),
+        out_specs=out_spec,
+    )
+
+
+def _local_ids(tokens_BT, num_local):
+    """Ids of the tokens of all shards [S, B, T] within this device's part of the vocabulary."""
+    tokens_SBT = jax.lax.all_gather(tokens_BT, _EMBED)
+    return tokens_SBT - jax.lax.axis_index("tensor") * num_local
+
+
+def _find(tokens_BT, table_VD, *, dtype):
+    ids_SBT = _local_ids(tokens_BT, table_VD.shape[0])
+    is_here = (ids_SBT >= 0) & (ids_SBT < table_VD.shape[0])
+    found_SBTD = jnp.take(table_VD, jnp.where(is_here, ids_SBT, 0), axis=0).astype(dtype)
+    found_SBTD = jnp.where(is_here[..., None], found_SBTD, 0)
+    found_BTD = jax.lax.all_to_all(found_SBTD, _EMBED, 0, 3, tiled=True)[0]
+    return jax.lax.psum(found_BTD, "tensor")
+
+
+def _add(tokens_BT, grad_BTD, *, vocab):
+    num_local = vocab // jax.lax.axis_size("tensor")
+    ids_SBT = _local_ids(tokens_BT, num_local)
+    grad_SBTD = jax.lax.all_to_all(grad_BTD[None], _EMBED, 3, 0, tiled=True)
+    ids_SBT = jnp.where(ids_SBT < 0, num_local, ids_SBT)  # out of range: dropped
+    zeros_VD = jnp.zeros((num_local, grad_SBTD.shape[-1]), jnp.float32)
+    sum_VD = zeros_VD.at[ids_SBT].add(grad_SBTD.astype(jnp.float32), mode="drop")
+    return jax.lax.psum(sum_VD, "data")
