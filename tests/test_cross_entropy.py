@@ -1,9 +1,13 @@
-"""Cross-entropy against float64 NumPy, values and gradients, on several meshes.
+"""Cross-entropy against float64, values and gradients, on every mesh of 8 devices.
 
-Shape suffixes: B rows, T tokens, D model, V vocabulary, N heads, K kv heads, H head dim.
+Shape suffixes: B rows, T tokens, D model, V vocabulary.
 """
 
 import functools
+import itertools
+import math
+from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +18,13 @@ from jax.extend.core import jaxprs_in_params
 from jax_sft import parallel
 from jax_sft.ops import cross_entropy as ce
 
-MESHES = [(8, 1, 1, 1), (1, 1, 8, 1), (1, 1, 2, 4), (2, 2, 2, 1), (1, 2, 2, 2)]
+MESHES = [m for m in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(m) == 8]
+TENSOR, MIXED = (1, 1, 8, 1), (1, 2, 2, 2)
+B, T, D, V = 8, 24, 16, 40
+CHUNK = 7  # divides the tokens of a device on none of the meshes: 24, 48, 96 or 192
+NUM_SOURCES = 5  # the fourth has no token
+QUICK = {"xla_backend_optimization_level": 0}  # of the machine code alone: compiles twice as fast
+ALL: dict[str, Any] = {"z_loss": 1e-2, "label_smoothing": 0.1, "soft_cap": 2.0}
 
 
 def make_mesh(sizes):
@@ -27,138 +37,110 @@ def relative_error(found, wanted) -> float:
     return np.abs(np.asarray(found, np.float64) - wanted).max() / np.abs(wanted).max()
 
 
-B, T, D, V = 8, 20, 12, 40
-CHUNK = 7  # divides the tokens of a device on none of the meshes: 20, 160, 40, 40, 40
-
-
-def loss_problem(scale: float = 1.0, seed: int = 0):
-    rng = np.random.default_rng(seed)
-    hidden_BTD = np.float32(scale * rng.standard_normal((B, T, D)))
-    head_VD = np.float32(rng.standard_normal((V, D)))
-    targets_BT = rng.integers(0, V, (B, T)).astype(np.int32)
-    weights_BT = np.float32(rng.integers(0, 2, (B, T)) * rng.choice([1.0, 0.5], (B, T)))
+def loss_problem(scale: float = 1.0, shape=(B, T, D, V)):
+    rng, (rows, tokens, features, ids) = np.random.default_rng(0), shape
+    hidden_BTD = np.float32(scale * rng.standard_normal((rows, tokens, features)))
+    head_VD = np.float32(rng.standard_normal((ids, features)))
+    targets_BT = rng.integers(0, ids, (rows, tokens)).astype(np.int32)
+    half = rng.choice([1.0, 0.5], (rows, tokens))
+    weights_BT = np.float32(rng.integers(0, 2, (rows, tokens)) * half)
     return hidden_BTD, head_VD, targets_BT, weights_BT
+
+
+def some_sources():
+    return np.random.default_rng(1).choice([0, 1, 2, 4], (B, T)).astype(np.int32)
+
+
+def with_weights(weights_BT):
+    return (*loss_problem()[:3], np.float32(weights_BT))
+
+
+# ---- the truth, twice: NumPy with gradients by hand, and JAX's derivative of the formula ---------
 
 
 def dense_loss(hidden_BTD, head_VD, targets_BT, weights_BT):
     """(loss, weight, correct, gradient of hidden, gradient of head), all in float64."""
-    hidden_BTD, head_VD = np.float64(hidden_BTD), np.float64(head_VD)
-    weights_BT = np.float64(weights_BT)
+    hidden_BTD, head_VD, weights_BT = (
+        np.asarray(x, np.float64) for x in (hidden_BTD, head_VD, weights_BT)
+    )
     logits_BTV = hidden_BTD @ head_VD.T
     shifted_BTV = logits_BTV - logits_BTV.max(-1, keepdims=True)
     exp_BTV = np.exp(shifted_BTV)
     probs_BTV = exp_BTV / exp_BTV.sum(-1, keepdims=True)
-    one_hot_BTV = np.eye(V)[targets_BT]
-    losses_BT = np.log(exp_BTV.sum(-1)) - (shifted_BTV * one_hot_BTV).sum(-1)
+    is_target_BTV = np.arange(len(head_VD)) == targets_BT[..., None]
+    losses_BT = np.log(exp_BTV.sum(-1)) - (shifted_BTV * is_target_BTV).sum(-1)
     correct_BT = logits_BTV.argmax(-1) == targets_BT
-    grad_BTV = (probs_BTV - one_hot_BTV) * weights_BT[..., None]
+    grad_BTV = (probs_BTV - is_target_BTV) * weights_BT[..., None]
     return (
         (losses_BT * weights_BT).sum(),
         weights_BT.sum(),
         (correct_BT * weights_BT).sum(),
         grad_BTV @ head_VD,
-        np.einsum("BTV,BTD->VD", grad_BTV, hidden_BTD),
+        np.tensordot(grad_BTV, hidden_BTD, ((0, 1), (0, 1))),
     )
 
 
-@functools.cache  # compiled once per mesh and chunk
-def loss_and_gradients(sizes, chunk):
-    def loss(hidden_BTD, head_VD, targets_BT, weights_BT):
-        loss, *counts = ce.cross_entropy(hidden_BTD, head_VD, targets_BT, weights_BT)
-        return loss, counts
+def dense_loss_with_options(problem, z_loss=0.0, label_smoothing=0.0, soft_cap=math.inf):
+    """(loss, gradient of hidden, gradient of head): the formulas as the papers write them."""
+    with jax.enable_x64(True):
+        as_float64 = [jnp.asarray(x, jnp.float64) for x in problem[:2]]
+        options = jnp.asarray([z_loss, label_smoothing, min(soft_cap, 1e9)], jnp.float64)
+        value, grads = papers_loss_and_gradients(*as_float64, *problem[2:], options)
+        return jax.device_get((value, *grads))
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+@jax.jit
+@functools.partial(jax.value_and_grad, argnums=(0, 1))
+def papers_loss_and_gradients(hidden_BTD, head_VD, targets_BT, weights_BT, options):
+    z_loss, label_smoothing, soft_cap = options
+    logits_BTV = soft_cap * jnp.tanh(hidden_BTD @ head_VD.T / soft_cap)
+    wanted_BTV = jax.nn.one_hot(targets_BT, V, dtype=jnp.float64) * (1 - label_smoothing)
+    log_probs_BTV = jax.nn.log_softmax(logits_BTV)
+    losses_BT = -((wanted_BTV + label_smoothing / V) * log_probs_BTV).sum(-1)
+    losses_BT += z_loss * jnp.log(jnp.exp(logits_BTV).sum(-1)) ** 2
+    return (losses_BT * weights_BT).sum()
 
 
-def sharded_loss(sizes, problem, chunk: int = CHUNK):
-    """(loss, weight, correct, gradient of hidden, gradient of head) of ours on a mesh."""
+# ---- ours ----------------------------------------------------------------------------------------
+
+
+@functools.cache  # compiled once for each mesh, setting and what a test has `changed`
+def compiled(
+    sizes, chunk=CHUNK, sources=False, gradients=True, scale=1.0, counts=True, changed=(), **options
+):
+    num_sources = (NUM_SOURCES,) if sources else ()
+
+    def loss(hidden_BTD, head_VD, weights_BT, targets_BT, *sources_BT):
+        of_tokens = (targets_BT, weights_BT, *sources_BT)
+        loss, *others = ce.cross_entropy(hidden_BTD, head_VD, *of_tokens, *num_sources, **options)
+        return scale * loss, others if counts else ()
+
+    run = jax.value_and_grad(loss, (0, 1, 2), has_aux=True) if gradients else loss
+    return jax.jit(run, compiler_options=QUICK)
+
+
+def on_mesh(
+    sizes, problem, *sources_BT, chunk: int = CHUNK, gradients: bool = True, **settings: Any
+) -> tuple[Any, ...]:
+    """(loss, weight, correct[, two more by source], gradients of hidden and head) of ours."""
+    hidden_BTD, head_VD, targets_BT, weights_BT = problem
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh(sizes)):
-        patch.setattr(ce, "CHUNK_TOKENS", chunk)
-        (value, counts), grads = loss_and_gradients(sizes, chunk)(*problem)
-        return jax.device_get((value, *counts, *grads))
+        patch.setattr(ce, "MAX_CHUNK", chunk)
+        run = compiled(sizes, chunk, bool(sources_BT), gradients, **settings)
+        found = run(hidden_BTD, head_VD, weights_BT, targets_BT, *sources_BT)
+        (value, others), grads = jax.device_get(found if gradients else (found, ()))
+    assert not gradients or not grads[2].any()  # weights are data
+    return value, *others, *grads[:2]
 
 
 @pytest.mark.parametrize("sizes", MESHES)
-def test_loss_counts_and_gradients_equal_the_dense_ones(sizes):
-    problem = loss_problem()
-    wanted, found = dense_loss(*problem), sharded_loss(sizes, problem)
+def test_sums_and_gradients_equal_the_dense_ones(sizes):
+    problem, sources_BT = loss_problem(), some_sources()
+    wanted, found = dense_loss(*problem), on_mesh(sizes, problem, sources_BT)
     assert relative_error(found[0], wanted[0]) < 1e-6
     assert found[1] == wanted[1] and found[2] == wanted[2]
-    assert relative_error(found[3], wanted[3]) < 1e-5
-    assert relative_error(found[4], wanted[4]) < 1e-5
-
-
-@pytest.mark.parametrize("chunk", [1, B * T, 4096])
-def test_the_size_of_chunks_changes_rounding_alone(chunk):
-    problem = loss_problem()
-    wanted, found = dense_loss(*problem), sharded_loss((1, 2, 2, 2), problem, chunk)
-    assert relative_error(found[0], wanted[0]) < 1e-6 and found[2] == wanted[2]
-    assert relative_error(found[4], wanted[4]) < 1e-5
-
-
-def test_a_batch_without_weights_has_no_loss_and_no_gradient():
-    hidden_BTD, head_VD, targets_BT, weights_BT = loss_problem()
-    found = sharded_loss((2, 2, 2, 1), (hidden_BTD, head_VD, targets_BT, 0 * weights_BT))
-    assert all(not np.any(value) for value in found)
-
-
-def test_tokens_without_weight_get_no_gradient():
-    problem = loss_problem()
-    grad_BTD = sharded_loss((1, 2, 2, 2), problem)[3]
-    assert not grad_BTD[problem[3] == 0].any()
-    assert grad_BTD[problem[3] > 0].any(axis=-1).all()
-
-
-@pytest.mark.parametrize("sizes", [(1, 1, 8, 1), (1, 2, 2, 2)])
-def test_huge_logits_do_not_overflow(sizes):
-    problem = loss_problem(scale=1e4)
-    wanted, found = dense_loss(*problem), sharded_loss(sizes, problem)
-    assert wanted[0] / wanted[1] > 1e4
-    assert relative_error(found[0], wanted[0]) < 1e-6 and found[2] == wanted[2]
-    assert all(np.isfinite(value).all() for value in found)
-
-
-def test_bfloat16_loss_is_rounded_in_its_inputs_alone():
-    hidden_BTD, head_VD, targets_BT, weights_BT = loss_problem()
-    hidden_BTD = jnp.asarray(hidden_BTD, jnp.bfloat16)
-    rounded = jnp.asarray(head_VD, jnp.bfloat16)
-    wanted = dense_loss(hidden_BTD, rounded, targets_BT, weights_BT)
-    found = sharded_loss((1, 2, 2, 2), (hidden_BTD, head_VD, targets_BT, weights_BT))
-    assert relative_error(found[0], wanted[0]) < 1e-6 and found[2] == wanted[2]
-    assert found[4].dtype == np.float32 and relative_error(found[4], wanted[4]) < 2e-2
-
-
-def test_a_model_that_prefers_nothing_is_not_right_everywhere():
-    hidden_BTD, head_VD, targets_BT, weights_BT = loss_problem()
-    found = sharded_loss((1, 1, 8, 1), (0 * hidden_BTD, head_VD, targets_BT, weights_BT))
-    assert found[2] <= (weights_BT * (targets_BT == 0)).sum()  # as argmax would have it
-
-
-NUM_SOURCES = 5  # the fourth has no token
-
-
-@functools.cache  # compiled once per mesh
-def loss_by_source_and_gradients(sizes):
-    def loss(hidden_BTD, head_VD, *of_tokens):
-        loss, *others = ce.cross_entropy(hidden_BTD, head_VD, *of_tokens, NUM_SOURCES)
-        return loss, others
-
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-
-
-def sharded_loss_by_source(sizes, problem, sources_BT):
-    """(loss, weight, correct, loss by source, weight by source, two gradients) of ours."""
-    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh(sizes)):
-        patch.setattr(ce, "CHUNK_TOKENS", CHUNK)
-        (value, others), grads = loss_by_source_and_gradients(sizes)(*problem, sources_BT)
-        return jax.device_get((value, *others, *grads))
-
-
-@pytest.mark.parametrize("sizes", MESHES)
-def test_the_loss_of_each_source_is_the_dense_one_of_its_tokens_alone(sizes):
-    problem = loss_problem()
-    sources_BT = np.random.default_rng(1).choice([0, 1, 2, 4], (B, T)).astype(np.int32)
-    found = sharded_loss_by_source(sizes, problem, sources_BT)
+    assert relative_error(found[5], wanted[3]) < 1e-5
+    assert relative_error(found[6], wanted[4]) < 1e-5
     for source in range(NUM_SOURCES):
         alone = np.where(sources_BT == source, problem[3], np.float32(0))
         wanted_loss, wanted_weight, *_ = dense_loss(*problem[:3], alone)
@@ -167,34 +149,277 @@ def test_the_loss_of_each_source_is_the_dense_one_of_its_tokens_alone(sizes):
     assert found[3].tolist()[3] == 0.0 and found[3].dtype == found[4].dtype == np.float32
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 2, 2, 2)])
+def test_every_mesh_of_eight_devices_is_tried():
+    assert len(set(MESHES)) == 20
+
+
+def test_the_error_is_below_a_millionth_at_a_real_vocabulary():
+    problem = loss_problem(scale=0.2, shape=(2, 150, 256, 32_768))  # logits of -3.2 to 3.2
+    wanted, found = dense_loss(*problem), on_mesh(MIXED, problem, chunk=32)
+    assert np.count_nonzero(problem[3]) > 130
+    # In norm: float32 logits alone give the gradient of a single number an error of 1e-6.
+    pairs = [(np.asarray(found[i], np.float64), wanted[i]) for i in (0, 3, 4)]
+    errors = [np.linalg.norm(ours - truth) / np.linalg.norm(truth) for ours, truth in pairs]
+    assert max(errors) < 1e-6, errors
+    assert found[2] == wanted[2]
+
+
+@pytest.mark.parametrize("embed", [("fsdp",), ("fsdp", "sequence")])
+def test_the_head_may_be_split_over_either_set_of_axes(embed, monkeypatch):
+    monkeypatch.setitem(parallel.RULES, "embed", embed)
+    problem = loss_problem()
+    wanted, found = dense_loss(*problem), on_mesh(MIXED, problem, changed=embed)
+    assert max(relative_error(found[i], wanted[i]) for i in (0, 3, 4)) < 1e-5
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+SOME = [names for n in (1, 2, 3) for names in itertools.combinations(ALL, n)]
+
+
+@pytest.mark.parametrize("names", SOME, ids="+".join)
+def test_options_and_their_combinations_follow_the_papers(names):
+    problem, options = loss_problem(), {name: ALL[name] for name in names}
+    wanted, plain = dense_loss_with_options(problem, **options), dense_loss(*problem)
+    found = on_mesh(MIXED, problem, **options)
+    assert relative_error(found[0], wanted[0]) < 1e-6
+    assert found[1] == plain[1] and found[2] == plain[2]
+    assert relative_error(found[3], wanted[1]) < 1e-5
+    assert relative_error(found[4], wanted[2]) < 1e-5
+    assert relative_error(wanted[2], plain[4]) > 1e-2  # the options do something here
+
+
+@pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all options"])
+def test_the_loss_without_gradients_is_the_same(options):
+    problem = loss_problem()
+    found = on_mesh(MIXED, problem, gradients=False, **options)
+    np.testing.assert_array_equal(found, on_mesh(MIXED, problem, **options)[:3])
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), MIXED])
 def test_asking_for_the_loss_of_each_source_changes_nothing_else(sizes):
     problem = loss_problem()
-    sources_BT = np.random.default_rng(2).integers(0, NUM_SOURCES, (B, T)).astype(np.int32)
-    asked, plain = sharded_loss_by_source(sizes, problem, sources_BT), sharded_loss(sizes, problem)
+    asked, plain = on_mesh(sizes, problem, some_sources()), on_mesh(sizes, problem)
     for with_sources, without in zip((*asked[:3], *asked[5:]), plain, strict=True):
         np.testing.assert_array_equal(with_sources, without)
 
 
-def test_the_loss_of_each_source_holds_no_logits_of_all_tokens():
-    # 4096 tokens and 512 ids, in chunks of 7: logits of all tokens would be 2M numbers.
-    shapes = ((8, 512, 12), np.float32), ((512, 12), np.float32), ((8, 512), np.int32)
-    arguments = [jax.ShapeDtypeStruct(*s) for s in (*shapes, ((8, 512), np.float32), shapes[2])]
-
-    def loss(*problem):
-        total, *others = ce.cross_entropy(*problem, NUM_SOURCES)
-        return total, others
-
-    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh((1, 1, 8, 1))):
-        patch.setattr(ce, "CHUNK_TOKENS", CHUNK)
-        traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)).trace(*arguments)
-    largest = max(largest_array(traced.jaxpr.jaxpr), default=0)
-    assert largest < 8 * 512 * 64  # an eighth of the vocabulary on each device
+def test_the_gradient_of_a_multiple_is_the_multiple_of_the_gradient():
+    problem, times = loss_problem(), np.float32(0.25)
+    whole, part = on_mesh(MIXED, problem), on_mesh(MIXED, problem, scale=0.25)
+    for index in (0, 3, 4):
+        np.testing.assert_array_equal(part[index], whole[index] * times)
 
 
-def largest_array(jaxpr):
-    """The sizes of the arrays that a jaxpr makes, with those of the jaxprs inside it."""
+# ---- which tokens are computed -------------------------------------------------------------------
+
+
+def share_of_tokens(share: float) -> np.ndarray:
+    return np.random.default_rng(2).permutation(np.arange(B * T) < share * B * T).reshape(B, T)
+
+
+COUNTS = [0, 1, 6, 7, 8, 14, 15, 24]  # of trained tokens, about the edges of chunks of 7
+SHARES = {
+    "one token": np.arange(B * T).reshape(B, T) == 100,
+    "10%": share_of_tokens(0.1),
+    "all": np.ones((B, T)),
+    "another number in each row": np.arange(T)[::-1] < np.array(COUNTS)[:, None],
+    "fractions": share_of_tokens(0.4) * np.random.default_rng(3).random((B, T)),
+}
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), MIXED])
+@pytest.mark.parametrize("weights_BT", SHARES.values(), ids=SHARES)
+def test_any_share_of_trained_tokens_gives_the_dense_sums(sizes, weights_BT):
+    problem = with_weights(weights_BT)
+    wanted, found = dense_loss(*problem), on_mesh(sizes, problem)
+    assert relative_error(found[0], wanted[0]) < 1e-6
+    np.testing.assert_allclose(found[1:3], wanted[1:3], rtol=1e-6)
+    assert relative_error(found[3], wanted[3]) < 1e-5
+    assert relative_error(found[4], wanted[4]) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all options"])
+def test_a_batch_without_weights_has_no_loss_and_no_gradient(options):
+    found = on_mesh(MIXED, with_weights(np.zeros((B, T))), **options)
+    assert all(not np.any(value) for value in found)
+
+
+def test_tokens_without_weight_get_no_gradient():
+    problem = loss_problem()
+    grad_BTD = on_mesh(MIXED, problem)[3]
+    assert not grad_BTD[problem[3] == 0].any()
+    assert grad_BTD[problem[3] > 0].any(axis=-1).all()
+
+
+def test_what_a_token_without_weight_holds_changes_no_bit():
+    hidden_BTD, head_VD, targets_BT, weights_BT = problem = loss_problem()
+    idle = weights_BT == 0
+    strange_BTD = np.where(idle[..., None], np.float32(np.nan), hidden_BTD)
+    for target in (-1, V, -(2**31), 2**31 - 1):
+        strange = strange_BTD, head_VD, np.where(idle, np.int32(target), targets_BT), weights_BT
+        for found, wanted in zip(on_mesh(MIXED, strange), on_mesh(MIXED, problem), strict=True):
+            np.testing.assert_array_equal(found, wanted)
+
+
+def test_the_same_inputs_give_the_same_bits():
+    first, *others = (on_mesh(MIXED, loss_problem()) for _ in range(4))
+    for other in others:
+        for one, same in zip(first, other, strict=True):
+            np.testing.assert_array_equal(one, same)
+
+
+def test_trained_tokens_come_first_in_their_order_and_no_place_twice():
+    weights_N = np.array([0, 1, 0, 0.5, 1, 0, 0, 1], np.float32)
+    index_M = np.asarray(ce.trained_first(jnp.asarray(weights_N), chunk=3))
+    assert index_M[:4].tolist() == [1, 3, 4, 7] and len(index_M) == 9
+    assert (np.diff(index_M) > 0).all() and index_M[4] >= 8
+    assert ce.trained_first(jnp.ones(8), 4).tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (4, 1, 2, 1)])
+def test_each_device_computes_as_many_chunks_as_its_trained_tokens_fill(sizes, monkeypatch):
+    computed, chunk_of = Counter(), ce._chunk
+
+    def counting(*arguments):
+        device = jax.lax.axis_index(parallel.AXES)
+        jax.debug.callback(lambda device: computed.update([int(device)]), device)
+        return chunk_of(*arguments)
+
+    monkeypatch.setattr(ce, "_chunk", counting)
+    on_mesh(sizes, with_weights(SHARES["another number in each row"]), changed="counting")
+    jax.effects_barrier()
+    rows = B // sizes[0]
+    trained = [sum(COUNTS[first : first + rows]) for first in range(0, B, rows)]
+    wanted = [-(-count // CHUNK) for count in trained for _ in range(sizes[2])]
+    assert [computed[device] for device in range(8)] == wanted
+    assert min(wanted) == int(rows > 1)  # a device without trained tokens computes nothing
+
+
+@pytest.mark.parametrize("trained, chunks", [(0, 0), (1, 1), (7, 1), (8, 2), (14, 2), (15, 3)])
+def test_the_number_of_chunks_follows_the_trained_tokens(trained, chunks):
+    weights_N = jnp.where(jnp.arange(24) < trained, 0.25, 0.0)
+    assert ce.num_chunks(weights_N, 7) == chunks
+
+
+@pytest.mark.parametrize("chunk", [1, 4096])
+def test_the_size_of_chunks_changes_rounding_alone(chunk):
+    problem = loss_problem()
+    wanted, found = dense_loss(*problem), on_mesh(MIXED, problem, chunk=chunk)
+    assert relative_error(found[0], wanted[0]) < 1e-6 and found[2] == wanted[2]
+    assert relative_error(found[4], wanted[4]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "num_ids, num_tokens, chunk",
+    [(152_064, 8192, 1024), (19_008, 131_072, 1024), (152_064, 300, 300), (600_000, 8192, 384)],
+)
+def test_the_logits_of_a_chunk_stay_below_a_gibibyte(num_ids, num_tokens, chunk):
+    assert ce.chunk_size(num_ids, num_tokens) == chunk
+    assert 4 * num_ids * chunk <= 2**30
+
+
+# ---- precision -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [TENSOR, MIXED])
+def test_huge_logits_do_not_overflow(sizes):
+    problem = loss_problem(scale=1e4)
+    wanted, found = dense_loss(*problem), on_mesh(sizes, problem)
+    assert wanted[0] / wanted[1] > 1e4
+    assert relative_error(found[0], wanted[0]) < 1e-6 and found[2] == wanted[2]
+    assert all(np.isfinite(value).all() for value in found)
+
+
+@pytest.mark.parametrize("head", [jnp.float32, jnp.bfloat16])
+def test_bfloat16_loss_is_rounded_in_its_inputs_alone(head):
+    hidden_BTD, head_VD, *of_tokens = loss_problem()
+    hidden_BTD, rounded = jnp.asarray(hidden_BTD, jnp.bfloat16), jnp.asarray(head_VD, jnp.bfloat16)
+    wanted = dense_loss(hidden_BTD, rounded, *of_tokens)
+    found = on_mesh(MIXED, (hidden_BTD, jnp.asarray(head_VD, head), *of_tokens))
+    assert relative_error(found[0], wanted[0]) < 1e-6 and found[2] == wanted[2]
+    assert found[3].dtype == jnp.bfloat16 and found[4].dtype == head
+    assert relative_error(found[3], wanted[3]) < 2e-2
+    assert relative_error(found[4], wanted[4]) < 1e-2
+
+
+def test_a_model_that_prefers_nothing_is_not_right_everywhere():
+    hidden_BTD, *others = loss_problem()
+    found = on_mesh(TENSOR, (0 * hidden_BTD, *others))
+    assert found[2] == (others[2] * (others[1] == 0)).sum()  # as argmax would have it
+
+
+# ---- what the program holds and sends ------------------------------------------------------------
+
+LARGE = (8, 512, 16, 512)  # logits of all tokens on a device: 4096 x 64 over 8 devices of `tensor`
+
+
+def traced(sizes, dtype=jnp.float32, shape=LARGE, **settings):
+    """The program before it is compiled; the head is float32 and sharded as it is stored."""
+    rows, tokens, features, ids = shape
+    mesh = make_mesh(sizes)
+
+    def array(shape, dtype, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.sharding(mesh, *axes))
+
+    hidden_BTD = array((rows, tokens, features), dtype, "batch", "token", "features")
+    head_VD = array((ids, features), jnp.float32, "vocab", "embed")
+    of_tokens = (rows, tokens), ("batch", "token")
+    weights_BT, targets_BT, sources_BT = (
+        array(of_tokens[0], kind, *of_tokens[1]) for kind in (jnp.float32, jnp.int32, jnp.int32)
+    )
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
+        patch.setattr(ce, "MAX_CHUNK", CHUNK)
+        run = compiled(sizes, CHUNK, **settings)
+        sources = (sources_BT,) if settings.get("sources") else ()
+        return run.trace(hidden_BTD, head_VD, weights_BT, targets_BT, *sources)
+
+
+def equations(jaxpr, in_loop: bool = False):
+    """(equation, whether it is within a loop) of a jaxpr and of those inside it."""
     for equation in jaxpr.eqns:
-        yield from (getattr(out.aval, "size", 0) for out in equation.outvars)
+        yield equation, in_loop
         for inner in jaxprs_in_params(equation.params):
-            yield from largest_array(inner)
+            yield from equations(inner, in_loop or equation.primitive.name == "while")
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all options"])
+def test_no_array_holds_the_logits_of_all_tokens(gradients, options):
+    program = traced(TENSOR, gradients=gradients, sources=True, **options).jaxpr.jaxpr
+    sizes = [getattr(out.aval, "size", 0) for eqn, _ in equations(program) for out in eqn.outvars]
+    assert max(sizes) == 4096 * 16  # the hidden states
+    assert CHUNK * 64 in sizes  # the logits of a chunk
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), MIXED])
+def test_only_small_sums_over_tensor_are_sent_within_the_loop(sizes):
+    sent = Counter()
+    for equation, in_loop in equations(traced(sizes, jnp.bfloat16).jaxpr.jaxpr):
+        name = equation.primitive.name
+        axes = equation.params.get("axes") or equation.params.get("axis_name") or ()
+        if name in ("axis_index", "pvary") or not any(axis in parallel.AXES for axis in axes):
+            continue
+        if in_loop:
+            assert axes == ("tensor",) and equation.invars[0].aval.size <= 2 * CHUNK, equation
+        else:
+            sent[name, str(equation.invars[0].aval.dtype)] += 1
+    assert sent["all_gather", "bfloat16"] == 1  # the head, in the compute dtype
+    assert sent["reduce_scatter", "float32"] == 1  # its gradient
+    assert {name for name, _ in sent} <= {"all_gather", "reduce_scatter", "psum", "psum_invariant"}
+
+
+def compiled_text(program) -> str:
+    return program.lower().compile().as_text() or ""
+
+
+def test_the_compiler_adds_no_gather_and_no_scatter():
+    text = compiled_text(traced(MIXED))
+    names = ("all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+    assert [text.count(f" {name}(") for name in names] == [1, 1, 0, 0]
+
+
+def test_counting_right_predictions_costs_nothing_where_it_is_not_asked_for():
+    counting = f" s32[{CHUNK}]{{0}} all-reduce("  # over tensor, in each chunk
+    assert counting in compiled_text(traced(TENSOR))
+    assert counting not in compiled_text(traced(TENSOR, counts=False))

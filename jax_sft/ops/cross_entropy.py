@@ -1,19 +1,39 @@
 """Cross-entropy over a large vocabulary without ever holding the logits of all tokens.
 
-Shape suffixes: B rows, T tokens, C tokens of a chunk, D model, V vocabulary.
+Shape suffixes: B rows, T tokens, N tokens of a device, M the same with trained tokens first and
+room for whole chunks, C tokens of a chunk, D model, V vocabulary (of a device, inside the island).
 Called by `step` and `evaluate` inside jit, under the mesh set by `jax.set_mesh`.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_sft import parallel
 
-CHUNK_TOKENS = 1024  # logits of so many tokens live at a time on a device
-_NO_TOKEN = 2**31 - 1
-_TOKENS = ("data", "fsdp", "sequence")  # mesh axes that split tokens
+# Tokens whose logits live at a time on a device. Each chunk reads and writes the float32 gradient
+# of the head, 8 V D bytes, beside 6 C V D operations of its matrix products. On an H200 (4.8 TB/s,
+# about 650 TFLOP/s) that is 180 / C of their time, whatever V and D are: 18% at 1024 if nothing of
+# it is hidden, 70% at 256. And the last chunk of a device is half empty on average: of 2000 trained
+# tokens 26% are wasted at 1024, 51% at 2048. The sum is lowest at C = sqrt(360 trained tokens):
+# 600 to 1700 for 1000 to 8000 of them, which is what packed rows of chats have.
+MAX_CHUNK = 1024
+MAX_LOGITS_BYTES = 2**30  # of a chunk on a device: binds above 262,144 ids per device
+MIN_CHUNK = 128  # tokens; one tile of a matrix product
+
+Sums = tuple[jax.Array, ...]  # loss, weight, correct (and by source: loss, weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a token's loss is: see `cross_entropy`."""
+
+    z_loss: float
+    label_smoothing: float
+    soft_cap: float
 
 
 def cross_entropy(
@@ -23,84 +43,223 @@ def cross_entropy(
     weights_BT: jax.Array,
     sources_BT: jax.Array | None = None,
     num_sources: int = 0,
-) -> tuple[jax.Array, ...]:
+    *,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    soft_cap: float = 0.0,
+) -> Sums:
     """Return (sum of weighted losses, sum of weights, weighted correct predictions), all devices'.
 
-    The loss of a token is logsumexp(logits) - logits[target]; the softmax is float32, the matrix
-    products run in the dtype of `hidden_BTD`. An island of `shard_map`: each device takes its own
-    tokens, and its part of the vocabulary over `tensor` (Shoeybi et al. 2019, arXiv:1909.08053,
-    section 3). Chunks of CHUNK_TOKENS tokens are recomputed in the backward pass.
+    With logits z = hidden . head, the loss of a token is
+
+        logsumexp(z) - (1 - label_smoothing) z[target] - label_smoothing mean(z)
+        + z_loss logsumexp(z)^2
+
+    z-loss: Chowdhery et al. 2022, arXiv:2204.02311, section 5. Label smoothing, spread over the
+    whole vocabulary: Szegedy et al. 2016, arXiv:1512.00567, section 7. With soft_cap > 0, z is
+    soft_cap tanh(hidden . head / soft_cap) throughout: Gemma 2, arXiv:2408.00118, section 2.
+
+    Each device takes its own tokens and, over `tensor`, its part of the vocabulary (Shoeybi et al.
+    2019, arXiv:1909.08053, section 3). The softmax is float32; matrix products multiply in the
+    dtype of `hidden_BTD` and add in float32. Only tokens with a weight are computed, in chunks.
+    Where a gradient is asked for, it is formed in the forward pass, so that logits are computed
+    once, and the head is gathered once and its gradient reduce-scattered once.
+
+    Only the first sum has a gradient, with respect to `hidden_BTD` and `head_VD`: weights are
+    data. First derivatives in reverse mode alone.
 
     Args:
         hidden_BTD: final hidden states.
-        head_VD: output head, any float dtype.
-        targets_BT: int token ids.
-        weights_BT: float32, 0 where a token does not train.
+        head_VD: output head as it is stored: any float dtype, sharded spec("vocab", "embed").
+        targets_BT: int token ids; anything at all where the weight is 0.
+        weights_BT: float32, 0 where a token does not train, never negative.
         sources_BT: int, in 0..num_sources-1; read only with `num_sources`.
         num_sources: when above 0, two more results: the first two sums of each source, float32
-            [num_sources], without gradient.
+            [num_sources].
     """
     of_tokens = (targets_BT, weights_BT)
     if num_sources:
         assert sources_BT is not None, "num_sources needs sources_BT"
         of_tokens += (sources_BT,)
-    island = jax.shard_map(
-        functools.partial(_local, num_sources=num_sources),
-        in_specs=(
-            parallel.spec("batch", "token", "features"),
-            parallel.spec("vocab", "features"),
-            *[parallel.spec("batch", "token")] * len(of_tokens),
+    objective = Objective(z_loss, label_smoothing, soft_cap)
+    return _sums(objective, num_sources, hidden_BTD, head_VD, of_tokens)
+
+
+# ---- derivative: by hand, so that nothing differentiates through the island or its loop ----------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sums(objective: Objective, num_sources: int, hidden_BTD, head_VD, of_tokens) -> Sums:
+    return _island(objective, num_sources, hidden_BTD, head_VD, of_tokens, gradients=False)
+
+
+def _forward(objective, num_sources, hidden_BTD, head_VD, of_tokens):
+    sums, *grads = _island(objective, num_sources, hidden_BTD, head_VD, of_tokens, gradients=True)
+    return sums, grads
+
+
+def _backward(objective, num_sources, grads, of_sums):
+    del objective, num_sources
+    return *((grad * of_sums[0]).astype(grad.dtype) for grad in grads), None
+
+
+_sums.defvjp(_forward, _backward)
+
+
+def _island(objective, num_sources, hidden_BTD, head_VD, of_tokens, *, gradients: bool) -> Any:
+    of_hidden = parallel.spec("batch", "token", "features")
+    of_head = parallel.spec("vocab", "embed")
+    of_sums = (jax.P(),) * (5 if num_sources else 3)
+    return jax.shard_map(
+        functools.partial(
+            _local, objective=objective, num_sources=num_sources, gradients=gradients
         ),
-        out_specs=(jax.P(),) * (5 if num_sources else 3),
+        in_specs=(of_hidden, of_head, (parallel.spec("batch", "token"),) * len(of_tokens)),
+        out_specs=(of_sums, of_hidden, of_head) if gradients else of_sums,
+    )(hidden_BTD, head_VD, of_tokens)
+
+
+# ---- one device ----------------------------------------------------------------------------------
+
+
+def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients):
+    """The sums over all devices and, with `gradients`, those of this device's blocks."""
+    split = parallel.RULES["embed"]  # mesh axes over which the head's D is split
+    token_axes = (*parallel.RULES["batch"], *parallel.RULES["token"])
+    # D first: a collective over the last dimension makes XLA transpose the whole, not the shard.
+    head_DV = jax.lax.all_gather(head_VD.astype(hidden_BTD.dtype).T, split, tiled=True)
+    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    weights_N = of_tokens[1].reshape(-1)
+    chunk = chunk_size(head_DV.shape[1], len(weights_N))
+    index_M = trained_first(weights_N, chunk)
+    targets_M, weights_M, *sources_M = (
+        x.reshape(-1).at[index_M].get(mode="fill", fill_value=0) for x in of_tokens
     )
-    return island(hidden_BTD, head_VD.astype(hidden_BTD.dtype), *of_tokens)
+    none_M = jnp.zeros(len(index_M), jnp.float32), jnp.zeros(len(index_M), bool)
+    no_grads = jnp.zeros(hidden_ND.shape, hidden_ND.dtype), jnp.zeros(head_DV.shape, jnp.float32)
+    start = (
+        *jax.lax.pcast(none_M, token_axes, to="varying"),
+        jax.lax.pcast(no_grads if gradients else (), parallel.AXES, to="varying"),
+    )
 
+    def add_chunk(number, found):
+        def chunk_of(x_M):
+            return jax.lax.dynamic_slice_in_dim(x_M, number * chunk, chunk)
 
-def _local(hidden_BTD, head_VD, targets_BT, *others_BT, num_sources):
-    """One device's tokens in chunks; the sums are then added over all devices."""
-    num_tokens = targets_BT.size
-    chunk = min(CHUNK_TOKENS, num_tokens)
-    padding = -num_tokens % chunk
+        def with_chunk(x_M, x_C):
+            return jax.lax.dynamic_update_slice_in_dim(x_M, x_C, number * chunk, 0)
 
-    def chunked(x):
-        x = x.reshape(num_tokens, *x.shape[2:])
-        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(-1, chunk, *x.shape[1:])
+        losses_M, correct_M, grads = found
+        index_C = chunk_of(index_M)
+        # Where a place is past the end, hidden states and weight are zero.
+        hidden_CD = hidden_ND.at[index_C].get(mode="fill", fill_value=0)
+        losses_C, correct_C, grad_CV = _chunk(
+            hidden_CD, head_DV, chunk_of(targets_M), chunk_of(weights_M), objective
+        )
+        if gradients:
+            grads = _add_gradients(grads, index_C, hidden_CD, head_DV, grad_CV)
+        return with_chunk(losses_M, losses_C), with_chunk(correct_M, correct_C), grads
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def add_chunk(sums, chunk):
-        hidden_CD, *of_tokens_C = chunk
-        found = _chunk_sums(hidden_CD, head_VD, *of_tokens_C, num_sources=num_sources)
-        return tuple(map(jnp.add, sums, found)), None
-
-    zero = jax.lax.pcast(jnp.float32(0), _TOKENS, to="varying")
-    zeros = (zero,) * 3 + ((jnp.full(num_sources, zero),) * 2 if num_sources else ())
-    chunks = tuple(map(chunked, (hidden_BTD, targets_BT, *others_BT)))
-    sums, _ = jax.lax.scan(add_chunk, zeros, chunks)
-    return jax.lax.psum(sums, _TOKENS)
-
-
-def _chunk_sums(hidden_CD, head_VD, targets_C, weights_C, sources_C=None, num_sources=0):
-    logits_CV = jnp.einsum("CD,VD->CV", hidden_CD, head_VD, preferred_element_type=jnp.float32)
-    first_id = jax.lax.axis_index("tensor") * head_VD.shape[0]
-    # The maximum only keeps exp() in range: it has no gradient.
-    local_max_C = jax.lax.stop_gradient(logits_CV.max(axis=-1))
-    max_C = jax.lax.pmax(local_max_C, "tensor")
-    sum_exp_C = jax.lax.psum(jnp.exp(logits_CV - max_C[:, None]).sum(axis=-1), "tensor")
-    local_C = targets_C - first_id
-    is_local_C = (local_C >= 0) & (local_C < head_VD.shape[0])
-    at_target_C = jnp.take_along_axis(
-        logits_CV, jnp.clip(local_C, 0, head_VD.shape[0] - 1)[:, None], axis=-1
-    )[:, 0]
-    target_logit_C = jax.lax.psum(jnp.where(is_local_C, at_target_C, 0.0), "tensor")
-    losses_C = max_C + jnp.log(sum_exp_C) - target_logit_C
-    # The prediction is the first token with the highest logit, so that ties count once.
-    found_C = jnp.where(local_max_C == max_C, logits_CV.argmax(axis=-1) + first_id, _NO_TOKEN)
-    correct_C = jax.lax.pmin(jax.lax.stop_gradient(found_C), "tensor") == targets_C
-    sums = (losses_C * weights_C).sum(), weights_C.sum(), (correct_C * weights_C).sum()
-    if not num_sources:
+    # The devices of one group of `tensor` have the same tokens, hence as many chunks: they meet in
+    # the collectives of each. There are no others within the loop.
+    losses_M, correct_M, grads = jax.lax.fori_loop(
+        0, num_chunks(weights_N, chunk), add_chunk, start
+    )
+    sums = losses_M * weights_M, weights_M, correct_M * weights_M
+    by_source = _sums_by_source(sums[:2], sources_M[0], num_sources) if num_sources else ()
+    sums = jax.lax.psum((*(of_M.sum() for of_M in sums), *by_source), token_axes)
+    if not gradients:
         return sums
+    grad_hidden_ND, grad_head_DV = grads
+    grad_hidden_ND = jax.lax.psum(grad_hidden_ND, "tensor")
+    grad_head_DV = jax.lax.psum_scatter(grad_head_DV, split, tiled=True)
+    others = tuple(axis for axis in token_axes if axis not in split)  # copies of the model
+    grad_head_VD = jax.lax.psum(grad_head_DV, others).T.astype(head_VD.dtype)
+    return sums, grad_hidden_ND.reshape(hidden_BTD.shape), grad_head_VD
+
+
+def chunk_size(num_ids: int, num_tokens: int) -> int:
+    """Tokens per chunk on a device that has so many tokens and ids of the vocabulary."""
+    of_memory = MAX_LOGITS_BYTES // (4 * num_ids) // MIN_CHUNK * MIN_CHUNK
+    return min(max(of_memory, MIN_CHUNK), MAX_CHUNK, num_tokens)
+
+
+def num_chunks(weights_N: jax.Array, chunk: int) -> jax.Array:
+    """Chunks that hold all tokens with a weight: how often the loop over chunks runs."""
+    return -(-jnp.count_nonzero(weights_N) // chunk)
+
+
+def trained_first(weights_N: jax.Array, chunk: int) -> jax.Array:
+    """The places of the tokens with a weight, in order, then places past the end, in whole chunks.
+
+    There is room for every token: no share of trained ones is too large. No place occurs twice.
+    """
+    places_N = jnp.arange(len(weights_N))
+    is_trained_N = weights_N != 0
+    empty_M = len(weights_N) + jnp.arange(len(weights_N) + -len(weights_N) % chunk)
+    # Not a sort: this is one kernel, and no two tokens go to the same slot.
+    slot_N = jnp.where(is_trained_N, jnp.cumsum(is_trained_N) - 1, len(empty_M) + places_N)
+    return empty_M.at[slot_N].set(places_N, mode="drop", unique_indices=True)
+
+
+def _chunk(hidden_CD, head_DV, targets_C, weights_C, objective: Objective):
+    """(loss of each token without its weight, correct or not, weighted gradient of the logits).
+
+    The gradient is float32 [C, V]: the compiler fuses it with what reads it, or drops it.
+    """
+    logits_CV = jnp.einsum("CD,DV->CV", hidden_CD, head_DV, preferred_element_type=jnp.float32)
+    if cap := objective.soft_cap:
+        logits_CV = cap * jnp.tanh(logits_CV / cap)
+    num_local = head_DV.shape[1]
+    num_ids = num_local * jax.lax.axis_size("tensor")
+    ids_V = jax.lax.axis_index("tensor") * num_local + jnp.arange(num_local)
+    is_target_CV = ids_V == targets_C[:, None]
+    max_C = jax.lax.pmax(logits_CV.max(axis=-1), "tensor")
+    shifted_CV = logits_CV - max_C[:, None]
+    exp_CV = jnp.exp(shifted_CV)
+    # The prediction is the first token with the highest logit, so that ties count once.
+    is_better_CV = (shifted_CV == 0) & (ids_V < targets_C[:, None])
+    sums_CV = [exp_CV, jnp.where(is_target_CV, shifted_CV, 0.0)]
+    if objective.label_smoothing:
+        sums_CV.append(shifted_CV)
+    # Stacked: one collective per chunk, not one per sum.
+    sum_exp_C, target_C, *sum_C = jax.lax.psum(jnp.stack([x.sum(-1) for x in sums_CV]), "tensor")
+    # Apart: the compiler drops it where nobody asks.
+    correct_C = (target_C == 0) & (jax.lax.psum(is_better_CV.sum(axis=-1), "tensor") == 0)
+    log_sum_C = jnp.log(sum_exp_C)
+    losses_C = log_sum_C - target_C
+    slope_C, at_target, elsewhere = 1.0, 1.0, 0.0
+    if smoothing := objective.label_smoothing:
+        losses_C += smoothing * (target_C - sum_C[0] / num_ids)
+        at_target, elsewhere = 1.0 - smoothing, smoothing / num_ids
+    if z_loss := objective.z_loss:
+        log_z_C = max_C + log_sum_C
+        losses_C += z_loss * log_z_C**2
+        slope_C = 1.0 + 2.0 * z_loss * log_z_C
+    softmax_CV = exp_CV * (weights_C * slope_C / sum_exp_C)[:, None]
+    target_CV = jnp.where(is_target_CV, at_target, 0.0) + elsewhere
+    grad_CV = softmax_CV - weights_C[:, None] * target_CV
+    if cap:
+        grad_CV *= 1.0 - (logits_CV / cap) ** 2
+    return losses_C, correct_C, grad_CV
+
+
+def _add_gradients(grads, index_C, hidden_CD, head_DV, grad_CV):
+    """Both gradients with those of a chunk: its rows of the one are set, the other grows."""
+    grad_hidden_ND, grad_head_DV = grads
+    grad_CV = grad_CV.astype(hidden_CD.dtype)
+    grad_hidden_ND = grad_hidden_ND.at[index_C].set(
+        jnp.einsum("CV,DV->CD", grad_CV, head_DV),
+        mode="drop",
+        indices_are_sorted=True,
+        unique_indices=True,
+    )
+    # One matrix product that adds to its output in place, float32 (seen in the HLO for H200).
+    grad_head_DV += jnp.einsum("CV,CD->DV", grad_CV, hidden_CD, preferred_element_type=jnp.float32)
+    return grad_hidden_ND, grad_head_DV
+
+
+def _sums_by_source(amounts: Sums, sources_M, num_sources: int) -> Sums:
     # Masked sums, not scatter-adds: those add in any order on a GPU.
-    is_from_SC = sources_C == jnp.arange(num_sources)[:, None]
-    weighted_C = jax.lax.stop_gradient(losses_C) * weights_C
-    return *sums, *(jnp.where(is_from_SC, of_C, 0.0).sum(1) for of_C in (weighted_C, weights_C))
+    is_from_SM = sources_M == jnp.arange(num_sources)[:, None]
+    return tuple(jnp.where(is_from_SM, of_M, 0.0).sum(axis=1) for of_M in amounts)
