@@ -18,8 +18,9 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 LEVELS = [
     "config command tree parallel trackers models models.spec models.rope data.json_rows "
     "ops.backend",
-    "data.messages compute",
-    "data.tables data.formats data.examples data.template data.packing data.mixture data.show",
+    "data.messages compute ops.segments",
+    "data.tables data.formats data.examples data.template data.packing data.mixture data.show "
+    "ops.cudnn ops.tokamax",
     "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf",
     "models.layers data.chat data.check state",
     "data.worker data.loader checkpoint",
