@@ -8,18 +8,18 @@ from typing import Any
 
 import jax
 
+from jax_sft.chips import CHIPS
 from jax_sft.models.spec import Weight
 
 # Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets, by a part of
 # `device_kind`. The first match counts.
 PEAK_FLOPS = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
+    "B200": CHIPS["b200"].peak_flops,
+    "H200": CHIPS["h200"].peak_flops,  # GH200 too
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
+    "H100": CHIPS["h100"].peak_flops,
+    "A100": CHIPS["a100"].peak_flops,
     "L40S": 362e12,
     "A10G": 70e12,
 }

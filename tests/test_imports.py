@@ -16,12 +16,13 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 
 # A file imports only from levels below its own.
 LEVELS = [
-    "config command tree parallel trackers models models.spec models.rope data.json_rows "
+    "chips config command tree parallel plan_tables trackers models models.spec models.rope data.json_rows "
     "ops.backend",
-    "data.messages compute ops.segments",
-    "data.tables data.formats data.examples data.template data.packing data.mixture data.show "
+    "data.messages compute flops targets ops.segments",
+    "data.tables data.formats data.examples data.template data.packing data.mixture data.show roofline "
     "ops.cudnn ops.tokamax",
-    "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf",
+    "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf "
+    "plan_page search",
     "models.layers data.chat data.check state",
     "data.worker data.loader checkpoint",
     f"{FAMILY} data.store inference validate tiny",
