@@ -16,11 +16,11 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 
 # A file imports only from levels below its own.
 LEVELS = [
-    "chips config command tree parallel plan_tables trackers models models.spec models.rope data.json_rows "
-    "ops.backend",
-    "data.messages compute flops targets ops.segments",
-    "data.tables data.formats data.examples data.template data.packing data.mixture data.show roofline "
-    "ops.cudnn ops.tokamax",
+    "config command tree parallel trackers models models.spec models.rope data.json_rows "
+    "ops.backend hlo hlo_groups",
+    "data.messages compute flops targets ops.segments hlo_kernels hlo_loops",
+    "data.tables data.formats data.examples data.template data.packing data.mixture data.show "
+    "ops.cudnn ops.tokamax hlo_collectives",
     "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf "
     "plan_page search",
     "models.layers data.chat data.check state",
