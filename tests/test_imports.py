@@ -18,7 +18,8 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 LEVELS = [
     "config command tree parallel trackers models models.spec models.rope data.json_rows "
     "ops.backend hlo hlo_groups chips plan_tables",
-    "data.messages compute flops targets ops.segments hlo_kernels hlo_loops",
+    "data.messages compute flops targets ops.segments ops.reference ops.blockwise hlo_kernels "
+    "hlo_loops",
     "data.tables data.formats data.examples data.template data.packing data.mixture data.show "
     "ops.cudnn ops.tokamax hlo_collectives roofline",
     "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf "
