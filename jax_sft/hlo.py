@@ -116,7 +116,7 @@ class Instruction:
     @property
     def base(self) -> str:
         """The opcode without -start, -update or -done."""
-        return re.sub(r"-(start|update|done)$", "", self.opcode)
+        return _base(self.opcode)
 
     def callee(self, key: str) -> str:
         return self.attributes[key].removeprefix("%")
@@ -377,6 +377,11 @@ def _bits(dtype: str) -> int:
     if not found and dtype != "pred":
         raise ValueError(f"unknown HLO element type {dtype!r}")
     return int(found[1]) if found else 8
+
+
+@functools.cache
+def _base(opcode: str) -> str:
+    return re.sub(r"-(start|update|done)$", "", opcode)
 
 
 def _unescaped(text: str) -> str:

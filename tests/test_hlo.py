@@ -121,6 +121,7 @@ ENTRY %main (p: f32[]) -> f32[] {
 """
     read = hlo.parse(text)
     assert (read.name, list(read.computations), read.is_scheduled) == ("m", ["main"], False)
+    assert read.num_devices == 1
     with pytest.raises(ValueError, match="line 3 of the HLO text is not understood: Novelties"):
         hlo.parse(text.replace("FileNames", "Novelties"))
 
