@@ -85,9 +85,9 @@ class Collective:
         return self.count * self.wire_bytes
 
     @property
-    def exposed(self) -> bool:
-        """Whether nothing at all runs beside it."""
-        return bool(self.blocking) or self.overlap == Work()
+    def exposed(self) -> bool | None:
+        """Whether nothing at all runs beside it; None where nothing is scheduled."""
+        return self.blocking if self.blocking is not False else self.overlap == Work()
 
     def slow_share(self, devices_per_host: int) -> float:
         """Return the share of `wire_bytes` between hosts, averaged over devices."""

@@ -188,6 +188,7 @@ def test_modules_of_the_cpu():
         ("all-gather", ("f32",), True, False),
         ("all-reduce", ("f32",), True, False),
     ]
+    assert [c.exposed for c in partitioned + compiled] == [None] * 3 + [True] * 3
     assert [c.count for c in partitioned + compiled] == [6] * 6
     assert [c.wire_bytes for c in partitioned] == [n * 128 * 128 * 2 * 7 / 8 for n in (1, 1, 2)]
     assert [c.wire_bytes for c in compiled] == [n * 128 * 128 * 4 * 7 / 8 for n in (1, 1, 2)]
