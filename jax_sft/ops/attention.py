@@ -1,16 +1,70 @@
 """Causal attention on packed rows: a token sees earlier tokens of its own segment, nothing else.
 
-Shape suffixes: B rows, T query tokens, S key tokens, N heads, K kv heads, G = N / K, H head dim.
-Called by the models inside jit, under the mesh set by `jax.set_mesh`.
+Shape suffixes: B rows, T query tokens, N heads, K kv heads, G = N / K, H head dim.
+Called by the models inside jit, under the mesh set by `jax.set_mesh`; `resolve` and `self_test` by
+programs before they compile a step.
 """
 
 import functools
+import itertools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import multihost_utils
 
 from jax_sft import parallel
+from jax_sft.ops import blockwise, cudnn, reference, tokamax
+
+# In the order in which "auto" tries them on a GPU; elsewhere it is blockwise.
+_MODULES: dict[str, Any] = {
+    "cudnn": cudnn,
+    "tokamax": tokamax,
+    "blockwise": blockwise,
+    "reference": reference,
+}
+BACKENDS = ("auto", *_MODULES)  # model.attention
+
+# Largest error that passes the self-test, against the largest value. Rounding: 1e-6 in float32,
+# 8e-4 in float16 and 5e-3 in bfloat16 (blockwise, CPU); a GPU may multiply float32 in TF32, which
+# has the mantissa of float16. A wrong mask or head gives 0.3 and more.
+TOLERANCE = {"float32": 5e-3, "float16": 5e-3, "bfloat16": 3e-2}
+_TEST_TOKENS = 384  # per device: several blocks of any backend
+_TEST_STRIPES = 2  # per device, in which the tokens of a split row lie
+
+
+def resolve(name: str, *, platform: str, dtype: str, head_dim: int, sequence: int) -> str:
+    """Return the backend that runs for this value of model.attention.
+
+    Args:
+        name: one of BACKENDS. "auto": on a GPU the first that can run, blockwise elsewhere.
+        platform: "gpu" or "cpu", of the devices of the mesh.
+        dtype: of the activations, e.g. "bfloat16".
+        sequence: devices that a row is split over, mesh.sequence.
+
+    Raises:
+        ValueError: not a backend, or one that cannot run here; with what to do.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"model.attention = {name!r} is unknown: use one of {list(BACKENDS)}")
+
+    def problems(name: str) -> list[str]:
+        return _MODULES[name].problems(
+            platform=platform, dtype=dtype, head_dim=head_dim, sequence=sequence
+        )
+
+    if name == "auto":
+        fast = ("cudnn", "tokamax") if platform == "gpu" else ()
+        return next((name for name in fast if not problems(name)), "blockwise")
+    if found := problems(name):
+        raise ValueError(
+            f"model.attention = {name!r} cannot be used: {'; '.join(found)}. Or use "
+            'model.attention = "auto", which takes the fastest that can'
+        )
+    return name
 
 
 def packed_attention(
@@ -21,63 +75,220 @@ def packed_attention(
     positions_BT: jax.Array,
     *,
     scale: float,
-    backend: str,
+    backend: str = "auto",
+    max_segments: int = 256,
 ) -> jax.Array:
     """Attend within segments, causally by position. Returns [B, T, N, H] in the dtype of q.
 
-    An island of `shard_map`: rows are split over data x fsdp, heads over `tensor`, query tokens
-    over `sequence`; keys and values are gathered over `sequence`. Since causality is decided by
-    positions within a segment, the result does not depend on how tokens are laid out. Padding
-    (segment 0) attends to padding, so that no softmax is empty.
+    Rows are split over data x fsdp, heads over `tensor`, query tokens over `sequence`; keys and
+    values are gathered over `sequence`. Since what a token sees is decided by segment and position,
+    the result does not depend on how the tokens of a row are laid out.
+
+    The output and the log-sum-exp carry the checkpoint names "attention" and "attention_lse": a
+    backward pass that kept both does not attend again.
 
     Args:
-        segment_ids_BT: int; equal ids within a row belong together.
-        positions_BT: int; strictly increasing within a segment.
+        segment_ids_BT: int32; equal ids within a row belong together, 0 is padding, whose output
+            is finite and whose gradients are zero.
+        positions_BT: int32; 0, 1, 2.. within a segment.
         scale: factor on the scores.
-        backend: a key of BACKENDS.
+        backend: one of BACKENDS.
+        max_segments: no row has more; the packer sees to it.
     """
-    heads = parallel.spec("batch", "token", "heads", "head_dim")
-    kv_heads = parallel.spec("batch", "token", "kv_heads", "head_dim")
+    if backend == "auto":
+        mesh = jax.sharding.get_abstract_mesh()
+        backend = resolve(
+            "auto",
+            platform=mesh.abstract_device.platform,
+            dtype=q_BTNH.dtype.name,
+            head_dim=q_BTNH.shape[-1],
+            sequence=mesh.shape["sequence"],
+        )
+    ids = (segment_ids_BT, positions_BT)
+    return _attention(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attention(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments):
+    return _attention_fwd(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments)[0]
+
+
+def _attention_fwd(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments):
+    heads, kv_heads, tokens, of_heads = _specs()
+
+    def local(q, k, v, ids):
+        all_k, all_v, all_ids = _gathered((k, v, ids))
+        return _MODULES[backend].BACKEND.forward(
+            q, all_k, all_v, ids, all_ids, scale=scale, max_segments=max_segments
+        )
+
+    island = _island(local, (heads, kv_heads, kv_heads, tokens), (heads, of_heads))
+    out_BTNH, lse = island(q_BTNH, k_BTKH, v_BTKH, ids)
+    # Named outside of the island, where the policies of `jax.checkpoint` see names.
+    out_BTNH = checkpoint_name(out_BTNH, "attention")
+    lse = checkpoint_name(lse, "attention_lse")
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, ids, out_BTNH, lse)
+
+
+def _attention_bwd(backend, scale, max_segments, residuals, grad_out_BTNH):
+    heads, kv_heads, tokens, of_heads = _specs()
+
+    def local(q, k, v, ids, out, lse, grad_out):
+        all_k, all_v, all_ids = _gathered((k, v, ids))
+        dq, *grads = _MODULES[backend].BACKEND.backward(
+            *(q, all_k, all_v, out, lse, grad_out, ids, all_ids),
+            scale=scale,
+            max_segments=max_segments,
+        )
+        if jax.lax.axis_size("sequence") > 1:
+            grads = jax.lax.psum_scatter(grads, "sequence", scatter_dimension=1, tiled=True)
+        return dq, *grads
+
+    specs = (heads, kv_heads, kv_heads, tokens, heads, of_heads, heads)
+    grads = _island(local, specs, (heads, kv_heads, kv_heads))(*residuals, grad_out_BTNH)
+    return *grads, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _specs():
+    """Shardings of q and out; of k and v; of ids; of lse."""
     tokens = parallel.spec("batch", "token")
-    island = jax.shard_map(
-        functools.partial(_local, backend=BACKENDS[backend], scale=scale),
-        in_specs=(heads, kv_heads, kv_heads, tokens, tokens),
-        out_specs=heads,
+    return (
+        parallel.spec("batch", "token", "heads", "head_dim"),
+        parallel.spec("batch", "token", "kv_heads", "head_dim"),
+        (tokens, tokens),
+        parallel.spec("batch", "token", "heads"),
     )
-    out_BTNH = island(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, positions_BT)
-    return checkpoint_name(out_BTNH, "attention")
 
 
-def _local(q, k, v, segment_ids, positions, *, backend, scale):
-    """One device's part: its rows and heads, its query tokens, the keys of all tokens."""
-    gather = functools.partial(jax.lax.all_gather, axis_name="sequence", axis=1, tiled=True)
-    keys = (k, v, segment_ids, positions)
-    if jax.lax.axis_size("sequence") > 1:
-        keys = tuple(map(gather, keys))
-    return backend(q, *keys[:2], (segment_ids, positions), keys[2:], scale)
+def _island(local, in_specs, out_specs):
+    # Nothing is differentiated through the island, so that JAX need not track along which axes
+    # values vary, which kernels of other libraries cannot tell it.
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def reference(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, scale: float) -> jax.Array:
-    """Attention by the full score matrix [B, N, T, S] in float32: exact, and quadratic in memory.
+def _gathered(arrays):
+    """The tokens of the whole row, one shard after the other."""
+    if jax.lax.axis_size("sequence") == 1:
+        return arrays
+    return jax.lax.all_gather(arrays, "sequence", axis=1, tiled=True)
 
-    Args:
-        query_ids: (segment ids [B, T], positions [B, T]) of the queries.
-        key_ids: (segment ids [B, S], positions [B, S]) of the keys.
+
+def self_test(backend: str, *, dtype: str, num_heads_per_kv: int, head_dim: int, mesh) -> None:
+    """Compare `packed_attention` on a small packed batch, values and gradients, with NumPy.
+
+    Every process of `mesh` must call it. The devices that split rows get the same two rows each;
+    there are two kv heads for every device of `tensor`; a split row lies in stripes.
+
+    Raises:
+        ValueError: naming the backend, what differs and by how much, on all processes alike.
     """
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+    batch = _test_batch(
+        _TEST_TOKENS * mesh.shape["sequence"],
+        shards=mesh.shape["sequence"],
+        num_kv_heads=2 * mesh.shape["tensor"],
+        num_heads_per_kv=num_heads_per_kv,
+        head_dim=head_dim,
+        dtype=dtype,
     )
-    (query_segments, query_positions), (key_segments, key_positions) = query_ids, key_ids
-    visible_BTS = query_segments[:, :, None] == key_segments[:, None, :]
-    visible_BTS &= query_positions[:, :, None] >= key_positions[:, None, :]
-    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS * scale, -jnp.inf)
-    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH)
-    return out_BTKGH.reshape(B, T, N, H)
+    errors = _errors(backend, batch, 1 / math.sqrt(head_dim), mesh)
+    wrong = [
+        f"{name} by {error:.2g} of its largest value"
+        for name, error in zip(("out", "dq", "dk", "dv"), errors, strict=True)
+        if not error <= TOLERANCE[dtype]  # nan is wrong too
+    ]
+    if wrong:
+        raise ValueError(
+            f"model.attention = {backend!r} computes wrongly on this machine, in {dtype} with "
+            f"{num_heads_per_kv} heads of {head_dim} per kv head: {', '.join(wrong)}, where "
+            f"{TOLERANCE[dtype]} is allowed. Nothing was trained: use another of {BACKENDS[1:]}"
+        )
 
 
-# model.attention -> one device's attention.
-BACKENDS = {"auto": reference, "reference": reference}
+def _errors(backend, batch, scale, mesh) -> np.ndarray:
+    """Largest errors of (out, dq, dk, dv) on all devices, against the largest values."""
+    heads, kv_heads, ids, _ = jax.tree.map(functools.partial(jax.NamedSharding, mesh), _specs())
+    num_rows = len(batch[0]) * mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def part(array, index):
+        """A part of all rows, which are those of `array` again and again."""
+        return array[np.arange(num_rows)[index[0]] % len(array)][:, *index[1:]]
+
+    def spread(array, sharding):
+        shape = (num_rows, *array.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, functools.partial(part, array))
+
+    @functools.partial(jax.jit, out_shardings=(heads, heads, kv_heads, kv_heads))
+    def run(q, k, v, grad_out, *ids):
+        def attend(q, k, v):
+            return packed_attention(q, k, v, *ids, scale=scale, backend=backend)
+
+        out, backward = jax.vjp(attend, q, k, v)
+        # Of padding the output must be finite, and 0 for this comparison.
+        out = jnp.where((ids[0] == 0)[..., None, None] & jnp.isfinite(out), 0, out)
+        return out, *backward(grad_out)
+
+    with jax.set_mesh(mesh):
+        results = run(*map(spread, batch, (heads, kv_heads, kv_heads, heads, *ids)))
+    errors = []
+    for found, wanted in zip(results, _expected(*batch, scale=scale), strict=True):
+        of_shards = [
+            np.abs(np.asarray(shard.data, np.float32) - part(wanted, shard.index)).max()
+            for shard in found.addressable_shards
+        ]
+        errors.append(np.max(of_shards) / np.abs(wanted).max())
+    everyone = multihost_utils.process_allgather(np.asarray(errors))
+    return np.asarray(everyone).reshape(-1, len(errors)).max(axis=0)
+
+
+def _test_batch(num_tokens, *, shards, num_kv_heads, num_heads_per_kv, head_dim, dtype):
+    """Two packed rows in NumPy: q, k, v, d loss / d out, segment ids, positions.
+
+    Segments of one token to some hundred, then padding, where d loss / d out is 0.
+    """
+    rng = np.random.default_rng(0)
+    segments, positions = np.zeros((2, 2, num_tokens), np.int32)
+    for row in range(2):
+        cuts = rng.choice(np.arange(1, num_tokens - 9), min(num_tokens // 64, 200), replace=False)
+        bounds = sorted({0, 1, *cuts.tolist(), num_tokens - 3 - 4 * row})
+        for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            segments[row, start:stop] = n + 1
+            positions[row, start:stop] = np.arange(stop - start)
+    # Token t of the row lies in stripe (t // tokens per stripe), which go to the shards in turn.
+    order = np.arange(num_tokens).reshape(_TEST_STRIPES, shards, -1).swapaxes(0, 1).reshape(-1)
+    segments, positions = segments[:, order], positions[:, order]
+
+    num_heads = num_kv_heads * num_heads_per_kv
+    q, k, v, grad_out = (
+        rng.standard_normal((2, num_tokens, n, head_dim), np.float32).astype(jnp.dtype(dtype))
+        for n in (num_heads, num_kv_heads, num_kv_heads, num_heads)
+    )
+    return q, k, v, np.where((segments > 0)[..., None, None], grad_out, 0), segments, positions
+
+
+def _expected(q, k, v, grad_out, segments, positions, *, scale):
+    """(out, dq, dk, dv) of `_test_batch` in float32, one segment of one row at a time."""
+    q, k, v, grad_out = (np.moveaxis(np.asarray(x, np.float32), 2, 1) for x in (q, k, v, grad_out))
+    results = [np.zeros_like(x) for x in (q, q, k, v)]  # [rows, heads, tokens, H]
+    num_heads_per_kv = q.shape[1] // k.shape[1]
+    for row, segment in itertools.product(range(len(q)), range(1, segments.max() + 1)):
+        tokens = np.flatnonzero(segments[row] == segment)
+        tokens = tokens[np.argsort(positions[row, tokens])]
+        queries, grads = q[row][:, tokens], grad_out[row][:, tokens]
+        keys, values = (np.repeat(x[row][:, tokens], num_heads_per_kv, axis=0) for x in (k, v))
+        scores = np.where(
+            np.tri(len(tokens), dtype=bool), scale * queries @ keys.swapaxes(1, 2), -np.inf
+        )
+        probs = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        probs /= probs.sum(axis=-1, keepdims=True)
+        grad_probs = grads @ values.swapaxes(1, 2)
+        mean = (grad_probs * probs).sum(axis=-1, keepdims=True)
+        grad_scores = scale * probs * (grad_probs - mean)
+        of_heads = grad_scores.swapaxes(1, 2) @ queries, probs.swapaxes(1, 2) @ grads
+        of_kv_heads = (x.reshape(-1, num_heads_per_kv, *x.shape[1:]).sum(axis=1) for x in of_heads)
+        found = (probs @ values, grad_scores @ keys, *of_kv_heads)
+        for result, part in zip(results, found, strict=True):
+            result[row][:, tokens] = part
+    return [np.moveaxis(x, 1, 2) for x in results]
