@@ -13,6 +13,7 @@ from jax_sft.models.spec import Weight
 # Attention's backward pass has five products for two of the forward pass: a flash kernel computes
 # the scores again. The model's own backward pass, which MFU counts, has four.
 _KERNEL_BACKWARD = 2.5
+HEAD_CHUNK = 1024  # tokens of a device whose logits live at a time: cross_entropy.MAX_CHUNK
 # Names of compute.NAMES that the policies keep which are made of names.
 _KEPT = {"full": (), "attn": ("attention", "attention_lse")}
 _NAMES = ("residual", "qkv", "attention", "attention_lse", "mlp")
@@ -188,7 +189,7 @@ def step_cost(
     micro_batches: int,
     remat: str,
     attention: str,
-    data_copies: int,
+    sizes: Mapping[str, int],
     offload: Sequence[str] = (),
     param_bytes: int = 4,
     moment_bytes: int = 4,
@@ -198,14 +199,15 @@ def step_cost(
     Args:
         remat, offload: see `recomputed`.
         attention: name of the backend, a key of roofline.ATTENTION_EFFICIENCY.
-        data_copies: of the parameters: the size of the `data` axis.
+        sizes: {mesh axis: size}.
         param_bytes, moment_bytes: of a master weight, and of each of its two moments.
     """
     tokens, pairs, trained = (num_rows * n for n in (row.tokens, row.pairs, row.trained))
     model = model_flops(rows, dims, tied, tokens, pairs, trained)
     slots = num_rows * row.slots
     visited = computed_pairs(attention, num_rows, row)
-    padded = model_flops(rows, dims, tied, slots, pairs, trained)
+    in_chunks = _in_chunks(trained, slots, micro_batches, sizes)
+    padded = model_flops(rows, dims, tied, slots, pairs, in_chunks)
     hardware = hardware_flops(padded, dims, remat, offload)
     for name, computed in zip(("attention_forward", "attention_backward"), visited, strict=True):
         hardware[name] *= computed / pairs if pairs else 1.0
@@ -217,10 +219,16 @@ def step_cost(
         model=model,
         causal_flops=sum(model_flops(rows, dims, tied, tokens, pairs, tokens).values()),
         hardware=hardware,
-        elementwise_bytes=_elementwise_bytes(dims, slots, trained, remat),
-        optimizer_bytes=data_copies * num_params * (updated + micro_batches * accumulated),
+        elementwise_bytes=_elementwise_bytes(dims, slots, in_chunks, remat),
+        optimizer_bytes=sizes["data"] * num_params * (updated + micro_batches * accumulated),
         attention=attention,
     )
+
+
+def _in_chunks(trained: float, slots: float, micro_batches: int, sizes: Mapping[str, int]) -> float:
+    """Tokens that the head computes: those that train, the last chunk of a device half empty."""
+    parts = sizes["data"] * sizes["fsdp"] * sizes["sequence"] * micro_batches
+    return min(trained + parts * HEAD_CHUNK / 2, slots) if trained else 0.0
 
 
 def computed_pairs(attention: str, num_rows: int, row: RowWork) -> tuple[float, float]:
@@ -299,10 +307,11 @@ def _elementwise_bytes(dims: Mapping[str, int], slots: float, trained: float, re
 
     Counted as one fused kernel each, in bfloat16: two norms of 2 D, two residual sums of 3 D, q and
     k read and written, gate and up read and their product written. The backward pass moves twice
-    that, recomputation once more. A logit is written, read twice and its gradient written: 14
-    bytes.
+    that, recomputation once more. A logit is written, read twice and its gradient written, 14
+    bytes; for each chunk of tokens the head's float32 gradient is read and written.
     """
     heads = (dims["heads"] + dims["kv_heads"]) * dims["head_dim"]
     elements = 10 * dims["embed"] + 2 * heads + 3 * dims["mlp"]
     passes = 3 if remat == "none" else 4
-    return passes * 2 * dims["layers"] * elements * slots + 14 * dims["vocab"] * trained
+    per_logit = 14 + 8 * dims["embed"] / HEAD_CHUNK
+    return passes * 2 * dims["layers"] * elements * slots + per_logit * dims["vocab"] * trained

@@ -14,6 +14,7 @@ import pytest
 from jax_sft import chips, compute, flops, metrics, models, parallel, roofline
 from jax_sft.model import ModelDef
 from jax_sft.models import llama, qwen2
+from jax_sft.ops import cross_entropy
 
 ROOT = Path(__file__).resolve().parent.parent
 H100 = chips.find("h100")
@@ -202,7 +203,7 @@ def cost_of(row=None, **changes) -> flops.StepCost:
     """Llama-3-8B, 16 rows of 4096 trained tokens."""
     cfg = llama.Config.from_hf(LLAMA_8B)
     options = {"num_rows": 16, "micro_batches": 1, "remat": "none", "attention": "cudnn"}
-    options |= {"data_copies": 1} | changes
+    options |= {"sizes": dict.fromkeys(parallel.AXES, 1) | {"fsdp": 8}} | changes
     row = row or flops.full_row(4096)
     return flops.step_cost(llama.weights(cfg), cfg.dims, cfg.tied, row, **options)
 
@@ -244,11 +245,22 @@ def test_fewer_trained_tokens_cost_less_and_only_one_mfu_counts_them():
     tenth = dataclasses.replace(full, trained=409.6)
     whole, part = (roofline.predict(cost_of(row), H100, 8, 1, []) for row in (full, tenth))
     assert part.step_time_s < whole.step_time_s
-    assert part.compute["head"] == pytest.approx(whole.compute["head"] / 10)
+    # 819.2 trained tokens per device and, on average, half a chunk without a token.
+    assert part.compute["head"] == pytest.approx(whole.compute["head"] * (819.2 + 512) / 8192)
     assert part.compute["mlp"] == whole.compute["mlp"]
     assert cost_of(tenth).causal_flops == cost_of(full).causal_flops
     assert part.mfu_causal > whole.mfu_causal and part.mfu_causal > 1.05 * part.mfu
     assert whole.mfu == whole.mfu_causal
+
+
+def test_the_head_pays_for_its_last_chunk_once_per_pass_and_for_nothing_where_nothing_trains():
+    unit = 6 * 128256 * 4096
+    few = dataclasses.replace(flops.full_row(4096), trained=100)
+    once, four = (cost_of(few, micro_batches=n).hardware["head"] for n in (1, 4))
+    assert once == unit * (1600 + 8 * 512) and four == unit * (1600 + 4 * 8 * 512)
+    none = dataclasses.replace(few, trained=0)
+    assert cost_of(none).hardware["head"] == 0
+    assert flops.HEAD_CHUNK == cross_entropy.MAX_CHUNK
 
 
 def test_padding_takes_time_and_gives_no_mfu():

@@ -86,7 +86,7 @@ def test_parameters_and_moments_are_the_shards_that_the_rules_give(sizes):
         math.prod(parallel.sharding(mesh, *row.axes).shard_shape(row.shape(dict(of_7b.dims))))
         for row in of_7b.rows
     ]
-    memory = search.analytic_memory(of_7b, setting(**sizes), 4096)
+    memory = search.analytic_memory(of_7b, setting(**sizes), 8, 4096)
     assert memory.parameters == 4 * sum(shards)
     assert memory.moments == 8 * sum(shards)
     assert memory.gradients == 4 * sum(shards)
@@ -95,7 +95,7 @@ def test_parameters_and_moments_are_the_shards_that_the_rules_give(sizes):
 def test_full_remat_keeps_a_layers_input_and_attn_its_attention_too():
     tokens, sizes = 8 * 4096 / 8, {"fsdp": 8}
     full, attn, named = (
-        search.analytic_memory(model(), setting(remat=remat, **sizes), 4096).residuals
+        search.analytic_memory(model(), setting(remat=remat, **sizes), 8, 4096).residuals
         for remat in ("full", "attn", "qkv,attention,attention_lse,mlp")
     )
     assert full == 28 * tokens * 3584 * 2
@@ -103,20 +103,50 @@ def test_full_remat_keeps_a_layers_input_and_attn_its_attention_too():
     assert named == attn + 28 * tokens * 2 * ((28 + 2 * 4) * 128 + 2 * 18944)
 
 
+@pytest.mark.parametrize(
+    ("name", "remat", "micro_rows", "micro_batches", "seq_len", "sizes", "compiled_gib"),
+    [
+        ("7b", "full", 8, 1, 4096, {"fsdp": 8}, 18.13),
+        ("7b", "full", 32, 1, 4096, {"fsdp": 8}, 23.55),
+        ("7b", "attn", 32, 1, 4096, {"fsdp": 8}, 26.66),
+        ("7b", "qkv,attention,attention_lse,mlp", 16, 1, 4096, {"fsdp": 8}, 38.75),
+        ("7b", "none", 8, 1, 4096, {"fsdp": 8}, 84.89),
+        ("7b", "full", 8, 1, 4096, {"fsdp": 2, "tensor": 2, "sequence": 2}, 17.60),
+        ("7b", "full", 1, 1, 131072, {"sequence": 16}, 12.96),
+        ("32b", "full", 8, 2, 4096, {"fsdp": 8}, 88.02),
+        ("72b", "attn", 64, 1, 4096, {"fsdp": 64}, 35.18),
+    ],
+)
+def test_the_estimate_is_near_what_was_compiled(
+    name, remat, micro_rows, micro_batches, seq_len, sizes, compiled_gib
+):
+    # Blockwise attention, for H200, with jax 0.10.2; nothing was run.
+    changes = {
+        "7b": {},
+        "32b": {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64}
+        | {"num_attention_heads": 40, "num_key_value_heads": 8},
+        "72b": {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80}
+        | {"num_attention_heads": 64, "num_key_value_heads": 8},
+    }[name]
+    one = setting(micro_rows, remat, **sizes)
+    found = search.analytic_memory(model(**changes), one, micro_rows * micro_batches, seq_len)
+    assert found.peak / GIB == pytest.approx(compiled_gib, rel=0.10)
+
+
 def test_more_devices_and_more_remat_take_less_memory_and_bfloat16_moments_less_still():
     peaks = [
-        search.analytic_memory(model(), setting(micro_rows=n, fsdp=n), 4096).peak
+        search.analytic_memory(model(), setting(micro_rows=n, fsdp=n), n, 4096).peak
         for n in (2, 4, 8, 16, 32)
     ]
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > 4 * peaks[-1]
     by_remat = [
-        search.analytic_memory(model(), setting(remat=remat, fsdp=8), 4096).peak
+        search.analytic_memory(model(), setting(remat=remat, fsdp=8), 8, 4096).peak
         for remat in search.REMATS
     ]
     assert by_remat == sorted(by_remat, reverse=True) and len(set(by_remat)) == len(by_remat)
     half = search.Model(model().rows, model().dims, False, moment_bytes=2)
-    assert search.analytic_memory(half, setting(fsdp=8), 4096).moments == pytest.approx(
-        search.analytic_memory(model(), setting(fsdp=8), 4096).moments / 2
+    assert search.analytic_memory(half, setting(fsdp=8), 8, 4096).moments == pytest.approx(
+        search.analytic_memory(model(), setting(fsdp=8), 8, 4096).moments / 2
     )
 
 
@@ -143,7 +173,7 @@ def traffic_of(gpus_per_host: int = 8, num_rows: int = 8, **sizes):
         micro_batches=num_rows // one.micro_rows,
         remat="full",
         attention="cudnn",
-        data_copies=one.mesh["data"],
+        sizes=one.mesh,
     )
     return search.analytic_traffic(of_7b, one, cost, num_rows, 4096, gpus_per_host)
 
@@ -177,7 +207,7 @@ def test_data_over_hosts_sends_only_its_own_gradients_over_the_network():
     (reduce,) = slow
     assert (reduce.kind, reduce.axis, reduce.bytes_fast) == ("all-reduce", ("data",), 0)
     of_7b = model()
-    local = search.analytic_memory(of_7b, setting(data=2, fsdp=4), 4096).gradients
+    local = search.analytic_memory(of_7b, setting(data=2, fsdp=4), 8, 4096).gradients
     assert reduce.bytes_slow == 2 * local / 2
 
 
@@ -223,7 +253,7 @@ def test_bfloat16_gradients_halve_what_is_reduced():
         micro_batches=1,
         remat="full",
         attention="cudnn",
-        data_copies=1,
+        sizes=one.mesh,
     )
     scatter = search.analytic_traffic(half, one, cost, 8, 4096, 8)[1]
     assert scatter.bytes_fast == traffic_of(fsdp=8)[1].bytes_fast / 2
