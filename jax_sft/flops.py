@@ -53,10 +53,10 @@ def segment_pairs(report: Mapping[str, Mapping] | None, seq_len: int) -> RowWork
 
     The report has the number and sum of the examples' lengths, a few percentiles and the longest.
     Between these the logarithm of the length is taken to be linear; then lengths are cut or dropped
-    at `seq_len` as the report tells, and the mean square is scaled to the exact mean. On real lengths
-    this is 3 to 8% too much; where a source has two kinds of examples of very different lengths it
-    can be wrong by a factor of two. Sources count by their examples, whatever their weight or epochs. Rows are
-    taken to be full: best-fit packing leaves less than a hundredth.
+    at `seq_len` as the report tells, and the mean square is scaled to the exact mean. On real
+    lengths this is up to 8% too much; where a source has two kinds of examples of very different
+    lengths it can be wrong by a factor of two. Sources count by their examples, whatever their
+    weight or epochs. Rows are taken to be full: best-fit packing leaves less than a hundredth.
 
     Args:
         report: {source: counts}, see data.prepare.describe; None for `full_row`.
