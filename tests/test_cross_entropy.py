@@ -154,9 +154,9 @@ def test_every_mesh_of_eight_devices_is_tried():
 
 
 def test_the_error_is_below_a_millionth_at_a_real_vocabulary():
-    problem = loss_problem(scale=0.2, shape=(2, 150, 256, 32_768))  # logits of -3.2 to 3.2
+    problem = loss_problem(scale=0.2, shape=(4, 52, 256, 32_768))  # logits of -3.2 to 3.2
     wanted, found = dense_loss(*problem), on_mesh(MIXED, problem, chunk=32)
-    assert np.count_nonzero(problem[3]) > 130
+    assert np.count_nonzero(problem[3]) > 80
     # In norm: float32 logits alone give the gradient of a single number an error of 1e-6.
     pairs = [(np.asarray(found[i], np.float64), wanted[i]) for i in (0, 3, 4)]
     errors = [np.linalg.norm(ours - truth) / np.linalg.norm(truth) for ours, truth in pairs]
@@ -362,7 +362,7 @@ def traced(sizes, dtype=jnp.float32, shape=LARGE, **settings):
     def array(shape, dtype, *axes):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.sharding(mesh, *axes))
 
-    hidden_BTD = array((rows, tokens, features), dtype, "batch", "token", "features")
+    hidden_BTD = array((rows, tokens, features), dtype, "batch", "residual", "features")
     head_VD = array((ids, features), jnp.float32, "vocab", "embed")
     of_tokens = (rows, tokens), ("batch", "token")
     weights_BT, targets_BT, sources_BT = (
@@ -403,10 +403,13 @@ def test_only_small_sums_over_tensor_are_sent_within_the_loop(sizes):
         if in_loop:
             assert axes == ("tensor",) and equation.invars[0].aval.size <= 2 * CHUNK, equation
         else:
-            sent[name, str(equation.invars[0].aval.dtype)] += 1
-    assert sent["all_gather", "bfloat16"] == 1  # the head, in the compute dtype
-    assert sent["reduce_scatter", "float32"] == 1  # its gradient
-    assert {name for name, _ in sent} <= {"all_gather", "reduce_scatter", "psum", "psum_invariant"}
+            sent[name, axes, str(equation.invars[0].aval.dtype)] += 1
+    embed = parallel.RULES["embed"]
+    assert sent.pop(("all_gather", embed, "bfloat16")) == 1  # the head, in the compute dtype
+    assert sent.pop(("reduce_scatter", embed, "float32")) == 1  # its gradient
+    for name in ("all_gather", "reduce_scatter"):  # hidden states and their gradient
+        assert sent.pop((name, ("tensor",), "bfloat16")) == 1
+    assert all(name.startswith("psum") for name, *_ in sent)
 
 
 def compiled_text(program) -> str:
@@ -416,7 +419,7 @@ def compiled_text(program) -> str:
 def test_the_compiler_adds_no_gather_and_no_scatter():
     text = compiled_text(traced(MIXED))
     names = ("all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-    assert [text.count(f" {name}(") for name in names] == [1, 1, 0, 0]
+    assert [text.count(f" {name}(") for name in names] == [2, 2, 0, 0]
 
 
 def test_counting_right_predictions_costs_nothing_where_it_is_not_asked_for():

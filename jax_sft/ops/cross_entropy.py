@@ -1,7 +1,8 @@
 """Cross-entropy over a large vocabulary without ever holding the logits of all tokens.
 
 Shape suffixes: B rows, T tokens, N tokens of a device, M the same with trained tokens first and
-room for whole chunks, C tokens of a chunk, D model, V vocabulary (of a device, inside the island).
+room for whole chunks, C tokens of a chunk, D model, V vocabulary (of a device, inside the island),
+S shards of the tokens over `tensor`.
 Called by `step` and `evaluate` inside jit, under the mesh set by `jax.set_mesh`.
 """
 
@@ -69,7 +70,7 @@ def cross_entropy(
     data. First derivatives in reverse mode alone.
 
     Args:
-        hidden_BTD: final hidden states.
+        hidden_BTD: final hidden states, their tokens split like the residual stream.
         head_VD: output head as it is stored: any float dtype, sharded spec("vocab", "embed").
         targets_BT: int token ids; anything at all where the weight is 0.
         weights_BT: float32, 0 where a token does not train, never negative.
@@ -95,7 +96,9 @@ def _sums(objective: Objective, num_sources: int, hidden_BTD, head_VD, of_tokens
 
 def _forward(objective, num_sources, hidden_BTD, head_VD, of_tokens):
     sums, *grads = _island(objective, num_sources, hidden_BTD, head_VD, of_tokens, gradients=True)
-    return sums, grads
+    # Together: else XLA scatters the gradient of the head when the backward pass of the layers is
+    # over, and holds all of it, float32, until then (2 GiB of a 7B model).
+    return sums, jax.lax.optimization_barrier(grads)
 
 
 def _backward(objective, num_sources, grads, of_sums):
@@ -107,7 +110,7 @@ _sums.defvjp(_forward, _backward)
 
 
 def _island(objective, num_sources, hidden_BTD, head_VD, of_tokens, *, gradients: bool) -> Any:
-    of_hidden = parallel.spec("batch", "token", "features")
+    of_hidden = parallel.spec("batch", "residual", "features")
     of_head = parallel.spec("vocab", "embed")
     of_sums = (jax.P(),) * (5 if num_sources else 3)
     return jax.shard_map(
@@ -124,16 +127,23 @@ def _island(objective, num_sources, hidden_BTD, head_VD, of_tokens, *, gradients
 
 def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients):
     """The sums over all devices and, with `gradients`, those of this device's blocks."""
-    split = parallel.RULES["embed"]  # mesh axes over which the head's D is split
     token_axes = (*parallel.RULES["batch"], *parallel.RULES["token"])
     # D first: a collective over the last dimension makes XLA transpose the whole, not the shard.
-    head_DV = jax.lax.all_gather(head_VD.astype(hidden_BTD.dtype).T, split, tiled=True)
-    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    weights_N = of_tokens[1].reshape(-1)
+    head_DV = jax.lax.all_gather(
+        head_VD.astype(hidden_BTD.dtype).T, parallel.RULES["embed"], tiled=True
+    )
+    # Tokens are in the order in which the shards of `tensor`, S of them, hold their hidden states.
+    hidden_SBTD = jax.lax.all_gather(hidden_BTD, "tensor")
+    hidden_ND = hidden_SBTD.reshape(-1, hidden_BTD.shape[-1])
+    shards = hidden_SBTD.shape[0]
+    of_tokens_N = [
+        x_BT.reshape(len(x_BT), shards, -1).swapaxes(0, 1).reshape(-1) for x_BT in of_tokens
+    ]
+    weights_N = of_tokens_N[1]
     chunk = chunk_size(head_DV.shape[1], len(weights_N))
     index_M = trained_first(weights_N, chunk)
     targets_M, weights_M, *sources_M = (
-        x.reshape(-1).at[index_M].get(mode="fill", fill_value=0) for x in of_tokens
+        x_N.at[index_M].get(mode="fill", fill_value=0) for x_N in of_tokens_N
     )
     none_M = jnp.zeros(len(index_M), jnp.float32), jnp.zeros(len(index_M), bool)
     no_grads = jnp.zeros(hidden_ND.shape, hidden_ND.dtype), jnp.zeros(head_DV.shape, jnp.float32)
@@ -171,11 +181,9 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
     if not gradients:
         return sums
     grad_hidden_ND, grad_head_DV = grads
-    grad_hidden_ND = jax.lax.psum(grad_hidden_ND, "tensor")
-    grad_head_DV = jax.lax.psum_scatter(grad_head_DV, split, tiled=True)
-    others = tuple(axis for axis in token_axes if axis not in split)  # copies of the model
-    grad_head_VD = jax.lax.psum(grad_head_DV, others).T.astype(head_VD.dtype)
-    return sums, grad_hidden_ND.reshape(hidden_BTD.shape), grad_head_VD
+    grad_hidden_BTD = jax.lax.psum_scatter(grad_hidden_ND.reshape(hidden_SBTD.shape), "tensor")
+    grad_head_DV = parallel.sum_over_tokens(grad_head_DV, ("embed", "vocab"))
+    return sums, grad_hidden_BTD, grad_head_DV.T.astype(head_VD.dtype)
 
 
 def chunk_size(num_ids: int, num_tokens: int) -> int:
