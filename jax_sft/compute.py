@@ -74,6 +74,7 @@ class Compute:
         dtype: of activations, and of matrices while they multiply.
         grad_dtype: in which gradients of matrices are added up over devices.
         attention: key of ops.attention.BACKENDS.
+        max_segments: segments per row at most.
         policy: of `jax.checkpoint`, for a layer.
         axes: {path of a matrix: logical axes of its dimensions}.
     """
@@ -81,6 +82,7 @@ class Compute:
     dtype: Any
     grad_dtype: Any
     attention: str
+    max_segments: int
     policy: Callable[..., Any]
     axes: Mapping[str, tuple[str, ...]]
 

@@ -37,6 +37,7 @@ class ModelDef:
         dtype,
         grad_dtype: Any = "float32",
         attention: str = "auto",
+        max_segments: int = 256,
         remat: str = "none",
         offload: Sequence[str] = (),
     ) -> "ModelDef":
@@ -47,6 +48,7 @@ class ModelDef:
             dtype=jnp.dtype(dtype),
             grad_dtype=jnp.dtype(grad_dtype),
             attention=attention,
+            max_segments=max_segments,
             policy=policy(remat, tuple(offload)),
             axes={row.path: row.axes for row in rows if row.is_matrix},
         )

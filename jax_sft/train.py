@@ -30,7 +30,6 @@ from jax_sft import (
     evaluate,
     hf,
     metrics,
-    optim,
     parallel,
     state,
     trackers,
@@ -39,8 +38,7 @@ from jax_sft.data import chat, prepare
 from jax_sft.data.examples import Examples
 from jax_sft.data.loader import Loader
 from jax_sft.inference import LoadedModel
-from jax_sft.model import ModelDef
-from jax_sft.step import make_eval_step, make_train_step
+from jax_sft.program import program
 from jax_sft.validate import validate
 
 
@@ -67,16 +65,7 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
     resolved = validate(cfg, jax.device_count())
     mesh = parallel.make_mesh(resolved.mesh_shape)
     family, model_cfg = resolved.family, resolved.model_cfg
-    model_def = ModelDef.of(
-        family,
-        model_cfg,
-        dtype=cfg.model.dtype,
-        attention=cfg.model.attention,
-        remat=cfg.model.remat,
-        grad_dtype=cfg.model.grad_dtype,
-        offload=cfg.model.offload,
-    )
-    rows, dims = model_def.rows, model_cfg.dims
+    rows, dims = family.weights(model_cfg), model_cfg.dims
     num_params = sum(math.prod(row.shape(dims)) for row in rows)
     folder = hf.resolve(cfg.model.path, cfg.model.revision)
     tensors = hf.check(folder, rows, dims, model_cfg.tied)
@@ -128,30 +117,24 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", cfg.checkpoint)
     as_dict = config.to_dict(cfg)
     start = checkpoints.latest_step or 0
-    tx = optim.make(cfg.optimizer, num_steps, rows)
-    param_dtype = jnp.dtype(cfg.model.param_dtype)
+    compiled = program(cfg, resolved, mesh, num_steps, num_sources=len(source_names))
     if start:
         for line in config.differences(checkpoints.metadata().get("config", {}), as_dict):
             say(f"WARNING the config differs from the checkpoint's: {line}")
         say(f"resume  {workdir} from step {start} of {num_steps}")
-        current = checkpoints.restore(state.abstract(tx, rows, dims, param_dtype, mesh))
+        current = checkpoints.restore(compiled.state)
     else:
         shardings = state.param_shardings(rows, mesh)
+        param_dtype = jnp.dtype(cfg.model.param_dtype)
         params = hf.load(tensors, rows, dims, shardings, param_dtype, first_process)
-        current = state.create(tx, params, rows, mesh)
+        current = state.create(compiled.tx, params, rows, mesh)
     if start >= num_steps:
         say(f"done    step {start} of {num_steps} is already there: raise train.epochs to go on")
     if first_process:
         (workdir / "config.json").write_text(json.dumps(as_dict, indent=2) + "\n")
     logs = trackers.start(cfg.log.trackers, workdir, as_dict, start) if first_process else []
 
-    # ---- compiled functions --------------------------------------------------------------------
-    learning_rate = optim.schedule(cfg.optimizer, num_steps)
-    state_shardings = state.shardings(tx, current.params, rows, mesh)
-    train_step = make_train_step(
-        model_def, tx, learning_rate, state_shardings, mesh, num_sources=len(source_names)
-    )
-    eval_step = make_eval_step(model_def, mesh)
+    # ---- what logs and evaluates ---------------------------------------------------------------
     meter = metrics.Meter(
         every_steps=cfg.log.every_steps,
         num_steps=num_steps,
@@ -163,7 +146,7 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
         ),
         peak=metrics.peak_flops(jax.devices()),
     )
-    answerer = LoadedModel(model_def, current.params, mesh) if cfg.eval.samples else None
+    answerer = LoadedModel(compiled.model_def, current.params, mesh) if cfg.eval.samples else None
     last: dict[str, float] = {}
 
     def log(found: dict[str, float]) -> None:
@@ -178,7 +161,7 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
 
     def run_evaluation(step: int, params) -> dict[str, float]:
         with meter.paused():
-            found = evaluate.evaluate(eval_step, params, eval_sets)
+            found = evaluate.evaluate(compiled.eval_step, params, eval_sets)
             if answerer and eval_examples:
                 answerer.params = params
                 found |= evaluate.answers(answerer, tokenizer, eval_examples, cfg.eval.samples, say)
@@ -198,7 +181,7 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
         for step, packed in enumerate(loader.batches(start, num_steps), start=start + 1):
             if meter.due:  # the step before: its numbers are ready while this one is dispatched
                 log_steps()
-            current, sums = train_step(current, packed)
+            current, sums = compiled.train_step(current, packed)
             meter.add(sums, packed["tokens"].size, loader.wait_ms)
             if step == start + 1:
                 jax.block_until_ready(sums)

@@ -8,9 +8,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jax_sft import compute, hf, models, optim, parallel, trackers
 from jax_sft.data import check
-from jax_sft.ops.attention import BACKENDS
+from jax_sft.ops.attention import resolve
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -25,6 +28,7 @@ class Resolved:
         model_cfg: the family's Config.
         mesh_shape: {axis: size}.
         micro_rows: rows per micro-batch.
+        attention: the backend that model.attention means here.
     """
 
     folder: Path
@@ -32,10 +36,17 @@ class Resolved:
     model_cfg: Any
     mesh_shape: dict[str, int]
     micro_rows: int
+    attention: str
 
 
-def validate(cfg, num_devices: int) -> Resolved:
+def validate(
+    cfg, num_devices: int, platform: str | None = None, with_data: bool = True
+) -> Resolved:
     """Check a config against itself, the model folder, the data files and the devices.
+
+    Args:
+        platform: "cpu" or "gpu"; None = the one at hand.
+        with_data: whether the data files have to be there.
 
     Raises:
         ValueError: all problems found, each naming its key and what to do.
@@ -66,12 +77,25 @@ def validate(cfg, num_devices: int) -> Resolved:
             f"data.seq_len = {cfg.data.seq_len} is over the model's max_position_embeddings = "
             f"{model_cfg.max_positions}: use at most that, or set a rope scaling in its config.json"
         )
-    problems += check.problems(cfg.data)
+    attention = sizes and model_cfg and attempt(_attention, cfg, model_cfg, sizes, platform)
+    if with_data:
+        problems += check.problems(cfg.data)
     if problems:
         lines = "\n".join(f"  {number}. {text}" for number, text in enumerate(problems, start=1))
         raise ValueError(f"the config has {len(problems)} problem(s):\n{lines}")
-    assert folder and sizes
-    return Resolved(folder, family, model_cfg, sizes, micro_rows)
+    assert folder and sizes and attention
+    return Resolved(folder, family, model_cfg, sizes, micro_rows, attention)
+
+
+def _attention(cfg, model_cfg, sizes: dict[str, int], platform: str | None) -> str:
+    """The attention backend that can be used."""
+    return resolve(
+        cfg.model.attention,
+        platform=platform or jax.default_backend(),
+        dtype=jnp.dtype(cfg.model.dtype),
+        head_dim=model_cfg.head_dim,
+        sequence=sizes["sequence"],
+    )
 
 
 def _model(cfg, attempt) -> tuple[Path | None, Any, Any]:
@@ -97,7 +121,6 @@ def _value_problems(cfg) -> list[str]:
     choices = {
         "model.dtype": DTYPES,
         "model.param_dtype": DTYPES,
-        "model.attention": tuple(BACKENDS),
         "model.grad_dtype": DTYPES,
         "optimizer.name": optim.NAMES,
         "optimizer.schedule": optim.SCHEDULES,

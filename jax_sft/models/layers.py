@@ -168,6 +168,7 @@ def attend(
         positions_BT,
         scale=1 / math.sqrt(q_BTNH.shape[-1]),
         backend=compute.attention,
+        max_segments=compute.max_segments,
     )
 
 

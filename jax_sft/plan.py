@@ -1,0 +1,119 @@
+"""Tell, without a GPU, whether a run fits, what it sends, what overlaps, and about how fast it is.
+
+    python -m jax_sft.plan --config=configs/qwen7b.py --target=h200 --hosts=2 [--search]
+
+Compiles the very step that `train` would run, for GPUs that need not exist, and reads the compiled
+program. Of the model only config.json is needed, of the data nothing; if --workdir (default
+runs/NAME_OF_CONFIG) holds the data_report.json of a run, its lengths and trained share are used. Writes plan.json and plan.html there. Exits with 1 if the run does not fit.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from jax_sft import command, parallel
+from jax_sft.planning import chips, page, search, targets
+from jax_sft.planning.analysis import Setting, analyse
+from jax_sft.planning.flops import RowWork, segment_pairs
+from jax_sft.validate import Resolved, validate
+
+EXIT_DOES_NOT_FIT = 1
+MOST_ADVICE = 4  # settings that are compiled to find one that fits, 10 to 20 s each
+
+
+def plan(
+    cfg,
+    target: str,
+    hosts: int,
+    gpus_per_host: int = 8,
+    *,
+    report: Path | None = None,
+    with_search: bool = False,
+    hlo_file: Path | None = None,
+    say=lambda line: None,
+) -> dict:
+    """Return the plan of a run as the dict of plan.json, see `planning.page`.
+
+    Args:
+        cfg: from `jax_sft.config.default()`.
+        target: a key of `chips.CHIPS`.
+        report: a data_report.json; None = rows of one full segment, all trained.
+        with_search: also try other meshes, micro-batches and remat policies.
+        hlo_file: where to write the compiled program.
+        say: prints a line of progress.
+
+    Raises:
+        ValueError: anything wrong with the config or the arguments.
+    """
+    chip = chips.find(target)
+    num_devices = hosts * gpus_per_host
+    if problem := targets.plugin_problem():
+        say(f"WARNING {problem}")
+        say(f"WARNING {targets.FALLBACK}")
+        devices = targets.cpu_devices(num_devices)
+    else:
+        devices = targets.topology(chip, hosts, gpus_per_host)
+    resolved = validate(cfg, num_devices, platform="gpu", with_data=False)
+    row = _row_work(report, cfg.data.seq_len)
+    setting = Setting(chip, hosts, gpus_per_host, devices, row)
+    say(f"compiling for {num_devices} x {chip.kind} ...")
+    found = analyse(cfg, resolved, setting, hlo_file=hlo_file)
+    if with_search:
+        found["search"] = search.search(cfg, setting, say)
+    elif not found["memory"]["fits"]:
+        say("it does not fit: looking for what would")
+        found["advice"] = search.advice(cfg, setting, MOST_ADVICE, say)
+    return found
+
+
+def _row_work(report: Path | None, seq_len: int) -> RowWork:
+    """What a row of the data holds, from the report of a run where there is one."""
+    if report is None or not report.exists():
+        return segment_pairs(None, seq_len)
+    return segment_pairs(json.loads(report.read_text())["train"], seq_len)
+
+
+def main(_: list[str]) -> None:
+    """The command line."""
+    logging.set_verbosity(logging.ERROR)
+    options = flags.FLAGS
+    config_file = Path(config_flags.get_config_filename(options["config"]))
+    workdir = Path(options.workdir or Path("runs") / config_file.stem)
+    try:
+        found = plan(
+            options.config,
+            options.target,
+            options.hosts,
+            options.gpus_per_host,
+            report=Path(options.data_report or workdir / "data_report.json"),
+            with_search=options.search,
+            hlo_file=Path(options.hlo) if options.hlo else None,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    except ValueError as error:
+        if command.shows_traceback():
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(command.EXIT_USER_ERROR)
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "plan.json").write_text(json.dumps(found, indent=2) + "\n")
+    (workdir / "plan.html").write_text(page.render(found), encoding="utf-8")
+    print(page.as_text(found))
+    print(f"\nwritten: {workdir / 'plan.json'}, {workdir / 'plan.html'}")
+    sys.exit(0 if found["memory"]["fits"] else EXIT_DOES_NOT_FIT)
+
+
+if __name__ == "__main__":
+    targets.keep_off_gpus()
+    command.define_config()
+    flags.DEFINE_enum("target", "h200", list(chips.CHIPS), "The kind of GPU.")
+    flags.DEFINE_integer("hosts", 1, "How many hosts.")
+    flags.DEFINE_integer("gpus_per_host", 8, "GPUs in each host.")
+    flags.DEFINE_bool("search", False, "Also try other meshes, micro-batches and remat policies.")
+    flags.DEFINE_string("workdir", "", "Where plan.json goes; default runs/NAME_OF_CONFIG.")
+    flags.DEFINE_string("data_report", "", "Default: data_report.json in the workdir.")
+    flags.DEFINE_string("hlo", "", "Also write the compiled program to this file.")
+    app.run(main, flags_parser=command.parse_flags)

@@ -1,0 +1,100 @@
+"""The compiled program of a run, from its config: `train` feeds it, `plan` only compiles it.
+
+Whatever decides what the devices do is put together here and nowhere else, so that a plan is of
+the very step that will run.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jax_sft import optim, parallel, state
+from jax_sft.data.loader import Batch, empty_rows
+from jax_sft.model import ModelDef
+from jax_sft.state import TrainState
+from jax_sft.step import Sums, batch_shardings, make_eval_step, make_train_step
+from jax_sft.validate import Resolved
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A train step and what belongs to it.
+
+    Attributes:
+        model_def: the model.
+        mesh: all devices.
+        tx: the optimizer.
+        state: TrainState of ShapeDtypeStructs with shardings.
+        batch: a batch of ShapeDtypeStructs with shardings, [micro-batches, rows, seq_len].
+        train_step: jitted `step(state, batch) -> (state, sums)`.
+        eval_step: jitted `step(params, batch) -> sums`.
+    """
+
+    model_def: ModelDef
+    mesh: Mesh
+    tx: optax.GradientTransformation
+    state: TrainState
+    batch: Batch
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Sums]]
+    eval_step: Callable[[dict[str, jax.Array], Batch], Sums]
+
+
+def model_def(cfg, resolved: Resolved, mesh: Mesh) -> ModelDef:
+    """Return the model as the config wants it computed on these devices."""
+    return ModelDef.of(
+        resolved.family,
+        resolved.model_cfg,
+        dtype=cfg.model.dtype,
+        grad_dtype=cfg.model.grad_dtype,
+        attention=resolved.attention,
+        max_segments=cfg.data.max_segments,
+        remat=cfg.model.remat,
+        offload=cfg.model.offload,
+    )
+
+
+def program(cfg, resolved: Resolved, mesh: Mesh, num_steps: int, num_sources: int = 0) -> Program:
+    """Put a run's program together; nothing is allocated or compiled.
+
+    Args:
+        num_steps: of the whole run, for the schedule.
+        num_sources: train sources whose loss is asked for, 0 = none.
+    """
+    model = model_def(cfg, resolved, mesh)
+    tx = optim.make(cfg.optimizer, num_steps, model.rows)
+    dtype = jnp.dtype(cfg.model.param_dtype)
+    abstract = state.abstract(tx, model.rows, resolved.model_cfg.dims, dtype, mesh)
+    shardings = jax.tree.map(lambda array: array.sharding, abstract)
+    return Program(
+        model_def=model,
+        mesh=mesh,
+        tx=tx,
+        state=abstract,
+        batch=_abstract_batch(cfg, resolved, mesh, per_source=num_sources > 0),
+        train_step=make_train_step(
+            model,
+            tx,
+            optim.schedule(cfg.optimizer, num_steps),
+            shardings,
+            mesh,
+            num_sources=num_sources,
+        ),
+        eval_step=make_eval_step(model, mesh),
+    )
+
+
+def _abstract_batch(cfg, resolved: Resolved, mesh: Mesh, per_source: bool) -> Batch:
+    """The shapes of a global batch of packed rows."""
+    micro_batches = cfg.batch.rows // resolved.micro_rows
+    shape = (micro_batches, resolved.micro_rows, cfg.data.seq_len)
+    row = empty_rows(1, 1, per_source)
+    return {
+        name: jax.ShapeDtypeStruct(shape, row[name].dtype, sharding=sharding)
+        for name, sharding in batch_shardings(mesh, per_source).items()
+    }
