@@ -3,24 +3,31 @@
     python -m jax_sft.plan --config=configs/qwen7b.py --target=h200 --hosts=2 [--search]
 
 Compiles the very step that `train` would run, for GPUs that need not exist, and reads the compiled
-program. Of the model only config.json is needed, of the data nothing; if --workdir (default
-runs/NAME_OF_CONFIG) holds the data_report.json of a run, its lengths and trained share are used. Writes plan.json and plan.html there. Exits with 1 if the run does not fit.
+program. Of the model only config.json is needed, of the data nothing: where --workdir (default
+runs/NAME_OF_CONFIG) holds a run's data_report.json, its lengths and trained share are used. Writes
+plan.json and plan.html there. Exits with 1 if the run does not fit.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jax_sft import command, parallel
 from jax_sft.planning import chips, page, search, targets
-from jax_sft.planning.analysis import Setting, analyse
+from jax_sft.planning.analysis import Target, analyse
 from jax_sft.planning.flops import RowWork, segment_pairs
-from jax_sft.validate import Resolved, validate
+from jax_sft.validate import validate
 
 EXIT_DOES_NOT_FIT = 1
+FALLBACK = (
+    "the step is partitioned for simulated CPU devices, which tells what it sends, but neither "
+    "temporaries, peak and verdict, nor what overlaps and how long it takes"
+)
 MOST_ADVICE = 4  # settings that are compiled to find one that fits, 10 to 20 s each
 
 
@@ -51,21 +58,20 @@ def plan(
     chip = chips.find(target)
     num_devices = hosts * gpus_per_host
     if problem := targets.plugin_problem():
-        say(f"WARNING {problem}")
-        say(f"WARNING {targets.FALLBACK}")
-        devices = targets.cpu_devices(num_devices)
+        say(f"WARNING {problem}. Until then: {FALLBACK}")
+        devices = cpu_devices(num_devices)
     else:
         devices = targets.topology(chip, hosts, gpus_per_host)
     resolved = validate(cfg, num_devices, platform="gpu", with_data=False)
     row = _row_work(report, cfg.data.seq_len)
-    setting = Setting(chip, hosts, gpus_per_host, devices, row)
+    where = Target(chip, hosts, gpus_per_host, devices, row)
     say(f"compiling for {num_devices} x {chip.kind} ...")
-    found = analyse(cfg, resolved, setting, hlo_file=hlo_file)
+    found = analyse(cfg, resolved, where, hlo_file=hlo_file)
     if with_search:
-        found["search"] = search.search(cfg, setting, say)
-    elif not found["memory"]["fits"]:
+        found["search"] = search.search(cfg, where, say)
+    elif not fits(found):
         say("it does not fit: looking for what would")
-        found["advice"] = search.advice(cfg, setting, MOST_ADVICE, say)
+        found["advice"] = search.advice(cfg, where, MOST_ADVICE, say)
     return found
 
 
@@ -74,6 +80,23 @@ def _row_work(report: Path | None, seq_len: int) -> RowWork:
     if report is None or not report.exists():
         return segment_pairs(None, seq_len)
     return segment_pairs(json.loads(report.read_text())["train"], seq_len)
+
+
+def fits(found: dict) -> bool:
+    """Whether nothing is known against it: without the plugin there is no verdict."""
+    return "memory" not in found or found["memory"]["fits"]
+
+
+def cpu_devices(num_devices: int) -> list[Any]:
+    """Simulate CPU devices to partition for.
+
+    Raises:
+        ValueError: JAX already runs, with fewer of them.
+    """
+    parallel.simulate_cpu_devices(num_devices)
+    if jax.device_count() < num_devices:
+        raise ValueError(f"JAX already runs with {jax.device_count()} of {num_devices} devices")
+    return jax.devices()[:num_devices]
 
 
 def main(_: list[str]) -> None:
@@ -103,7 +126,7 @@ def main(_: list[str]) -> None:
     (workdir / "plan.html").write_text(page.render(found), encoding="utf-8")
     print(page.as_text(found))
     print(f"\nwritten: {workdir / 'plan.json'}, {workdir / 'plan.html'}")
-    sys.exit(0 if found["memory"]["fits"] else EXIT_DOES_NOT_FIT)
+    sys.exit(0 if fits(found) else EXIT_DOES_NOT_FIT)
 
 
 if __name__ == "__main__":

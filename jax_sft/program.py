@@ -5,21 +5,27 @@ the very step that will run.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jax_sft import optim, parallel, state
+from jax_sft import optim, state
 from jax_sft.data.loader import Batch, empty_rows
 from jax_sft.model import ModelDef
 from jax_sft.state import TrainState
 from jax_sft.step import Sums, batch_shardings, make_eval_step, make_train_step
 from jax_sft.validate import Resolved
+
+# Given to XLA on GPUs, in training and in plans alike. Without the first, which newer versions of
+# JAX have by default, every gather of a weight is waited for. The second keeps sums in one order
+# (no atomics), so that the same config gives bitwise the same losses.
+GPU_OPTIONS = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_exclude_nondeterministic_ops": True,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +77,7 @@ def program(cfg, resolved: Resolved, mesh: Mesh, num_steps: int, num_sources: in
     dtype = jnp.dtype(cfg.model.param_dtype)
     abstract = state.abstract(tx, model.rows, resolved.model_cfg.dims, dtype, mesh)
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
+    options = None if mesh.devices.flat[0].platform == "cpu" else GPU_OPTIONS
     return Program(
         model_def=model,
         mesh=mesh,
@@ -84,8 +91,9 @@ def program(cfg, resolved: Resolved, mesh: Mesh, num_steps: int, num_sources: in
             shardings,
             mesh,
             num_sources=num_sources,
+            compiler_options=options,
         ),
-        eval_step=make_eval_step(model, mesh),
+        eval_step=make_eval_step(model, mesh, options),
     )
 
 

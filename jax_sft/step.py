@@ -98,6 +98,7 @@ def make_train_step(
     state_shardings: TrainState,
     mesh: Mesh,
     num_sources: int = 0,
+    compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Return the jitted `step(state, batch) -> (state, sums)`; the old state is donated.
 
@@ -119,11 +120,12 @@ def make_train_step(
         in_shardings=(state_shardings, batch_shardings(mesh, per_source=num_sources > 0)),
         out_shardings=(state_shardings, state_shardings.step),
         donate_argnums=0,
+        compiler_options=compiler_options,
     )
 
 
 def make_eval_step(
-    model_def: ModelDef, mesh: Mesh
+    model_def: ModelDef, mesh: Mesh, compiler_options: dict[str, Any] | None = None
 ) -> Callable[[dict[str, jax.Array], Batch], Sums]:
     """Return the jitted `step(params, batch) -> sums` of `batch_sums`, without gradients."""
 
@@ -135,7 +137,11 @@ def make_eval_step(
         return jax.lax.scan(add, none, batch)[0]
 
     of_params = state.param_shardings(model_def.rows, mesh)
-    return jax.jit(eval_step, in_shardings=(of_params, batch_shardings(mesh)))
+    return jax.jit(
+        eval_step,
+        in_shardings=(of_params, batch_shardings(mesh)),
+        compiler_options=compiler_options,
+    )
 
 
 def batch_shardings(mesh: Mesh, per_source: bool = False) -> dict[str, jax.sharding.NamedSharding]:

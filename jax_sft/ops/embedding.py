@@ -79,10 +79,25 @@ def _find(tokens_BT, table_VD, *, dtype):
 
 
 def _add(tokens_BT, grad_BTD, *, vocab):
+    """Gradient of the table: rows of equal ids are added in a fixed order, never by atomics."""
     num_local = vocab // jax.lax.axis_size("tensor")
     ids_SBT = _local_ids(tokens_BT, num_local)
     grad_SBTD = jax.lax.all_to_all(grad_BTD[None], _EMBED, 3, 0, tiled=True)
-    ids_SBT = jnp.where(ids_SBT < 0, num_local, ids_SBT)  # out of range: dropped
-    zeros_VD = jnp.zeros((num_local, grad_SBTD.shape[-1]), jnp.float32)
-    sum_VD = zeros_VD.at[ids_SBT].add(grad_SBTD.astype(jnp.float32), mode="drop")
+    ids_N, order_N = jax.lax.sort_key_val(ids_SBT.ravel(), jnp.arange(ids_SBT.size))
+    rows_ND = grad_SBTD.reshape(ids_N.size, -1)[order_N].astype(jnp.float32)
+    is_first_N = jnp.concatenate([jnp.ones(1, bool), ids_N[1:] != ids_N[:-1]])
+    _, sums_ND = jax.lax.associative_scan(_add_within, (is_first_N, rows_ND))
+    # The last row of each id has its sum; all others, and ids of other devices, are dropped.
+    is_last_N = jnp.roll(is_first_N, -1) & (ids_N >= 0) & (ids_N < num_local)
+    places_N = jnp.where(is_last_N, ids_N, num_local + jnp.arange(ids_N.size))
+    sum_VD = jnp.zeros((num_local, rows_ND.shape[1]), jnp.float32)
+    sum_VD = sum_VD.at[places_N].set(sums_ND, mode="drop", unique_indices=True)
     return jax.lax.psum(sum_VD, "data")
+
+
+def _add_within(left, right):
+    """Running sums that start anew at each first row (Blelloch 1990, a segmented scan)."""
+    first_left, sum_left = left
+    first_right, sum_right = right
+    total = jnp.where(first_right[:, None], sum_right, sum_left + sum_right)
+    return first_left | first_right, total

@@ -23,7 +23,7 @@ IMBALANCE = 1.2  # of attention work over `sequence`, highest over mean
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class Target:
     """Where a run is planned, and what its rows hold."""
 
     chip: Chip
@@ -37,39 +37,33 @@ class Setting:
         return self.hosts * self.gpus_per_host
 
 
-def analyse(cfg, resolved: Resolved, setting: Setting, hlo_file: Path | None = None) -> dict:
+def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = None) -> dict:
     """Compile the step and return the plan as a dict, see `page`."""
-    compiled = compile_step(cfg, resolved, setting.devices)
+    compiled = compile_step(cfg, resolved, target.devices)
     if hlo_file:
         hlo_file.write_text(compiled.text)
     module = hlo.parse(compiled.text)
-    executions = hlo_loops.executions(module, _Loops(cfg, resolved, setting.row))
+    executions = hlo_loops.executions(module, _Loops(cfg, resolved, target.row))
     found = hlo_collectives.collectives(module, executions)
     gemms = hlo_kernels.gemms(module, executions)
     mesh = compiled.program.mesh
-    table = [_row(one, mesh, setting) for one in found if one.group_size > 1]
-    cost = _cost(cfg, resolved, compiled, setting)
-    prediction = predict(
-        cost, setting.chip, setting.num_devices, setting.hosts, [_traffic(row) for row in table]
-    )
-    memory = _memory(compiled, setting.chip)
-    memory["largest"] = [_buffer(one) for one in hlo_kernels.buffers(module, 2**20)[:12]]
-    return {
+    table = [_row(one, mesh, target) for one in found if one.group_size > 1]
+    cost = _cost(cfg, resolved, compiled, target)
+    plan = {
         "target": {
-            "chip": setting.chip.name,
-            "hosts": setting.hosts,
-            "gpus_per_host": setting.gpus_per_host,
-            "num_devices": setting.num_devices,
+            "chip": target.chip.name,
+            "hosts": target.hosts,
+            "gpus_per_host": target.gpus_per_host,
+            "num_devices": target.num_devices,
         },
         "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
-        "compiled_for": "cuda",
+        "compiled_for": "cuda" if compiled.for_gpus else "cpu (partitioned table only)",
         "config": _config(cfg, resolved),
         "compile": {
             "lower_s": compiled.lower_s,
             "compile_s": compiled.compile_s,
             "hlo_bytes": len(compiled.text),
         },
-        "memory": memory,
         "communication": table,
         "communication_total": {
             "fast_bytes": sum(row["fast_bytes"] for row in table),
@@ -78,13 +72,19 @@ def analyse(cfg, resolved: Resolved, setting: Setting, hlo_file: Path | None = N
         "arithmetic": {
             "model_flops": cost.model,
             "hardware_flops": sum(cost.hardware.values()),
-            "compiled_gemm_flops": sum(one.step_flops for one in gemms) * setting.num_devices,
-            "row": dataclasses.asdict(setting.row),
+            "compiled_gemm_flops": sum(one.step_flops for one in gemms) * target.num_devices,
         },
-        "predicted": _predicted(prediction),
+        "row": dataclasses.asdict(target.row),
         "warnings": _warnings(cfg, resolved, compiled, module, found, gemms),
         "advice": [],
     }
+    if compiled.for_gpus:
+        traffic = [_traffic(row) for row in table]
+        hosts = target.hosts
+        prediction = predict(cost, target.chip, target.num_devices, hosts, traffic)
+        plan["memory"] = _memory(compiled, target.chip, module)
+        plan["predicted"] = _predicted(prediction)
+    return plan
 
 
 # ---- parts -------------------------------------------------------------------------------------
@@ -102,34 +102,33 @@ class _Loops:
     def __call__(self, loop: hlo.Instruction) -> float:
         if "head_chunks" in loop.op_name:
             trained = self._tokens * self._row.trained / self._row.slots
-            return math.ceil(trained / chunk_tokens(self._tokens, self._vocab))
+            return math.ceil(trained / 1024)
         if "attention_blocks" in loop.op_name:
             # A block of queries meets the blocks of keys that hold its visible pairs.
-            return max(self._row.pairs / self._row.slots / BLOCK, 1.0)
+            return max(self._row.pairs / self._row.slots / 256, 1.0)
         raise ValueError(f"{loop.name} ({loop.op_name}) runs as often as data decides: say how")
 
 
-def _row(one: hlo_collectives.Collective, mesh, setting: Setting) -> dict:
+def _row(one: hlo_collectives.Collective, mesh, target: Target) -> dict:
     """One line of the communication table: a collective, over a whole step."""
-    numbers = [_host_number(device, setting.gpus_per_host) for device in mesh.devices.flat]
+    numbers = [_host_number(device, target.gpus_per_host) for device in mesh.devices.flat]
     physical = dataclasses.replace(
         one,
         groups=tuple(tuple(numbers[place] for place in group) for group in one.groups),
         pairs=tuple((numbers[a], numbers[b]) for a, b in one.pairs),
     )
-    slow = physical.slow_share(setting.gpus_per_host)
+    slow = physical.slow_share(target.gpus_per_host)
     return {
         "kind": one.kind,
         "axis": list(hlo_groups.axis_of(one.groups, mesh.shape)),
         "dtype": "+".join(one.dtypes),
-        "bytes": one.step_wire_bytes,
+        "bytes": one.result_bytes,
         "count": one.count,
         "fast_bytes": one.step_wire_bytes * (1 - slow),
         "slow_bytes": one.step_wire_bytes * slow,
         "overlaps": not one.exposed,
         "hidden_behind_flops": one.overlap.flops * one.count,
         "hidden_behind_bytes": one.overlap.bytes * one.count,
-        "result_bytes": one.result_bytes,
         "arrays": [f"{array.dtype}{list(array.dims)}" for array in one.arrays],
         "what": one.op_name,
     }
@@ -153,24 +152,25 @@ def _traffic(row: Mapping[str, Any]) -> Traffic:
     )
 
 
-def _cost(cfg, resolved: Resolved, compiled: Compiled, setting: Setting) -> flops.StepCost:
+def _cost(cfg, resolved: Resolved, compiled: Compiled, target: Target) -> flops.StepCost:
     model_cfg = resolved.model_cfg
     return flops.step_cost(
         compiled.program.model_def.rows,
         model_cfg.dims,
         model_cfg.tied,
-        setting.row,
+        target.row,
         num_rows=cfg.batch.rows,
         micro_batches=cfg.batch.rows // resolved.micro_rows,
         remat=cfg.model.remat,
         attention=resolved.attention,
-        sizes=resolved.mesh_shape,
+        data_copies=resolved.mesh_shape["data"],
+        offload=cfg.model.offload,
         param_bytes=np.dtype(compiled.program.state.params["embed.table"].dtype).itemsize,
         moment_bytes=jax.numpy.dtype(cfg.optimizer.moments_dtype).itemsize,
     )
 
 
-def _memory(compiled: Compiled, chip: Chip) -> dict:
+def _memory(compiled: Compiled, chip: Chip, module: hlo.Module) -> dict:
     state = compiled.program.state
     parameters = sum(map(shard_bytes, state.params.values()))
     moments = sum(map(shard_bytes, jax.tree.leaves(state.opt_state)))
@@ -192,6 +192,7 @@ def _memory(compiled: Compiled, chip: Chip) -> dict:
         "card_bytes": chip.memory_bytes,
         "headroom_bytes": headroom,
         "fits": memory["peak"] + headroom <= chip.memory_bytes,
+        "largest": [_buffer(one) for one in hlo_kernels.buffers(module, 2**20)[:12]],
     }
 
 

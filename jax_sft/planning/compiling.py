@@ -8,6 +8,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,8 +27,9 @@ class Compiled:
 
     Attributes:
         program: what was compiled.
-        text: the optimised, scheduled module.
+        text: the optimised, scheduled module; for CPU devices the module after partitioning.
         memory: bytes per device: arguments, temporaries, peak (with arguments), host.
+        for_gpus: whether text and memory are those of GPUs.
         lower_s, compile_s: seconds.
         involuntary: the compiler's reports of rematerialisation that sharding forced on it.
     """
@@ -35,6 +37,7 @@ class Compiled:
     program: Program
     text: str
     memory: dict[str, int]
+    for_gpus: bool
     lower_s: float
     compile_s: float
     involuntary: tuple[str, ...]
@@ -45,12 +48,19 @@ def compile_step(cfg, resolved: Resolved, devices: Sequence[Any]) -> Compiled:
     mesh = parallel.make_mesh(resolved.mesh_shape, devices)
     num_sources = len(cfg.data.train) if cfg.log.per_source else 0
     planned = program(cfg, resolved, mesh, ANY_NUM_STEPS, num_sources=num_sources)
-    with jax.set_mesh(mesh), captured_stderr() as lines:
+    for_gpus = mesh.devices.flat[0].platform != "cpu"
+    with (
+        jax.set_mesh(mesh),
+        captured_stderr() as lines,
+        tempfile.TemporaryDirectory(prefix="jax-sft-plan-") as folder,
+    ):
         began = time.perf_counter()
         lowered = planned.train_step.lower(planned.state, planned.batch)
         lowered_at = time.perf_counter()
-        compiled = lowered.compile(compiler_options=targets.compiler_options())
+        options = targets.compiler_options() if for_gpus else _dump_options(folder)
+        compiled = lowered.compile(compiler_options=options)
         ended = time.perf_counter()
+        text = compiled.as_text() if for_gpus else _partitioned(Path(folder))
     found = compiled.memory_analysis()
     memory = {
         "arguments": found.argument_size_in_bytes,
@@ -61,12 +71,27 @@ def compile_step(cfg, resolved: Resolved, devices: Sequence[Any]) -> Compiled:
     involuntary = [line for line in lines if "nvoluntary full rematerialization" in line]
     return Compiled(
         planned,
-        compiled.as_text(),
+        text,
         memory,
+        for_gpus,
         lowered_at - began,
         ended - lowered_at,
         tuple(re.sub(r"^.*?\] ", "", line) for line in involuntary),
     )
+
+
+def _dump_options(folder: str) -> dict[str, Any]:
+    return {
+        "xla_dump_to": folder,
+        "xla_dump_hlo_as_text": True,
+        "xla_dump_hlo_pass_re": "spmd-partitioning",
+    }
+
+
+def _partitioned(folder: Path) -> str:
+    """The step after partitioning: later the CPU compiler makes float32 of its bfloat16."""
+    (file,) = folder.glob("*train_step*.after_spmd-partitioning.*.txt")
+    return file.read_text()
 
 
 def shard_bytes(array: jax.ShapeDtypeStruct) -> int:

@@ -1,0 +1,297 @@
+"""Which settings are worth compiling: meshes, micro-batches and remat policies, by estimates.
+
+Arithmetic alone, good enough to rank and to leave out what cannot fit: `plan` compiles the best of
+them and believes the compiler, not this file.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from jax_sft import parallel
+from jax_sft.models.spec import Weight
+from jax_sft.planning.chips import Chip
+from jax_sft.planning.flops import RowWork, StepCost, recomputed, step_cost
+from jax_sft.planning.roofline import Prediction, Traffic, predict
+
+# Policies tried for model.remat, from the one that keeps most.
+REMATS = ("none", "dots", "qkv,attention,attention_lse", "attn", "full")
+COMPUTE_BYTES = 2  # of bfloat16 activations and gathered weights
+SUM_BYTES = 4  # gradients are kept in float32
+HEAD_CHUNK = 1024  # tokens whose logits are held at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What is asked of a model here: its weight rows and sizes, and the dtypes it trains in.
+
+    Attributes:
+        param_bytes, moment_bytes: of a master weight, and of each of its two moments.
+        grad_bytes: of a gradient while it is added up over devices.
+    """
+
+    rows: Sequence[Weight]
+    dims: Mapping[str, int]
+    tied: bool
+    param_bytes: int = 4
+    moment_bytes: int = 4
+    grad_bytes: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a search may choose.
+
+    Attributes:
+        mesh: {axis: size} of all axes.
+        micro_rows: rows per forward and backward pass, over all devices.
+        remat: as in model.remat.
+    """
+
+    mesh: dict[str, int]
+    micro_rows: int
+    remat: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Estimated bytes of one device.
+
+    Attributes:
+        residuals: what the layers keep for the backward pass.
+        workspace: the largest of: a gathered layer with its gradient and activations; the gathered
+            head with its gradient and a chunk of logits.
+    """
+
+    parameters: float
+    moments: float
+    gradients: float
+    residuals: float
+    workspace: float
+
+    @property
+    def peak(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A choice, with what is estimated of it."""
+
+    choice: Choice
+    memory: Memory
+    prediction: Prediction
+    fits: bool
+
+
+def candidates(
+    model: Model,
+    chip: Chip,
+    *,
+    hosts: int,
+    gpus_per_host: int,
+    num_rows: int,
+    row: RowWork,
+    attention: str,
+    remats: Sequence[str] = REMATS,
+    headroom: float = 0.1,
+) -> list[Candidate]:
+    """Return all valid settings, those that fit first, each part by predicted step time.
+
+    Args:
+        num_rows: rows per optimizer step.
+        row: their length and what they hold.
+        headroom: share of the card that must stay free.
+    """
+    num_devices = hosts * gpus_per_host
+    found = []
+    for choice in settings(model, num_devices, gpus_per_host, num_rows, int(row.slots), remats):
+        memory = analytic_memory(model, choice, int(row.slots))
+        cost = step_cost(
+            model.rows,
+            model.dims,
+            model.tied,
+            row,
+            num_rows=num_rows,
+            micro_batches=num_rows // choice.micro_rows,
+            remat=choice.remat,
+            attention=attention,
+            data_copies=choice.mesh["data"],
+            param_bytes=model.param_bytes,
+            moment_bytes=model.moment_bytes,
+        )
+        traffic = analytic_traffic(model, choice, cost, num_rows, int(row.slots), gpus_per_host)
+        prediction = predict(cost, chip, num_devices, hosts, traffic)
+        fits = memory.peak <= (1 - headroom) * chip.memory_bytes
+        found.append(Candidate(choice, memory, prediction, fits))
+    return sorted(found, key=lambda one: (not one.fits, one.prediction.step_time_s))
+
+
+def settings(
+    model: Model,
+    num_devices: int,
+    gpus_per_host: int,
+    num_rows: int,
+    seq_len: int,
+    remats: Sequence[str],
+) -> Iterator[Choice]:
+    """Yield the settings that divide everything, `tensor` staying within a host."""
+    arrays = {row.path: (row.axes, row.shape(dict(model.dims))) for row in model.rows}
+    for sizes in _factorisations(num_devices, len(parallel.AXES)):
+        mesh: dict[str, int] = dict(zip(parallel.AXES, sizes, strict=True))
+        if gpus_per_host % mesh["tensor"] or parallel.size_problems(arrays, mesh):
+            continue
+        for micro_rows in _divisors(num_rows):
+            batch = {"micro-batch": (("batch", "residual"), (micro_rows, seq_len))}
+            if not parallel.size_problems(batch, mesh):
+                yield from (Choice(mesh, micro_rows, remat) for remat in remats)
+
+
+def _factorisations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
+    if parts == 1:
+        yield (number,)
+        return
+    for first in _divisors(number):
+        yield from ((first, *rest) for rest in _factorisations(number // first, parts - 1))
+
+
+@functools.lru_cache(maxsize=1024)
+def _divisors(number: int) -> tuple[int, ...]:
+    return tuple(n for n in range(1, number + 1) if number % n == 0)
+
+
+# ---- memory ------------------------------------------------------------------------------------
+
+
+def analytic_memory(model: Model, choice: Choice, seq_len: int) -> Memory:
+    """Estimate the bytes of one device at the peak of a step.
+
+    Parameters, moments and gradients are exact, by parallel.RULES; the rest is what the policy
+    keeps of each layer and the largest of the phases' working sets.
+    """
+    mesh, dims, tensor = choice.mesh, model.dims, choice.mesh["tensor"]
+    local = sum(math.prod(row.shape(dict(dims))) / _shards(row, mesh) for row in model.rows)
+    tokens = choice.micro_rows * seq_len / (mesh["data"] * mesh["fsdp"] * mesh["sequence"])
+    kept, made = _elements_per_token(dims, choice.remat, tensor)
+    layer = _matrix_elements(model, "layers") / dims["layers"] / tensor
+    table = dims["vocab"] * dims["embed"] / tensor
+    logits = min(HEAD_CHUNK, tokens) * dims["vocab"] / tensor
+    # The next layer is gathered while this one is computed; its gradients are formed whole.
+    in_layer = (2 * COMPUTE_BYTES + model.grad_bytes) * layer + 2 * COMPUTE_BYTES * made * tokens
+    in_head = (COMPUTE_BYTES + SUM_BYTES) * table + (COMPUTE_BYTES + 2 * SUM_BYTES) * logits
+    in_head += 2 * COMPUTE_BYTES * dims["embed"] * tokens
+    return Memory(
+        parameters=model.param_bytes * local,
+        moments=2 * model.moment_bytes * local,
+        gradients=SUM_BYTES * local,
+        residuals=COMPUTE_BYTES * dims["layers"] * kept * tokens,
+        workspace=max(in_layer, in_head),
+    )
+
+
+def _shards(row: Weight, mesh: Mapping[str, int]) -> int:
+    return math.prod(mesh[axis] for logical in row.axes for axis in parallel.RULES[logical])
+
+
+def _matrix_elements(model: Model, prefix: str) -> int:
+    return sum(
+        math.prod(row.shape(dict(model.dims)))
+        for row in model.rows
+        if row.is_matrix and row.path.startswith(prefix + ".")
+    )
+
+
+def _elements_per_token(dims: Mapping[str, int], remat: str, tensor: int) -> tuple[float, float]:
+    """Return the bfloat16 elements per token that (a policy keeps of a layer, a layer makes)."""
+    features, mlp = dims["embed"], dims["mlp"] / tensor
+    q = dims["heads"] * dims["head_dim"] / tensor
+    kv = 2 * dims["kv_heads"] * dims["head_dim"] / tensor
+    lse = 2 * dims["heads"] / tensor  # float32
+    # Between the blocks, tokens are split over `tensor`: x, the sum, two norms in float32. Within
+    # them: two norms, q, k and v before and after rotation, the context and its lse, attention's
+    # output; gate, up, silu(gate) and the product.
+    made = 6 * features / tensor + 3 * features + 3 * q + 2 * kv + lse + 4 * mlp
+    if remat == "none":
+        return made, made
+    kept = features / tensor  # a layer's input is always kept
+    if remat == "dots":
+        return kept + features + q + kv + 2 * mlp, made
+    again = recomputed(dims, remat)
+    kept += q + kv if again["attention_projections"] < 1 else 0
+    kept += q + lse if not again["attention_scores"] else 0
+    kept += 2 * mlp if not again["mlp"] else 0
+    return kept, made
+
+
+# ---- traffic -----------------------------------------------------------------------------------
+
+
+def analytic_traffic(
+    model: Model,
+    choice: Choice,
+    cost: StepCost,
+    num_rows: int,
+    seq_len: int,
+    gpus_per_host: int,
+) -> list[Traffic]:
+    """Return the collectives that a step needs, as they would be in a well compiled one.
+
+    Gathers of the layers' weights and the reduction of their gradients hide behind the layers'
+    products; those of the head, of activations over `tensor` and of keys and values are waited for.
+    """
+    mesh, dims = choice.mesh, model.dims
+    micros = num_rows // choice.micro_rows
+    of_layers = micros * dims["layers"]
+    passes = 2 if choice.remat in ("none", "dots") else 3  # over a layer's projections
+    behind = sum(flops for part, flops in cost.hardware.items() if part != "head")
+    behind /= math.prod(mesh.values())
+    rows = choice.micro_rows / (mesh["data"] * mesh["fsdp"])
+    layer = _matrix_elements(model, "layers") / dims["layers"] / mesh["tensor"]
+    table = dims["vocab"] * dims["embed"] / mesh["tensor"]
+    local = sum(math.prod(row.shape(dict(dims))) / _shards(row, mesh) for row in model.rows)
+    x = rows * seq_len / mesh["sequence"] * dims["embed"]
+    kv = rows * seq_len * 2 * dims["kv_heads"] * dims["head_dim"] / mesh["tensor"]
+
+    def traffic(kind, axes, elements, size, count, hidden=0.0, blocking=False) -> Traffic:
+        members, slow = _ring(tuple(mesh.items()), tuple(axes), gpus_per_host)
+        sent = elements * size * count * (members - 1) / members
+        sent *= 2 if kind == "all-reduce" else 1
+        return Traffic(
+            *(kind, tuple(axes), sent * (1 - slow), sent * slow, count, hidden, 0.0, blocking)
+        )
+
+    embed, tensor, sequence = parallel.RULES["embed"], ("tensor",), ("sequence",)
+    gather, scatter, reduce = "all-gather", "reduce-scatter", "all-reduce"
+    found = [
+        traffic(gather, embed, layer, COMPUTE_BYTES, 2 * of_layers, behind),
+        traffic(scatter, embed, layer, model.grad_bytes, of_layers, behind * 2 / 3),
+        traffic(reduce, ("data",), local, model.grad_bytes, micros, behind * 2 / 3),
+        traffic(gather, embed, table, COMPUTE_BYTES, micros, blocking=True),  # the head
+        traffic(scatter, embed, table, SUM_BYTES, micros, blocking=True),
+        traffic("all-to-all", embed, x, COMPUTE_BYTES, 2 * micros, blocking=True),  # the lookup
+        traffic(gather, tensor, x, COMPUTE_BYTES, 2 * passes * of_layers, blocking=True),
+        traffic(scatter, tensor, x, COMPUTE_BYTES, (2 + passes) * of_layers, blocking=True),
+        traffic(gather, sequence, kv, COMPUTE_BYTES, passes * of_layers, blocking=True),
+        traffic(scatter, sequence, kv, COMPUTE_BYTES, of_layers, blocking=True),
+    ]
+    return [one for one in found if one.bytes_fast or one.bytes_slow]
+
+
+@functools.lru_cache(maxsize=4096)
+def _ring(
+    mesh: tuple[tuple[str, int], ...], axes: tuple[str, ...], gpus_per_host: int
+) -> tuple[int, float]:
+    """Return (devices of a group, share of the hops of its ring that leave a host).
+
+    Devices stand as `parallel.make_mesh` puts them: `tensor` varies fastest, then `sequence`.
+    """
+    sizes, stride, offsets = dict(mesh), 1, [0]
+    for axis in ("tensor", "sequence", "fsdp", "data"):
+        size = sizes[axis]
+        if axis in axes:
+            offsets = [at + stride * n for at, n in itertools.product(offsets, range(size))]
+        stride *= size
+    hosts = len({offset // gpus_per_host for offset in offsets})
+    return len(offsets), hosts / len(offsets) if hosts > 1 else 0.0
