@@ -92,7 +92,9 @@ class Compute:
         for path, weight in params.items():
             axes = self.axes.get(f"{name}.{path}")
             if axes:
-                params[path] = gather(weight, axes[-weight.ndim :], self.dtype, self.grad_dtype)
+                with jax.named_scope(f"{name}.{path}"):  # `plan` shows it
+                    of_one = axes[-weight.ndim :]
+                    params[path] = gather(weight, of_one, self.dtype, self.grad_dtype)
         return tree.from_dict(layer, params)
 
 

@@ -97,6 +97,11 @@ def default() -> Config:
     batch.rows = 64  # rows per optimizer step, over all devices and hosts
     batch.micro_rows = 0  # rows per forward and backward pass; 0 = all rows at once
 
+    loss: Config = ConfigDict()
+    cfg.loss = loss  # both change what is trained and reported, never what is evaluated
+    loss.z_loss = 0.0  # weight of the squared log-partition; 1e-4 is usual where logits drift
+    loss.label_smoothing = 0.0  # share of the target spread over the vocabulary
+
     train: Config = ConfigDict()
     cfg.train = train
     train.epochs = 1.0  # may be a fraction

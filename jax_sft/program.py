@@ -91,6 +91,7 @@ def program(cfg, resolved: Resolved, mesh: Mesh, num_steps: int, num_sources: in
             shardings,
             mesh,
             num_sources=num_sources,
+            objective=dict(cfg.loss),
             compiler_options=options,
         ),
         eval_step=make_eval_step(model, mesh, options),

@@ -5,7 +5,7 @@ micro-batches and divided once by the global count, so accumulation, packing and
 nothing but rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,13 +24,20 @@ Sums = dict[str, jax.Array]  # float32 over the whole batch; scalars but for *_b
 
 
 def batch_sums(
-    model_def: ModelDef, params: dict[str, jax.Array], micro: Batch, num_sources: int = 0
+    model_def: ModelDef,
+    params: dict[str, jax.Array],
+    micro: Batch,
+    num_sources: int = 0,
+    objective: Mapping[str, float] | None = None,
 ) -> Sums:
     """Return the sums over one micro-batch, its arrays being [rows, tokens].
 
     loss, weight, correct (all weighted), tokens (not padding), pairs (query-key pairs that causal
     attention within segments computes). With `num_sources`, the batch having "sources", also
     loss_by_source and weight_by_source [num_sources].
+
+    Args:
+        objective: z_loss and label_smoothing of `cross_entropy`; None = neither.
     """
     micro = {name: parallel.stripe(array) for name, array in micro.items()}
     model = model_def.bind(params)
@@ -42,6 +49,7 @@ def batch_sums(
         micro["weights"],
         micro.get("sources"),
         num_sources,
+        **(objective or {}),
     )
     real = micro["segment_ids"] > 0
     pairs = jnp.where(real, micro["positions"] + 1, 0).astype(jnp.float32).sum()
@@ -53,7 +61,11 @@ def batch_sums(
 
 
 def value_and_grad(
-    model_def: ModelDef, params: dict[str, jax.Array], batch: Batch, num_sources: int = 0
+    model_def: ModelDef,
+    params: dict[str, jax.Array],
+    batch: Batch,
+    num_sources: int = 0,
+    objective: Mapping[str, float] | None = None,
 ) -> tuple[Sums, dict[str, jax.Array]]:
     """Return (sums over the batch, gradient of the mean loss), accumulated over micro-batches.
 
@@ -61,12 +73,12 @@ def value_and_grad(
 
     Args:
         batch: arrays [micro-batches, rows, tokens].
-        num_sources: see `batch_sums`.
+        num_sources, objective: see `batch_sums`.
     """
     axes = {row.path: row.axes for row in model_def.rows}
 
     def loss(params, micro):
-        sums = batch_sums(model_def, params, micro, num_sources)
+        sums = batch_sums(model_def, params, micro, num_sources, objective)
         del sums["correct"]  # for evaluation only; the compiler drops its computation
         return sums["loss"], sums
 
@@ -98,6 +110,7 @@ def make_train_step(
     state_shardings: TrainState,
     mesh: Mesh,
     num_sources: int = 0,
+    objective: Mapping[str, float] | None = None,
     compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Return the jitted `step(state, batch) -> (state, sums)`; the old state is donated.
@@ -108,7 +121,7 @@ def make_train_step(
     """
 
     def train_step(old: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        sums, grads = value_and_grad(model_def, old.params, batch, num_sources)
+        sums, grads = value_and_grad(model_def, old.params, batch, num_sources, objective)
         updates, opt_state = tx.update(grads, old.opt_state, old.params)
         params: Any = optax.apply_updates(old.params, updates)
         sums["grad_norm"] = optax.tree.norm(grads)

@@ -134,11 +134,12 @@ def _value_problems(cfg) -> list[str]:
             "optimizer.warmup": 0,
         },
         **{"optimizer.clip_norm": 0, "optimizer.weight_decay": 0, "optimizer.learning_rate": 0},
-        **{"mesh.cpu_devices": 0, "eval.every_steps": 0, "eval.samples": 0},
+        **{"loss.z_loss": 0, "mesh.cpu_devices": 0, "eval.every_steps": 0, "eval.samples": 0},
         **{"checkpoint.every_steps": 0, "checkpoint.keep": 1, "checkpoint.keep_best": 0},
         **{"log.every_steps": 1},
     }
-    within = {"optimizer.b1": 1.0, "optimizer.b2": 1.0}  # 0 <= value < 1
+    # 0 <= value < 1
+    within = dict.fromkeys(("optimizer.b1", "optimizer.b2", "loss.label_smoothing"), 1.0)
     shares = ("optimizer.final_ratio", "optimizer.decay_fraction")  # 0 <= value <= 1
     problems = [
         f"{key} = {_get(cfg, key)!r}: use one of {list(known)}"

@@ -24,8 +24,15 @@ from jax_sft.ops.embedding import lookup
 INIT_STD = 0.02  # of matrices made from scratch, as in Hugging Face's initializer_range
 
 
+Axes = tuple[tuple[str, ...], tuple[str, ...]]  # logical axes: of the inputs, of the outputs
+
+
 class Linear(nnx.Module):
-    """y = x W (+ b), contracting the last dimensions of x with the first dimensions of W.
+    """y = x W (+ b), contracting the last dimensions of x.
+
+    The kernel has the dimensions of inputs and outputs, in that order or, where `embed` is an
+    output, the other way round: what is gathered and scattered is its first dimension, since XLA
+    transposes whole arrays for collectives over any other.
 
     Args:
         inputs: {logical axis: size} of what is contracted, e.g. {"embed": D}.
@@ -35,7 +42,8 @@ class Linear(nnx.Module):
 
     def __init__(self, inputs: dict[str, int], outputs: dict[str, int], key, bias: bool = False):
         self.axes = tuple(inputs), tuple(outputs)
-        shape = (*inputs.values(), *outputs.values())
+        sizes = inputs | outputs
+        shape = tuple(sizes[axis] for axis in _kernel_axes(self.axes))
         self.kernel = nnx.Param(INIT_STD * jax.random.normal(key, shape))
         if bias:
             self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())))
@@ -45,15 +53,22 @@ class Linear(nnx.Module):
         return _add_bias(y, self.bias[...]) if hasattr(self, "bias") else y
 
 
-Axes = tuple[tuple[str, ...], tuple[str, ...]]  # logical axes of a kernel: inputs, outputs
+def _kernel_axes(axes: Axes) -> tuple[str, ...]:
+    inputs, outputs = axes
+    return outputs + inputs if "embed" in outputs else inputs + outputs
+
+
+def _contract(x: jax.Array, kernel: jax.Array, axes: Axes, over: tuple[str, ...]) -> jax.Array:
+    """Multiply in the dtype of x, summing over these axes: the last of x."""
+    of_x = range(x.ndim - len(over), x.ndim)
+    of_kernel = [_kernel_axes(axes).index(axis) for axis in over]
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), ((of_x, of_kernel), ((), ())))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul(x: jax.Array, kernel: jax.Array, axes: Axes) -> jax.Array:
-    """Multiply in the dtype of x, [batch, tokens, *inputs] x [*inputs, *outputs]."""
-    num_inputs = len(axes[0])
-    dims = (range(x.ndim - num_inputs, x.ndim), range(num_inputs)), ((), ())
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), dims)
+    """[batch, tokens, *inputs] x kernel -> [batch, tokens, *outputs]."""
+    return _contract(x, kernel, axes, over=axes[0])
 
 
 def _matmul_fwd(x, kernel, axes):
@@ -62,31 +77,28 @@ def _matmul_fwd(x, kernel, axes):
 
 def _matmul_bwd(axes, residuals, grad):
     x, kernel = residuals
-    inputs, outputs = (parallel.gathered(some) for some in axes)
-    grad = parallel.constrain(grad, "batch", "token", *outputs)
-    of_grad = range(grad.ndim - len(outputs), grad.ndim)
-    of_kernel = range(len(inputs), kernel.ndim)
-    grad_x = jax.lax.dot_general(grad, kernel.astype(x.dtype), ((of_grad, of_kernel), ((), ())))
+    of_x, of_grad = (("batch", "token", *parallel.gathered(some)) for some in axes)
+    grad = parallel.constrain(grad, *of_grad)
     island = jax.shard_map(
-        functools.partial(_kernel_gradient, axes=sum(axes, ()), dtype=kernel.dtype),
-        in_specs=(
-            parallel.spec("batch", "token", *inputs),
-            parallel.spec("batch", "token", *outputs),
-        ),
-        out_specs=parallel.spec(*sum(axes, ())),
+        functools.partial(_kernel_gradient, axes=axes, dtype=kernel.dtype),
+        in_specs=(parallel.spec(*of_x), parallel.spec(*of_grad)),
+        out_specs=parallel.spec(*_kernel_axes(axes)),
     )
-    return grad_x, island(x, grad)
+    return _contract(grad, kernel, axes, over=axes[1]), island(x, grad)
 
 
-def _kernel_gradient(x, grad, *, axes: tuple[str, ...], dtype):
+def _kernel_gradient(x, grad, *, axes: Axes, dtype):
     """One device's part of the gradient of a kernel, summed over the tokens of all devices.
 
     It is formed and added up in the dtype of the (gathered) kernel: what each device has, rounded
     to bfloat16 before it is added, would lose more with every device. An island, since the
     partitioner may gather all activations instead of scattering the sum.
     """
-    local = jax.lax.dot_general(x, grad, (((0, 1), (0, 1)), ((), ())), preferred_element_type=dtype)
-    return parallel.sum_over_tokens(local, axes)
+    first, second = (grad, x) if "embed" in axes[1] else (x, grad)
+    local = jax.lax.dot_general(
+        first, second, (((0, 1), (0, 1)), ((), ())), preferred_element_type=dtype
+    )
+    return parallel.sum_over_tokens(local, _kernel_axes(axes))
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)

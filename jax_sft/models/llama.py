@@ -89,14 +89,14 @@ def weights(cfg: Config) -> tuple[Weight, ...]:
             bias = f"({heads} head_dim) -> {heads} head_dim"
             rows.append(Weight(f"{ours}.bias", f"{theirs}.bias", bias))
     ours, theirs = "layers.attn.out", layer + "self_attn.o_proj"
-    from_heads = "embed (heads head_dim) -> heads head_dim embed"
+    from_heads = "embed (heads head_dim) -> embed heads head_dim"
     rows.append(Weight(f"{ours}.kernel", f"{theirs}.weight", from_heads))
     if cfg.attention_bias:
         rows.append(Weight(f"{ours}.bias", f"{theirs}.bias", "norm -> norm"))
     for name, layout, bias in (
         ("gate", "mlp embed -> embed mlp", "mlp -> mlp"),
         ("up", "mlp embed -> embed mlp", "mlp -> mlp"),
-        ("down", "embed mlp -> mlp embed", "norm -> norm"),
+        ("down", "embed mlp -> embed mlp", "norm -> norm"),
     ):
         ours, theirs = f"layers.mlp.{name}", layer + f"mlp.{name}_proj"
         rows.append(Weight(f"{ours}.kernel", f"{theirs}.weight", layout))

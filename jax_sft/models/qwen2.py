@@ -86,13 +86,13 @@ def weights(cfg: Config) -> tuple[Weight, ...]:
         rows.append(
             Weight(f"{ours}.bias", f"{theirs}.bias", f"({heads} head_dim) -> {heads} head_dim")
         )
-    from_heads = "embed (heads head_dim) -> heads head_dim embed"
+    from_heads = "embed (heads head_dim) -> embed heads head_dim"
     rows.append(Weight("layers.attn.out.kernel", layer + "self_attn.o_proj.weight", from_heads))
     for name in ("gate", "up"):
         hf = layer + f"mlp.{name}_proj.weight"
         rows.append(Weight(f"layers.mlp.{name}.kernel", hf, "mlp embed -> embed mlp"))
     hf = layer + "mlp.down_proj.weight"
-    rows.append(Weight("layers.mlp.down.kernel", hf, "embed mlp -> mlp embed"))
+    rows.append(Weight("layers.mlp.down.kernel", hf, "embed mlp -> embed mlp"))
     if not cfg.tied:
         rows.append(Weight("head.table", "lm_head.weight", "vocab embed -> vocab embed"))
     return tuple(rows)

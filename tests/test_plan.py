@@ -1,0 +1,246 @@
+"""Plans of 7B to 72B models on up to 1024 H200s, compiled here without one, against arithmetic."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jax_sft.planning import targets
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+
+needs_plugin = pytest.mark.skipif(
+    targets.plugin_problem() is not None, reason=str(targets.plugin_problem())
+)
+
+# Qwen2.5's published sizes: features, mlp, layers, heads, kv heads.
+MODELS = {
+    "7b": (3584, 18944, 28, 28, 4),
+    "32b": (5120, 27648, 64, 40, 8),
+    "72b": (8192, 29568, 80, 64, 8),
+}
+VOCAB, HEAD_DIM = 152_064, 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A run to plan, and the peak that it must stay below."""
+
+    model: str
+    hosts: int
+    mesh: tuple[int, int, int, int]
+    rows: int
+    micro_rows: int = 0
+    seq_len: int = 4096
+    layers: int = 0  # 0 = the model's
+    peak_gib: float = 0.0
+    changes: tuple[tuple[str, object], ...] = ()
+
+
+CASES = {
+    "7b on 8": Case("7b", 1, (1, 8, 1, 1), 16, 8, peak_gib=25),
+    "32b on 8": Case("32b", 1, (1, 8, 1, 1), 8, peak_gib=90),
+    "32b on 64": Case("32b", 8, (8, 8, 1, 1), 64, peak_gib=90),
+    "72b on 64": Case("72b", 8, (1, 8, 8, 1), 8, peak_gib=40),
+    "72b on 1024": Case("72b", 128, (16, 64, 1, 1), 1024, peak_gib=40),
+    "131k tokens on 16": Case("7b", 2, (1, 1, 1, 16), 1, seq_len=131_072, peak_gib=60),
+}
+
+
+@functools.cache
+def plan_of(case: Case, folder: Path) -> dict:
+    """Run the program as a user would, and return its plan.json with its exit code."""
+    features, mlp, layers, heads, kv_heads = MODELS[case.model]
+    name = f"{case.model}-{case.layers}-{'x'.join(map(str, case.mesh))}-{case.seq_len}"
+    model = folder / name
+    model.mkdir(exist_ok=True)
+    config = {
+        "model_type": "qwen2",
+        "hidden_size": features,
+        "intermediate_size": mlp,
+        "num_hidden_layers": case.layers or layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 131_072,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    data, fsdp, tensor, sequence = case.mesh
+    lines = [
+        "from jax_sft import config",
+        "def get_config():",
+        "  cfg = config.default()",
+        f"  cfg.model.path = {str(model)!r}",
+        f"  cfg.data.seq_len = {case.seq_len}",
+        f"  cfg.batch.rows, cfg.batch.micro_rows = {case.rows}, {case.micro_rows}",
+        f"  cfg.mesh.data, cfg.mesh.fsdp = {data}, {fsdp}",
+        f"  cfg.mesh.tensor, cfg.mesh.sequence = {tensor}, {sequence}",
+        *(f"  cfg.{key} = {value!r}" for key, value in case.changes),
+        "  return cfg",
+    ]
+    file = folder / f"{name}.py"
+    file.write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "jax_sft.plan", f"--config={file}", "--target=h200"]
+    command += [f"--hosts={case.hosts}", f"--workdir={model}"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert (model / "plan.html").exists()
+    found = json.loads((model / "plan.json").read_text())
+    return found | {"exit_code": done.returncode, "printed": done.stdout}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("plans")
+
+
+@pytest.fixture(params=CASES)
+def planned(request, folder):
+    case = CASES[request.param]
+    return case, plan_of(case, folder)
+
+
+def num_parameters(case: Case) -> int:
+    """Weights of the whole model, biases and norms included."""
+    features, mlp, layers, heads, kv_heads = MODELS[case.model]
+    qkv = (heads + 2 * kv_heads) * HEAD_DIM
+    layer = features * (qkv + heads * HEAD_DIM + 3 * mlp) + qkv + 2 * features
+    return (case.layers or layers) * layer + 2 * VOCAB * features + features
+
+
+def layer_matrices(case: Case) -> int:
+    """Elements of the matrices of one layer that a device of `tensor` has, gathered."""
+    features, mlp, _, heads, kv_heads = MODELS[case.model]
+    return features * ((2 * heads + 2 * kv_heads) * HEAD_DIM + 3 * mlp) // case.mesh[2]
+
+
+def sent(plan: dict, kind: str, axes: list[str], dtype: str) -> float:
+    """Bytes that one device sends in a step, from the arrays of the communication table."""
+    total = 0.0
+    for row in plan["communication"]:
+        if row["kind"] != kind or row["axis"] != axes:
+            continue
+        members = math.prod(plan["config"]["mesh"][axis] for axis in axes)
+        for array in row["arrays"]:
+            name, dims = re.fullmatch(r"(\w+)\[(.*)\]", array).groups()
+            if name != dtype:
+                continue
+            size = math.prod(int(n) for n in dims.split(",")) if dims else 1
+            size *= {"bf16": 2, "f32": 4, "s32": 4}[dtype]
+            whole = size * members if kind == "reduce-scatter" else size
+            total += row["count"] * whole * (members - 1) / members
+    return total
+
+
+def embed_axes(case: Case) -> list[str]:
+    sizes = dict(zip(("data", "fsdp", "tensor", "sequence"), case.mesh, strict=True))
+    return [axis for axis in ("fsdp", "sequence") if sizes[axis] > 1]
+
+
+@needs_plugin
+def test_it_fits_below_the_stated_peak(planned):
+    case, plan = planned
+    memory = plan["memory"]
+    assert plan["exit_code"] == 0 and memory["fits"]
+    assert memory["peak_bytes"] < case.peak_gib * GIB
+    shards = math.prod(case.mesh[1:])
+    # Norms and biases are held whole.
+    assert 1 <= memory["parameters"] / (4 * num_parameters(case) / shards) < 1.01
+    assert 1 <= memory["moments"] / (8 * num_parameters(case) / shards) < 1.01
+    assert memory["arguments"] >= memory["parameters"] + memory["moments"]
+    assert "FITS" in plan["printed"]
+
+
+@needs_plugin
+def test_nothing_is_warned_of(planned):
+    # No gradient is all-reduced, no scores of T x T or logits of all tokens are held, nothing is
+    # rematerialised against its will, nothing large is replicated or multiplied in float32.
+    assert planned[1]["warnings"] == []
+
+
+@needs_plugin
+def test_weights_are_gathered_in_bfloat16_twice_and_the_head_once(planned):
+    case, plan = planned
+    axes = embed_axes(case)
+    members = math.prod(plan["config"]["mesh"][axis] for axis in axes)
+    micro_batches = case.rows // (case.micro_rows or case.rows)
+    layers = MODELS[case.model][2]
+    head = VOCAB * MODELS[case.model][0] // case.mesh[2]
+    elements = 2 * layers * layer_matrices(case) + head
+    wanted = micro_batches * 2 * elements * (members - 1) / members
+    if case.mesh[3] > 1:  # keys and values are gathered over `sequence` alone
+        wanted += gathered_keys(case)
+    assert sent(plan, "all-gather", axes, "bf16") == wanted
+    assert sent(plan, "all-gather", axes, "f32") == 0
+
+
+def gathered_keys(case: Case) -> float:
+    """Keys and values of each row: forward, computed again, and in the backward pass."""
+    if embed_axes(case) != ["sequence"]:
+        return 0.0
+    _, _, layers, _, kv_heads = MODELS[case.model]
+    rows = case.rows // (case.mesh[0] * case.mesh[1])
+    elements = rows * case.seq_len * 2 * kv_heads // case.mesh[2] * HEAD_DIM
+    members = case.mesh[3]
+    return 3 * layers * 2 * elements * (members - 1) / members
+
+
+@needs_plugin
+def test_gradients_are_scattered_once_in_float32(planned):
+    case, plan = planned
+    axes = embed_axes(case)
+    members = math.prod(plan["config"]["mesh"][axis] for axis in axes)
+    micro_batches = case.rows // (case.micro_rows or case.rows)
+    layers = MODELS[case.model][2]
+    head = VOCAB * MODELS[case.model][0] // case.mesh[2]
+    elements = layers * layer_matrices(case) + head
+    wanted = micro_batches * 4 * elements * (members - 1) / members
+    assert sent(plan, "reduce-scatter", axes, "f32") == wanted
+
+
+@needs_plugin
+def test_most_of_what_is_sent_overlaps_with_compute(planned):
+    _, plan = planned
+    rows = plan["communication"]
+    total = sum(row["fast_bytes"] + row["slow_bytes"] for row in rows)
+    hidden = sum(row["fast_bytes"] + row["slow_bytes"] for row in rows if row["overlaps"])
+    assert hidden > 0.8 * total
+
+
+@needs_plugin
+def test_the_products_that_were_compiled_are_those_of_the_formula(planned):
+    # Forward, backward and recomputation; attention's own loops run as often as the data says.
+    _, plan = planned
+    arithmetic = plan["arithmetic"]
+    assert arithmetic["compiled_gemm_flops"] / arithmetic["hardware_flops"] == pytest.approx(
+        1, abs=0.1
+    )
+
+
+@needs_plugin
+def test_the_program_grows_neither_with_depth_nor_with_devices(folder):
+    shallow = plan_of(CASES["7b on 8"], folder)
+    deep = plan_of(dataclasses.replace(CASES["7b on 8"], layers=80), folder)
+    assert deep["compile"]["hlo_bytes"] == pytest.approx(shallow["compile"]["hlo_bytes"], rel=0.02)
+    few = plan_of(
+        dataclasses.replace(CASES["72b on 1024"], hosts=16, mesh=(2, 64, 1, 1), rows=128), folder
+    )
+    many = plan_of(CASES["72b on 1024"], folder)
+    assert many["compile"]["hlo_bytes"] == pytest.approx(few["compile"]["hlo_bytes"], rel=0.05)
+    for slow, fast in ((deep, shallow), (many, few)):
+        seconds = [
+            plan["compile"]["lower_s"] + plan["compile"]["compile_s"] for plan in (slow, fast)
+        ]
+        assert seconds[0] < 2 * seconds[1]
