@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from jax_sft.chips import CHIPS
 from jax_sft.models.spec import Weight
+from jax_sft.planning.chips import CHIPS
 
 # Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets, by a part of
 # `device_kind`. The first match counts.

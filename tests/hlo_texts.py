@@ -4,7 +4,7 @@ import gzip
 from functools import cache
 from pathlib import Path
 
-from jax_sft import hlo, hlo_loops
+from jax_sft.planning import hlo, hlo_loops
 
 FOLDER = Path(__file__).parent / "hlo"
 NAMES = sorted(file.name.split(".")[0] for file in FOLDER.glob("*.txt*"))

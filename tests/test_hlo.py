@@ -7,7 +7,7 @@ import sys
 import pytest
 from hlo_texts import FOLDER, NAMES, module, module_of, text_of
 
-from jax_sft import hlo
+from jax_sft.planning import hlo
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from hlo_texts import NAMES, PER_LAYER, D, F, H, K, L, N, V, counts_of, module, module_of, text_of
 
-from jax_sft import hlo_collectives, hlo_groups, hlo_loops
-from jax_sft.hlo_collectives import Collective, collectives
-from jax_sft.hlo_kernels import Work
+from jax_sft.planning import hlo_collectives, hlo_groups, hlo_loops
+from jax_sft.planning.hlo_collectives import Collective, collectives
+from jax_sft.planning.hlo_kernels import Work
 
 MESH = {
     "step_fsdp8": {"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1},

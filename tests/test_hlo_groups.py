@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from jax_sft import hlo_groups
+from jax_sft.planning import hlo_groups
 
 
 @pytest.mark.parametrize(

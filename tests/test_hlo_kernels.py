@@ -3,7 +3,7 @@
 import pytest
 from hlo_texts import NAMES, PER_LAYER, D, F, H, K, L, N, T, V, counts_of, module, module_of
 
-from jax_sft import hlo_kernels
+from jax_sft.planning import hlo_kernels
 
 
 def flops_of(name: str) -> float:

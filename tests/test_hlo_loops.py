@@ -7,7 +7,7 @@ import re
 import pytest
 from hlo_texts import NAMES, module, module_of
 
-from jax_sft import hlo, hlo_loops
+from jax_sft.planning import hlo, hlo_loops
 
 
 def loops_of(name: str) -> list[tuple[hlo.Computation, hlo.Instruction]]:

@@ -17,20 +17,22 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 # A file imports only from levels below its own.
 LEVELS = [
     "config command tree parallel trackers models models.spec models.rope data.json_rows "
-    "ops.backend hlo hlo_groups chips plan_tables",
-    "data.messages compute flops targets ops.segments ops.reference ops.blockwise hlo_kernels "
-    "hlo_loops",
+    "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables",
+    "data.messages compute ops.segments ops.reference ops.blockwise planning.targets "
+    "planning.hlo_kernels planning.hlo_loops",
     "data.tables data.formats data.examples data.template data.packing data.mixture data.show "
-    "ops.cudnn ops.tokamax hlo_collectives roofline",
+    "ops.cudnn ops.tokamax planning.hlo_collectives",
     "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf "
-    "plan_page search",
-    "models.layers data.chat data.check state",
-    "data.worker data.loader checkpoint",
+    "planning.flops planning.page",
+    "models.layers data.chat data.check state planning.roofline",
+    "data.worker data.loader checkpoint planning.candidates",
     f"{FAMILY} data.store inference validate tiny",
     "data.cache step",
-    "data.prepare evaluate",
-    "data.outcomes",
-    "train inspect",
+    "data.prepare evaluate program",
+    "data.outcomes planning.compiling",
+    "planning.analysis",
+    "planning.search",
+    "train inspect plan",
 ]
 LEVEL = {f"jax_sft.{name}": level for level, row in enumerate(LEVELS) for name in row.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -43,7 +45,7 @@ def module_name(file: Path) -> str:
 
 MODULES = {module_name(file): file for file in FILES}
 # Packages that only hold files, and the front door, import nothing of ours when imported.
-DOORS = {"jax_sft", "jax_sft.data", "jax_sft.ops"}
+DOORS = {"jax_sft", "jax_sft.data", "jax_sft.ops", "jax_sft.planning"}
 
 
 def level_of(module: str) -> int | None:

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_sft import chips, metrics, targets
+from jax_sft import metrics
+from jax_sft.planning import chips, targets
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30

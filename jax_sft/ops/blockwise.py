@@ -16,6 +16,7 @@ from jax_sft.ops.backend import Backend, Ids
 # Tokens of a block. Measured on 2 CPU cores, float32: 128 gains a tenth where rows hold many short
 # segments, 512 loses a half there; with one segment in a row 256 is the fastest.
 BLOCK = 256
+LOOP = "attention_blocks"  # name of the loops whose trips the data decides, for `plan`
 _NEVER = jnp.iinfo(jnp.int32).max
 
 
@@ -57,7 +58,8 @@ def _forward_row(q_TNH, k_SKH, v_SKH, query_ids, key_ids, *, scale):
         zero_KGTH = jnp.zeros(q_KGTH.shape, jnp.float32)
         lowest_KGT = jnp.full(q_KGTH.shape[:-1], jnp.finfo(jnp.float32).min)
         sums = (lowest_KGT, zero_KGTH[..., 0], zero_KGTH)
-        max_KGT, sum_KGT, out_KGTH = jax.lax.fori_loop(0, num_needed, key_block, sums)
+        with jax.named_scope(LOOP):
+            max_KGT, sum_KGT, out_KGTH = jax.lax.fori_loop(0, num_needed, key_block, sums)
         # Padding sees nothing: out and lse are 0.
         some_KGT = sum_KGT > 0
         sum_KGT = jnp.where(some_KGT, sum_KGT, 1.0)

@@ -6,8 +6,8 @@ In: a Module and its `executions`. All bytes are of one device and one execution
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from jax_sft.hlo import Computation, Instruction, Module, Shape
-from jax_sft.hlo_groups import (
+from jax_sft.planning.hlo import Computation, Instruction, Module, Shape
+from jax_sft.planning.hlo_groups import (
     Groups,
     axis_of,
     pair_share,
@@ -15,7 +15,7 @@ from jax_sft.hlo_groups import (
     replica_groups,
     ring_share,
 )
-from jax_sft.hlo_kernels import Work, work
+from jax_sft.planning.hlo_kernels import Work, work
 
 KINDS = (
     "all-gather",

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from jax_sft.hlo import Computation, Instruction, Module, Shape
+from jax_sft.planning.hlo import Computation, Instruction, Module, Shape
 
 CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
 CUDNN_CONVOLUTION = "__cudnn$convForward"

@@ -1,6 +1,6 @@
 """What plan.json holds, and what of it is shown: the verdict, tables and bars, as words.
 
-Called by `plan_page`. Everything that was not measured is called predicted.
+Called by `page`. Everything that was not measured is called predicted.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_sft import chips, flops, parallel, search
+from jax_sft import parallel
 from jax_sft.models import qwen2
+from jax_sft.planning import candidates, chips, flops
 
 QWEN_7B = {
     **{"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944},
@@ -18,27 +19,27 @@ GIB = 2**30
 H200 = chips.find("h200")
 
 
-def model(**changes) -> search.Model:
+def model(**changes) -> candidates.Model:
     cfg = qwen2.Config.from_hf(QWEN_7B | changes)
-    return search.Model(qwen2.weights(cfg), cfg.dims, cfg.tied)
+    return candidates.Model(qwen2.weights(cfg), cfg.dims, cfg.tied)
 
 
-def setting(micro_rows: int = 8, remat: str = "full", **sizes) -> search.Setting:
+def setting(micro_rows: int = 8, remat: str = "full", **sizes) -> candidates.Setting:
     mesh = dict.fromkeys(parallel.AXES, 1) | sizes
-    return search.Setting(mesh, micro_rows, remat)
+    return candidates.Setting(mesh, micro_rows, remat)
 
 
 def ranked(hosts: int = 1, num_rows: int = 64, seq_len: int = 4096, **changes):
     options = {"attention": "cudnn", "row": flops.full_row(seq_len), "num_rows": num_rows}
     options |= {"hosts": hosts, "gpus_per_host": 8} | changes
-    return search.candidates(model(), H200, **options)
+    return candidates.candidates(model(), H200, **options)
 
 
 # ---- which settings ----------------------------------------------------------------------------
 
 
 def test_settings_divide_devices_rows_tokens_heads_and_weights():
-    found = list(search.settings(model(), 16, 8, 48, 4096, ("full",)))
+    found = list(candidates.settings(model(), 16, 8, 48, 4096, ("full",)))
     assert len({(*one.mesh.values(), one.micro_rows) for one in found}) == len(found) > 20
     for one in found:
         mesh = one.mesh
@@ -55,7 +56,7 @@ def test_what_does_not_divide_is_left_out():
     def axes(axis, **changes):
         options = {"num_devices": 8, "gpus_per_host": 8, "num_rows": 8, "seq_len": 4096}
         options |= changes
-        found = search.settings(model(), **options, remats=("full",))
+        found = candidates.settings(model(), **options, remats=("full",))
         return {one.mesh[axis] for one in found}
 
     assert axes("sequence", seq_len=4098) == {1, 2}
@@ -67,7 +68,7 @@ def test_what_does_not_divide_is_left_out():
 
 
 def test_a_search_on_1024_gpus_has_every_axis_and_ends():
-    found = list(search.settings(model(), 1024, 8, 1024, 4096, ("full",)))
+    found = list(candidates.settings(model(), 1024, 8, 1024, 4096, ("full",)))
     assert max(one.mesh["data"] for one in found) == 1024
     assert 100 < len(found) < 2000
 
@@ -86,7 +87,7 @@ def test_parameters_and_moments_are_the_shards_that_the_rules_give(sizes):
         math.prod(parallel.sharding(mesh, *row.axes).shard_shape(row.shape(dict(of_7b.dims))))
         for row in of_7b.rows
     ]
-    memory = search.analytic_memory(of_7b, setting(**sizes), 8, 4096)
+    memory = candidates.analytic_memory(of_7b, setting(**sizes), 8, 4096)
     assert memory.parameters == 4 * sum(shards)
     assert memory.moments == 8 * sum(shards)
     assert memory.gradients == 4 * sum(shards)
@@ -95,7 +96,7 @@ def test_parameters_and_moments_are_the_shards_that_the_rules_give(sizes):
 def test_full_remat_keeps_a_layers_input_and_attn_its_attention_too():
     tokens, sizes = 8 * 4096 / 8, {"fsdp": 8}
     full, attn, named = (
-        search.analytic_memory(model(), setting(remat=remat, **sizes), 8, 4096).residuals
+        candidates.analytic_memory(model(), setting(remat=remat, **sizes), 8, 4096).residuals
         for remat in ("full", "attn", "qkv,attention,attention_lse,mlp")
     )
     assert full == 28 * tokens * 3584 * 2
@@ -129,24 +130,24 @@ def test_the_estimate_is_near_what_was_compiled(
         | {"num_attention_heads": 64, "num_key_value_heads": 8},
     }[name]
     one = setting(micro_rows, remat, **sizes)
-    found = search.analytic_memory(model(**changes), one, micro_rows * micro_batches, seq_len)
+    found = candidates.analytic_memory(model(**changes), one, micro_rows * micro_batches, seq_len)
     assert found.peak / GIB == pytest.approx(compiled_gib, rel=0.10)
 
 
 def test_more_devices_and_more_remat_take_less_memory_and_bfloat16_moments_less_still():
     peaks = [
-        search.analytic_memory(model(), setting(micro_rows=n, fsdp=n), n, 4096).peak
+        candidates.analytic_memory(model(), setting(micro_rows=n, fsdp=n), n, 4096).peak
         for n in (2, 4, 8, 16, 32)
     ]
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > 4 * peaks[-1]
     by_remat = [
-        search.analytic_memory(model(), setting(remat=remat, fsdp=8), 8, 4096).peak
-        for remat in search.REMATS
+        candidates.analytic_memory(model(), setting(remat=remat, fsdp=8), 8, 4096).peak
+        for remat in candidates.REMATS
     ]
     assert by_remat == sorted(by_remat, reverse=True) and len(set(by_remat)) == len(by_remat)
-    half = search.Model(model().rows, model().dims, False, moment_bytes=2)
-    assert search.analytic_memory(half, setting(fsdp=8), 8, 4096).moments == pytest.approx(
-        search.analytic_memory(model(), setting(fsdp=8), 8, 4096).moments / 2
+    half = candidates.Model(model().rows, model().dims, False, moment_bytes=2)
+    assert candidates.analytic_memory(half, setting(fsdp=8), 8, 4096).moments == pytest.approx(
+        candidates.analytic_memory(model(), setting(fsdp=8), 8, 4096).moments / 2
     )
 
 
@@ -155,7 +156,7 @@ def test_more_remat_takes_more_time():
     for one in ranked():
         if one.setting.mesh["fsdp"] == 8 and one.setting.micro_rows == 8:
             times[one.setting.remat] = one.prediction.step_time_s
-    in_order = [times[remat] for remat in search.REMATS]
+    in_order = [times[remat] for remat in candidates.REMATS]
     assert in_order == sorted(in_order)
 
 
@@ -175,7 +176,7 @@ def traffic_of(gpus_per_host: int = 8, num_rows: int = 8, **sizes):
         attention="cudnn",
         sizes=one.mesh,
     )
-    return search.analytic_traffic(of_7b, one, cost, num_rows, 4096, gpus_per_host)
+    return candidates.analytic_traffic(of_7b, one, cost, num_rows, 4096, gpus_per_host)
 
 
 LAYER = 2 * 3584 * 28 * 128 + 2 * 3584 * 4 * 128 + 3 * 3584 * 18944  # weights in matrices
@@ -207,7 +208,7 @@ def test_data_over_hosts_sends_only_its_own_gradients_over_the_network():
     (reduce,) = slow
     assert (reduce.kind, reduce.axis, reduce.bytes_fast) == ("all-reduce", ("data",), 0)
     of_7b = model()
-    local = search.analytic_memory(of_7b, setting(data=2, fsdp=4), 8, 4096).gradients
+    local = candidates.analytic_memory(of_7b, setting(data=2, fsdp=4), 8, 4096).gradients
     assert reduce.bytes_slow == 2 * local / 2
 
 
@@ -242,7 +243,7 @@ def test_more_headroom_lets_fewer_fit():
 
 
 def test_bfloat16_gradients_halve_what_is_reduced():
-    half = search.Model(model().rows, model().dims, False, grad_bytes=2)
+    half = candidates.Model(model().rows, model().dims, False, grad_bytes=2)
     one = setting(fsdp=8)
     cost = flops.step_cost(
         half.rows,
@@ -255,6 +256,6 @@ def test_bfloat16_gradients_halve_what_is_reduced():
         attention="cudnn",
         sizes=one.mesh,
     )
-    scatter = search.analytic_traffic(half, one, cost, 8, 4096, 8)[1]
+    scatter = candidates.analytic_traffic(half, one, cost, 8, 4096, 8)[1]
     assert scatter.bytes_fast == traffic_of(fsdp=8)[1].bytes_fast / 2
-    assert jnp.dtype("bfloat16").itemsize == search.COMPUTE_BYTES
+    assert jnp.dtype("bfloat16").itemsize == candidates.COMPUTE_BYTES

@@ -1,6 +1,6 @@
 """A plan as text for a terminal and as one HTML page that needs nothing from elsewhere.
 
-In: the dict that plan.json holds, see `plan_tables.Plan`. Called by `plan`.
+In: the dict that plan.json holds, see `tables.Plan`. Called by `plan`.
 """
 
 import html
@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from jax_sft.data import show
-from jax_sft.plan_tables import Bar, Plan, Table, bars, facts, tables, verdict
+from jax_sft.planning.tables import Bar, Plan, Table, bars, facts, tables, verdict
 
 WIDTH = 99  # columns of the text
 

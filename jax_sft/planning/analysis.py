@@ -1,0 +1,292 @@
+"""From a config and a target to everything that plan.json holds. Called by `plan` and `search`."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_sft import parallel
+from jax_sft.planning import flops, hlo, hlo_collectives, hlo_groups, hlo_kernels, hlo_loops
+from jax_sft.planning.chips import Chip
+from jax_sft.planning.compiling import Compiled, compile_step, shard_bytes
+from jax_sft.planning.roofline import Prediction, Traffic, predict
+from jax_sft.validate import Resolved
+
+# Of a card's memory, what the CUDA context, NCCL's buffers and cuBLAS's workspace take.
+HEADROOM = 0.08
+LARGE_BYTES = 64 * 2**20  # a replicated array or a float32 product of this size is worth a warning
+IMBALANCE = 1.2  # of attention work over `sequence`, highest over mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where a run is planned, and what its rows hold."""
+
+    chip: Chip
+    hosts: int
+    gpus_per_host: int
+    devices: Sequence[Any]
+    row: flops.RowWork
+
+    @property
+    def num_devices(self) -> int:
+        return self.hosts * self.gpus_per_host
+
+
+def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = None) -> dict:
+    """Compile the step and return the plan as a dict, see `page`."""
+    compiled = compile_step(cfg, resolved, target.devices)
+    if hlo_file:
+        hlo_file.write_text(compiled.text)
+    module = hlo.parse(compiled.text)
+    executions = hlo_loops.executions(module, _Loops(cfg, resolved, target.row))
+    found = hlo_collectives.collectives(module, executions)
+    gemms = hlo_kernels.gemms(module, executions)
+    mesh = compiled.program.mesh
+    table = [_row(one, mesh, target) for one in found if one.group_size > 1]
+    cost = _cost(cfg, resolved, compiled, target)
+    plan = {
+        "target": {
+            "chip": target.chip.name,
+            "hosts": target.hosts,
+            "gpus_per_host": target.gpus_per_host,
+            "num_devices": target.num_devices,
+        },
+        "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
+        "compiled_for": "cuda" if compiled.for_gpus else "cpu (partitioned table only)",
+        "config": _config(cfg, resolved),
+        "compile": {
+            "lower_s": compiled.lower_s,
+            "compile_s": compiled.compile_s,
+            "hlo_bytes": len(compiled.text),
+        },
+        "communication": table,
+        "communication_total": {
+            "fast_bytes": sum(row["fast_bytes"] for row in table),
+            "slow_bytes": sum(row["slow_bytes"] for row in table),
+        },
+        "arithmetic": {
+            "model_flops": cost.model,
+            "hardware_flops": sum(cost.hardware.values()),
+            "compiled_gemm_flops": sum(one.step_flops for one in gemms) * target.num_devices,
+        },
+        "row": dataclasses.asdict(target.row),
+        "warnings": _warnings(cfg, resolved, compiled, module, found, gemms),
+        "advice": [],
+    }
+    if compiled.for_gpus:
+        traffic = [_traffic(row) for row in table]
+        hosts = target.hosts
+        prediction = predict(cost, target.chip, target.num_devices, hosts, traffic)
+        plan["memory"] = _memory(compiled, target.chip, module)
+        plan["predicted"] = _predicted(prediction)
+    return plan
+
+
+# ---- parts -------------------------------------------------------------------------------------
+
+
+class _Loops:
+    """Expected trips of the loops whose number of trips the data decides."""
+
+    def __init__(self, cfg, resolved: Resolved, row: flops.RowWork):
+        self._row, self._sizes = row, resolved.mesh_shape
+        ranks = self._sizes["data"] * self._sizes["fsdp"]
+        self._tokens = resolved.micro_rows // ranks * cfg.data.seq_len // self._sizes["sequence"]
+        self._vocab = resolved.model_cfg.dims["vocab"] // self._sizes["tensor"]
+
+    def __call__(self, loop: hlo.Instruction) -> float:
+        if "head_chunks" in loop.op_name:
+            trained = self._tokens * self._row.trained / self._row.slots
+            return math.ceil(trained / 1024)
+        if "attention_blocks" in loop.op_name:
+            # A block of queries meets the blocks of keys that hold its visible pairs.
+            return max(self._row.pairs / self._row.slots / 256, 1.0)
+        raise ValueError(f"{loop.name} ({loop.op_name}) runs as often as data decides: say how")
+
+
+def _row(one: hlo_collectives.Collective, mesh, target: Target) -> dict:
+    """One line of the communication table: a collective, over a whole step."""
+    numbers = [_host_number(device, target.gpus_per_host) for device in mesh.devices.flat]
+    physical = dataclasses.replace(
+        one,
+        groups=tuple(tuple(numbers[place] for place in group) for group in one.groups),
+        pairs=tuple((numbers[a], numbers[b]) for a, b in one.pairs),
+    )
+    slow = physical.slow_share(target.gpus_per_host)
+    # Partitioned for CPUs, a reduce-scatter is still an all-reduce of which a slice is used.
+    kind, sent = one.kind, one.step_wire_bytes
+    if one.sliced:
+        kind, sent = "reduce-scatter", sent / 2
+    return {
+        "kind": kind,
+        "axis": list(hlo_groups.axis_of(one.groups, mesh.shape)),
+        "dtype": "+".join(one.dtypes),
+        "bytes": one.result_bytes,
+        "count": one.count,
+        "fast_bytes": sent * (1 - slow),
+        "slow_bytes": sent * slow,
+        "overlaps": None if one.blocking is None else not one.exposed,
+        "hidden_behind_flops": one.overlap.flops * one.count,
+        "hidden_behind_bytes": one.overlap.bytes * one.count,
+        "arrays": [f"{array.dtype}{list(array.dims)}" for array in one.arrays],
+        "what": one.op_name,
+    }
+
+
+def _host_number(device, gpus_per_host: int) -> int:
+    """A number of a device from which `number // gpus_per_host` is its host."""
+    return device.id
+
+
+def _traffic(row: Mapping[str, Any]) -> Traffic:
+    return Traffic(
+        kind=row["kind"],
+        axis=tuple(row["axis"]),
+        bytes_fast=row["fast_bytes"],
+        bytes_slow=row["slow_bytes"],
+        count=row["count"],
+        hidden_behind_flops=row["hidden_behind_flops"],
+        hidden_behind_bytes=row["hidden_behind_bytes"],
+        blocking=not row["overlaps"],
+    )
+
+
+def _cost(cfg, resolved: Resolved, compiled: Compiled, target: Target) -> flops.StepCost:
+    model_cfg = resolved.model_cfg
+    return flops.step_cost(
+        compiled.program.model_def.rows,
+        model_cfg.dims,
+        model_cfg.tied,
+        target.row,
+        num_rows=cfg.batch.rows,
+        micro_batches=cfg.batch.rows // resolved.micro_rows,
+        remat=cfg.model.remat,
+        attention=resolved.attention,
+        data_copies=resolved.mesh_shape["data"],
+        offload=cfg.model.offload,
+        param_bytes=np.dtype(compiled.program.state.params["embed.table"].dtype).itemsize,
+        moment_bytes=jax.numpy.dtype(cfg.optimizer.moments_dtype).itemsize,
+    )
+
+
+def _memory(compiled: Compiled, chip: Chip, module: hlo.Module) -> dict:
+    state = compiled.program.state
+    parameters = sum(map(shard_bytes, state.params.values()))
+    moments = sum(map(shard_bytes, jax.tree.leaves(state.opt_state)))
+    gradients = sum(
+        shard_bytes(jax.ShapeDtypeStruct(p.shape, np.float32, sharding=p.sharding))
+        for p in state.params.values()
+    )
+    headroom = round(HEADROOM * chip.memory_bytes)
+    memory = compiled.memory
+    return {
+        "parameters": parameters,
+        "moments": moments,
+        "gradients": gradients,
+        "activations_and_temporaries": memory["peak"] - memory["arguments"] - gradients,
+        "arguments": memory["arguments"],
+        "temporaries": memory["temporaries"],
+        "host_bytes": memory["host"],
+        "peak_bytes": memory["peak"],
+        "card_bytes": chip.memory_bytes,
+        "headroom_bytes": headroom,
+        "fits": memory["peak"] + headroom <= chip.memory_bytes,
+        "largest": [_buffer(one) for one in hlo_kernels.buffers(module, 2**20)[:12]],
+    }
+
+
+def _buffer(one: hlo_kernels.Buffer) -> dict:
+    shape = f"{one.dtype}{list(one.dims)}"
+    return {"bytes": one.bytes, "shape": shape, "what": one.op_name, "count": one.count}
+
+
+def _config(cfg, resolved: Resolved) -> dict:
+    return {
+        "model": cfg.model.path,
+        "mesh": resolved.mesh_shape,
+        "rows": cfg.batch.rows,
+        "micro_rows": resolved.micro_rows,
+        "seq_len": cfg.data.seq_len,
+        "remat": cfg.model.remat,
+        "offload": list(cfg.model.offload),
+        "attention": resolved.attention,
+        "dtype": cfg.model.dtype,
+        "param_dtype": cfg.model.param_dtype,
+        "grad_dtype": cfg.model.grad_dtype,
+        "moments_dtype": cfg.optimizer.moments_dtype,
+    }
+
+
+def _predicted(prediction: Prediction) -> dict:
+    found = dataclasses.asdict(prediction)
+    return found | {"assumptions": list(prediction.assumptions)}
+
+
+# ---- warnings ----------------------------------------------------------------------------------
+
+
+def _warnings(
+    cfg,
+    resolved: Resolved,
+    compiled: Compiled,
+    module: hlo.Module,
+    found: Sequence[hlo_collectives.Collective],
+    gemms: Sequence[hlo_kernels.Gemm],
+) -> list[str]:
+    """What is wrong or wasteful in the compiled step, a sentence each."""
+    sizes, dims = resolved.mesh_shape, resolved.model_cfg.dims
+    lines = [f"involuntary full rematerialisation: {line}" for line in compiled.involuntary]
+    matrix = dims["embed"] * dims["head_dim"] // (sizes["fsdp"] * sizes["sequence"])
+    for one in hlo_collectives.gradient_all_reduces(
+        found, sizes, matrix, allowed=(("data",), ("tensor",))
+    ):
+        if one.sliced:
+            continue
+        axes = " x ".join(hlo_groups.axis_of(one.groups, sizes))
+        lines.append(f"all-reduce of a gradient over {axes}: {one.arrays[0]} ({one.op_name})")
+    lines += _replicated(compiled, sizes)
+    if cfg.model.dtype != "float32":
+        for one in gemms:
+            if one.is_float32 and min(one.m * one.k, one.k * one.n) * 4 >= LARGE_BYTES:
+                lines.append(f"float32 product [{one.m} x {one.k} x {one.n}]: {one.op_name}")
+    seq_len, vocab = cfg.data.seq_len, dims["vocab"] // sizes["tensor"]
+    local = seq_len // sizes["sequence"]
+    heads = dims["heads"] // sizes["tensor"]
+    for name, shape, least in (
+        ("scores of all pairs of a row", (local, seq_len), heads * local * seq_len),
+        ("logits of all tokens of a row", (local, vocab), 2 * local * vocab),
+    ):
+        if big := hlo_kernels.with_dims(module, shape, least):
+            lines.append(f"{name} are held at once: {big[0].dtype}{list(big[0].dims)}")
+    uneven = imbalance(seq_len, sizes["sequence"])
+    if uneven > IMBALANCE:
+        lines.append(
+            f"attention of one full segment is {uneven:.2f} times the mean on the busiest shard of "
+            f"mesh.sequence: its stripes are too few, use a longer data.seq_len"
+        )
+    return lines
+
+
+def _replicated(compiled: Compiled, sizes: Mapping[str, int]) -> list[str]:
+    """Large arrays of the state that every device holds whole, though they could be split."""
+    shards = sizes["fsdp"] * sizes["tensor"] * sizes["sequence"]
+    lines = []
+    for path, array in compiled.program.state.params.items():
+        whole = math.prod(array.shape) * array.dtype.itemsize
+        if shards > 1 and whole >= LARGE_BYTES and shard_bytes(array) == whole:
+            lines.append(f"{path} ({whole / 2**30:.2f} GiB) is held whole by every device")
+    return lines
+
+
+def imbalance(seq_len: int, shards: int) -> float:
+    """Return the highest over the mean attention work of the shards of a row of one segment."""
+    if shards == 1:
+        return 1.0
+    stripe = math.gcd(parallel.STRIPE_TOKENS, seq_len // shards)
+    work = np.arange(1, seq_len + 1).reshape(-1, shards, stripe).sum((0, 2))
+    return float(work.max() / work.mean())

@@ -1,0 +1,116 @@
+"""Compile the train step of a config for devices that need not exist. Called by `analysis`."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jax_sft import parallel
+from jax_sft.planning import targets
+from jax_sft.program import Program, program
+from jax_sft.validate import Resolved
+
+ANY_NUM_STEPS = 1000  # a constant of the schedule; it changes no shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled train step.
+
+    Attributes:
+        program: what was compiled.
+        text: the optimised, scheduled module; for CPU devices the module after partitioning.
+        memory: bytes per device: arguments, temporaries, peak (with arguments), host.
+        for_gpus: whether text and memory are those of GPUs.
+        lower_s, compile_s: seconds.
+        involuntary: the compiler's reports of rematerialisation that sharding forced on it.
+    """
+
+    program: Program
+    text: str
+    memory: dict[str, int]
+    for_gpus: bool
+    lower_s: float
+    compile_s: float
+    involuntary: tuple[str, ...]
+
+
+def compile_step(cfg, resolved: Resolved, devices: Sequence[Any]) -> Compiled:
+    """Compile the step that `train` would run on these devices."""
+    mesh = parallel.make_mesh(resolved.mesh_shape, devices)
+    num_sources = len(cfg.data.train) if cfg.log.per_source else 0
+    planned = program(cfg, resolved, mesh, ANY_NUM_STEPS, num_sources=num_sources)
+    for_gpus = mesh.devices.flat[0].platform != "cpu"
+    with (
+        jax.set_mesh(mesh),
+        captured_stderr() as lines,
+        tempfile.TemporaryDirectory(prefix="jax-sft-plan-") as folder,
+    ):
+        began = time.perf_counter()
+        lowered = planned.train_step.lower(planned.state, planned.batch)
+        lowered_at = time.perf_counter()
+        options = targets.compiler_options() if for_gpus else _dump_options(folder)
+        compiled = lowered.compile(compiler_options=options)
+        ended = time.perf_counter()
+        text = compiled.as_text() if for_gpus else _partitioned(Path(folder))
+    found = compiled.memory_analysis()
+    memory = {
+        "arguments": found.argument_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes,
+        "peak": found.peak_memory_in_bytes,
+        "host": found.host_temp_size_in_bytes + found.host_argument_size_in_bytes,
+    }
+    involuntary = [line for line in lines if "nvoluntary full rematerialization" in line]
+    return Compiled(
+        planned,
+        text,
+        memory,
+        for_gpus,
+        lowered_at - began,
+        ended - lowered_at,
+        tuple(re.sub(r"^.*?\] ", "", line) for line in involuntary),
+    )
+
+
+def _dump_options(folder: str) -> dict[str, Any]:
+    return {
+        "xla_dump_to": folder,
+        "xla_dump_hlo_as_text": True,
+        "xla_dump_hlo_pass_re": "spmd-partitioning",
+    }
+
+
+def _partitioned(folder: Path) -> str:
+    """The step after partitioning: later the CPU compiler makes float32 of its bfloat16."""
+    (file,) = folder.glob("*train_step*.after_spmd-partitioning.*.txt")
+    return file.read_text()
+
+
+def shard_bytes(array: jax.ShapeDtypeStruct) -> int:
+    """Bytes of one device's part of an abstract array."""
+    assert array.sharding is not None
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+
+@contextlib.contextmanager
+def captured_stderr() -> Iterator[list[str]]:
+    """Collect what is written to the process's stderr, by C++ too; it is lost otherwise."""
+    lines: list[str] = []
+    with tempfile.TemporaryFile() as file:
+        saved = os.dup(2)
+        try:
+            os.dup2(file.fileno(), 2)
+            yield lines
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            lines += file.read().decode(errors="replace").splitlines()
