@@ -108,9 +108,10 @@ def _backward_row(q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, grad_TNH, query_ids, key
         # Summed as [H, S]: as [S, H], XLA transposes the [T, S] factor instead of the [T, H] one,
         # which on CPU doubles the time of the whole backward pass.
         zero_KHS = jnp.zeros(k_KSH.mT.shape, jnp.float32)
-        dq_IKGTH, dk_KHS, dv_KHS = jax.lax.fori_loop(
-            0, num_needed, query_block, (dq_IKGTH, zero_KHS, zero_KHS)
-        )
+        with jax.named_scope(LOOP):
+            dq_IKGTH, dk_KHS, dv_KHS = jax.lax.fori_loop(
+                0, num_needed, query_block, (dq_IKGTH, zero_KHS, zero_KHS)
+            )
         return dq_IKGTH, ((scale * dk_KHS.mT).astype(k_KSH.dtype), dv_KHS.mT.astype(v_KSH.dtype))
 
     dq_IKGTH = jnp.zeros(of_queries[0].shape, jnp.float32)

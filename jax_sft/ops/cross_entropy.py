@@ -25,6 +25,8 @@ MAX_CHUNK = 1024
 MAX_LOGITS_BYTES = 2**30  # of a chunk on a device: binds above 262,144 ids per device
 MIN_CHUNK = 128  # tokens; one tile of a matrix product
 
+LOOP = "head_chunks"  # name of the loop whose trips the data decides, for `plan`
+
 Sums = tuple[jax.Array, ...]  # loss, weight, correct (and by source: loss, weight)
 
 
@@ -172,9 +174,10 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
 
     # The devices of one group of `tensor` have the same tokens, hence as many chunks: they meet in
     # the collectives of each. There are no others within the loop.
-    losses_M, correct_M, grads = jax.lax.fori_loop(
-        0, num_chunks(weights_N, chunk), add_chunk, start
-    )
+    with jax.named_scope(LOOP):
+        losses_M, correct_M, grads = jax.lax.fori_loop(
+            0, num_chunks(weights_N, chunk), add_chunk, start
+        )
     sums = losses_M * weights_M, weights_M, correct_M * weights_M
     by_source = _sums_by_source(sums[:2], sources_M[0], num_sources) if num_sources else ()
     sums = jax.lax.psum((*(of_M.sum() for of_M in sums), *by_source), token_axes)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jax_sft import parallel
+from jax_sft.ops import blockwise, cross_entropy
 from jax_sft.planning import flops, hlo, hlo_collectives, hlo_groups, hlo_kernels, hlo_loops
 from jax_sft.planning.chips import Chip
 from jax_sft.planning.compiling import Compiled, compile_step, shard_bytes
@@ -100,12 +101,12 @@ class _Loops:
         self._vocab = resolved.model_cfg.dims["vocab"] // self._sizes["tensor"]
 
     def __call__(self, loop: hlo.Instruction) -> float:
-        if "head_chunks" in loop.op_name:
+        if cross_entropy.LOOP in loop.op_name:
             trained = self._tokens * self._row.trained / self._row.slots
-            return math.ceil(trained / 1024)
-        if "attention_blocks" in loop.op_name:
+            return math.ceil(trained / cross_entropy.chunk_size(self._vocab, self._tokens))
+        if blockwise.LOOP in loop.op_name:
             # A block of queries meets the blocks of keys that hold its visible pairs.
-            return max(self._row.pairs / self._row.slots / 256, 1.0)
+            return max(self._row.pairs / self._row.slots / blockwise.BLOCK, 1.0)
         raise ValueError(f"{loop.name} ({loop.op_name}) runs as often as data decides: say how")
 
 
@@ -167,7 +168,7 @@ def _cost(cfg, resolved: Resolved, compiled: Compiled, target: Target) -> flops.
         micro_batches=cfg.batch.rows // resolved.micro_rows,
         remat=cfg.model.remat,
         attention=resolved.attention,
-        data_copies=resolved.mesh_shape["data"],
+        sizes=resolved.mesh_shape,
         offload=cfg.model.offload,
         param_bytes=np.dtype(compiled.program.state.params["embed.table"].dtype).itemsize,
         moment_bytes=jax.numpy.dtype(cfg.optimizer.moments_dtype).itemsize,
