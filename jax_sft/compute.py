@@ -21,15 +21,15 @@ NAMES = {
     "attention": "what attention returns, before its output projection",
     "attention_lse": "log-sum-exp of the attention scores: with `attention`, its forward is kept",
     "mlp": "gate and up of the MLP, by far the largest",
+    "dots": "what every matrix product with a weight returns",
 }
 _WEIGHT = "weight"  # a gathered weight; it is never kept
 
 # model.remat: what the backward pass keeps of a layer instead of computing it again.
 REMAT: dict[str, Callable[..., Any]] = {
     "none": jax.checkpoint_policies.save_anything_except_these_names(_WEIGHT),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-_NAMED = {"full": (), "attn": ("attention", "attention_lse")}
+_NAMED = {"full": (), "attn": ("attention", "attention_lse"), "dots": ("dots",)}
 
 
 def policy(remat: str, offload: tuple[str, ...] = ()) -> Callable[..., Any]:
@@ -92,7 +92,7 @@ class Compute:
         for path, weight in params.items():
             axes = self.axes.get(f"{name}.{path}")
             if axes:
-                with jax.named_scope(f"{name}.{path}"):  # `plan` shows it
+                with jax.named_scope(f"part.{name}.{path}"):  # `plan` shows it
                     of_one = axes[-weight.ndim :]
                     params[path] = gather(weight, of_one, self.dtype, self.grad_dtype)
         return tree.from_dict(layer, params)

@@ -16,6 +16,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Block = tuple[tuple[int, int], ...]  # (start, stop) of each dimension
 
+# Share of a GPU's memory that arrays may take; the rest is for the CUDA context, NCCL's buffers
+# and cuBLAS's workspace.
+GPU_MEMORY = 0.92
+
 AXES = ("data", "fsdp", "tensor", "sequence")
 
 # logical axis -> mesh axes it is split over; () = not split.
@@ -72,7 +76,7 @@ def constrain(x: jax.Array, *logical_axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
 
 
-STRIPE_TOKENS = 512
+STRIPE_TOKENS = 512  # per stripe of a row that is split over `sequence`
 
 
 def stripe(x_BT: jax.Array) -> jax.Array:
@@ -178,6 +182,14 @@ def size_problems(arrays: dict[str, tuple[tuple[str, ...], tuple[int, ...]]], si
                     f"use one of {fits}"
                 )
     return list(problems.values())
+
+
+def use_gpu_memory() -> None:
+    """Let JAX have GPU_MEMORY of each GPU, unless the environment says how much; 75% otherwise.
+
+    Called before the first device is asked for.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY))
 
 
 def initialize() -> None:

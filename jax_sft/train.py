@@ -59,6 +59,7 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
     # ---- devices and config ------------------------------------------------------------------
     workdir = Path(workdir).absolute()
     parallel.simulate_cpu_devices(cfg.mesh.cpu_devices)
+    parallel.use_gpu_memory()
     parallel.initialize()
     first_process = jax.process_index() == 0
     say = print_now if first_process else silent

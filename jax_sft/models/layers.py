@@ -49,7 +49,7 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = _matmul(x, self.kernel[...], self.axes)
+        y = checkpoint_name(_matmul(x, self.kernel[...], self.axes), "dots")
         return _add_bias(y, self.bias[...]) if hasattr(self, "bias") else y
 
 
@@ -84,7 +84,9 @@ def _matmul_bwd(axes, residuals, grad):
         in_specs=(parallel.spec(*of_x), parallel.spec(*of_grad)),
         out_specs=parallel.spec(*_kernel_axes(axes)),
     )
-    return _contract(grad, kernel, axes, over=axes[1]), island(x, grad)
+    with jax.named_scope(".".join(("part.gradient", *_kernel_axes(axes)))):
+        grad_kernel = island(x, grad)
+    return _contract(grad, kernel, axes, over=axes[1]), grad_kernel
 
 
 def _kernel_gradient(x, grad, *, axes: Axes, dtype):
@@ -187,7 +189,8 @@ def attend(
 def whole(x_BTD: jax.Array) -> jax.Array:
     """Gather what a block reads over `tensor`: every shard of heads or mlp needs all tokens."""
     # Pinned before too, so that what is gathered is the compute dtype and not a norm's float32.
-    return parallel.constrain(residual(x_BTD), "batch", "token", "features")
+    with jax.named_scope("part.activations"):
+        return parallel.constrain(residual(x_BTD), "batch", "token", "features")
 
 
 def residual(x_BTD: jax.Array) -> jax.Array:

@@ -105,7 +105,8 @@ def packed_attention(
             sequence=mesh.shape["sequence"],
         )
     ids = (segment_ids_BT, positions_BT)
-    return _attention(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments)
+    with jax.named_scope("part.attention"):
+        return _attention(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))

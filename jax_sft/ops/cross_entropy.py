@@ -85,7 +85,8 @@ def cross_entropy(
         assert sources_BT is not None, "num_sources needs sources_BT"
         of_tokens += (sources_BT,)
     objective = Objective(z_loss, label_smoothing, soft_cap)
-    return _sums(objective, num_sources, hidden_BTD, head_VD, of_tokens)
+    with jax.named_scope("part.head"):
+        return _sums(objective, num_sources, hidden_BTD, head_VD, of_tokens)
 
 
 # ---- derivative: by hand, so that nothing differentiates through the island or its loop ----------

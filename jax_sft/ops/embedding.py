@@ -26,7 +26,8 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
         table_VD: master weight, sharded over (vocab, embed). Its gradient is summed in float32.
         tokens_BT: int token ids in 0..V-1.
     """
-    return _lookup(table_VD, tokens_BT, jnp.dtype(dtype), table_VD.shape[0], table_VD.dtype)
+    with jax.named_scope("part.embedding"):
+        return _lookup(table_VD, tokens_BT, jnp.dtype(dtype), table_VD.shape[0], table_VD.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,6 @@ from jax_sft.planning.compiling import Compiled, compile_step, shard_bytes
 from jax_sft.planning.roofline import Prediction, Traffic, predict
 from jax_sft.validate import Resolved
 
-# Of a card's memory, what the CUDA context, NCCL's buffers and cuBLAS's workspace take.
-HEADROOM = 0.08
 LARGE_BYTES = 64 * 2**20  # a replicated array or a float32 product of this size is worth a warning
 IMBALANCE = 1.2  # of attention work over `sequence`, highest over mean
 
@@ -112,7 +111,8 @@ class _Loops:
 
 def _row(one: hlo_collectives.Collective, mesh, target: Target) -> dict:
     """One line of the communication table: a collective, over a whole step."""
-    numbers = [_host_number(device, target.gpus_per_host) for device in mesh.devices.flat]
+    # The compiler counts devices by their place in the mesh, the links are those of the hosts.
+    numbers = [device.id for device in mesh.devices.flat]
     physical = dataclasses.replace(
         one,
         groups=tuple(tuple(numbers[place] for place in group) for group in one.groups),
@@ -135,13 +135,18 @@ def _row(one: hlo_collectives.Collective, mesh, target: Target) -> dict:
         "hidden_behind_flops": one.overlap.flops * one.count,
         "hidden_behind_bytes": one.overlap.bytes * one.count,
         "arrays": [f"{array.dtype}{list(array.dims)}" for array in one.arrays],
-        "what": one.op_name,
+        "what": _label(one.op_name),
     }
 
 
-def _host_number(device, gpus_per_host: int) -> int:
-    """A number of a device from which `number // gpus_per_host` is its host."""
-    return device.id
+def _label(op_name: str) -> str:
+    """What an instruction belongs to: the last scope called part.*, and when it runs."""
+    scopes = re.findall(r"part\.([\w.]+)", op_name)
+    if not scopes:
+        return op_name.rsplit("/", 1)[-1]
+    if "rematted_computation" in op_name:
+        return f"{scopes[-1]}, again"
+    return f"{scopes[-1]}, backward" if "transpose(" in op_name else scopes[-1]
 
 
 def _traffic(row: Mapping[str, Any]) -> Traffic:
@@ -183,7 +188,7 @@ def _memory(compiled: Compiled, chip: Chip, module: hlo.Module) -> dict:
         shard_bytes(jax.ShapeDtypeStruct(p.shape, np.float32, sharding=p.sharding))
         for p in state.params.values()
     )
-    headroom = round(HEADROOM * chip.memory_bytes)
+    headroom = round((1 - parallel.GPU_MEMORY) * chip.memory_bytes)
     memory = compiled.memory
     return {
         "parameters": parameters,
@@ -203,7 +208,7 @@ def _memory(compiled: Compiled, chip: Chip, module: hlo.Module) -> dict:
 
 def _buffer(one: hlo_kernels.Buffer) -> dict:
     shape = f"{one.dtype}{list(one.dims)}"
-    return {"bytes": one.bytes, "shape": shape, "what": one.op_name, "count": one.count}
+    return {"bytes": one.bytes, "shape": shape, "what": _label(one.op_name), "count": one.count}
 
 
 def _config(cfg, resolved: Resolved) -> dict:
