@@ -177,32 +177,53 @@ def _time_table(predicted: Predicted) -> Table:
 
 
 def _communication_tables(plan: Plan) -> Iterator[Table]:
-    rows = [
-        [
-            one["kind"],
-            "+".join(one["axis"]),
-            one["dtype"],
-            one["what"],
-            f"{one['count']:,.0f}",
-            gib(one["bytes"]),
-            gib(one["fast_bytes"]),
-            gib(one["slow_bytes"]),
-            {True: "yes", False: "NO", None: "?"}[one["overlaps"]],
-        ]
-        for one in plan["communication"]
-    ]
+    rows = []
+    for alike in _alike(plan["communication"]):
+        first = alike[0]
+        fast, slow = (sum(one[key] for one in alike) for key in ("fast_bytes", "slow_bytes"))
+        behind = sum(one["fast_bytes"] + one["slow_bytes"] for one in alike if one["overlaps"])
+        known = all(one["overlaps"] is not None for one in alike)
+        rows.append(
+            [
+                *(first["kind"], "+".join(first["axis"]), first["dtype"], _whose(first)),
+                f"{sum(one['count'] for one in alike):,.0f}",
+                *(gib(fast), gib(slow)),
+                f"{behind / ((fast + slow) or 1.0):.0%}" if known else "?",
+            ]
+        )
     total = plan["communication_total"]
     sums = [gib(total["fast_bytes"]), gib(total["slow_bytes"])]
-    rows.append(["total", "", "", "", "", "", *sums, ""])
-    head = ["collective", "axis", "dtype", "what", "count", "array", "fast", "slow", "overlaps"]
+    rows.append(["total", "", "", "", "", *sums, ""])
+    head = ["collective", "axis", "dtype", "what", "count", "fast", "slow", "overlaps"]
     yield Table(
         "Communication of a step, sent by one device",
         head,
         rows,
-        text=(0, 1, 2, 3, 8),
+        text=(0, 1, 2, 3),
         flexible=3,
-        note="array: of one execution; fast and slow: within and between hosts, by all of them",
+        note=(
+            "fast and slow: within and between hosts; overlaps: share of the bytes that move while "
+            "the device computes; every collective by itself is in plan.json"
+        ),
     )
+
+
+def _whose(one: Communication) -> str:
+    """What part of the model a collective serves: "layers.mlp" of "layers.mlp.up.kernel, again"."""
+    return ".".join(one["what"].split(",")[0].split(".")[:2])
+
+
+def _alike(communication: Sequence[Communication]) -> list[list[Communication]]:
+    """Collectives of one kind, axis, dtype and part of the model; those that send most first."""
+    groups: dict[Any, list[Communication]] = {}
+    for one in communication:
+        key = one["kind"], tuple(one["axis"]), one["dtype"], _whose(one)
+        groups.setdefault(key, []).append(one)
+
+    def sent(alike: list[Communication]) -> float:
+        return sum(one["fast_bytes"] + one["slow_bytes"] for one in alike)
+
+    return sorted(groups.values(), key=sent, reverse=True)
 
 
 def _arithmetic_table(arithmetic: Mapping[str, Any]) -> Table:
