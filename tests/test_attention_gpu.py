@@ -223,6 +223,8 @@ def test_classes_by_hand():
     assert classes == [(2048, 8192, 3), (512, 2048, 4), (128, 512, 4), (0, 128, 4)]
     assert [c.num_slots(2 * 8192) for c in cudnn.length_classes(8192, 256)] == [6, 32, 128, 512]
     assert cudnn.length_classes(8192, 4) == (cudnn.LengthClass(0, 8192, 4),)
+    assert [c.longest for c in cudnn.length_classes(8192, 5)] == [8192, 2048]
+    assert [c.longest for c in cudnn.length_classes(8192, 17)] == [8192, 2048, 512]
     assert cudnn.length_classes(100, 1) == (cudnn.LengthClass(0, 100, 2),)
 
 
@@ -256,6 +258,11 @@ def test_the_workspace_is_what_cudnn_states():
     assert abs(cudnn.workspace_bytes(**sizes, max_segments=4) / MiB - 899.5) < 0.2
     alike = sizes | dict(num_kv_heads=28)
     assert abs(cudnn.workspace_bytes(**alike, max_segments=4) / MiB - 451.5) < 0.2
+    fixed = cudnn.workspace_bytes(**sizes, max_segments=256, deterministic=True)
+    assert abs(fixed / MiB - 11090.6) < 0.2
+    longer = sizes | dict(num_tokens=32768)
+    fixed = cudnn.workspace_bytes(**longer, max_segments=256, deterministic=True)
+    assert abs(fixed / MiB - 173386.5) < 0.2
 
 
 # --- cuDNN: where the segments lie -----------------------------------------------------------

@@ -70,17 +70,27 @@ def workspace_bytes(
     num_kv_heads: int,
     head_dim: int,
     max_segments: int,
+    deterministic: bool = False,
 ) -> int:
     """Bytes that cuDNN's backward pass takes on a device beside its arguments and results.
 
     XLA adds them when it compiles on a GPU only: a compilation without one does not show them.
     dq in float32, a number per query and head, and, for grouped queries, dk and dv of each head.
+
+    Args:
+        deterministic: as XLA's xla_gpu_deterministic_ops or xla_gpu_exclude_nondeterministic_ops
+            want it, on Hopper: instead of dq all scores of a slot, quadratic in its length. A row
+            of 8192 tokens at 28 heads takes 11 GiB, one of 32768 takes 169 GiB. Newer chips do
+            without.
     """
     num_tokens += -num_tokens % _multiple(num_tokens, max_segments)
-    per_head = 4 * head_dim + 4 + (4 * head_dim if num_heads > num_kv_heads else 0)
-    classes = length_classes(num_tokens, max_segments)
-    tokens = max(c.num_slots(rows * num_tokens) * c.longest for c in classes)
-    return tokens * num_heads * per_head
+    grouped = 4 * head_dim if num_heads > num_kv_heads else 0
+
+    def of_class(c: LengthClass) -> int:
+        dq = 2 * c.longest if deterministic else 4 * head_dim
+        return c.num_slots(rows * num_tokens) * c.longest * num_heads * (dq + grouped + 4)
+
+    return max(map(of_class, length_classes(num_tokens, max_segments)))
 
 
 def problems(*, platform: str, dtype: str, head_dim: int, sequence: int) -> list[str]:
@@ -190,7 +200,8 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments)
 def _backward(
     q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse, grad_out_BTNH, query_ids, key_ids, *, scale, max_segments
 ):
-    """`backend.Backward`. Not deterministic: cuDNN adds to dq from many blocks in any order."""
+    """`backend.Backward`. cuDNN adds to dq from many blocks in any order, unless XLA's options
+    demand determinism, which is hardly affordable: see `workspace_bytes`."""
     arrays = (q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse, grad_out_BTNH)
     multiple = _multiple(q_BTNH.shape[1], max_segments)
     (q, k, v, out, lse, grad_out), ids = pad_tokens(arrays, query_ids, multiple)
