@@ -11,6 +11,12 @@ from jax_sft.models.spec import Weight
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 NAMES = ("adamw",)
+MOMENTS_DTYPES = ("float32", "bfloat16")
+# The highest b1 and b2 with moments in bfloat16. A step moves a moment by (1 - b) of its distance
+# from the gradient, or from its square, and rounding undoes what is below half the spacing: 2^-9 to
+# 2^-8 of the moment. On random gradients the second moment is then off by 0.02% at 0.95, 0.5% at
+# 0.98 and 4% at 0.99; above 1 - 2^-8 = 0.996 it never falls again.
+MAX_BFLOAT16_DECAY = 0.98
 
 
 def warmup_steps(optimizer, num_steps: int) -> int:
@@ -48,7 +54,8 @@ def schedule(optimizer, num_steps: int) -> Callable[[Any], jax.Array]:
 def make(optimizer, num_steps: int, rows: Iterable[Weight]) -> optax.GradientTransformation:
     """Return AdamW (Loshchilov & Hutter 2019) behind global-norm clipping.
 
-    Weight decay acts on matrices only, embeddings included; never on norms and biases.
+    Weight decay acts on matrices only, embeddings included; never on norms and biases. Moments are
+    stored in `optimizer.moments_dtype`, whatever the dtype of the parameters.
     """
     decayed = {row.path: row.is_matrix for row in rows}
     clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else None
@@ -60,4 +67,21 @@ def make(optimizer, num_steps: int, rows: Iterable[Weight]) -> optax.GradientTra
         weight_decay=optimizer.weight_decay,
         mask=decayed,
     )
-    return optax.chain(clip, adamw) if clip else adamw
+    tx = optax.chain(clip, adamw) if clip else adamw
+    return store_moments(tx, jnp.dtype(optimizer.moments_dtype))
+
+
+def store_moments(tx: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
+    """Return `tx` computing with float32 moments that are stored in `dtype` between steps."""
+
+    def cast(state, to):
+        return optax.tree_utils.tree_map_params(tx, lambda moment: moment.astype(to), state)
+
+    def init(params):
+        return cast(tx.init(params), dtype)
+
+    def update(updates, state, params=None):
+        updates, state = tx.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)

@@ -1,4 +1,4 @@
-"""The train state: step, parameters and moments, and how each is sharded."""
+"""The train state: step, parameters and moments, how each is sharded, and their update."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -80,3 +80,30 @@ def abstract(
         shapes,
         shardings(tx, params, rows, mesh),
     )
+
+
+def update(
+    tx: optax.GradientTransformation,
+    old: TrainState,
+    grads: Mapping[str, jax.Array],
+    to: TrainState,
+) -> tuple[TrainState, jax.Array]:
+    """Return (the state after one optimizer step, the norm of the gradient before clipping).
+
+    Called inside jit, `old` donated. Arithmetic is float32, whatever is stored.
+
+    On GPUs XLA compiles it to two kernels per parameter, one for the norm and one, in place, for
+    the rest: nothing is copied, where a loop over layers would copy a layer. This needs gradients
+    in the memory layout of their parameters. A reduce-scatter leaves another unless it is over the
+    first dimension of a layer, and XLA may then copy the gradient whole, before a loop as well.
+
+    Args:
+        grads: {our path: gradient of the mean loss}.
+        to: the result of `shardings`: gradients, parameters and moments are pinned to it.
+    """
+    grads = jax.lax.with_sharding_constraint(dict(grads), to.params)
+    grads = {path: grad.astype(jnp.float32) for path, grad in grads.items()}
+    changes, opt_state = tx.update(grads, old.opt_state, old.params)
+    params: Any = optax.apply_updates(old.params, changes)
+    new = TrainState(step=old.step + 1, params=params, opt_state=opt_state)
+    return jax.lax.with_sharding_constraint(new, to), optax.tree.norm(grads)

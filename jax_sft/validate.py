@@ -124,6 +124,7 @@ def _value_problems(cfg) -> list[str]:
         "model.grad_dtype": DTYPES,
         "optimizer.name": optim.NAMES,
         "optimizer.schedule": optim.SCHEDULES,
+        "optimizer.moments_dtype": optim.MOMENTS_DTYPES,
     }
     at_least: dict[str, float] = {
         **{
@@ -160,6 +161,13 @@ def _value_problems(cfg) -> list[str]:
         f"{key} = {_get(cfg, key)}: use a value from 0 to 1"
         for key in shares
         if not 0 <= _get(cfg, key) <= 1
+    ]
+    highest = optim.MAX_BFLOAT16_DECAY
+    problems += [
+        f"{key} = {_get(cfg, key)} is too much for moments in bfloat16, which would stop falling: "
+        f'use at most {highest}, or optimizer.moments_dtype = "float32"'
+        for key in within
+        if cfg.optimizer.moments_dtype == "bfloat16" and highest < _get(cfg, key) < 1
     ]
     if not 0 < cfg.optimizer.eps < math.inf:
         problems.append(f"optimizer.eps = {cfg.optimizer.eps}: use a positive value such as 1e-8")

@@ -1,5 +1,7 @@
-"""The schedule and AdamW against their formulas in float64."""
+"""The schedule and AdamW against their formulas, moments in bfloat16, and the update's memory."""
 
+import contextlib
+import itertools
 import math
 
 import jax
@@ -8,8 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from jax_sft import config, optim
+from jax_sft import checkpoint, config, optim, parallel, state
+from jax_sft.models import qwen2
 from jax_sft.models.spec import Weight
+from jax_sft.planning import chips, targets
+from jax_sft.validate import validate
 
 STEPS = 50
 
@@ -87,9 +92,9 @@ ROWS = (
 DIMS = {"vocab": 5, "embed": 4, "norm": 4, "layers": 2, "heads": 2, "head_dim": 3}
 
 
-def arrays(seed: int) -> dict[str, np.ndarray]:
+def arrays(seed: int, dims: dict[str, int] = DIMS) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {row.path: np.float32(rng.standard_normal(row.shape(DIMS))) for row in ROWS}
+    return {row.path: np.float32(rng.standard_normal(row.shape(dims))) for row in ROWS}
 
 
 def test_matrices_decay_and_norms_and_biases_do_not():
@@ -132,3 +137,244 @@ def test_adamw_equals_its_formula_in_float64(clip_norm):
             wanted[path] -= float(learning_rates[step]) * change
     for path, param in params.items():
         np.testing.assert_allclose(param, wanted[path], rtol=1e-5, atol=1e-6)
+
+
+# ---- the update of a sharded state ---------------------------------------------------------------
+
+MESH = {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2}
+EVEN = DIMS | {"vocab": 6, "embed": 8}  # divided by the mesh
+
+
+def updates(optimizer, param_dtype, num_steps: int):
+    """Return [(state, norm of the gradient that led to it)] of so many updates on eight devices."""
+    mesh = parallel.make_mesh(MESH)
+    tx = optim.make(optimizer, STEPS, ROWS)
+    masters = {path: p.astype(param_dtype) for path, p in arrays(0, EVEN).items()}
+    masters = jax.device_put(masters, state.param_shardings(ROWS, mesh))
+    with jax.set_mesh(mesh):
+        current = state.create(tx, masters, ROWS, mesh)
+        to = state.shardings(tx, masters, ROWS, mesh)
+        step = jax.jit(lambda old, grads: state.update(tx, old, grads, to), donate_argnums=0)
+        found = [(jax.device_get(current), 0.0)]
+        current = jax.device_put(current, to.step)  # replicated: the update itself splits it
+        for number in range(1, num_steps + 1):
+            current, norm = step(current, arrays(number, EVEN))
+            assert all(
+                array.sharding.is_equivalent_to(wanted, array.ndim)
+                for array, wanted in zip(*map(jax.tree.leaves, (current, to)), strict=True)
+            )
+            found.append((jax.device_get(current), float(norm)))
+    return found
+
+
+def plain_optax(optimizer):
+    """AdamW as optax has it, its moments in the dtype of what it is given."""
+    return optax.chain(
+        optax.clip_by_global_norm(optimizer.clip_norm),
+        optax.adamw(
+            optim.schedule(optimizer, STEPS),
+            b1=optimizer.b1,
+            b2=optimizer.b2,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            mask={row.path: row.is_matrix for row in ROWS},
+        ),
+    )
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("moments_dtype", optim.MOMENTS_DTYPES)
+def test_the_update_is_optax_in_float32_with_what_is_stored_rounded(param_dtype, moments_dtype):
+    optimizer = options(moments_dtype=moments_dtype, learning_rate=0.05, weight_decay=2.0)
+    tx = plain_optax(optimizer)
+    states = updates(optimizer, param_dtype, 8)
+    for number, ((old, _), (new, norm)) in enumerate(itertools.pairwise(states), start=1):
+        grads = arrays(number, EVEN)
+        params = {path: p.astype(np.float32) for path, p in old.params.items()}
+        wide = jax.tree.map(lambda a, like: a.astype(like.dtype), old.opt_state, tx.init(params))
+        changes, opt_state = tx.update(grads, wide, params)
+        assert norm == pytest.approx(float(optax.tree.norm(grads)), rel=1e-6)
+        assert int(new.step) == number
+        jax.tree.map(
+            equal_once_rounded,
+            (new.params, new.opt_state),
+            (optax.apply_updates(params, changes), opt_state),
+        )
+        assert {p.dtype for p in new.params.values()} == {jnp.dtype(param_dtype)}
+
+
+def equal_once_rounded(found, wanted):
+    """Equal in float32, up to its rounding; in bfloat16, what that range rounds to."""
+    wanted = np.float64(wanted)
+    slack = 2e-6 * np.abs(wanted) + 1e-9
+    low, high = (np.float64((wanted + s).astype(found.dtype)) for s in (-slack, slack))
+    found = np.float64(found)
+    assert (low <= found).all() and (found <= high).all()
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_bfloat16_moments_take_half_the_bytes_whatever_the_parameters(param_dtype):
+    sizes = {}
+    for dtype in optim.MOMENTS_DTYPES:
+        tx = optim.make(options(moments_dtype=dtype), STEPS, ROWS)
+        mesh = parallel.make_mesh(MESH)
+        abstract = state.abstract(tx, ROWS, EVEN, jnp.dtype(param_dtype), mesh)
+        moments = [leaf for leaf in jax.tree.leaves(abstract.opt_state) if leaf.ndim]
+        assert {leaf.dtype for leaf in moments} == {jnp.dtype(dtype)}
+        sizes[dtype] = sum(leaf.size * leaf.dtype.itemsize for leaf in moments)
+    num_params = sum(math.prod(row.shape(EVEN)) for row in ROWS)
+    assert sizes == {"float32": 8 * num_params, "bfloat16": 4 * num_params}
+
+
+# ---- memory of the update ------------------------------------------------------------------------
+
+QWEN2_7B = qwen2.Config.from_hf(
+    {
+        **{"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28},
+        **{"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064},
+        **{"rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768},
+        **{"tie_word_embeddings": False, "model_type": "qwen2"},
+    }
+)
+needs_plugin = pytest.mark.skipif(
+    targets.plugin_problem() is not None, reason=str(targets.plugin_problem())
+)
+
+
+def shard_bytes(tree) -> int:
+    """What the shards of these abstract arrays take on a device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+@needs_plugin
+@pytest.mark.parametrize(
+    ("sizes", "moments_dtype", "param_dtype"),
+    [
+        ({"fsdp": 8}, "float32", "float32"),
+        ({"fsdp": 8}, "bfloat16", "float32"),
+        ({"data": 2, "fsdp": 4, "tensor": 2}, "bfloat16", "bfloat16"),
+    ],
+)
+def test_the_update_of_a_7b_model_copies_nothing_on_gpus(sizes, moments_dtype, param_dtype):
+    rows, dims = qwen2.weights(QWEN2_7B), QWEN2_7B.dims
+    devices = targets.topology(chips.find("h200"), math.prod(sizes.values()) // 8, 8)
+    mesh = parallel.make_mesh(sizes, devices)
+    tx = optim.make(options(moments_dtype=moments_dtype), STEPS, rows)
+    old = state.abstract(tx, rows, dims, jnp.dtype(param_dtype), mesh)
+    to = state.shardings(tx, old.params, rows, mesh)
+    sums = {
+        path: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding)
+        for path, p in old.params.items()
+    }
+
+    def step(old, sums, count):
+        return state.update(tx, old, {path: grad / count for path, grad in sums.items()}, to)
+
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(step, donate_argnums=0).lower(old, sums, 1.0)
+        memory = lowered.compile(compiler_options=targets.compiler_options()).memory_analysis()
+    assert shard_bytes(old.params) > 1.8e9 and memory.temp_size_in_bytes < 2**20
+    assert memory.alias_size_in_bytes == shard_bytes(old)  # all that is donated is written again
+
+
+# ---- moments in bfloat16 -------------------------------------------------------------------------
+
+
+def second_moments(b2: float, dtype: str, grads: np.ndarray) -> np.ndarray:
+    """The second moment after each of these gradients [steps, values], from 1."""
+    tx = optim.store_moments(optax.scale_by_adam(b2=b2), jnp.dtype(dtype))
+    start = tx.init(grads[0])
+    start = start._replace(nu=jnp.ones_like(start.nu))
+
+    def step(opt_state, grad):
+        _, opt_state = tx.update(grad, opt_state)
+        return opt_state, opt_state.nu.astype(jnp.float32)
+
+    return np.asarray(jax.jit(lambda: jax.lax.scan(step, start, grads)[1])())
+
+
+def test_a_second_moment_in_bfloat16_is_unbiased_up_to_the_highest_b2_allowed():
+    grads = np.float32(np.random.default_rng(0).standard_normal((1500, 1000)))
+
+    def bias(b2: float) -> float:
+        found, wanted = (second_moments(b2, dtype, grads) for dtype in ("bfloat16", "float32"))
+        return float(found[500:].mean() / wanted[500:].mean()) - 1
+
+    assert abs(bias(0.95)) < 0.001
+    assert abs(bias(optim.MAX_BFLOAT16_DECAY)) < 0.01
+    assert 0.02 < abs(bias(0.99)) < 0.1 and bias(0.999) > 0.1  # why there is a highest
+
+
+def test_a_second_moment_in_bfloat16_falls_up_to_the_highest_b2_allowed():
+    zeros = np.zeros((500, 1), np.float32)
+    assert second_moments(optim.MAX_BFLOAT16_DECAY, "bfloat16", zeros)[-1] < 1e-4
+    assert second_moments(0.999, "bfloat16", zeros)[-1] == 1.0
+
+
+def test_bfloat16_moments_reach_the_loss_of_float32_ones():
+    rng = np.random.default_rng(0)
+    inputs = np.float32(rng.standard_normal((200, 32, 16)))
+    hidden = np.float32(rng.standard_normal((16, 8)))
+    targets = np.tanh(inputs @ hidden) + 0.1 * np.float32(rng.standard_normal((200, 32, 8)))
+    row = Weight("w", "w", "outputs inputs -> inputs outputs")
+
+    def losses(moments_dtype: str) -> np.ndarray:
+        optimizer = options(moments_dtype=moments_dtype, learning_rate=0.02, weight_decay=0.01)
+        tx = optim.make(optimizer, len(inputs), [row])
+
+        def loss(params, x, y):
+            return jnp.square(jnp.tanh(x @ params["w"]) - y).mean()
+
+        def step(carry, batch):
+            params, opt_state = carry
+            found, grads = jax.value_and_grad(loss)(params, *batch)
+            changes, opt_state = tx.update(grads, opt_state, params)
+            return (optax.apply_updates(params, changes), opt_state), found
+
+        params = {"w": jnp.zeros((16, 8))}
+        run = jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), (inputs, targets))[1])
+        return np.asarray(run())
+
+    found, wanted = losses("bfloat16"), losses("float32")
+    assert wanted[-20:].mean() < 0.1 * wanted[0]
+    np.testing.assert_allclose(found, wanted, rtol=0.02)
+    assert found[-20:].mean() == pytest.approx(wanted[-20:].mean(), rel=2e-3)
+    assert np.any(found != wanted)
+
+
+def test_decays_too_slow_for_bfloat16_moments_are_refused(make_config):
+    cfg = make_config(**{"optimizer.b1": 0.999, "optimizer.b2": 0.999})
+    validate(cfg, 8)
+    cfg.optimizer.moments_dtype = "bfloat16"
+    with pytest.raises(ValueError, match="2 problem") as refused:
+        validate(cfg, 8)
+    for key in ("b1", "b2"):
+        assert f"optimizer.{key} = 0.999 is too much for moments in bfloat16" in str(refused.value)
+        cfg.optimizer[key] = optim.MAX_BFLOAT16_DECAY
+    validate(cfg, 8)
+    cfg.optimizer.moments_dtype = "float16"
+    with pytest.raises(ValueError, match=r"moments_dtype = 'float16': use one of \['float32', 'bf"):
+        validate(cfg, 8)
+
+
+@pytest.mark.parametrize("resumed_dtype", optim.MOMENTS_DTYPES)
+def test_a_checkpoint_gives_bfloat16_moments_back_bitwise_or_widened(tmp_path, resumed_dtype):
+    mesh = parallel.make_mesh(MESH)
+    tx = optim.make(options(moments_dtype="bfloat16"), STEPS, ROWS)
+    saved, _ = updates(options(moments_dtype="bfloat16"), "float32", 3)[-1]
+    to = state.shardings(tx, saved.params, ROWS, mesh)
+    keep = config.default().checkpoint
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path, keep)) as checkpoints:
+        checkpoints.save(jax.device_put(saved, to), {}, None)
+    resumed = optim.make(options(moments_dtype=resumed_dtype), STEPS, ROWS)
+    wanted = state.abstract(resumed, ROWS, EVEN, jnp.dtype("float32"), mesh)
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path, keep)) as checkpoints:
+        found = checkpoints.restore(wanted)
+    for array, like, old in zip(*map(jax.tree.leaves, (found, wanted, saved)), strict=True):
+        assert (array.dtype, array.sharding) == (like.dtype, like.sharding)
+        np.testing.assert_array_equal(np.float32(array), np.float32(old))
+    moments = [leaf for leaf in jax.tree.leaves(found.opt_state) if leaf.ndim]
+    assert {leaf.dtype for leaf in moments} == {jnp.dtype(resumed_dtype)}
