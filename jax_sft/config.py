@@ -61,8 +61,8 @@ def default() -> Config:
     model.path = ""  # a Hugging Face model folder, or a hub id such as Qwen/Qwen2.5-7B
     model.revision = ""  # commit or tag of a hub id; "" = its main branch
     model.dtype = "bfloat16"  # of activations and of the weights while they multiply
-    # Of the master weights. bfloat16 masters at SFT learning rates leave most
-    # weights unmoved: an update below 1/256 of a weight rounds away.
+    # Of the master weights. bfloat16 masters at SFT learning rates leave most weights unmoved: an
+    # update below 1/256 of a weight rounds away.
     model.param_dtype = "float32"
     model.attention = "auto"  # one of ops.attention.BACKENDS
     # In which gradients of matrices are formed and added up over devices. bfloat16 halves what is

@@ -164,7 +164,7 @@ def _value_problems(cfg) -> list[str]:
     ]
     highest = optim.MAX_BFLOAT16_DECAY
     problems += [
-        f"{key} = {_get(cfg, key)} is too much for moments in bfloat16, which would stop falling: "
+        f"{key} = {_get(cfg, key)} is too slow for bfloat16 moments, which round its steps away: "
         f'use at most {highest}, or optimizer.moments_dtype = "float32"'
         for key in within
         if cfg.optimizer.moments_dtype == "bfloat16" and highest < _get(cfg, key) < 1

@@ -352,7 +352,7 @@ def test_decays_too_slow_for_bfloat16_moments_are_refused(make_config):
     with pytest.raises(ValueError, match="2 problem") as refused:
         validate(cfg, 8)
     for key in ("b1", "b2"):
-        assert f"optimizer.{key} = 0.999 is too much for moments in bfloat16" in str(refused.value)
+        assert f"optimizer.{key} = 0.999 is too slow for bfloat16 moments" in str(refused.value)
         cfg.optimizer[key] = optim.MAX_BFLOAT16_DECAY
     validate(cfg, 8)
     cfg.optimizer.moments_dtype = "float16"
