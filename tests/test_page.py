@@ -145,8 +145,8 @@ def test_whatever_was_not_measured_is_called_predicted():
 def test_collectives_that_wait_stand_out():
     text, page = text_and_page(a_plan())
     lines = [line.split() for line in text.splitlines() if "all-" in line and "GiB" in line]
-    assert lines[0][4:] == ["512", "1.00", "GiB", "448.00", "GiB", "0", "yes"]
-    assert [(line[0], line[-1]) for line in lines] == [("all-gather", "yes"), ("all-reduce", "NO")]
+    assert lines[0][4:] == ["512", "448.00", "GiB", "0", "100%"]
+    assert [(line[0], line[-1]) for line in lines] == [("all-gather", "100%"), ("all-reduce", "0%")]
     plan = a_plan()
     plan["communication"][0]["overlaps"] = None
     assert any(
@@ -154,6 +154,20 @@ def test_collectives_that_wait_stand_out():
         for line in plan_page.as_text(plan).splitlines()
         if "GiB" in line and "all-gather" in line
     )
+
+
+def test_collectives_of_one_part_of_the_model_are_one_line():
+    up, again, head = (
+        {**a_plan()["communication"][0], "what": what, "overlaps": what != "head"}
+        for what in ("layers.mlp.up.kernel", "layers.mlp.gate.kernel, again", "head")
+    )
+    again["overlaps"] = False
+    text = plan_page.as_text(a_plan(communication=[head, up, again]))
+    lines = [line.split() for line in text.splitlines() if line.startswith("  all-gather")]
+    assert [line[3:] for line in lines] == [
+        ["layers.mlp", "1,024", "896.00", "GiB", "0", "50%"],
+        ["head", "512", "448.00", "GiB", "0", "0%"],
+    ]
 
 
 def test_a_plan_of_the_cpu_has_no_verdict_and_says_why():
@@ -191,6 +205,7 @@ def test_no_line_of_text_is_over_99_columns_and_columns_align():
     text = plan_page.as_text(a_plan())
     assert max(map(len, text.splitlines())) <= 99
     rows = [line for line in text.splitlines() if line.strip().endswith("%") and "GiB" in line]
+    rows = [line for line in rows if "all-" not in line]
     assert len(rows) > 5
     assert len({line.index("GiB") for line in rows}) == 1
     assert len({len(line) for line in rows}) == 1

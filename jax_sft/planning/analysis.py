@@ -247,9 +247,11 @@ def _warnings(
     """What is wrong or wasteful in the compiled step, a sentence each."""
     sizes, dims = resolved.mesh_shape, resolved.model_cfg.dims
     lines = [f"involuntary full rematerialisation: {line}" for line in compiled.involuntary]
-    matrix = dims["embed"] * dims["head_dim"] // (sizes["fsdp"] * sizes["sequence"])
+    # As large as the smallest matrix of a layer: norms and biases are all-reduced by right.
+    matrices = [row for row in compiled.program.model_def.rows if row.is_matrix]
+    of_one = min(math.prod(dims[axis] for axis in row.axes if axis != "layers") for row in matrices)
     for one in hlo_collectives.gradient_all_reduces(
-        found, sizes, matrix, allowed=(("data",), ("tensor",))
+        found, sizes, of_one // sizes["tensor"] // 2, allowed=(("data",), ("tensor",))
     ):
         if one.sliced:
             continue
