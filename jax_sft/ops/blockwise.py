@@ -61,7 +61,7 @@ def _forward_row(q_TNH, k_SKH, v_SKH, query_ids, key_ids, *, scale):
         with jax.named_scope(LOOP):
             max_KGT, sum_KGT, out_KGTH = jax.lax.fori_loop(0, num_needed, key_block, sums)
         # Padding sees nothing: out and lse are 0.
-        some_KGT = sum_KGT > 0
+        some_KGT = sum_KGT != 0
         sum_KGT = jnp.where(some_KGT, sum_KGT, 1.0)
         out_KGTH = (out_KGTH / sum_KGT[..., None]).astype(q_KGTH.dtype)
         return out_KGTH, jnp.where(some_KGT, max_KGT + jnp.log(sum_KGT), 0.0)

@@ -1,0 +1,235 @@
+"""Which attention runs, and the self-test that refuses one that computes wrongly."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_sft import parallel
+from jax_sft.ops import attention, blockwise, cudnn, reference, tokamax
+from jax_sft.ops.backend import Backend
+
+HERE = {"platform": "cpu", "dtype": "float32", "head_dim": 64, "sequence": 1}
+GPU = {**HERE, "platform": "gpu", "dtype": "bfloat16"}
+
+
+def make_mesh(sizes):
+    if sizes == (1, 1, 1, 1):
+        return parallel.single_device_mesh()
+    return parallel.make_mesh(dict(zip(parallel.AXES, sizes, strict=True)))
+
+
+# ---- resolve -------------------------------------------------------------------------------------
+
+
+def test_an_unknown_attention_is_refused_with_the_known_ones():
+    with pytest.raises(
+        ValueError, match="'flash' is unknown: use one of .*'auto', 'cudnn'"
+    ) as error:
+        attention.resolve("flash", **HERE)
+    assert str(error.value).startswith("model.attention = ")
+
+
+@pytest.mark.parametrize("name", ["cudnn", "tokamax"])
+def test_an_attention_that_cannot_run_is_refused_with_why_and_what_to_do(name):
+    with pytest.raises(ValueError) as error:
+        attention.resolve(name, **HERE)
+    assert f"model.attention = '{name}' cannot be used: " in str(error.value)
+    assert "runs on cpu" in str(error.value)
+    assert 'model.attention = "auto"' in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["blockwise", "reference"])
+def test_what_runs_everywhere_is_what_was_asked_for(name):
+    assert attention.resolve(name, **HERE) == name
+    assert attention.resolve(name, **GPU) == name
+
+
+def test_auto_is_blockwise_on_a_cpu():
+    assert attention.resolve("auto", **HERE) == "blockwise"
+
+
+def test_auto_is_the_first_on_a_gpu_that_can_run(monkeypatch):
+    able = {"cudnn", "tokamax"}
+
+    def can_run(name, **situation):
+        assert situation == GPU
+        return [] if name in able else ["not today"]
+
+    for name, module in (("cudnn", cudnn), ("tokamax", tokamax)):
+        monkeypatch.setattr(module, "problems", functools.partial(can_run, name))
+    assert attention.resolve("auto", **GPU) == "cudnn"
+    able.remove("cudnn")
+    assert attention.resolve("auto", **GPU) == "tokamax"
+    able.remove("tokamax")
+    assert attention.resolve("auto", **GPU) == "blockwise"
+
+
+def test_auto_inside_a_model_is_told_by_the_devices_of_the_mesh(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        attention, "resolve", lambda name, **situation: asked.append(situation) or "reference"
+    )
+    x = jnp.zeros((8, 4, 2, 6), jnp.bfloat16)
+    ids = jnp.zeros((8, 4), jnp.int32)
+    with jax.set_mesh(make_mesh((2, 2, 1, 2))):
+        jax.eval_shape(functools.partial(attention.packed_attention, scale=1.0), x, x, x, ids, ids)
+    wanted = {"platform": "cpu", "dtype": "bfloat16", "head_dim": 6, "sequence": 2}
+    assert asked == [wanted]
+
+
+# ---- self-test -----------------------------------------------------------------------------------
+
+
+def self_test(backend="blockwise", dtype="float32", group=2, head_dim=8, sizes=(1, 1, 1, 1)):
+    attention.self_test(
+        backend, dtype=dtype, num_heads_per_kv=group, head_dim=head_dim, mesh=make_mesh(sizes)
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "group", "sizes"),
+    [
+        ("blockwise", "float32", 1, (1, 1, 1, 1)),
+        ("blockwise", "float16", 3, (1, 1, 1, 1)),
+        ("blockwise", "bfloat16", 2, (2, 1, 2, 2)),
+        ("reference", "bfloat16", 2, (1, 1, 1, 1)),
+        ("auto", "float32", 2, (1, 4, 1, 2)),
+    ],
+)
+def test_a_right_backend_passes(backend, dtype, group, sizes):
+    self_test(backend, dtype, group, sizes=sizes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_rounding_takes_less_than_a_third_of_what_is_allowed(dtype, monkeypatch):
+    monkeypatch.setitem(attention.TOLERANCE, dtype, attention.TOLERANCE[dtype] / 3)
+    self_test(dtype=dtype, group=4, head_dim=16)
+
+
+def same_segment(forward, backward):
+    """Segment ids are ignored."""
+
+    def blind(ids):
+        return jnp.ones_like(ids[0]), ids[1]
+
+    def wrong_forward(q, k, v, query_ids, key_ids, **options):
+        return forward(q, k, v, blind(query_ids), blind(key_ids), **options)
+
+    return wrong_forward, backward
+
+
+def other_heads(forward, backward):
+    """Query head n reads kv head n % K instead of n // G."""
+
+    def wrong_forward(q, k, v, *args, **options):
+        B, T, N, H = q.shape
+        K = k.shape[2]
+        swapped = q.reshape(B, T, N // K, K, H).swapaxes(2, 3).reshape(q.shape)
+        out, lse = forward(swapped, k, v, *args, **options)
+        return out.reshape(B, T, K, N // K, H).swapaxes(2, 3).reshape(q.shape), lse
+
+    return wrong_forward, backward
+
+
+def sees_the_next_token(forward, backward):
+    def wrong_forward(q, k, v, query_ids, key_ids, **options):
+        return forward(q, k, v, (query_ids[0], query_ids[1] + 1), key_ids, **options)
+
+    return wrong_forward, backward
+
+
+def sees_not_itself(forward, backward):
+    def wrong_forward(q, k, v, query_ids, key_ids, **options):
+        return forward(q, k, v, (query_ids[0], query_ids[1] - 1), key_ids, **options)
+
+    return wrong_forward, backward
+
+
+def no_gradient_of_k(forward, backward):
+    def wrong_backward(*args, **options):
+        dq, dk, dv = backward(*args, **options)
+        return dq, jnp.zeros_like(dk), dv
+
+    return forward, wrong_backward
+
+
+def no_scale_in_dq(forward, backward):
+    def wrong_backward(*args, scale, **options):
+        dq, dk, dv = backward(*args, scale=scale, **options)
+        return dq / scale, dk, dv
+
+    return forward, wrong_backward
+
+
+def gradient_of_one_head(forward, backward):
+    """Of the heads that share a kv head, the last gives v no gradient."""
+
+    def wrong_backward(q, k, v, out, lse, grad_out, *args, **options):
+        dq, dk, _ = backward(q, k, v, out, lse, grad_out, *args, **options)
+        group = q.shape[2] // k.shape[2]
+        last = (jnp.arange(q.shape[2]) % group == group - 1)[:, None]
+        grads = backward(q, k, v, out, lse, jnp.where(last, 0, grad_out), *args, **options)
+        return dq, dk, grads[2]
+
+    return forward, wrong_backward
+
+
+def nan_at_padding(forward, backward):
+    def wrong_forward(q, k, v, query_ids, *args, **options):
+        out, lse = forward(q, k, v, query_ids, *args, **options)
+        return jnp.where((query_ids[0] == 0)[..., None, None], jnp.nan, out), lse
+
+    return wrong_forward, backward
+
+
+def one_token(forward, backward):
+    """A single token of a single row is wrong."""
+
+    def wrong_forward(*args, **options):
+        out, lse = forward(*args, **options)
+        return out.at[1, 130].mul(1.5), lse
+
+    return wrong_forward, backward
+
+
+def one_device(forward, backward):
+    def wrong_forward(*args, **options):
+        out, lse = forward(*args, **options)
+        is_last = jax.lax.axis_index(("data", "fsdp", "sequence")) == 7
+        return jnp.where(is_last, out / 2, out), lse
+
+    return wrong_forward, backward
+
+
+@pytest.mark.parametrize(
+    ("fault", "dtype", "sizes", "wrong"),
+    [
+        (same_segment, "bfloat16", (1, 1, 1, 1), "out"),
+        (other_heads, "bfloat16", (1, 1, 1, 1), "out"),
+        (sees_the_next_token, "float32", (1, 1, 1, 1), "out"),
+        (sees_not_itself, "bfloat16", (1, 1, 1, 1), "out"),
+        (no_gradient_of_k, "bfloat16", (1, 1, 1, 1), "dk"),
+        (no_scale_in_dq, "float32", (1, 1, 1, 1), "dq"),
+        (gradient_of_one_head, "bfloat16", (1, 1, 1, 1), "dv"),
+        (nan_at_padding, "float32", (1, 1, 1, 1), "out"),
+        (one_token, "bfloat16", (1, 1, 1, 1), "out"),
+        (one_device, "float32", (2, 1, 1, 4), "out"),
+    ],
+)
+def test_a_wrong_backend_is_refused_and_named(fault, dtype, sizes, wrong, monkeypatch):
+    faulty = Backend(*fault(reference.BACKEND.forward, reference.BACKEND.backward))
+    monkeypatch.setitem(attention._MODULES, "tokamax", types.SimpleNamespace(BACKEND=faulty))
+    with pytest.raises(ValueError, match=r"model\.attention = 'tokamax' computes wrongly") as error:
+        self_test("tokamax", dtype, sizes=sizes)
+    message = str(error.value)
+    named = [name for name in ("out", "dq", "dk", "dv") if f"{name} by " in message]
+    # A wrong output and log-sum-exp may spoil gradients too.
+    assert named[:1] == ["out"] if wrong == "out" else named == [wrong]
+    assert dtype in message and "Nothing was trained" in message
+
+
+def test_blocks_of_the_self_test_are_several():
+    assert attention._TEST_TOKENS > blockwise.BLOCK
