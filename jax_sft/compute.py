@@ -51,11 +51,13 @@ def policy(remat: str, offload: tuple[str, ...] = ()) -> Callable[..., Any]:
             )
         return REMAT[remat]
     saved = _NAMED[remat] if remat in _NAMED else tuple(remat.replace(" ", "").split(","))
-    if unknown := [name for name in (*saved, *offload) if name not in NAMES]:
-        raise ValueError(
-            f"{unknown} cannot be kept (model.remat = {remat!r}, model.offload = {list(offload)}): "
-            f"use one of {[*REMAT, *_NAMED]}, or names out of {list(NAMES)} joined by commas"
-        )
+    for key, value, names in (("remat", remat, saved), ("offload", list(offload), offload)):
+        if any(name not in NAMES for name in names):
+            policies = f"one of {[*REMAT, *_NAMED]}, or " if key == "remat" else ""
+            raise ValueError(
+                f"model.{key} = {value!r}: use {policies}names out of {list(NAMES)}"
+                + " joined by commas" * (key == "remat")
+            )
     if not offload:
         return jax.checkpoint_policies.save_only_these_names(*saved)
     return jax.checkpoint_policies.save_and_offload_only_these_names(

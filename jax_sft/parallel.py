@@ -176,7 +176,7 @@ def size_problems(arrays: dict[str, tuple[tuple[str, ...], tuple[int, ...]]], si
             shards = math.prod(sizes[axis] for axis in axes)
             if size % shards and (logical, size) not in problems:
                 fits = [n for n in range(1, shards + 1) if size % n == 0]
-                what = " x ".join(f"mesh.{axis}" for axis in axes)
+                what = " x ".join(f"mesh.{axis}" for axis in axes if sizes[axis] > 1)
                 problems[logical, size] = (
                     f"{logical} = {size} (of {name}) is not divisible by {what} = {shards}: "
                     f"use one of {fits}"

@@ -6,6 +6,7 @@ the very step that will run.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +19,6 @@ from jax_sft.model import ModelDef
 from jax_sft.state import TrainState
 from jax_sft.step import Sums, batch_shardings, make_eval_step, make_train_step
 from jax_sft.validate import Resolved
-
-# Given to XLA on GPUs, in training and in plans alike. Without the first, which newer versions of
-# JAX have by default, every gather of a weight is waited for. The second keeps sums in one order
-# (no atomics), so that the same config gives bitwise the same losses.
-GPU_OPTIONS = {
-    "xla_gpu_enable_latency_hiding_scheduler": True,
-    "xla_gpu_exclude_nondeterministic_ops": True,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +70,8 @@ def program(cfg, resolved: Resolved, mesh: Mesh, num_steps: int, num_sources: in
     dtype = jnp.dtype(cfg.model.param_dtype)
     abstract = state.abstract(tx, model.rows, resolved.model_cfg.dims, dtype, mesh)
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
-    options = None if mesh.devices.flat[0].platform == "cpu" else GPU_OPTIONS
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    options = None if on_cpu else gpu_options(resolved.attention)
     return Program(
         model_def=model,
         mesh=mesh,
@@ -96,6 +90,20 @@ def program(cfg, resolved: Resolved, mesh: Mesh, num_steps: int, num_sources: in
         ),
         eval_step=make_eval_step(model, mesh, options),
     )
+
+
+def gpu_options(attention: str) -> dict[str, Any]:
+    """Return what XLA is told on GPUs, in training and in plans alike.
+
+    The latency-hiding scheduler, which newer versions of JAX have by default, moves the gathers of
+    weights behind the products before them. Sums are kept in one order (no atomics), so that the
+    same config gives bitwise the same losses: but not with cuDNN's attention, whose backward pass
+    would then take memory quadratic in the length of a row.
+    """
+    return {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_exclude_nondeterministic_ops": attention != "cudnn",
+    }
 
 
 def _abstract_batch(cfg, resolved: Resolved, mesh: Mesh, per_source: bool) -> Batch:

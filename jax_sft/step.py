@@ -69,7 +69,7 @@ def value_and_grad(
 ) -> tuple[Sums, dict[str, jax.Array]]:
     """Return (sums over the batch, gradient of the mean loss), accumulated over micro-batches.
 
-    Gradients are added in float32 and returned in the dtype of their parameters.
+    Gradients are added and returned in float32.
 
     Args:
         batch: arrays [micro-batches, rows, tokens].
@@ -100,7 +100,7 @@ def value_and_grad(
         (sums, grads), _ = jax.lax.scan(accumulate, zeros, batch)
     # A batch of padding alone has a zero gradient.
     count = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
-    return sums, {path: (grad / count).astype(params[path].dtype) for path, grad in grads.items()}
+    return sums, {path: grad.astype(jnp.float32) / count for path, grad in grads.items()}
 
 
 def make_train_step(
@@ -122,11 +122,9 @@ def make_train_step(
 
     def train_step(old: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         sums, grads = value_and_grad(model_def, old.params, batch, num_sources, objective)
-        updates, opt_state = tx.update(grads, old.opt_state, old.params)
-        params: Any = optax.apply_updates(old.params, updates)
-        sums["grad_norm"] = optax.tree.norm(grads)
+        new, sums["grad_norm"] = state.update(tx, old, grads, state_shardings)
         sums["learning_rate"] = learning_rate(old.step)
-        return TrainState(step=old.step + 1, params=params, opt_state=opt_state), sums
+        return new, sums
 
     return jax.jit(
         train_step,

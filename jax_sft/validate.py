@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jax_sft import compute, hf, models, optim, parallel, trackers
 from jax_sft.data import check
-from jax_sft.ops.attention import resolve
+from jax_sft.ops.attention import BACKENDS, resolve
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -77,7 +76,9 @@ def validate(
             f"data.seq_len = {cfg.data.seq_len} is over the model's max_position_embeddings = "
             f"{model_cfg.max_positions}: use at most that, or set a rope scaling in its config.json"
         )
-    attention = sizes and model_cfg and attempt(_attention, cfg, model_cfg, sizes, platform)
+    attention = None
+    if sizes and model_cfg and cfg.model.attention in BACKENDS:
+        attention = attempt(_attention, cfg, model_cfg, sizes, platform)
     if with_data:
         problems += check.problems(cfg.data)
     if problems:
@@ -92,7 +93,7 @@ def _attention(cfg, model_cfg, sizes: dict[str, int], platform: str | None) -> s
     return resolve(
         cfg.model.attention,
         platform=platform or jax.default_backend(),
-        dtype=jnp.dtype(cfg.model.dtype),
+        dtype=cfg.model.dtype,
         head_dim=model_cfg.head_dim,
         sequence=sizes["sequence"],
     )
@@ -122,6 +123,7 @@ def _value_problems(cfg) -> list[str]:
         "model.dtype": DTYPES,
         "model.param_dtype": DTYPES,
         "model.grad_dtype": DTYPES,
+        "model.attention": BACKENDS,
         "optimizer.name": optim.NAMES,
         "optimizer.schedule": optim.SCHEDULES,
         "optimizer.moments_dtype": optim.MOMENTS_DTYPES,

@@ -137,13 +137,20 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A [V, D] table: looked up for tokens, and read whole as the output head."""
+    """A [V, D] table: looked up for tokens and, in tied models, the output head too."""
 
     def __init__(self, vocab: int, features: int, key):
         self.table = nnx.Param(INIT_STD * jax.random.normal(key, (vocab, features)))
 
     def __call__(self, tokens_BT: jax.Array, dtype) -> jax.Array:
         return residual(lookup(self.table[...], tokens_BT, dtype))
+
+
+class Head(nnx.Module):
+    """An output head of its own, [D, V]: the gathered dimension first, as in `Linear`."""
+
+    def __init__(self, vocab: int, features: int, key):
+        self.table = nnx.Param(INIT_STD * jax.random.normal(key, (features, vocab)))
 
 
 class SwiGLU(nnx.Module):

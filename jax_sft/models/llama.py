@@ -103,7 +103,7 @@ def weights(cfg: Config) -> tuple[Weight, ...]:
         if cfg.mlp_bias:
             rows.append(Weight(f"{ours}.bias", f"{theirs}.bias", bias))
     if not cfg.tied:
-        rows.append(Weight("head.table", "lm_head.weight", "vocab embed -> vocab embed"))
+        rows.append(Weight("head.table", "lm_head.weight", "vocab embed -> embed vocab"))
     return tuple(rows)
 
 
@@ -149,7 +149,7 @@ class Model(nnx.Module):
         self.layers = layers.stack(lambda k: Layer(cfg, k), cfg.num_layers, stack)
         self.final_norm = layers.RMSNorm(cfg.features, cfg.norm_eps)
         if not cfg.tied:
-            self.head = layers.Embedding(cfg.vocab, cfg.features, head)
+            self.head = layers.Head(cfg.vocab, cfg.features, head)
 
     def __call__(self, tokens_BT, segment_ids_BT, positions_BT, compute):
         """Return hidden states [B, T, D] in `compute.dtype`, normed and ready for the head."""
@@ -162,4 +162,4 @@ class Model(nnx.Module):
     @property
     def head_VD(self) -> jax.Array:
         """The output head [V, D], the master weight: the embedding table when tied."""
-        return (self.embed if self.cfg.tied else self.head).table[...]
+        return self.embed.table[...] if self.cfg.tied else self.head.table[...].T

@@ -75,7 +75,8 @@ def _find(tokens_BT, table_VD, *, dtype):
     is_here = (ids_SBT >= 0) & (ids_SBT < table_VD.shape[0])
     found_SBTD = jnp.take(table_VD, jnp.where(is_here, ids_SBT, 0), axis=0).astype(dtype)
     found_SBTD = jnp.where(is_here[..., None], found_SBTD, 0)
-    found_BTD = jax.lax.all_to_all(found_SBTD, _EMBED, 0, 3, tiled=True)[0]
+    found_SBTD = jax.lax.all_to_all(found_SBTD, _EMBED, 0, 0, tiled=True)
+    found_BTD = jnp.moveaxis(found_SBTD, 0, 2).reshape(*tokens_BT.shape, -1)
     return jax.lax.psum(found_BTD, "tensor")
 
 
@@ -83,7 +84,10 @@ def _add(tokens_BT, grad_BTD, *, vocab):
     """Gradient of the table: rows of equal ids are added in a fixed order, never by atomics."""
     num_local = vocab // jax.lax.axis_size("tensor")
     ids_SBT = _local_ids(tokens_BT, num_local)
-    grad_SBTD = jax.lax.all_to_all(grad_BTD[None], _EMBED, 3, 0, tiled=True)
+    # Split by hand: an all-to-all over the last dimension would leave the table's gradient
+    # transposed in memory, and the optimizer with a copy of it.
+    grad_SBTD = jnp.moveaxis(grad_BTD.reshape(*grad_BTD.shape[:2], len(ids_SBT), -1), 2, 0)
+    grad_SBTD = jax.lax.all_to_all(grad_SBTD, _EMBED, 0, 0, tiled=True)
     ids_N, order_N = jax.lax.sort_key_val(ids_SBT.ravel(), jnp.arange(ids_SBT.size))
     rows_ND = grad_SBTD.reshape(ids_N.size, -1)[order_N].astype(jnp.float32)
     is_first_N = jnp.concatenate([jnp.ones(1, bool), ids_N[1:] != ids_N[:-1]])

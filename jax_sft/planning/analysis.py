@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jax_sft import parallel
-from jax_sft.ops import blockwise, cross_entropy
+from jax_sft.ops import blockwise, cross_entropy, cudnn
 from jax_sft.planning import flops, hlo, hlo_collectives, hlo_groups, hlo_kernels, hlo_loops
 from jax_sft.planning.chips import Chip
 from jax_sft.planning.compiling import Compiled, compile_step, shard_bytes
@@ -82,7 +82,8 @@ def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = Non
         traffic = [_traffic(row) for row in table]
         hosts = target.hosts
         prediction = predict(cost, target.chip, target.num_devices, hosts, traffic)
-        plan["memory"] = _memory(compiled, target.chip, module)
+        workspace = _workspace(cfg, resolved)
+        plan["memory"] = _memory(compiled, target.chip, module, workspace)
         plan["predicted"] = _predicted(prediction)
     return plan
 
@@ -104,8 +105,11 @@ class _Loops:
             trained = self._tokens * self._row.trained / self._row.slots
             return math.ceil(trained / cross_entropy.chunk_size(self._vocab, self._tokens))
         if blockwise.LOOP in loop.op_name:
-            # A block of queries meets the blocks of keys that hold its visible pairs.
-            return max(self._row.pairs / self._row.slots / blockwise.BLOCK, 1.0)
+            # A block of queries meets the blocks of keys that hold its visible pairs; in the
+            # backward pass, a block of keys the device's blocks of queries.
+            needed = self._row.pairs / self._row.slots / blockwise.BLOCK
+            is_backward = "transpose(" in loop.op_name and "rematted" not in loop.op_name
+            return max(needed / (self._sizes["sequence"] if is_backward else 1), 1.0)
         raise ValueError(f"{loop.name} ({loop.op_name}) runs as often as data decides: say how")
 
 
@@ -180,7 +184,22 @@ def _cost(cfg, resolved: Resolved, compiled: Compiled, target: Target) -> flops.
     )
 
 
-def _memory(compiled: Compiled, chip: Chip, module: hlo.Module) -> dict:
+def _workspace(cfg, resolved: Resolved) -> int:
+    """Bytes that the attention kernel takes, which a compilation without a GPU does not show."""
+    if resolved.attention != "cudnn":
+        return 0
+    sizes, dims = resolved.mesh_shape, resolved.model_cfg.dims
+    return cudnn.workspace_bytes(
+        rows=resolved.micro_rows // (sizes["data"] * sizes["fsdp"]),
+        num_tokens=cfg.data.seq_len,
+        num_heads=dims["heads"] // sizes["tensor"],
+        num_kv_heads=dims["kv_heads"] // sizes["tensor"],
+        head_dim=dims["head_dim"],
+        max_segments=cfg.data.max_segments,
+    )
+
+
+def _memory(compiled: Compiled, chip: Chip, module: hlo.Module, workspace: int) -> dict:
     state = compiled.program.state
     parameters = sum(map(shard_bytes, state.params.values()))
     moments = sum(map(shard_bytes, jax.tree.leaves(state.opt_state)))
@@ -190,18 +209,20 @@ def _memory(compiled: Compiled, chip: Chip, module: hlo.Module) -> dict:
     )
     headroom = round((1 - parallel.GPU_MEMORY) * chip.memory_bytes)
     memory = compiled.memory
+    peak = memory["peak"] + workspace
     return {
         "parameters": parameters,
         "moments": moments,
         "gradients": gradients,
-        "activations_and_temporaries": memory["peak"] - memory["arguments"] - gradients,
+        "activations_and_temporaries": peak - memory["arguments"] - gradients,
+        "attention_workspace": workspace,
         "arguments": memory["arguments"],
         "temporaries": memory["temporaries"],
         "host_bytes": memory["host"],
-        "peak_bytes": memory["peak"],
+        "peak_bytes": peak,
         "card_bytes": chip.memory_bytes,
         "headroom_bytes": headroom,
-        "fits": memory["peak"] + headroom <= chip.memory_bytes,
+        "fits": peak + headroom <= chip.memory_bytes,
         "largest": [_buffer(one) for one in hlo_kernels.buffers(module, 2**20)[:12]],
     }
 
