@@ -354,6 +354,7 @@ def test_work_is_that_of_the_segments():
     assert pairs(2 * BLOCK) == 3  # the rest is padding
     assert pairs() == 0
     assert pairs(BLOCK + 1, -BLOCK, BLOCK) == 3 + 3  # in blocks 0 and 1, and 2 and 3
+    assert pairs(BLOCK + 1, 2 * BLOCK - 1) == 1 + 2 + 2  # block 1 has the end of the first
 
     natural = packed_ids([[5 * BLOCK, 7 * BLOCK]], size)
     blocks = np.arange(size).reshape(num_blocks, BLOCK)
