@@ -21,6 +21,7 @@ from jax_sft import command, parallel
 from jax_sft.planning import chips, page, search, targets
 from jax_sft.planning.analysis import Target, analyse
 from jax_sft.planning.flops import RowWork, segment_pairs
+from jax_sft.planning.tables import Plan
 from jax_sft.validate import validate
 
 EXIT_DOES_NOT_FIT = 1
@@ -41,8 +42,8 @@ def plan(
     with_search: bool = False,
     hlo_file: Path | None = None,
     say=lambda line: None,
-) -> dict:
-    """Return the plan of a run as the dict of plan.json, see `planning.page`.
+) -> Plan:
+    """Return the plan of a run as the dict of plan.json, see `planning.tables.Plan`.
 
     Args:
         cfg: from `jax_sft.config.default()`.
@@ -82,7 +83,7 @@ def _row_work(report: Path | None, seq_len: int) -> RowWork:
     return segment_pairs(json.loads(report.read_text())["train"], seq_len)
 
 
-def fits(found: dict) -> bool:
+def fits(found: Plan) -> bool:
     """Whether nothing is known against it: without the plugin there is no verdict."""
     return "memory" not in found or found["memory"]["fits"]
 

@@ -39,7 +39,7 @@ class Program:
     mesh: Mesh
     tx: optax.GradientTransformation
     state: TrainState
-    batch: Batch
+    batch: dict[str, jax.ShapeDtypeStruct]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Sums]]
     eval_step: Callable[[dict[str, jax.Array], Batch], Sums]
 
@@ -106,7 +106,7 @@ def gpu_options(attention: str) -> dict[str, Any]:
     }
 
 
-def _abstract_batch(cfg, resolved: Resolved, mesh: Mesh, per_source: bool) -> Batch:
+def _abstract_batch(cfg, resolved: Resolved, mesh: Mesh, per_source: bool) -> dict[str, Any]:
     """The shapes of a global batch of packed rows."""
     micro_batches = cfg.batch.rows // resolved.micro_rows
     shape = (micro_batches, resolved.micro_rows, cfg.data.seq_len)

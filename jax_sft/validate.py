@@ -211,9 +211,10 @@ def _batch_problems(cfg, micro_rows: int, sizes: dict[str, int]) -> list[str]:
     shards = sizes["sequence"] * sizes["tensor"]  # of the residual stream
     if cfg.data.seq_len % shards:
         multiple = -(-cfg.data.seq_len // shards) * shards
+        axes = " x ".join(f"mesh.{axis}" for axis in ("sequence", "tensor") if sizes[axis] > 1)
         problems.append(
-            f"data.seq_len = {cfg.data.seq_len} is not divisible by mesh.sequence x mesh.tensor = "
-            f"{shards}: use {multiple}"
+            f"data.seq_len = {cfg.data.seq_len} is not divisible by {axes} = {shards}: "
+            f"use {multiple}"
         )
     return problems
 

@@ -151,7 +151,7 @@ def test_all_problems_are_reported_at_once(make_config):
         r"seed = -1: use at least 0",
         r"model\.dtype = 'float8': use one of \['float32', 'bfloat16', 'float16'\]",
         r"model\.attention = 'flesh': use one of \[.*'auto'",
-        r"data\.seq_len = 130 .* mesh\.sequence = 4: use 132",
+        r"data\.seq_len = 130 .* mesh\.sequence x mesh\.tensor = 8: use 136",
         r"data\.train\.main: source\.path = '/nowhere\.jsonl' does not exist",
         r"batch\.rows = 6 is not divisible by batch\.micro_rows = 4: use 4 rows",
         r"optimizer\.schedule = 'cosinus': use one of \['cosine', ",

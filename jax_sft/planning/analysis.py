@@ -1,6 +1,7 @@
 """From a config and a target to everything that plan.json holds. Called by `plan` and `search`."""
 
 import dataclasses
+import importlib.metadata
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from jax_sft.planning import flops, hlo, hlo_collectives, hlo_groups, hlo_kernel
 from jax_sft.planning.chips import Chip
 from jax_sft.planning.compiling import Compiled, compile_step, shard_bytes
 from jax_sft.planning.roofline import Prediction, Traffic, predict
+from jax_sft.planning.tables import Plan
 from jax_sft.validate import Resolved
 
 LARGE_BYTES = 64 * 2**20  # a replicated array or a float32 product of this size is worth a warning
@@ -37,8 +39,8 @@ class Target:
         return self.hosts * self.gpus_per_host
 
 
-def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = None) -> dict:
-    """Compile the step and return the plan as a dict, see `page`."""
+def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = None) -> Plan:
+    """Compile the step and return the plan as a dict, see `tables.Plan`."""
     compiled = compile_step(cfg, resolved, target.devices)
     if hlo_file:
         hlo_file.write_text(compiled.text)
@@ -49,14 +51,14 @@ def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = Non
     mesh = compiled.program.mesh
     table = [_row(one, mesh, target) for one in found if one.group_size > 1]
     cost = _cost(cfg, resolved, compiled, target)
-    plan = {
+    plan: Any = {
         "target": {
             "chip": target.chip.name,
             "hosts": target.hosts,
             "gpus_per_host": target.gpus_per_host,
             "num_devices": target.num_devices,
         },
-        "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
+        "versions": {"jax": jax.__version__, "jaxlib": importlib.metadata.version("jaxlib")},
         "compiled_for": "cuda" if compiled.for_gpus else "cpu (partitioned table only)",
         "config": _config(cfg, resolved),
         "compile": {

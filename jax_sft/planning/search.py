@@ -1,6 +1,7 @@
 """Compile the most promising settings until enough of them fit. Called by `plan`."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -78,12 +79,12 @@ def _promising(cfg, target: Target) -> Iterator[candidates.Setting]:
 
 
 def _try(cfg, target: Target, setting: candidates.Setting) -> dict:
-    changed = ConfigDict(cfg.to_dict())
+    changed: Any = ConfigDict(cfg.to_dict())
     changed.mesh.update(setting.mesh)
     changed.batch.micro_rows = setting.micro_rows
     changed.model.remat, changed.model.offload = setting.remat, ()
     resolved = validate(changed, target.num_devices, platform="gpu", with_data=False)
-    found = analyse(changed, resolved, target)
+    found: Any = analyse(changed, resolved, target)
     return {
         "mesh": setting.mesh,
         "micro_rows": setting.micro_rows,
