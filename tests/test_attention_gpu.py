@@ -6,6 +6,7 @@ garbage elsewhere. tokamax has an implementation for CPU, used where the package
 
 import functools
 import importlib.util
+import math
 import re
 import types
 
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_sft.ops import cudnn, segments, tokamax
+from jax_sft import parallel
+from jax_sft.ops import attention, cudnn, segments, tokamax
 
 GARBAGE = np.nan
 
@@ -341,6 +343,28 @@ def test_offsets_beyond_32_bits_are_refused():
         jax.eval_shape(forward, *args)
 
 
+def self_test(backend: str, **sizes: int) -> None:
+    mesh = parallel.make_mesh(sizes, devices=jax.devices()[: math.prod(sizes.values())])
+    attention.self_test.cache_clear()
+    attention.self_test(backend, dtype="float32", num_heads_per_kv=3, head_dim=8, mesh=mesh)
+
+
+def test_cudnn_passes_the_self_test_in_several_classes(fake):
+    self_test("cudnn", fsdp=1)
+    assert len(fake.calls) == 4 and all((lengths > 0).any() for lengths, *_ in fake.calls)
+
+
+def test_the_self_test_finds_keys_of_the_wrong_segment(fake, monkeypatch):
+    def shifted(*operands):
+        for slot, queries, keys in right(*operands):
+            yield slot, queries, keys - min(keys[0], 16)  # one token of 2 heads of 8 too early
+
+    right = fake.segments
+    monkeypatch.setattr(fake, "segments", shifted)
+    with pytest.raises(ValueError, match="'cudnn' computes wrongly on this machine, in float32"):
+        self_test("cudnn", fsdp=1)
+
+
 # --- cuDNN: when it may be used --------------------------------------------------------------
 
 GOOD = dict(platform="gpu", dtype="bfloat16", head_dim=128, sequence=1)
@@ -487,6 +511,12 @@ def test_tokamax_takes_keys_in_stripes(on_cpu):
         queries = (full[0][:, mine], full[1][:, mine])
         keys = (full[0][:, gathered], full[1][:, gathered])
         check(tokamax.BACKEND, queries, keys, 8, tolerance=2e-5)
+
+
+@needs_tokamax
+@pytest.mark.parametrize("sizes", [dict(fsdp=2), dict(sequence=4), dict(sequence=2, tensor=2)])
+def test_tokamax_passes_the_self_test(on_cpu, sizes):
+    self_test("tokamax", **sizes)
 
 
 @needs_tokamax
