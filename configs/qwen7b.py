@@ -1,9 +1,11 @@
-"""Full fine-tuning of Qwen2.5-7B-Instruct on one node of 8 GPUs with 80 GB or more.
+"""Full fine-tuning of Qwen2.5-7B-Instruct on 8 to 64 GPUs with 80 GB or more.
 
 python -m jax_sft.train --config=configs/qwen7b.py --config.data.train.main.path=my.jsonl
 
-Per GPU: 11.4 GB of float32 weights and moments (7.6B x 12 bytes / 8), 3.8 GB of gradients, and the
-activations of one row of 4096 tokens, recomputed in the backward pass (remat = "full").
+On 8 x H100 a peak of 33 of 79 GiB and 3.1 s per step (48% MFU) are predicted; see it for yours:
+
+python -m jax_sft.plan --config=configs/qwen7b.py --target=h100
+
 The data file has the fields prompt and response, or messages; see jax_sft/config.py.
 """
 
@@ -16,8 +18,6 @@ def get_config():
     cfg.data.train.main = config.source("data/train.jsonl")
     cfg.data.seq_len = 4096
     cfg.batch.rows = 64
-    cfg.batch.micro_rows = 8
     cfg.train.epochs = 2.0
     cfg.optimizer.learning_rate = 1e-5
-    cfg.mesh.fsdp = 8
     return cfg

@@ -27,6 +27,7 @@ class LoadedModel:
     def __init__(self, model_def: ModelDef, params: dict[str, jax.Array], mesh: Mesh):
         self.params = params
         self._vocab = model_def.cfg.vocab
+        self._max_segments = model_def.compute.max_segments
         self._mesh = mesh
 
         def logits(params, batch):
@@ -61,7 +62,8 @@ class LoadedModel:
             positions: int [B, T]; None = counted from the start of each segment.
 
         Raises:
-            ValueError: shapes that differ, or a token id outside the vocabulary.
+            ValueError: shapes that differ, a token id outside the vocabulary, or more segments in a
+                row than the attention has room for.
         """
         tokens = np.asarray(tokens)
         segment_ids = np.ones_like(tokens) if segment_ids is None else np.asarray(segment_ids)
@@ -77,6 +79,9 @@ class LoadedModel:
             raise ValueError(
                 f"token ids must be in 0..{self._vocab - 1}, not {tokens.min()}..{tokens.max()}"
             )
+        most = max((len(np.unique(row)) for row in segment_ids), default=0)
+        if most > self._max_segments:
+            raise ValueError(f"a row has {most} segments: use at most {self._max_segments}")
         rows, seq_len = tokens.shape
         # Ids from 1 on: 0 is the padding that `_batch` may add.
         segment_ids = segment_ids - segment_ids.min(initial=0) + 1

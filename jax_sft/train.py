@@ -38,6 +38,7 @@ from jax_sft.data import chat, prepare
 from jax_sft.data.examples import Examples
 from jax_sft.data.loader import Loader
 from jax_sft.inference import LoadedModel
+from jax_sft.ops import attention
 from jax_sft.program import program
 from jax_sft.validate import validate
 
@@ -74,6 +75,14 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
     axes = " ".join(f"{axis}={size}" for axis, size in resolved.mesh_shape.items())
     say(f"model   {cfg.model.path}: {model_cfg.__module__}, {metrics.count(num_params)} parameters")
     say(f"mesh    {axes} on {jax.device_count()} x {jax.devices()[0].device_kind}")
+    attention.self_test(
+        resolved.attention,
+        dtype=cfg.model.dtype,
+        num_heads_per_kv=dims["heads"] // dims["kv_heads"],
+        head_dim=dims["head_dim"],
+        mesh=mesh,
+    )
+    say(f"attend  {resolved.attention}: values and gradients right on a packed test batch")
 
     # ---- data --------------------------------------------------------------------------------
     train_examples = prepare.prepare(cfg.data.train, folder, cfg.data, progress=first_process)

@@ -201,6 +201,7 @@ class Loader:
         per_source: bool = False,
     ):
         self._examples, self._per_source = examples, per_source
+        self._max_segments = data.max_segments
         self.schedule = Schedule(
             examples, data, sources, rows=rows, micro_rows=micro_rows, shuffle=shuffle, seed=seed
         )
@@ -261,6 +262,8 @@ class Loader:
     def build(self, step: int, rows: Sequence[int]) -> Row:
         """Build some rows of the global batch of a step, arrays [len(rows), tokens]."""
         ids = self.schedule.rows_of(step)
+        # Attention kernels have room for so many segments of a row and no more.
+        assert max(map(len, ids)) <= self._max_segments
         built = empty_rows(len(rows), self._num_tokens(ids), self._per_source)
         for place, row in enumerate(rows):
             fill_row({n: of_all[place] for n, of_all in built.items()}, self._examples, ids[row])

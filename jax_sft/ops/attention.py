@@ -177,6 +177,7 @@ def _gathered(arrays):
     return jax.lax.all_gather(arrays, "sequence", axis=1, tiled=True)
 
 
+@functools.cache  # once per process
 def self_test(backend: str, *, dtype: str, num_heads_per_kv: int, head_dim: int, mesh) -> None:
     """Compare `packed_attention` on a small packed batch, values and gradients, with NumPy.
 

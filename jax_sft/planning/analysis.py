@@ -269,7 +269,13 @@ def _warnings(
 ) -> list[str]:
     """What is wrong or wasteful in the compiled step, a sentence each."""
     sizes, dims = resolved.mesh_shape, resolved.model_cfg.dims
-    lines = [f"involuntary full rematerialisation: {line}" for line in compiled.involuntary]
+    lines = []
+    if compiled.for_gpus and resolved.attention in ("blockwise", "reference"):
+        lines.append(
+            f"attention is {resolved.attention!r}, no flash kernel: many times slower. With "
+            "mesh.sequence above 1 install tokamax, else see model.attention"
+        )
+    lines += [f"involuntary full rematerialisation: {line}" for line in compiled.involuntary]
     # As large as the smallest matrix of a layer: norms and biases are all-reduced by right.
     matrices = [row for row in compiled.program.model_def.rows if row.is_matrix]
     of_one = min(math.prod(dims[axis] for axis in row.axes if axis != "layers") for row in matrices)
