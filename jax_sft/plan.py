@@ -63,7 +63,7 @@ def plan(
         devices = cpu_devices(num_devices)
     else:
         devices = targets.topology(chip, hosts, gpus_per_host)
-    resolved = validate(cfg, num_devices, platform="gpu", with_data=False)
+    resolved = validate(cfg, num_devices, planned_for=chip.capability)
     row = _row_work(report, cfg.data.seq_len)
     where = Target(chip, hosts, gpus_per_host, devices, row)
     say(f"compiling for {num_devices} x {chip.kind} ...")
@@ -111,8 +111,8 @@ def main(_: list[str]) -> None:
             options.config,
             options.target,
             options.hosts,
-            options.gpus_per_host,
-            report=Path(options.data_report or workdir / "data_report.json"),
+            int(options["gpus-per-host"].value or 0),
+            report=Path(str(options["data-report"].value or "") or workdir / "data_report.json"),
             with_search=options.search,
             hlo_file=Path(options.hlo) if options.hlo else None,
             say=lambda line: print(line, file=sys.stderr, flush=True),
@@ -135,9 +135,9 @@ if __name__ == "__main__":
     command.define_config()
     flags.DEFINE_enum("target", "h200", list(chips.CHIPS), "The kind of GPU.")
     flags.DEFINE_integer("hosts", 1, "How many hosts.")
-    flags.DEFINE_integer("gpus_per_host", 8, "GPUs in each host.")
+    flags.DEFINE_integer("gpus-per-host", 8, "GPUs in each host.")
     flags.DEFINE_bool("search", False, "Also try other meshes, micro-batches and remat policies.")
     flags.DEFINE_string("workdir", "", "Where plan.json goes; default runs/NAME_OF_CONFIG.")
-    flags.DEFINE_string("data_report", "", "Default: data_report.json in the workdir.")
+    flags.DEFINE_string("data-report", "", "Default: data_report.json in the workdir.")
     flags.DEFINE_string("hlo", "", "Also write the compiled program to this file.")
     app.run(main, flags_parser=command.parse_flags)

@@ -38,14 +38,12 @@ class Resolved:
     attention: str
 
 
-def validate(
-    cfg, num_devices: int, platform: str | None = None, with_data: bool = True
-) -> Resolved:
+def validate(cfg, num_devices: int, planned_for: tuple[int, ...] | None = None) -> Resolved:
     """Check a config against itself, the model folder, the data files and the devices.
 
     Args:
-        platform: "cpu" or "gpu"; None = the one at hand.
-        with_data: whether the data files have to be there.
+        planned_for: CUDA compute capability of GPUs that need not be at hand, no more than the
+            data; None = the devices and the data that are here.
 
     Raises:
         ValueError: all problems found, each naming its key and what to do.
@@ -78,8 +76,8 @@ def validate(
         )
     attention = None
     if sizes and model_cfg and cfg.model.attention in BACKENDS:
-        attention = attempt(_attention, cfg, model_cfg, sizes, platform)
-    if with_data:
+        attention = attempt(_attention, cfg, model_cfg, sizes, planned_for)
+    if planned_for is None:
         problems += check.problems(cfg.data)
     if problems:
         lines = "\n".join(f"  {number}. {text}" for number, text in enumerate(problems, start=1))
@@ -88,14 +86,15 @@ def validate(
     return Resolved(folder, family, model_cfg, sizes, micro_rows, attention)
 
 
-def _attention(cfg, model_cfg, sizes: dict[str, int], platform: str | None) -> str:
+def _attention(cfg, model_cfg, sizes: dict[str, int], planned_for: tuple[int, ...] | None) -> str:
     """The attention backend that can be used."""
     return resolve(
         cfg.model.attention,
-        platform=platform or jax.default_backend(),
+        platform="gpu" if planned_for else jax.default_backend(),
         dtype=cfg.model.dtype,
         head_dim=model_cfg.head_dim,
         sequence=sizes["sequence"],
+        capability=planned_for,
     )
 
 

@@ -74,7 +74,7 @@ def predicted(config_file: Path, folder: Path) -> dict[str, Any]:
         f"--config={config_file}",
         f"--target={target}",
     ]
-    command += ["--hosts=1", f"--gpus_per_host={jax.local_device_count()}", f"--workdir={folder}"]
+    command += ["--hosts=1", f"--gpus-per-host={jax.local_device_count()}", f"--workdir={folder}"]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPO)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=REPO)
     written = folder / "plan.json"

@@ -43,17 +43,16 @@ def test_stripes_balance_the_attention_of_a_full_row(seq_len, shards):
     assert contiguous.max() / contiguous.mean() > 1.8  # what stripes are for
 
 
-def test_stripes_balance_packed_rows_too():
-    rng = np.random.default_rng(0)
-    seq_len, shards = 32_768, 8
-    lengths = []
-    while sum(lengths) < seq_len:
-        lengths.append(int(min(rng.lognormal(7.5, 1.0), seq_len - sum(lengths), 16_384)) or 1)
+@pytest.mark.parametrize("seed", range(4))
+def test_stripes_balance_packed_rows_too(seed):
+    rng = np.random.default_rng(seed)
+    seq_len, shards = 131_072, 8
+    lengths = np.minimum(rng.lognormal(8.5, 1.2, 500).astype(int) + 1, 65_536)
     work = np.concatenate([np.arange(1, length + 1) for length in lengths])[:seq_len]
     of_shard = work[striped(shards, seq_len)].reshape(shards, -1).sum(1)
     contiguous = work.reshape(shards, -1).sum(1)
     assert of_shard.max() / of_shard.mean() < 1.2
-    assert contiguous.max() / contiguous.mean() > 1.4
+    assert contiguous.max() / contiguous.mean() > 1.5
 
 
 def long_row_gradient(folder, sizes, batch):
@@ -108,7 +107,7 @@ def test_a_row_of_16384_tokens_split_in_four_equals_the_unsplit_one(make_model):
     batch = long_batch(272, 16_384)
     sums, grads = long_row_gradient(folder, {"fsdp": 1}, batch)
     split_sums, split_grads = long_row_gradient(folder, {"sequence": 4, "tensor": 2}, batch)
-    assert sums["weight"] > 6000
+    assert sums["weight"] > 5000
     assert split_sums["loss"] == pytest.approx(sums["loss"], rel=1e-6)
     assert split_sums["weight"] == sums["weight"] and split_sums["tokens"] == sums["tokens"]
     for path, grad in grads.items():

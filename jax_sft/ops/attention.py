@@ -36,7 +36,15 @@ _TEST_TOKENS = 384  # per device: several blocks of any backend
 _TEST_STRIPES = 2  # per device, in which the tokens of a split row lie
 
 
-def resolve(name: str, *, platform: str, dtype: str, head_dim: int, sequence: int) -> str:
+def resolve(
+    name: str,
+    *,
+    platform: str,
+    dtype: str,
+    head_dim: int,
+    sequence: int,
+    capability: tuple[int, ...] | None = None,
+) -> str:
     """Return the backend that runs for this value of model.attention.
 
     Args:
@@ -44,6 +52,7 @@ def resolve(name: str, *, platform: str, dtype: str, head_dim: int, sequence: in
         platform: "gpu" or "cpu", of the devices of the mesh.
         dtype: of the activations, e.g. "bfloat16".
         sequence: devices that a row is split over, mesh.sequence.
+        capability: CUDA compute capability of GPUs that are not at hand.
 
     Raises:
         ValueError: not a backend, or one that cannot run here; with what to do.
@@ -53,7 +62,11 @@ def resolve(name: str, *, platform: str, dtype: str, head_dim: int, sequence: in
 
     def problems(name: str) -> list[str]:
         return _MODULES[name].problems(
-            platform=platform, dtype=dtype, head_dim=head_dim, sequence=sequence
+            platform=platform,
+            dtype=dtype,
+            head_dim=head_dim,
+            sequence=sequence,
+            capability=capability,
         )
 
     if name == "auto":

@@ -20,7 +20,14 @@ LOOP = "attention_blocks"  # name of the loops whose trips the data decides, for
 _NEVER = jnp.iinfo(jnp.int32).max
 
 
-def problems(*, platform: str, dtype: str, head_dim: int, sequence: int) -> list[str]:
+def problems(
+    *,
+    platform: str,
+    dtype: str,
+    head_dim: int,
+    sequence: int,
+    capability: tuple[int, ...] | None = None,
+) -> list[str]:
     """It runs everywhere."""
     return []
 

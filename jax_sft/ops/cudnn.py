@@ -93,18 +93,31 @@ def workspace_bytes(
     return max(map(of_class, length_classes(num_tokens, max_segments)))
 
 
-def problems(*, platform: str, dtype: str, head_dim: int, sequence: int) -> list[str]:
-    """Why cuDNN cannot be used; empty when it can. Without a GPU at hand, the device is assumed."""
+def problems(
+    *,
+    platform: str,
+    dtype: str,
+    head_dim: int,
+    sequence: int,
+    capability: tuple[int, ...] | None = None,
+) -> list[str]:
+    """Why cuDNN cannot be used; empty when it can.
+
+    Args:
+        capability: CUDA compute capability, by default of the GPU at hand; where there is none
+            either, of one that can.
+    """
     if platform != "gpu":
         return [f"cuDNN needs an NVIDIA GPU, this runs on {platform}"]
     found = _missing_names()
     if found:
         return found
     largest = 256
-    if jax.default_backend() == "gpu":
-        capability = _compute_capability()
+    if capability or jax.default_backend() == "gpu":
+        version = _NEWEST if capability else _cudnn_version()
+        capability = capability or _compute_capability()
         largest = 256 if capability[0] == 9 else 128  # newer ones differentiate 128 only
-        found = _device_problems(capability, _cudnn_version())
+        found = _device_problems(capability, version)
     if dtype not in ("bfloat16", "float16"):
         found.append(f"cuDNN attends in bfloat16 or float16, model.dtype is {dtype}")
     if head_dim % 8 or head_dim > largest:
@@ -143,6 +156,9 @@ def _missing_names() -> list[str]:
         if new:
             return [f"jax {jax.__version__} changed {lowering} ({sorted(new)[0]}): {asks}"]
     return []
+
+
+_NEWEST = 91100  # cuDNN that a planned run is taken to have
 
 
 def _compute_capability() -> tuple[int, ...]:

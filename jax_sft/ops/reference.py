@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from jax_sft.ops.backend import Backend
 
 
-def problems(*, platform: str, dtype: str, head_dim: int, sequence: int) -> list[str]:
+def problems(
+    *,
+    platform: str,
+    dtype: str,
+    head_dim: int,
+    sequence: int,
+    capability: tuple[int, ...] | None = None,
+) -> list[str]:
     """It runs everywhere."""
     return []
 

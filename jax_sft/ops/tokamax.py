@@ -23,7 +23,14 @@ IMPLEMENTATION = "mosaic_gpu"
 _BLOCK = 128  # the forward kernel reads k_start and k_end in blocks of so many queries
 
 
-def problems(*, platform: str, dtype: str, head_dim: int, sequence: int) -> list[str]:
+def problems(
+    *,
+    platform: str,
+    dtype: str,
+    head_dim: int,
+    sequence: int,
+    capability: tuple[int, ...] | None = None,
+) -> list[str]:
     """Why tokamax cannot be used; empty when it can."""
     if platform != "gpu":
         return [f"tokamax needs an NVIDIA GPU, this runs on {platform}"]
@@ -36,9 +43,9 @@ def problems(*, platform: str, dtype: str, head_dim: int, sequence: int) -> list
     if jax.default_backend() != "gpu":
         return ["tokamax compiles for the GPU at hand only, and there is none"]
     found = []
-    capability = str(jax.local_devices()[0].compute_capability)
-    if capability.split(".")[0] not in ("9", "10"):
-        found.append(f"tokamax needs compute capability 9 or 10, this GPU has {capability}")
+    here = str(jax.local_devices()[0].compute_capability)
+    if here.split(".")[0] not in ("9", "10"):
+        found.append(f"tokamax needs compute capability 9 or 10, this GPU has {here}")
     if dtype not in ("bfloat16", "float16"):
         found.append(f"tokamax attends in bfloat16 or float16, model.dtype is {dtype}")
     if head_dim % 8 or head_dim > 256:

@@ -52,7 +52,7 @@ def advice(cfg, target: Target, most: int, say: Callable[[str], None]) -> list[s
 
 def _promising(cfg, target: Target) -> Iterator[candidates.Setting]:
     """The settings that should fit, the fastest first; of those that are alike only the first."""
-    resolved = validate(cfg, target.num_devices, platform="gpu", with_data=False)
+    resolved = validate(cfg, target.num_devices, planned_for=target.chip.capability)
     model = candidates.Model(
         resolved.family.weights(resolved.model_cfg),
         resolved.model_cfg.dims,
@@ -83,7 +83,7 @@ def _try(cfg, target: Target, setting: candidates.Setting) -> dict:
     changed.mesh.update(setting.mesh)
     changed.batch.micro_rows = setting.micro_rows
     changed.model.remat, changed.model.offload = setting.remat, ()
-    resolved = validate(changed, target.num_devices, platform="gpu", with_data=False)
+    resolved = validate(changed, target.num_devices, planned_for=target.chip.capability)
     found: Any = analyse(changed, resolved, target)
     return {
         "mesh": setting.mesh,
