@@ -117,7 +117,6 @@ def default() -> Config:
     optimizer.final_ratio = 0.1  # learning rate after the last step / highest one (not "constant")
     optimizer.decay_fraction = 0.2  # "wsd" only: share of all steps spent decaying at the end
     optimizer.weight_decay = 0.01  # on matrices only: never on norms and biases
-    optimizer.moments_dtype = "float32"
     optimizer.b1 = 0.9
     optimizer.b2 = 0.95
     optimizer.eps = 1e-8

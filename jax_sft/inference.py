@@ -75,7 +75,9 @@ class LoadedModel:
                 f"tokens, segment_ids and positions must all be [B, T], not {tokens.shape}, "
                 f"{segment_ids.shape}, {positions.shape}"
             )
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self._vocab:
+        if not tokens.size:
+            raise ValueError(f"tokens are empty: {list(tokens.shape)}")
+        if not 0 <= tokens.min() <= tokens.max() < self._vocab:
             raise ValueError(
                 f"token ids must be in 0..{self._vocab - 1}, not {tokens.min()}..{tokens.max()}"
             )
@@ -100,8 +102,16 @@ class LoadedModel:
 
         Returns:
             The new tokens of each prompt, without the stop token.
+
+        Raises:
+            ValueError: an empty prompt, or a token id outside the vocabulary.
         """
+        if not prompts:
+            return []
         lengths = np.array([len(prompt) for prompt in prompts])
+        ids = [token for prompt in prompts for token in prompt]
+        if not lengths.all() or not 0 <= min(ids) <= max(ids) < self._vocab:
+            raise ValueError(f"prompts must have tokens, ids in 0..{self._vocab - 1}")
         tokens = np.zeros((len(prompts), lengths.max() + max_new_tokens), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt

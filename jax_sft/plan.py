@@ -8,6 +8,7 @@ runs/NAME_OF_CONFIG) holds a run's data_report.json, its lengths and trained sha
 plan.json and plan.html there. Exits with 1 if the run does not fit.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def plan(
     Args:
         cfg: from `jax_sft.config.default()`.
         target: a key of `chips.CHIPS`.
-        report: a data_report.json; None = rows of one full segment, all trained.
+        report: a run's data_report.json; None = rows of one full segment, all trained.
         with_search: also try other meshes, micro-batches and remat policies.
         hlo_file: where to write the compiled program.
         say: prints a line of progress.
@@ -58,16 +59,28 @@ def plan(
     """
     chip = chips.find(target)
     num_devices = hosts * gpus_per_host
+    if hosts < 1 or gpus_per_host < 1:
+        raise ValueError(f"--hosts={hosts} --gpus-per-host={gpus_per_host}: use positive numbers")
+    if hlo_file and not hlo_file.absolute().parent.is_dir():
+        raise ValueError(f"--hlo={hlo_file}: there is no folder {hlo_file.absolute().parent}")
+    row = _row_work(report, cfg.data.seq_len)
+    resolved = validate(cfg, num_devices, planned_for=chip.capability)
     if problem := targets.plugin_problem():
+        if with_search:
+            raise ValueError(f"--search needs the compiler for GPUs: {problem}")
         say(f"WARNING {problem}. Until then: {FALLBACK}")
         devices = cpu_devices(num_devices)
+        resolved = dataclasses.replace(resolved, attention="blockwise")  # what CPUs can lower
     else:
         devices = targets.topology(chip, hosts, gpus_per_host)
-    resolved = validate(cfg, num_devices, planned_for=chip.capability)
-    row = _row_work(report, cfg.data.seq_len)
     where = Target(chip, hosts, gpus_per_host, devices, row)
     say(f"compiling for {num_devices} x {chip.kind} ...")
     found = analyse(cfg, resolved, where, hlo_file=hlo_file)
+    if cfg.data.packing == "none":
+        found["warnings"].append(
+            'data.packing = "none" pads rows to the longest of a batch: planned are full rows, the '
+            "most work and memory that a batch can take"
+        )
     if with_search:
         found["search"] = search.search(cfg, where, say)
     elif not fits(found):
@@ -77,10 +90,20 @@ def plan(
 
 
 def _row_work(report: Path | None, seq_len: int) -> RowWork:
-    """What a row of the data holds, from the report of a run where there is one."""
-    if report is None or not report.exists():
+    """What a row of the data holds, from the report of a run where there is one.
+
+    Raises:
+        ValueError: a file that is not such a report.
+    """
+    if report is None:
         return segment_pairs(None, seq_len)
-    return segment_pairs(json.loads(report.read_text())["train"], seq_len)
+    try:
+        return segment_pairs(json.loads(report.read_text())["train"], seq_len)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{report} is not a run's data_report.json ({type(error).__name__}: {error}): name "
+            "another with --data-report, or delete it to plan for full rows"
+        ) from error
 
 
 def fits(found: Plan) -> bool:
@@ -106,13 +129,17 @@ def main(_: list[str]) -> None:
     options = flags.FLAGS
     config_file = Path(config_flags.get_config_filename(options["config"]))
     workdir = Path(options.workdir or Path("runs") / config_file.stem)
+    default_report = workdir / "data_report.json"
+    report = options["data-report"].value or (default_report if default_report.exists() else None)
     try:
+        if workdir.exists() and not workdir.is_dir():
+            raise ValueError(f"--workdir={workdir} is a file: name a folder")
         found = plan(
             options.config,
             options.target,
             options.hosts,
             int(options["gpus-per-host"].value or 0),
-            report=Path(str(options["data-report"].value or "") or workdir / "data_report.json"),
+            report=Path(str(report)) if report else None,
             with_search=options.search,
             hlo_file=Path(options.hlo) if options.hlo else None,
             say=lambda line: print(line, file=sys.stderr, flush=True),
@@ -122,10 +149,14 @@ def main(_: list[str]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(command.EXIT_USER_ERROR)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "plan.json").write_text(json.dumps(found, indent=2) + "\n")
-    (workdir / "plan.html").write_text(page.render(found), encoding="utf-8")
     print(page.as_text(found))
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "plan.json").write_text(json.dumps(found, indent=2) + "\n")
+        (workdir / "plan.html").write_text(page.render(found), encoding="utf-8")
+    except OSError as error:
+        print(f"error: --workdir={workdir} cannot be written: {error}", file=sys.stderr)
+        sys.exit(command.EXIT_USER_ERROR)
     print(f"\nwritten: {workdir / 'plan.json'}, {workdir / 'plan.html'}")
     sys.exit(0 if fits(found) else EXIT_DOES_NOT_FIT)
 

@@ -186,6 +186,6 @@ def test_donated_arguments_are_read():
 
 def test_reading_needs_no_jax():
     names = "hlo hlo_groups hlo_loops hlo_kernels hlo_collectives".split()
-    code = "import sys; " + "; ".join(f"import jax_sft.{name}" for name in names)
+    code = "import sys; " + "; ".join(f"import jax_sft.planning.{name}" for name in names)
     code += "; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=FOLDER.parent.parent).returncode == 0

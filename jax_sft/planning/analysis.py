@@ -77,13 +77,19 @@ def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = Non
             "compiled_gemm_flops": sum(one.step_flops for one in gemms) * target.num_devices,
         },
         "row": dataclasses.asdict(target.row),
+        "opaque_kernels": {},  # {target of a custom call: times}: not in compiled_gemm_flops
         "warnings": _warnings(cfg, resolved, compiled, module, found, gemms),
         "advice": [],
     }
+    for one in hlo_kernels.opaque_calls(module, executions):
+        plan["opaque_kernels"][one.target] = plan["opaque_kernels"].get(one.target, 0) + one.count
     if compiled.for_gpus:
         traffic = [_traffic(row) for row in table]
         hosts = target.hosts
-        prediction = predict(cost, target.chip, target.num_devices, hosts, traffic)
+        chip = target.chip
+        if cfg.model.dtype == "float32":  # multiplies as TF32, at half of bfloat16's rate
+            chip = dataclasses.replace(chip, peak_flops=chip.peak_flops / 2)
+        prediction = predict(cost, chip, target.num_devices, hosts, traffic)
         workspace = _workspace(cfg, resolved)
         plan["memory"] = _memory(compiled, target.chip, module, workspace)
         plan["predicted"] = _predicted(prediction)

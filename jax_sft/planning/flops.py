@@ -15,8 +15,8 @@ from jax_sft.models.spec import Weight
 _KERNEL_BACKWARD = 2.5
 HEAD_CHUNK = 1024  # tokens of a device whose logits live at a time: cross_entropy.MAX_CHUNK
 # Names of compute.NAMES that the policies keep which are made of names.
-_KEPT = {"full": (), "attn": ("attention", "attention_lse")}
-_NAMES = ("residual", "qkv", "attention", "attention_lse", "mlp")
+_KEPT = {"full": (), "attn": ("attention", "attention_lse"), "dots": ("dots",)}
+_NAMES = ("residual", "qkv", "attention", "attention_lse", "mlp", "dots")
 
 
 # ---- what a row holds --------------------------------------------------------------------------
@@ -263,17 +263,18 @@ def recomputed(
     """
     if remat == "none":
         return {}
-    if remat == "dots":  # the products of attention are not kept by it
-        return {"attention_scores": 1.0}
     kept = {*_KEPT.get(remat, tuple(remat.replace(" ", "").split(","))), *offload}
     if unknown := kept - set(_NAMES):
         raise ValueError(
             f"model.remat = {remat!r}, model.offload = {list(offload)}: {sorted(unknown)} unknown: "
-            f"use {['none', 'dots', *_KEPT]} or names out of {list(_NAMES)}"
+            f"use {['none', *_KEPT]} or names out of {list(_NAMES)}"
         )
     out = dims["heads"] / (2 * dims["heads"] + 2 * dims["kv_heads"])  # of all its projections
+    if "dots" in kept:  # what attention's projections and the MLP's matrices return
+        kept |= {"mlp"}
+        out = 0.0
     return {
-        "attention_projections": out if "qkv" in kept else 1.0,
+        "attention_projections": out if {"qkv", "dots"} & kept else 1.0,
         "attention_scores": 0.0 if kept >= {"attention", "attention_lse"} else 1.0,
         "mlp": 0.0 if "mlp" in kept else 2 / 3,
     }

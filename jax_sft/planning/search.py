@@ -75,14 +75,31 @@ def _promising(cfg, target: Target) -> Iterator[candidates.Setting]:
         kind = tuple(one.setting.mesh.items()), one.setting.remat
         if one.fits and kind not in seen:
             seen.add(kind)
-            yield one.setting
+            if _is_ranked_rightly(cfg, target, one.setting, resolved.attention):
+                yield one.setting
 
 
-def _try(cfg, target: Target, setting: candidates.Setting) -> dict:
+def _is_ranked_rightly(cfg, target: Target, setting: candidates.Setting, attention: str) -> bool:
+    """Whether a setting can run, and with an attention as fast as it was ranked with."""
+    try:
+        found = validate(
+            _changed(cfg, setting), target.num_devices, planned_for=target.chip.capability
+        )
+    except ValueError:  # such as cuDNN's attention, asked for by name, on a split row
+        return False
+    return found.attention == attention or attention == "blockwise"
+
+
+def _changed(cfg, setting: candidates.Setting) -> Any:
     changed: Any = ConfigDict(cfg.to_dict())
     changed.mesh.update(setting.mesh)
     changed.batch.micro_rows = setting.micro_rows
     changed.model.remat, changed.model.offload = setting.remat, ()
+    return changed
+
+
+def _try(cfg, target: Target, setting: candidates.Setting) -> dict:
+    changed = _changed(cfg, setting)
     resolved = validate(changed, target.num_devices, planned_for=target.chip.capability)
     found: Any = analyse(changed, resolved, target)
     return {

@@ -69,6 +69,8 @@ class Plan(TypedDict):
     memory: NotRequired[Memory]
     communication: list[Communication]
     communication_total: dict[str, float]  # fast_bytes, slow_bytes
+    row: NotRequired[dict[str, Any]]  # what a row of the data holds, see flops.RowWork
+    opaque_kernels: NotRequired[dict[str, float]]  # kernels whose FLOPs the program does not tell
     arithmetic: dict[str, Any]  # of all devices: model_flops by part, hardware_flops, ...
     predicted: NotRequired[Predicted]
     warnings: list[str]
