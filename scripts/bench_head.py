@@ -60,7 +60,7 @@ def main() -> None:
             batch = random_batch(options, share)
             of_tokens = batch["targets"][0], batch["weights"][0]
             seconds[share] = (
-                fastest(lambda: alone(hidden_BTD, params["head.table"], *of_tokens), options),  # noqa: B023
+                fastest(lambda: alone(hidden_BTD, params["head.table"].T, *of_tokens), options),  # noqa: B023
                 fastest(lambda: whole(params, batch), options),  # noqa: B023
             )
     print("trained   loss alone          whole model")
