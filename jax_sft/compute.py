@@ -104,15 +104,14 @@ class Compute:
 def gather(weight: jax.Array, axes: tuple[str, ...], dtype, grad_dtype) -> jax.Array:
     """Round a sharded master weight, then gather it over the axes of `embed` (ZeRO stage 3).
 
-    The gradient, which each device has for its own tokens, is reduce-scattered to the sharding of
-    the weight: without being pinned here it would be all-reduced. (Rajbhandari et al. 2020,
-    arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277.)
+    (Rajbhandari et al. 2020, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277.) Its gradient
+    comes summed and scattered from `layers.Linear`; it is pinned to the sharding of the weight
+    here, so that a product of another kind cannot leave it all-reduced.
 
     Args:
         axes: logical axes of the weight's dimensions.
         dtype: the weight is rounded to it and travels in it.
-        grad_dtype: of the result, hence of its gradient: what multiplies with it must form the
-            gradient in this dtype, since the partitioner sums up what the product returns.
+        grad_dtype: of the result, hence of its gradient, which is formed and summed in it.
     """
     shard = parallel.constrain(weight.astype(dtype), *axes)  # cast first: half the bytes
     whole = parallel.constrain(shard, *parallel.gathered(axes))

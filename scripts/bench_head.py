@@ -9,6 +9,7 @@ does not count; weights are random and float32.
 """
 
 import argparse
+import functools
 import platform
 import sys
 import time
@@ -55,13 +56,14 @@ def main() -> None:
         hidden_BTD = jax.random.normal(
             jax.random.key(0), (options.rows, options.seq_len, options.features), options.dtype
         )
+        head_VD = params["head.table"].T
         seconds = {}
         for share in SHARES:
             batch = random_batch(options, share)
             of_tokens = batch["targets"][0], batch["weights"][0]
             seconds[share] = (
-                fastest(lambda: alone(hidden_BTD, params["head.table"].T, *of_tokens), options),  # noqa: B023
-                fastest(lambda: whole(params, batch), options),  # noqa: B023
+                fastest(functools.partial(alone, hidden_BTD, head_VD, *of_tokens), options),
+                fastest(functools.partial(whole, params, batch), options),
             )
     print("trained   loss alone          whole model")
     for share, times in seconds.items():

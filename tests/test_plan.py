@@ -189,16 +189,20 @@ def test_nothing_is_warned_of(planned):
 def test_weights_are_gathered_in_bfloat16_twice_and_the_head_once(planned):
     case, plan = planned
     axes = embed_axes(case)
-    members = math.prod(plan["config"]["mesh"][axis] for axis in axes)
-    micro_batches = case.rows // (case.micro_rows or case.rows)
-    layers = MODELS[case.model][2]
-    head = VOCAB * MODELS[case.model][0] // case.mesh[2]
-    elements = 2 * layers * layer_matrices(case) + head
-    wanted = micro_batches * 2 * elements * (members - 1) / members
+    wanted = moved(case, layer_times=2, itemsize=2)
     if case.mesh[3] > 1:  # keys and values are gathered over `sequence` alone
         wanted += gathered_keys(case)
     assert sent(plan, "all-gather", axes, "bf16") == wanted
     assert sent(plan, "all-gather", axes, "f32") == 0
+
+
+def moved(case: Case, layer_times: int, itemsize: int) -> float:
+    """Bytes that a device sends where every layer's matrices move so often, and the head once."""
+    members = case.mesh[1] * case.mesh[3]
+    features, _, layers, _, _ = MODELS[case.model]
+    elements = layer_times * layers * layer_matrices(case) + VOCAB * features // case.mesh[2]
+    micro_batches = case.rows // (case.micro_rows or case.rows)
+    return micro_batches * itemsize * elements * (members - 1) / members
 
 
 def gathered_keys(case: Case) -> float:
@@ -215,14 +219,8 @@ def gathered_keys(case: Case) -> float:
 @needs_plugin
 def test_gradients_are_scattered_once_in_float32(planned):
     case, plan = planned
-    axes = embed_axes(case)
-    members = math.prod(plan["config"]["mesh"][axis] for axis in axes)
-    micro_batches = case.rows // (case.micro_rows or case.rows)
-    layers = MODELS[case.model][2]
-    head = VOCAB * MODELS[case.model][0] // case.mesh[2]
-    elements = layers * layer_matrices(case) + head
-    wanted = micro_batches * 4 * elements * (members - 1) / members
-    assert sent(plan, "reduce-scatter", axes, "f32") == wanted
+    wanted = moved(case, layer_times=1, itemsize=4)
+    assert sent(plan, "reduce-scatter", embed_axes(case), "f32") == wanted
 
 
 @needs_plugin

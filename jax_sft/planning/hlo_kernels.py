@@ -137,11 +137,6 @@ def opaque_calls(module: Module, executions: Mapping[str, float]) -> list[Opaque
     ]
 
 
-def step_work(module: Module, executions: Mapping[str, float]) -> Work:
-    """Return the work of a whole step, collectives and copies to and from the host left out."""
-    return computation_work(module, executions, module.computations[module.entry])
-
-
 def computation_work(
     module: Module, executions: Mapping[str, float], computation: Computation
 ) -> Work:
