@@ -6,7 +6,8 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-EXIT_USER_ERROR = 64  # a launcher does not restart after this one
+from jax_sft import exit_codes
+
 # What a mistake on the command line or in a config file raises.
 CONFIG_ERRORS = (
     *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
@@ -36,7 +37,7 @@ def parse_flags(argv: list[str]) -> list[str]:
             text += " (jax_sft/config.py has all keys)"
         hint = "(--help lists the options; JAX_SFT_TRACEBACK=1 shows where)"
         print(f"error: {text}\n{hint}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(exit_codes.USER_ERROR)
 
 
 def shows_traceback() -> bool:

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from jax_sft import command, config, hf
+from jax_sft import command, config, exit_codes, hf
 from jax_sft.data import chat, check, outcomes, packing, prepare, show
 from jax_sft.data.examples import Examples
 from jax_sft.data.loader import Schedule
@@ -343,7 +343,7 @@ def main(_: list[str]) -> int:
         if command.shows_traceback():
             raise
         print(f"error: {error}", file=sys.stderr)
-        return command.EXIT_USER_ERROR
+        return exit_codes.USER_ERROR
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""The device mesh, the one table from logical axes to mesh axes, and what several processes need.
+"""The device mesh, and the one table from logical axes to mesh axes.
 
 Every array's sharding follows from the names of its dimensions and `RULES`. An unknown name raises.
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Block = tuple[tuple[int, int], ...]  # (start, stop) of each dimension
@@ -190,55 +188,6 @@ def use_gpu_memory() -> None:
     Called before the first device is asked for.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY))
-
-
-def initialize() -> None:
-    """Join the other processes of a launched run, if the launcher started several.
-
-    `scripts/launch.sh` sets JAX_SFT_COORDINATOR (host:port), JAX_SFT_NUM_PROCESSES and
-    JAX_SFT_PROCESS_ID. They are passed on explicitly: automatic detection can give a process one
-    of its eight GPUs without a word.
-
-    Raises:
-        ValueError: only some of the three variables are set.
-    """
-    names = ("JAX_SFT_COORDINATOR", "JAX_SFT_NUM_PROCESSES", "JAX_SFT_PROCESS_ID")
-    values = [os.environ.get(name) for name in names]
-    if not any(values) or jax.distributed.is_initialized():
-        return
-    if not all(values):
-        missing = [name for name, value in zip(names, values, strict=True) if not value]
-        raise ValueError(f"{missing} not set: start processes with scripts/launch.sh")
-    coordinator, num_processes, process_id = values
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        coordinator_address=coordinator,
-        num_processes=int(num_processes or 0),
-        process_id=int(process_id or 0),
-        cluster_detection_method="deactivate",
-        initialization_timeout=300,
-        heartbeat_timeout_seconds=30,
-        shutdown_timeout_seconds=60,
-    )
-
-
-def check_same(what: str, values: Sequence[str]) -> None:
-    """Compare texts that must be equal on all processes.
-
-    Raises:
-        ValueError: they differ; the processes that differ from the first are named.
-    """
-    if jax.process_count() == 1:
-        return
-    digest = hashlib.sha256("\n".join(values).encode()).digest()
-    ours = np.frombuffer(digest, np.uint8)
-    everyone = np.asarray(multihost_utils.process_allgather(ours))
-    different = [n for n, theirs in enumerate(everyone) if (theirs != everyone[0]).any()]
-    if different:
-        raise ValueError(
-            f"the {what} of processes {different} differ from those of process 0: every host must "
-            "see the same files and run the same versions"
-        )
 
 
 def simulate_cpu_devices(total: int) -> None:

@@ -18,7 +18,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jax_sft import command, parallel
+from jax_sft import command, exit_codes, parallel
 from jax_sft.planning import chips, page, search, targets
 from jax_sft.planning.analysis import Target, analyse
 from jax_sft.planning.flops import RowWork, segment_pairs
@@ -148,7 +148,7 @@ def main(_: list[str]) -> None:
         if command.shows_traceback():
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(command.EXIT_USER_ERROR)
+        sys.exit(exit_codes.USER_ERROR)
     print(page.as_text(found))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def main(_: list[str]) -> None:
         (workdir / "plan.html").write_text(page.render(found), encoding="utf-8")
     except OSError as error:
         print(f"error: --workdir={workdir} cannot be written: {error}", file=sys.stderr)
-        sys.exit(command.EXIT_USER_ERROR)
+        sys.exit(exit_codes.USER_ERROR)
     print(f"\nwritten: {workdir / 'plan.json'}, {workdir / 'plan.html'}")
     sys.exit(0 if fits(found) else EXIT_DOES_NOT_FIT)
 

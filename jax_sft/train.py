@@ -16,6 +16,7 @@ import os
 import sys
 import time
 import types
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -25,9 +26,11 @@ from ml_collections import config_flags
 
 from jax_sft import (
     checkpoint,
+    cluster,
     command,
     config,
     evaluate,
+    exit_codes,
     hf,
     metrics,
     parallel,
@@ -61,7 +64,7 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
     workdir = Path(workdir).absolute()
     parallel.simulate_cpu_devices(cfg.mesh.cpu_devices)
     parallel.use_gpu_memory()
-    parallel.initialize()
+    cluster.initialize()
     first_process = jax.process_index() == 0
     say = print_now if first_process else silent
     resolved = validate(cfg, jax.device_count())
@@ -90,9 +93,13 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
         name: prepare.prepare({name: source}, folder, cfg.data, progress=first_process)
         for name, source in sorted(cfg.data.eval.items())
     }
-    every_set = [train_examples, *eval_examples.values()]
-    check_vocabulary(every_set, dims["vocab"])
-    parallel.check_same("data", [prepare.fingerprint(examples) for examples in every_set])
+    every_set = {"train": train_examples, **{f"eval/{n}": e for n, e in eval_examples.items()}}
+    check_vocabulary(every_set.values(), dims["vocab"])
+    cluster.check_same(
+        "data",
+        {name: prepare.fingerprint(examples) for name, examples in every_set.items()},
+        "Every host must see the same files",
+    )
     split = functools.partial(
         Loader, data=cfg.data, micro_rows=resolved.micro_rows, mesh=mesh, seed=cfg.seed
     )
@@ -224,7 +231,7 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def check_vocabulary(sets: list[Examples], vocab: int) -> None:
+def check_vocabulary(sets: Iterable[Examples], vocab: int) -> None:
     """Refuse token ids that the model has no embedding for.
 
     Raises:
@@ -268,7 +275,7 @@ def main(_: list[str]) -> None:
         if command.shows_traceback():
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
-        code = command.EXIT_USER_ERROR if isinstance(error, ValueError) else 1
+        code = exit_codes.USER_ERROR if isinstance(error, ValueError) else 1
         if jax.distributed.is_initialized():
             sys.stdout.flush()
             os._exit(code)  # an orderly exit would wait for the other processes

@@ -17,12 +17,12 @@ HOST = """
 import json, sys
 from pathlib import Path
 import jax, numpy as np
-from jax_sft import config, parallel
+from jax_sft import cluster, config, parallel
 from jax_sft.data.loader import Loader
 from jax_sft.data.prepare import prepare
 
 parallel.simulate_cpu_devices(8)
-parallel.initialize()
+cluster.initialize()
 model, data, out, start, stop, packing = sys.argv[1:]
 cfg = config.default()
 cfg.data.seq_len, cfg.data.packing = 256, packing
@@ -30,7 +30,7 @@ cfg.data.train.a = config.source(data, limit=50)
 cfg.data.train.b = config.source(data, epochs=0.4)
 mesh = parallel.make_mesh({"data": 2, "fsdp": 4})
 examples = prepare(cfg.data.train, Path(model), cfg.data, progress=False)
-parallel.check_same("data", [json.dumps(examples.report["a"]["key"])])
+cluster.check_same("data", {"a": json.dumps(examples.report["a"]["key"])})
 loader = Loader(
     examples, cfg.data, cfg.data.train, rows=8, micro_rows=8, mesh=mesh, shuffle=True, seed=3
 )

@@ -16,10 +16,10 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 
 # A file imports only from levels below its own.
 LEVELS = [
-    "config command tree parallel trackers models models.spec models.rope data.json_rows "
+    "config exit_codes tree parallel trackers models models.spec models.rope data.json_rows "
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables",
-    "data.messages compute ops.segments ops.reference ops.blockwise planning.targets "
-    "planning.hlo_kernels planning.hlo_loops",
+    "command cluster data.messages compute ops.segments ops.reference ops.blockwise "
+    "planning.targets planning.hlo_kernels planning.hlo_loops",
     "data.tables data.formats data.examples data.template data.packing data.mixture data.show "
     "ops.cudnn ops.tokamax planning.hlo_collectives",
     "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf "
