@@ -8,6 +8,8 @@ import collections
 import functools
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 
@@ -22,6 +24,7 @@ JOIN_TIMEOUT_S = 300  # for all processes to come
 # faster, and says who it was.
 HEARTBEAT_TIMEOUT_S = 100
 PORT_TIMEOUT_S = 30  # for the process before us to free the coordinator's port
+GOODBYE_S = 3.0
 _PREFIX = "jax_sft/"
 _TICKS_S = (0.01, 0.5)  # between looks for the others' texts: the first, and the longest
 
@@ -219,9 +222,26 @@ def check_same(what: str, facts: Mapping[str, str], remedy: str = "") -> None:
 
 
 def say_goodbye(message: str, exit_code: int) -> None:
-    """Tell the other processes why this one ends, so that they end with the same exit code."""
-    if num_processes() > 1:
-        publish(f"goodbye/{process_id()}", f"{exit_code} {message}")
+    """Tell the other processes why this one ends, so that they end with the same exit code.
+
+    It takes at most 2 GOODBYE_S, also where the coordinator hangs. Process 0 stays that long for
+    the others to read it.
+    """
+    if num_processes() == 1:
+        return
+    arguments = (f"goodbye/{process_id()}", f"{exit_code} {message}")
+    telling = threading.Thread(target=_try_to_publish, args=arguments, daemon=True)
+    telling.start()
+    telling.join(timeout=GOODBYE_S)
+    if process_id() == 0:
+        time.sleep(GOODBYE_S)
+
+
+def _try_to_publish(key: str, text: str) -> None:
+    try:
+        publish(key, text)
+    except jax.errors.JaxRuntimeError as error:
+        print(f"the other processes could not be told: {error}", file=sys.stderr, flush=True)
 
 
 def check_others() -> None:

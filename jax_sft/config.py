@@ -106,6 +106,13 @@ def default() -> Config:
     cfg.train = train
     train.epochs = 1.0  # may be a fraction
     train.steps = 0  # optimizer steps; 0 = as many as train.epochs says
+    # A step whose loss or gradient is not finite is never applied. "skip": it is counted and shown,
+    # and more than max_nonfinite in a row stop the run, their batches dumped; "raise": the first.
+    train.on_nonfinite = "skip"
+    train.max_nonfinite = 2
+    # Seconds without a sign of life of a process, or without a step finished (and over five times
+    # the slowest of the last steps), after which all processes end for a restart; 0 = never.
+    train.stall_timeout_s = 60.0
     train.export = False  # also write the result as a Hugging Face folder to WORKDIR/export
 
     optimizer: Config = ConfigDict()

@@ -11,12 +11,18 @@ from jax_sft.data.loader import Loader
 from jax_sft.inference import LoadedModel
 
 
-def evaluate(eval_step: Callable, params: dict[str, jax.Array], sets: Mapping[str, Loader]) -> dict:
+def evaluate(
+    eval_step: Callable,
+    params: dict[str, jax.Array],
+    sets: Mapping[str, Loader],
+    tick: Callable[[], None] = lambda: None,
+) -> dict:
     """Return token-weighted loss, perplexity and next-token accuracy of each set and of all.
 
     Args:
         eval_step: from `step.make_eval_step`.
         sets: {name: loader without shuffling}.
+        tick: called before each batch; what it raises ends the evaluation.
 
     Returns:
         {"eval/NAME/loss": ..., "eval/NAME/perplexity": ..., "eval/NAME/accuracy": ...} and the
@@ -24,7 +30,10 @@ def evaluate(eval_step: Callable, params: dict[str, jax.Array], sets: Mapping[st
     """
     metrics, totals = {}, []
     for name, loader in sets.items():
-        sums = [eval_step(params, batch) for batch in loader.batches(0, loader.steps_per_epoch)]
+        sums = []
+        for batch in loader.batches(0, loader.steps_per_epoch):
+            tick()
+            sums.append(eval_step(params, batch))
         # Added on the host in float64: a float32 count stops growing at 16.8M tokens.
         total = [sum(float(s[key]) for s in sums) for key in ("loss", "weight", "correct")]
         totals.append(total)

@@ -29,3 +29,14 @@ def describe(code: int) -> str:
     if words is None:
         words = f"killed by signal {signal}" if 0 < signal < 65 else "a crash"
     return f"exit code {code}: {words}"
+
+
+def of(error: BaseException) -> int:
+    """Return the code to end with after an error; errors of ours carry theirs as `exit_code`."""
+    if isinstance(error, ValueError):
+        return USER_ERROR
+    if isinstance(error, FloatingPointError):
+        return BAD_DATA
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return getattr(error, "exit_code", 1)

@@ -65,6 +65,8 @@ class Meter:
         sources: names of the train sources where each one's loss is asked for.
         flops: sums -> model FLOPs of a step.
         peak: FLOP/s of all devices together, or None.
+        observe: called once with each step, in order, and its sums; what it raises is raised by
+            `check` and `read`.
     """
 
     def __init__(
@@ -77,10 +79,12 @@ class Meter:
         flops: Callable[[Mapping[str, float]], float],
         peak: float | None,
         sources: Sequence[str] = (),
+        observe: Callable[[int, Mapping[str, Any]], Any] = lambda step, sums: None,
     ):
         self._every, self._num_steps = every_steps, num_steps
         self._epoch_of, self._sources = epoch_of, sources
-        self._flops, self._peak = flops, peak
+        self._flops, self._peak, self._observe = flops, peak, observe
+        self._observed = start_step
         self._window: list[dict[str, jax.Array]] = []
         self._slots = 0  # tokens of the window's batches, padding included
         self._wait_ms = 0.0
@@ -116,25 +120,18 @@ class Meter:
         return bool(self._window) and (last or self._step % self._every == 0)
 
     def check(self) -> list[dict[str, Any]]:
-        """Wait for the steps since the last metrics and return their sums.
-
-        Raises:
-            FloatingPointError: a loss or gradient norm is not finite; the first such step is named.
-        """
+        """Wait for the steps since the last metrics, observe each, and return their sums."""
         window = jax.device_get(self._window)
         for step, sums in enumerate(window, start=self._step - len(window) + 1):
-            if not math.isfinite(sums["loss"]) or not math.isfinite(sums["grad_norm"]):
-                raise FloatingPointError(
-                    f"step {step}: loss {sums['loss']}, gradient norm {sums['grad_norm']}: "
-                    "lower optimizer.learning_rate, or look at the data"
-                )
+            if step > self._observed:
+                self._observed = step
+                self._observe(step, sums)
         return window
 
     def read(self) -> dict[str, float]:
         """Wait for the last step and return its metrics; speeds are over the steps since then.
 
-        Raises:
-            FloatingPointError: see `check`.
+        Loss and gradient norm are those of the last step that was applied, NaN if none was.
         """
         window = self.check()
         now = time.perf_counter()
@@ -143,22 +140,23 @@ class Meter:
         slots, wait_ms = self._slots / len(window), self._wait_ms / len(window)
         self._time, self._window, self._untimed = now, [], 0
         self._slots, self._wait_ms = 0, 0.0
-        last = window[-1]
+        applied = [sums for sums in window if not sums["skipped"]]
+        last = dict((applied or window)[-1])
         by_source = {key: last.pop(key) for key in list(last) if key.endswith("_by_source")}
-        mean = {key: sum(float(sums[key]) for sums in window) / len(window) for key in last}
+        mean = {key: sum(float(sums[key]) for sums in applied) / len(window) for key in last}
         metrics = {
             "step": self._step,
             "epoch": self._epoch_of(self._step),
-            "loss": float(last["loss"]) / (float(last["weight"]) or 1.0),
-            "learning_rate": float(last["learning_rate"]),
-            "grad_norm": float(last["grad_norm"]),
+            "loss": float(last["loss"]) / (float(last["weight"]) or 1.0) if applied else math.nan,
+            "learning_rate": float(window[-1]["learning_rate"]),
+            "grad_norm": float(last["grad_norm"]) if applied else math.nan,
             "tokens_per_s": mean["tokens"] / seconds,
             "trained_tokens_per_s": mean["weight"] / seconds,
             "fill": mean["tokens"] / slots,
             "step_time_s": seconds,
             "data/wait_ms": wait_ms,
         }
-        if by_source:
+        if by_source and applied:
             losses, weights = by_source["loss_by_source"], by_source["weight_by_source"]
             metrics |= {
                 f"loss/{name}": float(loss / weight)

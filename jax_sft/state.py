@@ -86,9 +86,13 @@ def update(
     tx: optax.GradientTransformation,
     old: TrainState,
     grads: Mapping[str, jax.Array],
+    loss: jax.Array,
     to: TrainState,
-) -> tuple[TrainState, jax.Array]:
-    """Return (the state after one optimizer step, the norm of the gradient before clipping).
+) -> tuple[TrainState, jax.Array, jax.Array]:
+    """Return (state after one optimizer step, norm of the gradient before clipping, skipped).
+
+    Where the loss or the norm is not finite, the step counts but changes nothing else: parameters
+    and moments stay, bit for bit, and skipped is True.
 
     Called inside jit, `old` donated. Arithmetic is float32, whatever is stored.
 
@@ -99,11 +103,26 @@ def update(
 
     Args:
         grads: {our path: gradient of the mean loss}.
+        loss: scalar, looked at only for whether it is finite.
         to: the result of `shardings`: gradients, parameters and moments are pinned to it.
     """
     grads = jax.lax.with_sharding_constraint(dict(grads), to.params)
     grads = {path: grad.astype(jnp.float32) for path, grad in grads.items()}
     changes, opt_state = tx.update(grads, old.opt_state, old.params)
     params: Any = optax.apply_updates(old.params, changes)
+    norm = optax.tree.norm(grads)
+    is_good = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+    def chosen(new, before):
+        # The learning rate follows the step, also past a step that was not applied.
+        is_schedule = isinstance(new, optax.ScaleByScheduleState)
+        return new if is_schedule else jnp.where(is_good, new, before)
+
+    params, opt_state = jax.tree.map(
+        chosen,
+        (params, opt_state),
+        (old.params, old.opt_state),
+        is_leaf=lambda part: isinstance(part, optax.ScaleByScheduleState),
+    )
     new = TrainState(step=old.step + 1, params=params, opt_state=opt_state)
-    return jax.lax.with_sharding_constraint(new, to), optax.tree.norm(grads)
+    return jax.lax.with_sharding_constraint(new, to), norm, ~is_good

@@ -115,14 +115,18 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Return the jitted `step(state, batch) -> (state, sums)`; the old state is donated.
 
-    The sums are those of `batch_sums` without `correct`, with grad_norm (before clipping) and
-    learning_rate. It compiles once per shape of the batch: once when rows are packed, once per
-    bucket when they are not.
+    The sums are those of `batch_sums` without `correct`, with grad_norm (before clipping),
+    learning_rate and skipped (1 where loss or gradient was not finite: nothing was changed). It
+    compiles once per shape of the batch: once when rows are packed, once per bucket when they are
+    not.
     """
 
     def train_step(old: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         sums, grads = value_and_grad(model_def, old.params, batch, num_sources, objective)
-        new, sums["grad_norm"] = state.update(tx, old, grads, state_shardings)
+        new, sums["grad_norm"], skipped = state.update(
+            tx, old, grads, sums["loss"], state_shardings
+        )
+        sums["skipped"] = skipped.astype(jnp.float32)
         sums["learning_rate"] = learning_rate(old.step)
         return new, sums
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,9 @@ class Jsonl:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line, on disk before the next step."""
-        self._stream.write(json.dumps({"step": step, **metrics}) + "\n")
+        # JSON has no NaN: a window of steps of which none was applied has no loss.
+        finite = {key: v if math.isfinite(v) else None for key, v in metrics.items()}
+        self._stream.write(json.dumps({"step": step, **finite}) + "\n")
         self._stream.flush()
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -34,16 +34,20 @@ from jax_sft import (
     hf,
     metrics,
     parallel,
+    preflight,
     state,
     trackers,
 )
 from jax_sft.data import chat, prepare
 from jax_sft.data.examples import Examples
 from jax_sft.data.loader import Loader
+from jax_sft.health import Health, dump_batches
 from jax_sft.inference import LoadedModel
 from jax_sft.ops import attention
+from jax_sft.preemption import Preempted, Preemption
 from jax_sft.program import program
 from jax_sft.validate import validate
+from jax_sft.watchdog import SLOW_PHASE_S, Watchdog
 
 
 def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
@@ -58,16 +62,33 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
 
     Raises:
         ValueError: anything wrong with config, model or data, found before training starts.
-        FloatingPointError: the loss became infinite or NaN.
+        FloatingPointError: the loss was not finite too often (train.max_nonfinite).
+        Preempted: SIGTERM or SIGUSR1; the state is saved.
+        Lost, Stopped: another process did not come, or ended with an error (cluster.py).
+
+    A process that hangs, or that another one leaves waiting, is ended by the watchdog.
     """
-    # ---- devices and config ------------------------------------------------------------------
-    workdir = Path(workdir).absolute()
+    with Preemption() as preemption, Watchdog(cfg.train.stall_timeout_s, preemption.beat) as watch:
+        return _train(cfg, Path(workdir).absolute(), preemption, watch)
+
+
+def _train(
+    cfg: config.Config, workdir: Path, preemption: Preemption, watch: Watchdog
+) -> dict[str, float]:
+    # ---- processes, devices and config ---------------------------------------------------------
     parallel.simulate_cpu_devices(cfg.mesh.cpu_devices)
     parallel.use_gpu_memory()
+    watch.at("joining")
     cluster.initialize()
-    first_process = jax.process_index() == 0
+    watch.joined()
+    first_process = cluster.process_id() == 0
     say = print_now if first_process else silent
+    as_dict = config.to_dict(cfg)
+    watch.at("comparing hosts")
+    preflight.same_programs(as_dict | {"workdir": str(workdir)})
+    preflight.clocks(say)
     resolved = validate(cfg, jax.device_count())
+    preflight.shared_folder(workdir)
     mesh = parallel.make_mesh(resolved.mesh_shape)
     family, model_cfg = resolved.family, resolved.model_cfg
     rows, dims = family.weights(model_cfg), model_cfg.dims
@@ -88,6 +109,7 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
     say(f"attend  {resolved.attention}: values and gradients right on a packed test batch")
 
     # ---- data --------------------------------------------------------------------------------
+    watch.at("reading the data")
     train_examples = prepare.prepare(cfg.data.train, folder, cfg.data, progress=first_process)
     eval_examples = {
         name: prepare.prepare({name: source}, folder, cfg.data, progress=first_process)
@@ -126,13 +148,12 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
     )
 
     # ---- state: a checkpoint of this run, or the pretrained weights ----------------------------
+    watch.at("loading the weights")
     if first_process:
-        workdir.mkdir(parents=True, exist_ok=True)
         stored = {name: tensor.dtype for name, tensor in tensors.items()}
         checkpoint.keep_model_files(workdir / "checkpoints", folder, stored)
         (workdir / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", cfg.checkpoint)
-    as_dict = config.to_dict(cfg)
     start = checkpoints.latest_step or 0
     compiled = program(cfg, resolved, mesh, num_steps, num_sources=len(source_names))
     if start:
@@ -152,6 +173,18 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
     logs = trackers.start(cfg.log.trackers, workdir, as_dict, start) if first_process else []
 
     # ---- what logs and evaluates ---------------------------------------------------------------
+    def dump(found: Mapping[int, Mapping[str, float]]) -> Path:
+        folder = workdir / "nonfinite"
+        if first_process:
+            dump_batches(folder, loader, train_examples, found)
+        return folder
+
+    health = Health(
+        on_nonfinite=cfg.train.on_nonfinite,
+        most=cfg.train.max_nonfinite,
+        dump=dump,
+        say=say,
+    )
     meter = metrics.Meter(
         every_steps=cfg.log.every_steps,
         num_steps=num_steps,
@@ -162,9 +195,11 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
             rows, dims, model_cfg.tied, sums["tokens"], sums["pairs"]
         ),
         peak=metrics.peak_flops(jax.devices()),
+        observe=health.note,
     )
     answerer = LoadedModel(compiled.model_def, current.params, mesh) if cfg.eval.samples else None
     last: dict[str, float] = {}
+    done = saved = start
 
     def log(found: dict[str, float]) -> None:
         for tracker in logs:
@@ -172,19 +207,33 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
         last.update(found)
 
     def log_steps() -> None:
-        found = meter.read()
+        found = meter.read() | {"skipped_steps": health.skipped}
         say(meter.line(found))
         log(found)
 
+    def tick() -> None:
+        watch.at("evaluating")
+        if preemption.reached():
+            raise Preempted("told to stop within an evaluation")
+
     def run_evaluation(step: int, params) -> dict[str, float]:
         with meter.paused():
-            found = evaluate.evaluate(compiled.eval_step, params, eval_sets)
+            found = evaluate.evaluate(compiled.eval_step, params, eval_sets, tick)
             if answerer and eval_examples:
                 answerer.params = params
                 found |= evaluate.answers(answerer, tokenizer, eval_examples, cfg.eval.samples, say)
         say(f"step {step}/{num_steps} | " + evaluate.line(found))
         log({"step": step, **found})
         return found
+
+    def save(evaluated: dict[str, float] | None) -> None:
+        nonlocal saved
+        if meter.due:
+            log_steps()
+        meter.check()  # a run that has gone wrong stops before it is saved
+        watch.at(f"saving step {done}")
+        checkpoints.save(current, as_dict, evaluated)
+        saved = done
 
     # ---- the loop ------------------------------------------------------------------------------
     with contextlib.ExitStack() as stack:
@@ -195,34 +244,53 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
             run_evaluation(0, current.params)
         began = time.perf_counter()
         meter.start_clock()
-        for step, packed in enumerate(loader.batches(start, num_steps), start=start + 1):
+        stopped = False
+        for packed in watch.batches(loader.batches(start, num_steps), start + 1):
+            stopped = preemption.reached()
+            if stopped:
+                break
             if meter.due:  # the step before: its numbers are ready while this one is dispatched
                 log_steps()
             current, sums = compiled.train_step(current, packed)
+            watch.started(sums)
             meter.add(sums, packed["tokens"].size, loader.wait_ms)
-            if step == start + 1:
+            done += 1
+            if done == start + 1:
                 jax.block_until_ready(sums)
                 say(f"compiled and ran the first step in {time.perf_counter() - began:.1f} s")
                 meter.start_clock()
-            is_last = step == num_steps
+                preemption.saves_from_here()
+            is_last = done == num_steps
             evaluated = None
-            if eval_sets and (is_last or is_due(step, cfg.eval.every_steps)):
+            if eval_sets and (is_last or is_due(done, cfg.eval.every_steps)):
                 if meter.due:
                     log_steps()
-                evaluated = run_evaluation(step, current.params)
-            if is_last or is_due(step, cfg.checkpoint.every_steps):
-                if meter.due:
-                    log_steps()
-                meter.check()  # never save what is no longer finite: a resume would start there
-                checkpoints.save(current, as_dict, evaluated)
+                try:
+                    evaluated = run_evaluation(done, current.params)
+                except Preempted as told:
+                    say(f"step {done}: {told}")
+                    stopped = True
+            if stopped:
+                break
+            if is_last or is_due(done, cfg.checkpoint.every_steps):
+                save(evaluated)
         if meter.due:
             log_steps()
+        if stopped and saved != done:
+            save(None)
+        watch.at("waiting for the last save")
+    if stopped:
+        raise Preempted(f"told to stop: step {done} of {num_steps} is saved in {workdir}")
 
     # ---- the end -------------------------------------------------------------------------------
+    preemption.saves_from_here(False)
     if cfg.train.export and first_process:
+        watch.at("exporting")
         exported = checkpoint.export(workdir / "checkpoints", workdir / "export", overwrite=True)
         say(f"export  {exported}")
     say(f"saved   {workdir / 'checkpoints'}")
+    watch.at("waiting for the other processes to finish")
+    cluster.exchange("the end", "", timeout_s=SLOW_PHASE_S)
     return last
 
 
@@ -269,17 +337,30 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
     config_file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     workdir = flags.FLAGS.workdir or Path("runs") / config_file.stem
+    sys.excepthook = end_at_once
     try:
         train(flags.FLAGS.config, workdir)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, Preempted, cluster.Lost, cluster.Stopped) as error:
         if command.shows_traceback():
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = exit_codes.USER_ERROR if isinstance(error, ValueError) else 1
-        if jax.distributed.is_initialized():
-            sys.stdout.flush()
-            os._exit(code)  # an orderly exit would wait for the other processes
-        sys.exit(code)
+        kind = "stopped" if isinstance(error, Preempted) else "error"
+        print(f"{kind}: {error}", file=sys.stderr, flush=True)
+        end(exit_codes.of(error))
+
+
+def end_at_once(kind: type[BaseException], error: BaseException, traceback) -> None:
+    """Print an unexpected error and end (sys.excepthook)."""
+    sys.__excepthook__(kind, error, traceback)
+    end(exit_codes.of(error))
+
+
+def end(code: int) -> None:
+    """End the process; one of several at once, as an orderly exit would wait for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.distributed.is_initialized():
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

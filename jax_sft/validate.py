@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jax_sft import compute, hf, models, optim, parallel, trackers
+from jax_sft import compute, health, hf, models, optim, parallel, trackers
 from jax_sft.data import check
 from jax_sft.ops.attention import BACKENDS, resolve
 
@@ -123,6 +123,7 @@ def _value_problems(cfg) -> list[str]:
         "model.param_dtype": DTYPES,
         "model.grad_dtype": DTYPES,
         "model.attention": BACKENDS,
+        "train.on_nonfinite": health.ON_NONFINITE,
         "optimizer.name": optim.NAMES,
         "optimizer.schedule": optim.SCHEDULES,
         "optimizer.moments_dtype": optim.MOMENTS_DTYPES,
@@ -133,6 +134,8 @@ def _value_problems(cfg) -> list[str]:
             "batch.rows": 1,
             "batch.micro_rows": 0,
             "train.steps": 0,
+            "train.max_nonfinite": 0,
+            "train.stall_timeout_s": 0,
             "optimizer.warmup": 0,
         },
         **{"optimizer.clip_norm": 0, "optimizer.weight_decay": 0, "optimizer.learning_rate": 0},

@@ -20,14 +20,14 @@ LEVELS = [
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables",
     "command cluster data.messages compute ops.segments ops.reference ops.blockwise "
     "planning.targets planning.hlo_kernels planning.hlo_loops",
-    "data.tables data.formats data.examples data.template data.packing data.mixture data.show "
-    "ops.cudnn ops.tokamax planning.hlo_collectives",
+    "watchdog preemption preflight data.tables data.formats data.examples data.template "
+    "data.packing data.mixture data.show ops.cudnn ops.tokamax planning.hlo_collectives",
     "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf "
     "planning.flops planning.page",
     "models.layers data.chat data.check state planning.roofline",
     "data.worker data.loader checkpoint planning.candidates",
-    f"{FAMILY} data.store inference validate tiny",
-    "data.cache step",
+    f"{FAMILY} data.store health inference tiny",
+    "data.cache step validate",
     "data.prepare evaluate program",
     "data.outcomes planning.compiling",
     "planning.analysis",

@@ -77,7 +77,7 @@ def make_meter(**changes) -> metrics.Meter:
 
 def sums(**changes) -> dict[str, np.ndarray]:
     values = {"loss": 120.0, "weight": 60.0, "correct": 30.0, "tokens": 150.0, "pairs": 900.0}
-    values |= {"grad_norm": 2.0, "learning_rate": 1e-5} | changes
+    values |= {"grad_norm": 2.0, "learning_rate": 1e-5, "skipped": 0.0} | changes
     return {key: np.float32(value) for key, value in values.items()}
 
 
@@ -175,21 +175,31 @@ def test_time_of_an_evaluation_within_a_window_is_left_out(clock):
     assert meter.read()["step_time_s"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("bad", [{"loss": math.nan}, {"loss": math.inf}, {"grad_norm": math.nan}])
-def test_a_loss_that_is_not_finite_raises(clock, bad):
-    meter = make_meter()
+def test_every_step_is_observed_once_and_in_order(clock):
+    seen = []
+    meter = make_meter(observe=lambda step, sums: seen.append((step, float(sums["loss"]))))
     for step in range(1, 11):
-        meter.add(sums(**bad) if step == 4 else sums(), 200)
-    with pytest.raises(FloatingPointError, match="step 4: loss .*lower optimizer.learning_rate"):
-        meter.read()
+        meter.add(sums(loss=step), 200)
+        clock[0] += 1
+        if step in (4, 6):
+            meter.check()
+    meter.read()
+    assert seen == [(step, step) for step in range(1, 11)]
 
 
-def test_the_first_step_that_is_not_finite_is_named(clock):
-    meter = make_meter()
-    for step in range(1, 11):
-        meter.add(sums(loss=math.nan) if step >= 4 else sums(), 200)
-    with pytest.raises(FloatingPointError, match="step 4:"):
-        meter.read()
+def test_a_step_that_was_not_applied_is_not_in_the_metrics(clock):
+    meter = make_meter(every_steps=3)
+    bad = sums(loss=math.nan, weight=math.inf, grad_norm=math.nan, skipped=1.0)
+    for one in (sums(loss=60), sums(loss=240), bad):
+        meter.add(one, 200)
+        clock[0] += 1
+    found = meter.read()
+    assert (found["loss"], found["grad_norm"], found["tokens_per_s"]) == (4.0, 2.0, 100.0)
+    for _ in range(3):
+        meter.add(bad, 200)
+        clock[0] += 1
+    found = meter.read()
+    assert math.isnan(found["loss"]) and found["tokens_per_s"] == 0
 
 
 def test_a_batch_without_a_trained_token_has_loss_zero(clock):

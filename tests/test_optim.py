@@ -154,7 +154,10 @@ def updates(optimizer, param_dtype, num_steps: int):
     with jax.set_mesh(mesh):
         current = state.create(tx, masters, ROWS, mesh)
         to = state.shardings(tx, masters, ROWS, mesh)
-        step = jax.jit(lambda old, grads: state.update(tx, old, grads, to), donate_argnums=0)
+        step = jax.jit(
+            lambda old, grads: state.update(tx, old, grads, jnp.float32(0), to)[:2],
+            donate_argnums=0,
+        )
         found = [(jax.device_get(current), 0.0)]
         current = jax.device_put(current, to.step)  # replicated: the update itself splits it
         for number in range(1, num_steps + 1):
@@ -271,7 +274,9 @@ def test_the_update_of_a_7b_model_copies_nothing_on_gpus(sizes, moments_dtype, p
     }
 
     def step(old, sums, count):
-        return state.update(tx, old, {path: grad / count for path, grad in sums.items()}, to)
+        return state.update(
+            tx, old, {path: grad / count for path, grad in sums.items()}, jnp.float32(0), to
+        )[:2]
 
     with jax.set_mesh(mesh):
         lowered = jax.jit(step, donate_argnums=0).lower(old, sums, 1.0)

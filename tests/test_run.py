@@ -213,7 +213,7 @@ def test_a_run_leaves_what_it_promises_and_its_export_loads(make_config, tmp_pat
 def test_a_state_that_is_not_finite_is_never_saved(make_config, tmp_path):
     cfg = make_config(**{"optimizer.learning_rate": 1e30, "optimizer.warmup": 0.0})
     cfg.log.every_steps, cfg.checkpoint.every_steps = 10, 5
-    with pytest.raises(FloatingPointError, match="step [2-5]: loss"):
+    with pytest.raises(FloatingPointError, match="3 such step.s. in a row"):
         jax_sft.train(cfg, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints" / "5").exists()
 

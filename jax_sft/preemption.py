@@ -1,0 +1,163 @@
+"""Told to stop (SIGTERM, SIGUSR1): all processes leave the loop at the same step, saved.
+
+A scheduler that takes a machine away sends a signal some time before; Slurm's --signal and
+Kubernetes do. Not every process need get one.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from jax_sft import cluster, exit_codes
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SAME_SIGNAL_S = 3.0  # Slurm signals each process of a job step, a launcher may hand it on again
+
+
+class Preempted(RuntimeError):
+    """Told to stop; what can be saved is saved."""
+
+    exit_code = exit_codes.REQUEUE
+
+
+class Preemption:
+    """Notices the signals and agrees on where to stop; a context manager.
+
+    The loop asks `reached` before each piece of work that all processes do together. Work is
+    counted, and once one process was told to stop each says how many pieces it has begun: all stop
+    after the highest of these, which nobody is past. Before `saves_from_here` there is nothing to
+    save, and the process ends at once; a second signal ends it at once as well.
+
+    Args:
+        end: ends the process with an exit code; tests replace it.
+    """
+
+    def __init__(self, end: Callable[[int], Any] = os._exit):
+        self._end = end
+        self._told = threading.Event()
+        self._told_at = 0.0
+        self._saves = False
+        self._changing = threading.Condition()
+        self._begun = 0  # pieces of work
+        self._posted: int | None = None  # what this process has told the others
+        self._last: int | None = None  # the piece of work after which all stop
+        self._before: dict[int, Any] = {}
+        self._before_fd = -1
+
+    def __enter__(self) -> "Preemption":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # only the main thread may have signals: then they do what they always do
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        # Python's own handlers run only between two instructions of the main thread, which may be
+        # compiling for minutes; the file descriptor is written to at once.
+        self._before_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, _nothing) for number in SIGNALS}
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if not self._before:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._before_fd)
+        self._writer.close()  # ends the thread
+        self._thread.join()
+        self._reader.close()
+
+    @property
+    def told(self) -> bool:
+        """Whether this process knows that all are to stop."""
+        return self._told.is_set()
+
+    def saves_from_here(self, saves: bool = True) -> None:
+        """Note that there is work to be saved from now on, or that there is none any more."""
+        with self._changing:
+            self._saves = saves
+        if not saves and self.told:
+            self._end_at_once("nothing is left to save")
+
+    def reached(self) -> bool:
+        """Count one more piece of work; return whether to stop instead of beginning it.
+
+        Raises:
+            cluster.Stopped: another process has said why it ends.
+        """
+        with self._changing:
+            self._begun += 1
+            if self._posted is None:
+                return False
+        while True:
+            with self._changing:
+                if self._last is None:
+                    self._changing.wait(timeout=1.0)
+                if self._last is not None:
+                    return self._begun > self._last
+            cluster.check_others()
+
+    def beat(self) -> None:
+        """Look whether another process was told to stop; called about once a second.
+
+        Raises:
+            jax.errors.JaxRuntimeError: the coordinator does not answer.
+        """
+        if cluster.num_processes() == 1:
+            return
+        found = cluster.read_all("stop")
+        if not (found or self.told):
+            return
+        self._told.set()
+        with self._changing:
+            saves = self._saves
+            if saves and self._posted is None:
+                self._posted = self._begun
+        if not saves:
+            self._end_at_once("there is nothing to save yet")
+            return
+        cluster.publish(f"stop/{cluster.process_id()}", str(self._posted))
+        found = cluster.read_all("stop")
+        if len(found) == cluster.num_processes():
+            with self._changing:
+                self._last = max(int(text) for text in found.values())
+                self._changing.notify_all()
+
+    def _listen(self) -> None:
+        while received := self._reader.recv(64):
+            names = [signal.Signals(number).name for number in received if number in SIGNALS]
+            if names:
+                self._notice(names[0])
+
+    def _notice(self, name: str) -> None:
+        now = time.monotonic()
+        if self._told_at and now - self._told_at < SAME_SIGNAL_S:
+            return
+        if self._told_at:
+            self._end_at_once(f"{name} for the second time: what is saved stays")
+            return
+        self._told_at = now
+        self._told.set()
+        print(f"{name}: stopping", file=sys.stderr, flush=True)
+        with self._changing:
+            if self._saves and cluster.num_processes() == 1:
+                self._posted = self._last = self._begun
+                return
+            saves = self._saves
+        if not saves:
+            self._end_at_once("there is nothing to save yet")
+
+    def _end_at_once(self, why: str) -> None:
+        print(f"stopped at once: {why}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        cluster.say_goodbye(f"told to stop; {why}", exit_codes.REQUEUE)
+        self._end(exit_codes.REQUEUE)
+
+
+def _nothing(number: int, frame: Any) -> None:
+    """Stands in for the default of a signal, which would end the process."""
