@@ -264,7 +264,7 @@ class Watchdog:
         unfinished.replace(self._status_file)
 
 
-def _explain(error: jax.errors.JaxRuntimeError) -> None:
+def _explain(error: Exception) -> None:
     """Wait a moment for another process to say why it ended: broken collectives come first.
 
     Raises:
