@@ -18,6 +18,12 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 LEVELS = [
     "config exit_codes tree parallel trackers models models.spec models.rope data.json_rows "
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables",
+    "launching.coordinates launching.gpus launching.environment launching.output launching.tied "
+    "launching.restarts launching.stop_requests",
+    "launching.processes launching.leash",
+    "launching.child launching.fleet",
+    "launching.supervisor launching.ssh launching.ray_cluster",
+    "launch",
     "command cluster data.messages compute ops.segments ops.reference ops.blockwise "
     "planning.targets planning.hlo_kernels planning.hlo_loops",
     "watchdog preemption preflight data.tables data.formats data.examples data.template "
@@ -45,7 +51,7 @@ def module_name(file: Path) -> str:
 
 MODULES = {module_name(file): file for file in FILES}
 # Packages that only hold files, and the front door, import nothing of ours when imported.
-DOORS = {"jax_sft", "jax_sft.data", "jax_sft.ops", "jax_sft.planning"}
+DOORS = {f"jax_sft{name}" for name in ("", ".data", ".launching", ".ops", ".planning")}
 
 
 def level_of(module: str) -> int | None:

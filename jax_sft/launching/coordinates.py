@@ -1,0 +1,222 @@
+"""Who am I: how many processes a run has, which of them start here, and where they meet.
+
+`find` reads what the engine that started this launcher has put into the environment.
+"""
+
+import random
+import re
+import socket
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+DEFAULT_PORT = 29400
+# Ports that the kernel does not hand out to outgoing connections (from 32768 on).
+FIRST_PORT, NUM_PORTS = 10_000, 20_000
+BY_HAND = ("JAX_SFT_COORDINATOR", "JAX_SFT_NUM_PROCESSES", "JAX_SFT_PROCESS_ID")
+LOOPBACK = "127.0.0.1"
+# Slurm's names for what is not a step of srun: 2**32 - 5 is a batch script, - 6 salloc's shell.
+_FIRST_UNREAL_STEP = 2**32 - 6
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where the processes that this launcher starts stand among all of the run."""
+
+    found_by: str  # which engine told
+    num_processes: int  # of the run
+    first_process: int  # number of the first one here
+    address: str | None  # host:port where process 0 listens; None for a single process
+    local_launchers: int = 1  # launchers on this machine: they share its GPUs
+    local_launcher: int = 0  # number of this one among them
+
+
+def find(
+    environ: Mapping[str, str], nproc: int, coordinator: str | None = None, port: int | None = None
+) -> Coordinates:
+    """Find out where `nproc` processes of this launcher stand.
+
+    Args:
+        nproc: processes that this launcher starts.
+        coordinator: host:port that overrides what is detected.
+        port: of the coordinator, instead of the engine's or the default one.
+
+    Raises:
+        ValueError: the environment is incomplete or makes no sense, with the remedy.
+    """
+    # The order decides. By hand comes first; mpirun before Slurm, because Open MPI starts its
+    # daemons with srun, whose variables its processes then inherit.
+    if any(environ.get(name) for name in BY_HAND):
+        found = _by_hand(environ, nproc)
+    elif "OMPI_COMM_WORLD_RANK" in environ:
+        found = _open_mpi(environ, nproc, port, needs_address=coordinator is None)
+    elif _is_slurm_step(environ):
+        found = _slurm(environ, nproc, port)
+    else:
+        _refuse_forgotten_srun(environ)
+        found = _local(nproc, port, needs_address=coordinator is None)
+    if coordinator and found.num_processes > 1:
+        found = replace(found, address=coordinator)
+    if found.address:
+        check_address(found.address)
+    return found
+
+
+def check_address(address: str) -> None:
+    """Check that an address is host:port.
+
+    Raises:
+        ValueError: it is not.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"the coordinator {address!r} is not HOST:PORT")
+
+
+def _by_hand(environ: Mapping[str, str], nproc: int) -> Coordinates:
+    missing = [name for name in BY_HAND if not environ.get(name)]
+    if missing:
+        given = [name for name in BY_HAND if name not in missing]
+        raise ValueError(f"{given} set, but not {missing}: set all three, or none")
+    count, first = (_number(environ, name) for name in BY_HAND[1:])
+    if first + nproc > count:
+        raise ValueError(
+            f"JAX_SFT_PROCESS_ID = {first} and --nproc={nproc} go beyond "
+            f"JAX_SFT_NUM_PROCESSES = {count}: process numbers start at 0, and the id is that of "
+            "the first process on a host"
+        )
+    return Coordinates("JAX_SFT_* set by hand", count, first, environ[BY_HAND[0]])
+
+
+def _open_mpi(
+    environ: Mapping[str, str], nproc: int, port: int | None, needs_address: bool
+) -> Coordinates:
+    names = ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
+    size, rank, local_size, local_rank = (
+        _number(environ, f"OMPI_COMM_WORLD_{name}") for name in names
+    )
+    # The job's name is the same in all processes, and another in the next mpirun.
+    job = environ.get("PMIX_NAMESPACE", "")
+    job_port = FIRST_PORT + zlib.crc32(job.encode()) % NUM_PORTS if job else DEFAULT_PORT
+    found = Coordinates(
+        "Open MPI", size * nproc, rank * nproc, None, local_size, local_launcher=local_rank
+    )
+    if found.num_processes == 1 or not needs_address:
+        return found
+    host = LOOPBACK if size == local_size else _open_mpi_first_host(environ)
+    return replace(found, address=f"{host}:{port or job_port}")
+
+
+def _open_mpi_first_host(environ: Mapping[str, str]) -> str:
+    """Return the host of rank 0, which listens.
+
+    Open MPI 4 tells the addresses of mpirun's own host, where rank 0 is unless the host file says
+    otherwise; Open MPI 5 tells nothing, but within a Slurm job it fills the nodes in order.
+    """
+    uri = environ.get("OMPI_MCA_orte_hnp_uri", "")  # 123.0;tcp://10.0.0.1,172.17.0.1:34911;tcp6://
+    if address := re.search(r"tcp://([^,:;]+)", uri):
+        return address[1]
+    if nodes := environ.get("SLURM_JOB_NODELIST"):
+        return first_host(nodes)
+    raise ValueError(
+        "Open MPI does not say on which host rank 0 is: add --coordinator=HOST:PORT with the name "
+        f"of that host and a free port, e.g. {DEFAULT_PORT}"
+    )
+
+
+def _is_slurm_step(environ: Mapping[str, str]) -> bool:
+    step = environ.get("SLURM_STEP_ID", "")
+    return "SLURM_PROCID" in environ and step.isdecimal() and not int(step) >= _FIRST_UNREAL_STEP
+
+
+def _slurm(environ: Mapping[str, str], nproc: int, port: int | None) -> Coordinates:
+    tasks = _number(environ, "SLURM_STEP_NUM_TASKS")
+    task, local, node = (
+        _number(environ, f"SLURM_{name}") for name in ("PROCID", "LOCALID", "NODEID")
+    )
+    per_node = _counts(environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)))
+    nodes = environ.get("SLURM_STEP_NODELIST", "")
+    host = LOOPBACK if len(per_node) == 1 else first_host(nodes)
+    job_port = FIRST_PORT + _number(environ, "SLURM_JOB_ID") % NUM_PORTS
+    count = tasks * nproc
+    return Coordinates(
+        found_by="Slurm",
+        num_processes=count,
+        first_process=task * nproc,
+        address=f"{host}:{port or job_port}" if count > 1 else None,
+        local_launchers=per_node[node],
+        local_launcher=local,
+    )
+
+
+def _refuse_forgotten_srun(environ: Mapping[str, str]) -> None:
+    nodes = environ.get("SLURM_JOB_NUM_NODES", "1")
+    if "SLURM_JOB_ID" in environ and nodes.isdecimal() and int(nodes) > 1:
+        raise ValueError(
+            f"this Slurm job has {nodes} nodes, but this is not a step of srun: only one node "
+            "would train. Start it with `srun scripts/launch.sh ...`, one task per node, as "
+            "scripts/slurm.sbatch does"
+        )
+
+
+def _local(nproc: int, port: int | None, needs_address: bool) -> Coordinates:
+    found = Coordinates("this machine", nproc, 0, None)
+    if nproc == 1 or not needs_address:
+        return found
+    if port and not is_free(port):
+        raise ValueError(f"port {port} is in use: choose another --port, or leave it out")
+    return replace(found, address=f"{LOOPBACK}:{port or free_port()}")
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    text = environ.get(name, "")
+    if not text.isdecimal():
+        raise ValueError(f"{name} = {text!r} is not a number, or not set")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    """Return Slurm's tasks per node: "2(x3),1" is [2, 2, 2, 1]."""
+    counts = []
+    for part in text.split(","):
+        matched = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if not matched:
+            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE = {text!r} is not understood")
+        counts += [int(matched[1])] * int(matched[2] or 1)
+    return counts
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of a Slurm node list: "a[007-9,12]b,c" is "a007b".
+
+    Raises:
+        ValueError: no list of nodes.
+    """
+    matched = re.match(r"(?:[^,\[\]]|\[[^\[\]]+\])+", nodes)
+    first = re.sub(r"\[(\d+)[^\]]*\]", r"\1", matched[0]) if matched else ""
+    if not re.fullmatch(r"[\w.-]+", first):
+        raise ValueError(f"the node list {nodes!r} is not understood: use --coordinator=HOST:PORT")
+    return first
+
+
+def is_free(port: int, host: str = LOOPBACK) -> bool:
+    """Whether nothing listens at a port of this machine."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port() -> int:
+    """Return a port that is free, and stays so better than one that the kernel would give.
+
+    Raises:
+        ValueError: none of a hundred was free.
+    """
+    for port in random.sample(range(FIRST_PORT, FIRST_PORT + NUM_PORTS), 100):
+        if is_free(port, ""):
+            return port
+    raise ValueError("no free port was found on this machine: name one with --port")

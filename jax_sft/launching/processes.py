@@ -1,0 +1,72 @@
+"""What is started on a host: the command and the environment of each process."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jax_sft.launching import environment, gpus
+from jax_sft.launching.coordinates import BY_HAND, Coordinates
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a run, as it is to be started."""
+
+    number: int  # among all of the run
+    command: tuple[str, ...]
+    variables: Mapping[str, str]  # added to this process's own environment
+
+
+def plan(
+    where: Coordinates,
+    nproc: int,
+    command: Sequence[str],
+    environ: Mapping[str, str],
+) -> tuple[Process, ...]:
+    """Return the processes that this launcher starts.
+
+    Args:
+        command: the same for all, e.g. python -m jax_sft.train --config=...
+        environ: of this launcher.
+
+    Raises:
+        ValueError: the GPUs cannot be divided evenly.
+    """
+    shared = environment.settings(environ, where.address)
+    if where.address:
+        shared |= {BY_HAND[0]: where.address, BY_HAND[1]: str(where.num_processes)}
+    parts = shares(where, nproc, environ)
+    processes = []
+    for index in range(nproc):
+        variables = dict(shared)
+        if where.address:
+            variables[BY_HAND[2]] = str(where.first_process + index)
+        if parts[index]:
+            variables[gpus.VARIABLE] = ",".join(map(str, parts[index]))
+        processes.append(Process(where.first_process + index, tuple(command), variables))
+    return tuple(processes)
+
+
+def shares(where: Coordinates, nproc: int, environ: Mapping[str, str]) -> list[tuple[int, ...]]:
+    """Return the GPUs of each of this launcher's processes; () = all that it sees."""
+    launchers, ours = where.local_launchers, where.local_launcher
+    if gpus.bound_by_slurm(environ):
+        launchers, ours = 1, 0
+    if launchers * nproc == 1:
+        return [()]
+    found = gpus.visible(environ)
+    if not found:
+        return [()] * nproc
+    return gpus.divide(found, launchers * nproc)[ours * nproc : (ours + 1) * nproc]
+
+
+def as_shell(command: Sequence[str], variables: Mapping[str, str]) -> str:
+    """Return a command and its environment as a line that can be pasted into a shell."""
+    assigned = [f"{name}={value}" for name, value in variables.items()]
+    return shlex.join(["env", *assigned, *command] if assigned else command)
+
+
+def numbers(processes: Sequence[Process]) -> str:
+    """Return how these processes are called in messages."""
+    first, last = processes[0].number, processes[-1].number
+    return f"process {first}" if first == last else f"processes {first} to {last}"
