@@ -74,6 +74,7 @@ class History:
     furthest: int = -1  # step at which an attempt failed
     joined_once: bool = False
     apart_since: float | None = None  # when attempts began to end before all had met again
+    last_counts: bool = False  # whether the last failure does
 
 
 def after_failure(history: History, *, step: int, joined: bool, now: float) -> History:
@@ -97,6 +98,7 @@ def after_failure(history: History, *, step: int, joined: bool, now: float) -> H
         counted=history.counted + counts,
         failures=history.failures + 1,
         joined_once=history.joined_once or joined,
+        last_counts=counts,
         apart_since=since,
     )
 

@@ -96,8 +96,8 @@ class Supervisor:
         """Wait; False if asked to stop meanwhile."""
         delay = restarts.delay_s(history)
         counted = f"restart {history.counted} of at most {self.options.max_restarts}"
-        if history.counted == 0:
-            counted = "not counted: the other hosts are still going down"
+        if not history.last_counts:
+            counted = "not counted: the others were still going down"
         self.say(f"starting again in {delay} s ({counted}; attempt {attempt})")
         if self.requests.wait(delay):
             return True
