@@ -82,8 +82,6 @@ def run(
             )
         name, code = next(((n, code) for n, code in codes if code), ("", exit_codes.DONE))
         if code != GONE:
-            if code:
-                printer.say(f"{name} ended first: {exit_codes.describe(code)}")
             return code
         if not all(remote.reached for remote in remotes if remote.name == name):
             raise ValueError(f"no launcher could be started on {name}: see above")
@@ -118,6 +116,9 @@ def _watch(
         if requests.count > obeyed or (any(ends.values()) and not failed):
             if requests.count > obeyed:
                 printer.say("told to stop: telling all hosts")
+            else:
+                why = ", ".join(f"{remotes[n].name} {_how(ends[n])}" for n in ends if ends[n])
+                printer.say(f"{why}: stopping the others")
             obeyed = requests.count
             lines.append(leash.STOP)
             deadline = min(deadline, now + options.grace_s + STOP_MARGIN_S)
@@ -129,3 +130,7 @@ def _watch(
             printer.say(f"{', '.join(late)} did not stop in time: letting go")
             ends |= {n: GONE for n in running if n not in ends}
     return [(remotes[n].name, code) for n, code in ends.items()]
+
+
+def _how(code: int) -> str:
+    return "is lost" if code == GONE else f"ended with {exit_codes.describe(code)}"
