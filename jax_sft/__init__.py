@@ -15,7 +15,7 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 # Loaded on first use: config files and tokenizing processes must not wait for JAX.
-_HOMES = {"load": "jax_sft.inference", "export": "jax_sft.checkpoint", "train": "jax_sft.train"}
+_HOMES = {"load": "jax_sft.inference", "export": "jax_sft.hf_export", "train": "jax_sft.train"}
 
 
 def __getattr__(name: str) -> Any:

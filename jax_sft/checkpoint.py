@@ -1,221 +1,394 @@
-"""Checkpoints of a run (Orbax), and their export to a Hugging Face folder.
+"""The checkpoints of a run: what to resume, saves that go on beside the training, and which stay.
 
-A checkpoint folder is self-contained: steps (`params`, `optimizer` and JSON metadata each) and
-`model_files`, the config and tokenizer of the model and the dtype of each of its tensors.
+A save is written to `STEP.incomplete` by Orbax, listed with sizes and checksums in manifests, and
+renamed to `STEP` by the first process after all have said that their part is done. Whatever goes
+wrong on one process fails the save on all of them, with a message; the steps before it stay.
 """
 
-import json
-import os
+import dataclasses
+import importlib.metadata
+import math
+import platform
 import shutil
-import tempfile
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import SingleDeviceSharding
-from orbax.checkpoint import v1 as ocp
 
-from jax_sft import hf, models
+from jax_sft import agree, cluster, exit_codes, fingerprint, manifest, model_files, steps, storage
+from jax_sft.resume import FORMAT_VERSION, Found, Resume, named, nested
 from jax_sft.state import TrainState
 
-MODEL_FILES = "model_files"
-DTYPES_FILE = "tensor_dtypes.json"
-FORMAT_VERSION = 1
+PAUSES_S = (0, 2, 5)  # before each try of a save that is waited for
+LEAST_BOUND_S = 120  # that a save may take, and at least 5 times what the slowest one took
+SLOWEST_BYTES_PER_S = 20e6  # for the bound of the first save
+_SHARED_S = 30  # for a file to be seen on all hosts of a network file system
+_LOOK_S = 0.2  # how often a process that waits for Orbax looks whether another has failed
+_GIVEN_UP = "given up, as another process failed"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
+
+
+class NotSaved(RuntimeError):
+    """The training is done, but its last state could not be stored."""
+
+    exit_code = exit_codes.NOT_SAVED
+
+
+@dataclasses.dataclass
+class _Save:
+    """A save that goes on.
+
+    Attributes:
+        response: Orbax's; None if it could not be started here.
+        problem: what went wrong here; "" = nothing.
+        sums: checksums of the arrays that are being computed.
+        arrays: {name: {"shape", "dtype"}}, in the order of `sums`.
+    """
+
+    step: int
+    number: int
+    path: Path
+    began: float
+    bound_s: float
+    arrays: dict[str, dict[str, Any]]
+    sums: jax.Array
+    response: storage.Response
+    problem: str
 
 
 class Checkpoints:
-    """The checkpoints of one run: asynchronous saves, newest and best steps kept.
+    """The checkpoints of one run. Every process has one and calls the same methods.
 
     Args:
-        folder: created if missing; leftovers of killed saves in it are removed.
+        folder: made if missing.
         options: `cfg.checkpoint`.
+        model: its files are kept beside the steps.
+        data: fingerprint of the training data.
+        say: prints a line; called on the first process only, also from a thread.
+
+    Attributes:
+        saved_step: the newest complete step; None if there is none yet.
+        failures: saves that failed so far.
     """
 
-    def __init__(self, folder: Path, options):
-        policies: Any = ocp.training.preservation_policies
-        decisions: Any = ocp.training.save_decision_policies
-        keep: list = [policies.LatestN(max(options.keep, 1))]
-        if options.keep_best:
-            metric = options.metric
-            keep.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[metric], n=options.keep_best, reverse=True
-                )
-            )
-        self._checkpointer = ocp.training.Checkpointer(
-            str(folder.absolute()),
-            save_decision_policy=decisions.FixedIntervalPolicy(1),  # when to save is up to `train`
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,
-        )
+    def __init__(
+        self,
+        folder: Path,
+        options,
+        *,
+        model: model_files.Model | None = None,
+        data: str = "",
+        say: Callable[[str], None] = print,
+    ):
+        self._folder, self._options, self._model = folder.absolute(), options, model
+        self._data = data
+        self._say = say if cluster.process_id() == 0 else _silent
+        self._resume = Resume(self._folder, options, model, data, self._say)
+        self.saved_step: int | None = None
+        self.failures = 0
+        self._num_saves = 0
+        self._slowest_s = 0.0
+        self._thread: threading.Thread | None = None
+        self._lost: RuntimeError | None = None
 
-    @property
-    def latest_step(self) -> int | None:
-        """The newest complete step, or None."""
-        latest = self._checkpointer.latest
-        return latest.step if latest else None
+    def start(self, today: dict[str, Any], num_steps: int) -> Found | None:
+        """Clean up and find the newest good step, reading no arrays; see `Resume.start`."""
+        found = self._resume.start(today, num_steps)
+        self.saved_step = found.step if found else None
+        return found
 
-    def metadata(self) -> dict[str, Any]:
-        """Return the JSON stored with the newest step."""
-        custom: Any = self._checkpointer.metadata(self.latest_step).custom_metadata
-        return custom or {}
+    def restore(self, found: Found, abstract: TrainState) -> tuple[TrainState, Found]:
+        """Return the state of the step that was found or an older one; see `Resume.restore`."""
+        state, found = self._resume.restore(found, abstract)
+        self.saved_step = found.step
+        return state, found
 
-    def save(self, state: TrainState, config: dict[str, Any], metrics: Mapping | None) -> None:
-        """Start saving the state; returns once the arrays are copied off the devices.
+    # ---- saving --------------------------------------------------------------------------------
+
+    def save(
+        self,
+        state: TrainState,
+        config: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        extra: Mapping[str, Any] | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Store the state beside the training; returns once it may be changed.
+
+        A failure is said and counted, not raised: see `saved_step`.
 
         Args:
             config: the resolved config, stored with the step.
-            metrics: evaluation metrics of this very step, for `keep_best`.
+            metrics: of an evaluation of this very step, for `keep_best`.
+            extra: anything small that goes through JSON; `Found.extra` of a resumed run.
+            wait: return when the step is stored, or after a few tries.
+
+        Raises:
+            cluster.Lost, cluster.Stopped: another process is gone.
         """
         step = int(state.step)
-        # The position in the data is the step itself (data.loader).
-        custom = {"format_version": FORMAT_VERSION, "step": step, "config": config}
-        self._checkpointer.save_checkpointables_async(
-            step,
-            {"params": state.params, "optimizer": _flat(state.opt_state)},
-            metrics=dict(metrics) if metrics else None,
-            custom_metadata=custom,
-        )
+        metadata = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "data_position": step,  # see data.loader
+            "seed": config.get("seed"),  # with the step, all that is random: see config.seed
+            "data": self._data,
+            "config": dict(config),
+            "metrics": dict(metrics or {}),
+            "extra": dict(extra or {}),
+            "num_processes": cluster.num_processes(),
+            "versions": _versions(),
+        }
+        if wait:
+            self._wait()
+            if self.saved_step == step:
+                return
+        for pause in PAUSES_S if wait else PAUSES_S[:1]:
+            time.sleep(pause)
+            self._start_saving(step, state, metadata)
+            if wait:
+                self._wait()
+                if self.saved_step == step:
+                    return
 
-    def restore(self, abstract: TrainState) -> TrainState:
-        """Return the newest state, with the dtypes and shardings of `abstract`."""
-        step = self.latest_step
-        moments = _flat(abstract.opt_state)
-        loaded = self._checkpointer.load_checkpointables(
-            step, {"params": abstract.params, "optimizer": moments}
-        )
-        opt_state = jax.tree.unflatten(
-            jax.tree.structure(abstract.opt_state), [loaded["optimizer"][name] for name in moments]
-        )
-        done = jax.device_put(np.int32(step or 0), abstract.step.sharding)
-        return TrainState(step=done, params=loaded["params"], opt_state=opt_state)
+    def require(self, step: int) -> None:
+        """Wait for the running save.
+
+        Raises:
+            NotSaved: this step is not stored.
+        """
+        self._wait()
+        if self.saved_step != step:
+            raise NotSaved(
+                f"step {step} could not be saved to {self._folder}: see the messages above. "
+                + (f"Step {self.saved_step} is there" if self.saved_step else "No step is there")
+                + "; make room or repair the folder and start again to go on from it"
+            )
 
     def close(self) -> None:
-        """Wait for the running save and release everything."""
-        self._checkpointer.close()
+        """Wait for the running save."""
+        self._wait()
+
+    def _wait(self, most_s: float | None = None) -> bool:
+        """Wait for the running save; return whether none runs any more.
+
+        Raises:
+            cluster.Lost, cluster.Stopped: it found another process gone.
+        """
+        if self._thread:
+            self._thread.join(most_s)
+            if self._thread.is_alive():
+                return False
+            self._thread = None
+        if self._lost:
+            lost, self._lost = self._lost, None
+            raise lost
+        return True
+
+    def _start_saving(self, step: int, state: TrainState, metadata: dict[str, Any]) -> None:
+        began = time.monotonic()
+        leaves = named(state)
+        num_bytes = sum(leaf.nbytes for leaf in leaves.values())
+        bound_s = max(LEAST_BOUND_S, 5 * self._slowest_s)
+        if not self._slowest_s:
+            bound_s = max(bound_s, num_bytes / SLOWEST_BYTES_PER_S)
+        free = self._wait(bound_s)
+        mine = self._obstacle(num_bytes) if free else f"the save before it has run {bound_s:.0f} s"
+        problems = agree.gather("save prepared", [mine] if mine else [])
+        if problems:
+            self._fail(step, problems)
+            return
+        self._num_saves += 1
+        number = self._num_saves
+        name = f"{step}{steps.INCOMPLETE}" + (f"-{number}" if number > 1 else "")
+        response, problem = None, ""
+        sums = fingerprint.start(leaves)
+        parts = nested(leaves)
+        try:
+            response = storage.start_saving(
+                self._folder / name, parts["params"], parts["optimizer"], metadata, bound_s
+            )
+        except storage.ERRORS as error:
+            problem = _text(error)
+        save = _Save(
+            step=step,
+            number=number,
+            path=self._folder / name,
+            began=began,
+            bound_s=bound_s,
+            arrays={
+                name: {"shape": leaf.shape, "dtype": str(leaf.dtype)}
+                for name, leaf in leaves.items()
+            },
+            sums=sums,
+            response=response,
+            problem=problem,
+        )
+        # A daemon: a save that hangs must not keep a process that ends.
+        self._thread = threading.Thread(
+            target=self._complete, args=(save,), name=f"save of step {step}", daemon=True
+        )
+        self._thread.start()
+
+    def _obstacle(self, num_bytes: int) -> str:
+        """Say why a save would fail here; "" = nothing is known. Mends a folder that is gone."""
+        try:
+            steps.probe(self._folder)
+            if cluster.process_id() == 0 and self._model:
+                model_files.keep(self._folder, self._model)
+            free = shutil.disk_usage(self._folder).free
+        except OSError as error:
+            return _text(error)
+        if free < num_bytes:
+            return f"it needs {_gb(num_bytes)}, {_gb(free)} are free"
+        return ""
+
+    # ---- in the thread -------------------------------------------------------------------------
+
+    def _complete(self, save: _Save) -> None:
+        """See a save through; all processes come to the same end."""
+        try:
+            problems = self._steps_of(save)
+        except (cluster.Lost, cluster.Stopped, jax.errors.JaxRuntimeError) as error:
+            self._lost = error  # the last is what the coordination service says when it is gone
+            return
+        if problems:
+            if cluster.process_id() == 0:
+                self._clean_up(save.path)
+            self._fail(save.step, problems)
+            return
+        if cluster.process_id() == 0 and (problem := _attempt(self._thin_out)):
+            self._say(f"WARNING steps that are not needed any more could not be removed: {problem}")
+        took = time.monotonic() - save.began
+        self._slowest_s = max(self._slowest_s, took)
+        self.saved_step = save.step
+
+    def _steps_of(self, save: _Save) -> list[str]:
+        """Do one part after another, each after all processes are done with the one before it."""
+        problem = save.problem or self._await(save)
+        for what, do in (
+            ("save written", lambda: None),
+            ("save listed", lambda: self._write_manifest(save)),
+            ("save complete", lambda: self._publish(save)),
+        ):
+            if not problem:
+                problem = _attempt(do)
+            problems = agree.gather(what, [problem] if problem else [], save.bound_s + 60)
+            if problems:
+                return [p for p in problems if not p.startswith(_GIVEN_UP)] or problems
+        return []
+
+    def _await(self, save: _Save) -> str:
+        """Wait for Orbax, but no longer than another process has to; return what went wrong."""
+        failed = f"save/{save.number}"
+        deadline = time.monotonic() + save.bound_s
+        while True:
+            try:
+                if storage.is_saved(save.response, _LOOK_S):
+                    return ""
+            except storage.ERRORS as error:
+                cluster.publish(f"{failed}/{cluster.process_id()}", "failed")
+                return _text(error)
+            # What has failed there leaves Orbax here in a barrier, for minutes.
+            if any(key.startswith(f"{failed}/") for key in cluster.read_all(failed)):
+                return _GIVEN_UP
+            if time.monotonic() > deadline:
+                return f"it was not written within {save.bound_s:.0f} s"
+
+    def _write_manifest(self, save: _Save) -> None:
+        sums = fingerprint.read(save.arrays, save.sums)
+        arrays = {name: array | {"sum": sums[name]} for name, array in save.arrays.items()}
+        manifest.write(save.path, cluster.process_id(), cluster.num_processes(), arrays)
+
+    def _publish(self, save: _Save) -> None:
+        if cluster.process_id() == 0:
+            steps.publish(save.path, save.step)
+
+    def _thin_out(self) -> None:
+        """Remove the steps that need not be kept, now that there is a newer one."""
+        scores: dict[int, float] = {}
+        present = steps.present(self._folder)
+        for step in present:
+            metrics = steps.metadata(self._folder / str(step)).get("metrics") or {}
+            score = metrics.get(self._options.metric)
+            if isinstance(score, float | int) and math.isfinite(score):
+                scores[step] = score
+        best = sorted(scores, key=lambda step: (scores[step], step))[: self._options.keep_best]
+        steps.remove_all(self._folder, {*present} - {*present[: self._options.keep], *best})
+
+    def _clean_up(self, path: Path) -> None:
+        """Remove what a failed save has left."""
+        for left in path.parent.glob(f"{path.name}*"):
+            problem = _attempt(lambda left=left: steps.remove(left))
+            if problem:
+                self._say(f"WARNING {left} is left over: {problem}")
+
+    def _fail(self, step: int, problems: Sequence[str]) -> None:
+        self.failures += 1
+        try:
+            free = f", {_gb(shutil.disk_usage(self._folder).free)} free there"
+        except OSError as error:
+            free = f" ({_text(error)})"
+        present = steps.present(self._folder)
+        kept = f"step {present[0]} stays the newest that is stored" if present else "none is stored"
+        self._say(f"WARNING step {step} could NOT be saved to {self._folder}{free}; {kept}:")
+        for problem in manifest.shown(problems):
+            self._say(f"WARNING   {problem}")
 
 
-def _flat(opt_state: Any) -> dict[str, Any]:
-    """Name the leaves of an optimizer state by their path, in flattening order."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(opt_state)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def keep_model_files(folder: Path, model_folder: Path, dtypes: Mapping[str, str]) -> None:
-    """Copy config, tokenizer and tensor dtypes beside the steps, so that export needs no more.
-
-    Args:
-        folder: the checkpoint folder.
-        dtypes: {HF name: safetensors dtype} of the original model.
-    """
-    out = folder / MODEL_FILES
-    if out.exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{MODEL_FILES}", dir=folder))
-    hf.copy_side_files(model_folder, unfinished)
-    (unfinished / DTYPES_FILE).write_text(json.dumps(dict(dtypes), indent=1))
-    os.rename(unfinished, out)
-
-
-def export(
-    checkpoint: str | Path,
-    out: str | Path,
-    *,
-    step: int | None = None,
-    shard_bytes: int = 5_000_000_000,
-    dtype: str = "",
-    overwrite: bool = False,
-    progress: bool = True,
-) -> Path:
-    """Write a checkpoint as a Hugging Face folder that transformers loads.
-
-    Args:
-        checkpoint: the `checkpoints` folder of a run.
-        out: the folder to write; it appears only when complete.
-        step: which step; None = the newest.
-        shard_bytes: largest safetensors file.
-        dtype: "float32", "bfloat16" or "float16" for all tensors; "" = each tensor's own dtype in
-            the model that was fine-tuned.
-        overwrite: replace `out` if it exists and is not empty.
-
-    Returns:
-        `out`.
+def check_folder(folder: Path) -> None:
+    """Make the checkpoint folder, write to it, and see that all processes have the same one.
 
     Raises:
-        ValueError: no such checkpoint or step, an unknown dtype, or `out` is not empty.
+        ValueError: not so; which process has what trouble.
     """
-    checkpoint, out = Path(checkpoint).absolute(), Path(out).absolute()
-    model_files = checkpoint / MODEL_FILES
-    if not model_files.is_dir():
-        raise ValueError(f"{checkpoint} is not a checkpoint folder: it has no {MODEL_FILES}")
-    if dtype and dtype not in hf.NAMES:
-        raise ValueError(f"dtype {dtype!r} is not one of {list(hf.NAMES)}")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"{out} is not empty: choose another folder, or overwrite it")
-    one_by_one = ocp.Context()
-    one_by_one.pytree.loading.partial_load = True
-    with ocp.training.Checkpointer(str(checkpoint), context=one_by_one) as checkpointer:
-        steps = [found.step for found in checkpointer.checkpoints]
-        if not steps or (step is not None and step not in steps):
-            raise ValueError(f"{checkpoint} has no step {step or ''}: it has {steps}")
-        config = hf.read_json(model_files / "config.json")
-        family = models.find(str(config.get("model_type")))
-        cfg = family.Config.from_hf(config)
-        rows = family.weights(cfg)
-        dtypes = hf.read_json(model_files / DTYPES_FILE)
-        if dtype:
-            dtypes = dict.fromkeys(dtypes, hf.NAMES[dtype])
-        stored = _StoredParams(checkpointer, steps[-1] if step is None else step)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    mark = agree.from_first("checkpoint folder's mark", lambda: steps.mark(folder).name)
+    problems = []
+    deadline = time.monotonic() + _SHARED_S
+    while not (seen := (folder / mark).exists()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if not seen:
+        problems = ["a file that process 0 wrote there is not to be seen: it must be shared"]
+    elif problem := _attempt(lambda: steps.probe(folder)):
+        problems = [problem]
+    problems = agree.gather("checkpoint folder's use", problems)
+    if cluster.process_id() == 0:
+        (folder / mark).unlink(missing_ok=True)
+    if problems:
+        raise ValueError(f"checkpoints cannot go to {folder}: {'; '.join(problems)}")
+
+
+def _attempt(do: Callable[[], None]) -> str:
+    """Do something with files; return what went wrong, "" = nothing."""
+    try:
+        do()
+    except OSError as error:
+        return _text(error)
+    return ""
+
+
+def _text(error: BaseException) -> str:
+    """An error in one line, not too long."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 600 else text[:600] + " ..."
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
         try:
-            hf.save(stored, rows, cfg.dims, dtypes, unfinished, shard_bytes, progress)
-            hf.copy_side_files(model_files, unfinished)
-            if dtype:
-                _set_dtype(unfinished / "config.json", dtype)
-            unfinished.chmod(0o755)
-            if out.exists():
-                shutil.rmtree(out)
-            os.rename(unfinished, out)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    return out
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
-def _set_dtype(config_file: Path, dtype: str) -> None:
-    """Record the dtype of an export that changes it."""
-    config = hf.read_json(config_file)
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-    config_file.write_text(json.dumps(config, indent=2) + "\n")
-
-
-class _StoredParams(Mapping[str, np.ndarray]):
-    """The parameters of a stored step, read one at a time and only the last one kept."""
-
-    def __init__(self, checkpointer: ocp.training.Checkpointer, step: int):
-        self._checkpointer, self._step = checkpointer, step
-        tree = checkpointer.checkpointables_metadata(step).metadata["params"]
-        on_cpu = SingleDeviceSharding(jax.devices("cpu")[0])
-        self._abstract = {
-            path: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=on_cpu)
-            for path, array in tree.items()
-        }
-        self._last: tuple[str, np.ndarray] | None = None
-
-    def __getitem__(self, path: str) -> np.ndarray:
-        if self._last is None or self._last[0] != path:
-            self._last = None
-            loaded = self._checkpointer.load_checkpointables(
-                self._step, {"params": {path: self._abstract[path]}}
-            )
-            self._last = (path, np.asarray(loaded["params"][path]))
-        return self._last[1]
-
-    def __iter__(self):
-        return iter(self._abstract)
-
-    def __len__(self) -> int:
-        return len(self._abstract)
+def _silent(_: str) -> None:
+    """What all processes but the first have to say."""

@@ -5,12 +5,32 @@ invents a default. `validate.py` checks the values; a test fails on a key that n
 """
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 # A ConfigDict. Its keys are checked where it is used, at run time: type checkers cannot see them.
 Config = Any
+
+# What may change between a checkpoint and the run that resumes it, and why: key or prefix. All else
+# would train something that neither config describes.
+FREE = {
+    "mesh": "sums are only taken in another order",
+    "batch.micro_rows": "as above",
+    "model.attention": "as above",
+    "model.remat": "the same numbers, computed again or kept",
+    "model.offload": "as above",
+    "data.cache_dir": "the place of a copy",
+    "data.num_workers": "how fast the same data are made",
+    "eval": "when and what is measured, never trained on",
+    "log": "what is shown",
+    "checkpoint": "when the state is stored, and how it is checked",
+    "train.export": "what is done with the result",
+    "train.on_nonfinite": "when a run that goes wrong stops",
+    "train.max_nonfinite": "as above",
+    "train.stall_timeout_s": "when a run that hangs ends",
+}
 
 
 def source(path: str | os.PathLike, **changes) -> Config:
@@ -152,6 +172,13 @@ def default() -> Config:
     checkpoint.keep = 2  # newest steps kept
     checkpoint.keep_best = 0  # best steps by `metric` kept beside them
     checkpoint.metric = "eval/loss"  # lower is better; any eval metric, e.g. eval/NAME/loss
+    # How files are checked before a checkpoint is used: "sizes" (of all, and the sha256 of those
+    # below 1 MiB) or "hashes" (the sha256 of all: reads everything twice). Both also compare a
+    # checksum of every array that was read.
+    checkpoint.verify = "sizes"
+    # Keys, or prefixes of keys, in which this run may differ from the one whose checkpoint it
+    # resumes, beside those of FREE: e.g. ("optimizer.learning_rate",).
+    checkpoint.allow_changes = ()
 
     log: Config = ConfigDict()
     cfg.log = log
@@ -170,16 +197,69 @@ def to_dict(cfg: Config) -> dict:
     as_dict = cfg.to_dict()
     as_dict["log"]["trackers"] = list(as_dict["log"]["trackers"])
     as_dict["model"]["offload"] = list(as_dict["model"]["offload"])
+    as_dict["checkpoint"]["allow_changes"] = list(as_dict["checkpoint"]["allow_changes"])
     return as_dict
 
 
-def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """List `key: old -> new` for every leaf in which two results of `to_dict` differ."""
-    lines = []
+def differences(old: dict, new: dict, prefix: str = "") -> dict[str, str]:
+    """Return {key: "key: old -> new"} of every leaf in which two results of `to_dict` differ."""
+    lines = {}
     for key in sorted(old.keys() | new.keys()):
         name, before, after = prefix + key, old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            lines += differences(before, after, name + ".")
+            lines |= differences(before, after, name + ".")
         elif before != after:
-            lines.append(f"{name}: {before!r} -> {after!r}")
+            lines[name] = f"{name}: {before!r} -> {after!r}"
     return lines
+
+
+def drift(stored: dict, new: dict) -> dict[str, str]:
+    """Return the differences between a checkpoint's config and today's that change the training.
+
+    Keys of FREE are left out, and keys that the program did not have, or no longer has, unless the
+    new value is not the default.
+    """
+    known = to_dict(default())
+    old = _with_defaults(stored, known)
+    for sources in ("train", "eval"):
+        for name, fields in old["data"][sources].items():
+            old["data"][sources][name] = source("").to_dict() | fields
+    return {
+        key: line
+        for key, line in differences(old, new).items()
+        if not covered(key, FREE) and (_value(known, key) is not None or _is_open(key))
+    }
+
+
+def covered(key: str, keys: Iterable[str]) -> bool:
+    """Whether a dotted key is among others or below one of them."""
+    return any(key == other or key.startswith(other + ".") for other in keys)
+
+
+def unknown(keys: Iterable[str], cfg: Config) -> list[str]:
+    """Return those that are neither a key, nor the start of one, nor that of a data source."""
+    as_dict = to_dict(cfg)
+    return [key for key in keys if _value(as_dict, key) is None and not _is_open(key)]
+
+
+def _is_open(key: str) -> bool:
+    """Whether a key is below one that users fill."""
+    return covered(key, ("data.train", "data.eval", "data.template_args"))
+
+
+def _with_defaults(stored: dict, defaults: dict) -> dict:
+    """The stored config, with the default of every key that it lacks."""
+    found = dict(stored)
+    for key, value in defaults.items():
+        if isinstance(value, dict):
+            found[key] = _with_defaults(dict(found.get(key, {})), value)
+        else:
+            found.setdefault(key, value)
+    return found
+
+
+def _value(as_dict: Any, key: str) -> Any:
+    """The value of a dotted key; None if there is none."""
+    for part in key.split("."):
+        as_dict = as_dict.get(part) if isinstance(as_dict, dict) else None
+    return as_dict

@@ -32,7 +32,9 @@ from jax_sft import (
     evaluate,
     exit_codes,
     hf,
+    hf_export,
     metrics,
+    model_files,
     parallel,
     preflight,
     state,
@@ -89,6 +91,7 @@ def _train(
     preflight.clocks(say)
     resolved = validate(cfg, jax.device_count())
     preflight.shared_folder(workdir)
+    checkpoint.check_folder(workdir / "checkpoints")
     mesh = parallel.make_mesh(resolved.mesh_shape)
     family, model_cfg = resolved.family, resolved.model_cfg
     rows, dims = family.weights(model_cfg), model_cfg.dims
@@ -150,22 +153,25 @@ def _train(
     # ---- state: a checkpoint of this run, or the pretrained weights ----------------------------
     watch.at("loading the weights")
     if first_process:
-        stored = {name: tensor.dtype for name, tensor in tensors.items()}
-        checkpoint.keep_model_files(workdir / "checkpoints", folder, stored)
         (workdir / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", cfg.checkpoint)
-    start = checkpoints.latest_step or 0
+    checkpoints = checkpoint.Checkpoints(
+        workdir / "checkpoints",
+        cfg.checkpoint,
+        model=model_files.Model(folder, {name: tensor.dtype for name, tensor in tensors.items()}),
+        data=prepare.fingerprint(train_examples),
+        say=say,
+    )
+    found = checkpoints.start(as_dict, num_steps)
     compiled = program(cfg, resolved, mesh, num_steps, num_sources=len(source_names))
-    if start:
-        for line in config.differences(checkpoints.metadata().get("config", {}), as_dict):
-            say(f"WARNING the config differs from the checkpoint's: {line}")
-        say(f"resume  {workdir} from step {start} of {num_steps}")
-        current = checkpoints.restore(compiled.state)
+    if found:
+        current, found = checkpoints.restore(found, compiled.state)
+        say(f"resume  {workdir} from step {found.step} of {num_steps}")
     else:
         shardings = state.param_shardings(rows, mesh)
         param_dtype = jnp.dtype(cfg.model.param_dtype)
         params = hf.load(tensors, rows, dims, shardings, param_dtype, first_process)
         current = state.create(compiled.tx, params, rows, mesh)
+    start = found.step if found else 0
     if start >= num_steps:
         say(f"done    step {start} of {num_steps} is already there: raise train.epochs to go on")
     if first_process:
@@ -184,6 +190,7 @@ def _train(
         most=cfg.train.max_nonfinite,
         dump=dump,
         say=say,
+        skipped=found.extra.get("skipped_steps", 0) if found else 0,
     )
     meter = metrics.Meter(
         every_steps=cfg.log.every_steps,
@@ -200,6 +207,7 @@ def _train(
     answerer = LoadedModel(compiled.model_def, current.params, mesh) if cfg.eval.samples else None
     last: dict[str, float] = {}
     done = saved = start
+    stopped = owes_evaluation = False
 
     def log(found: dict[str, float]) -> None:
         for tracker in logs:
@@ -232,7 +240,9 @@ def _train(
             log_steps()
         meter.check()  # a run that has gone wrong stops before it is saved
         watch.at(f"saving step {done}")
-        checkpoints.save(current, as_dict, evaluated)
+        extra = {"skipped_steps": health.skipped, "owes_evaluation": owes_evaluation}
+        is_last = done == num_steps
+        checkpoints.save(current, as_dict, evaluated, extra, wait=is_last or stopped)
         saved = done
 
     # ---- the loop ------------------------------------------------------------------------------
@@ -240,11 +250,11 @@ def _train(
         for opened in (*logs, checkpoints):  # closed whatever happens; the save first
             stack.callback(opened.close)
         stack.enter_context(jax.set_mesh(mesh))
-        if eval_sets and cfg.eval.at_start and start == 0:
-            run_evaluation(0, current.params)
+        owed = found.extra.get("owes_evaluation") if found else cfg.eval.at_start
+        if eval_sets and owed:
+            run_evaluation(start, current.params)
         began = time.perf_counter()
         meter.start_clock()
-        stopped = False
         for packed in watch.batches(loader.batches(start, num_steps), start + 1):
             stopped = preemption.reached()
             if stopped:
@@ -269,7 +279,7 @@ def _train(
                     evaluated = run_evaluation(done, current.params)
                 except Preempted as told:
                     say(f"step {done}: {told}")
-                    stopped = True
+                    stopped = owes_evaluation = True
             if stopped:
                 break
             if is_last or is_due(done, cfg.checkpoint.every_steps):
@@ -280,13 +290,18 @@ def _train(
             save(None)
         watch.at("waiting for the last save")
     if stopped:
-        raise Preempted(f"told to stop: step {done} of {num_steps} is saved in {workdir}")
+        is_saved = f"is saved in {workdir}" if checkpoints.saved_step == done else "is NOT saved"
+        raise Preempted(f"told to stop: step {done} of {num_steps} {is_saved}")
 
     # ---- the end -------------------------------------------------------------------------------
+    if start < num_steps:
+        checkpoints.require(num_steps)
+    if cfg.train.export and preemption.told:
+        raise Preempted(f"told to stop: step {done} is saved, and not exported yet")
     preemption.saves_from_here(False)
     if cfg.train.export and first_process:
         watch.at("exporting")
-        exported = checkpoint.export(workdir / "checkpoints", workdir / "export", overwrite=True)
+        exported = hf_export.export(workdir / "checkpoints", workdir / "export", overwrite=True)
         say(f"export  {exported}")
     say(f"saved   {workdir / 'checkpoints'}")
     watch.at("waiting for the other processes to finish")

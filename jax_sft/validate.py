@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jax_sft import compute, health, hf, models, optim, parallel, trackers
+from jax_sft import compute, config, health, hf, models, optim, parallel, trackers
 from jax_sft.data import check
 from jax_sft.ops.attention import BACKENDS, resolve
 
@@ -125,6 +125,7 @@ def _value_problems(cfg) -> list[str]:
         "model.attention": BACKENDS,
         "train.on_nonfinite": health.ON_NONFINITE,
         "optimizer.name": optim.NAMES,
+        "checkpoint.verify": ("sizes", "hashes"),
         "optimizer.schedule": optim.SCHEDULES,
         "optimizer.moments_dtype": optim.MOMENTS_DTYPES,
     }
@@ -190,6 +191,10 @@ def _value_problems(cfg) -> list[str]:
         known += [f"eval/{name}/{n}" for name in cfg.data.eval for n in ("loss", "perplexity")]
         if cfg.checkpoint.metric not in known:
             problems.append(f"checkpoint.metric = {cfg.checkpoint.metric!r}: use one of {known}")
+    problems += [
+        f"checkpoint.allow_changes: {key!r} is no config key, nor the start of one"
+        for key in config.unknown(cfg.checkpoint.allow_changes, cfg)
+    ]
     return problems + trackers.problems(cfg.log.trackers)
 
 

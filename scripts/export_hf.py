@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # JAX reads its platform, and Python finds the package, by the two lines above: hence E402.
 from jax_sft import hf  # noqa: E402
-from jax_sft.checkpoint import export  # noqa: E402
+from jax_sft.hf_export import export  # noqa: E402
 
 
 def parse_bytes(text: str) -> int:

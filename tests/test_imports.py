@@ -17,28 +17,28 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 # A file imports only from levels below its own.
 LEVELS = [
     "config exit_codes tree parallel trackers models models.spec models.rope data.json_rows "
-    "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables",
+    "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables "
+    "manifest fingerprint "
     "launching.coordinates launching.gpus launching.environment launching.output launching.tied "
-    "launching.restarts launching.stop_requests",
-    "launching.processes launching.leash",
-    "launching.child launching.fleet",
-    "launching.supervisor launching.ssh launching.ray_cluster",
-    "launch",
-    "command cluster data.messages compute ops.segments ops.reference ops.blockwise "
+    "launching.stop_requests",
+    "launching.processes launching.leash launching.restarts "
+    "command cluster steps storage data.messages compute ops.segments ops.reference ops.blockwise "
     "planning.targets planning.hlo_kernels planning.hlo_loops",
-    "watchdog preemption preflight data.tables data.formats data.examples data.template "
+    "launching.child launching.fleet "
+    "agree watchdog preemption preflight data.tables data.formats data.examples data.template "
     "data.packing data.mixture data.show ops.cudnn ops.tokamax planning.hlo_collectives",
+    "launching.supervisor launching.ssh launching.ray_cluster "
     "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf "
     "planning.flops planning.page",
-    "models.layers data.chat data.check state planning.roofline",
-    "data.worker data.loader checkpoint planning.candidates",
-    f"{FAMILY} data.store health inference tiny",
+    "models.layers data.chat data.check state model_files planning.roofline",
+    "data.worker data.loader resume hf_export planning.candidates",
+    f"{FAMILY} checkpoint data.store health inference tiny",
     "data.cache step validate",
     "data.prepare evaluate program",
     "data.outcomes planning.compiling",
     "planning.analysis",
     "planning.search",
-    "train inspect plan",
+    "launch train inspect plan",
 ]
 LEVEL = {f"jax_sft.{name}": level for level, row in enumerate(LEVELS) for name in row.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -373,11 +373,13 @@ def test_a_checkpoint_gives_bfloat16_moments_back_bitwise_or_widened(tmp_path, r
     to = state.shardings(tx, saved.params, ROWS, mesh)
     keep = config.default().checkpoint
     with contextlib.closing(checkpoint.Checkpoints(tmp_path, keep)) as checkpoints:
-        checkpoints.save(jax.device_put(saved, to), {}, None)
+        checkpoints.save(jax.device_put(saved, to), {})
     resumed = optim.make(options(moments_dtype=resumed_dtype), STEPS, ROWS)
     wanted = state.abstract(resumed, ROWS, EVEN, jnp.dtype("float32"), mesh)
-    with contextlib.closing(checkpoint.Checkpoints(tmp_path, keep)) as checkpoints:
-        found = checkpoints.restore(wanted)
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep)
+    stored = checkpoints.start(config.to_dict(config.default()), STEPS)
+    assert stored
+    found, _ = checkpoints.restore(stored, wanted)
     for array, like, old in zip(*map(jax.tree.leaves, (found, wanted, saved)), strict=True):
         assert (array.dtype, array.sharding) == (like.dtype, like.sharding)
         np.testing.assert_array_equal(np.float32(array), np.float32(old))

@@ -174,8 +174,8 @@ def test_a_run_resumes_on_another_mesh_to_rounding(make_config, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         real_save = jax_sft.train.checkpoint.Checkpoints.save
 
-        def save_and_stop(checkpoints, *args):
-            real_save(checkpoints, *args)
+        def save_and_stop(checkpoints, *args, **options):
+            real_save(checkpoints, *args, **options)
             checkpoints.close()
             raise KeyboardInterrupt
 

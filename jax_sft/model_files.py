@@ -1,0 +1,75 @@
+"""What a checkpoint folder keeps of the model that is trained, so that export needs no more.
+
+`model_files` beside the steps: config, tokenizer, chat template and the dtype of each tensor, with
+a manifest.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from jax_sft import hf, manifest
+
+NAME = "model_files"
+DTYPES_FILE = "tensor_dtypes.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Where the files come from.
+
+    Attributes:
+        folder: the model folder.
+        dtypes: {HF name: safetensors dtype} of its tensors.
+    """
+
+    folder: Path
+    dtypes: Mapping[str, str]
+
+
+def keep(folder: Path, model: Model) -> None:
+    """Copy the files of the model into a checkpoint folder, unless they are there.
+
+    Raises:
+        OSError: the file system refused something.
+    """
+    out = folder / NAME
+    if out.exists():
+        return
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{NAME}", dir=folder))
+    hf.copy_side_files(model.folder, unfinished)
+    (unfinished / DTYPES_FILE).write_text(json.dumps(dict(model.dtypes), indent=1))
+    manifest.write(unfinished)
+    unfinished.chmod(0o755)
+    os.rename(unfinished, out)
+    manifest.sync(folder)
+
+
+def verify(folder: Path) -> manifest.Check:
+    """Check the kept files of a checkpoint folder.
+
+    Raises:
+        ValueError: they are missing, or one was changed; each is named.
+    """
+    kept = folder / NAME
+    if kept.is_symlink() or not kept.is_dir():
+        raise ValueError(f"{folder} is not a checkpoint folder: it has no {NAME}")
+    found = manifest.check(kept, hashes=True)
+    if found.problems:
+        raise ValueError(
+            f"{kept} is not as it was written: {'; '.join(manifest.shown(found.problems))}. "
+            "Restore it from a backup, or remove it: training writes it anew from model.path"
+        )
+    return found
+
+
+def changed(folder: Path, model: Model) -> list[str]:
+    """Return the files of the model of today that are not those that were kept."""
+    found = verify(folder).manifest
+    assert found
+    used = [name for name in hf.SIDE_FILES if name != "generation_config.json"]
+    today = manifest.sha256_of(model.folder, [n for n in used if (model.folder / n).is_file()])
+    return [name for name in used if found.files.get(name, (0, None))[1] != today.get(name)]

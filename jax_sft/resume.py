@@ -1,0 +1,257 @@
+"""Going on from a stored step: the newest one whose files and arrays are as they were written.
+
+A step that is not is named, moved aside and never loaded, and the one before it is used.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_sft import agree, cluster, config, fingerprint, manifest, model_files, steps, storage
+from jax_sft.state import TrainState
+
+FORMAT_VERSION = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A stored step.
+
+    Attributes:
+        metadata: what was stored beside the arrays: `config`, `metrics`, `extra`, ...
+        arrays: {"params/PATH" or "optimizer/PATH": {"shape", "dtype", "sum"}}.
+    """
+
+    step: int
+    metadata: dict[str, Any]
+    arrays: dict[str, dict[str, Any]]
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What the training gave to `save`."""
+        return self.metadata.get("extra") or {}
+
+
+class Resume:
+    """Looks for the step to go on from. Every process has one and calls the same methods.
+
+    Args: as of checkpoint.Checkpoints.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options,
+        model: model_files.Model | None,
+        data: str,
+        say: Callable[[str], None],
+    ):
+        self._folder, self._options, self._model = folder, options, model
+        self._data, self._say = data, say
+        self._untried: list[int] = []
+        self._bad: list[str] = []
+
+    def start(self, today: dict[str, Any], num_steps: int) -> Found | None:
+        """Clean up, and find the newest good step. Reads no arrays.
+
+        Args:
+            today: the resolved config.
+            num_steps: of the run; a step from there on is only shown, whatever was changed.
+
+        Raises:
+            ValueError: the folder cannot be used, no step in it is good, or the config or the data
+                have changed in a way that is not allowed.
+        """
+        listing = agree.from_first("checkpoint folder", self._prepare_folder)
+        for line in listing["said"]:
+            self._say(line)
+        self._untried, self._bad = listing["steps"], listing["aside"]
+        found = self._next_good()
+        if found and found.step < num_steps:
+            self._check_drift(found, today)
+        return found
+
+    def restore(self, found: Found, abstract: TrainState) -> tuple[TrainState, Found]:
+        """Return the state of the step that was found; of an older one if its arrays are damaged.
+
+        Args:
+            abstract: dtypes, shapes and shardings to restore to. Stored arrays of other dtypes are
+                converted after they were checked.
+
+        Raises:
+            ValueError: the step is of another model or optimizer, or no step is good.
+        """
+        while True:
+            state, problems = self._load(found, abstract)
+            if state:
+                return state, found
+            self._set_aside(found.step, problems)
+            older = self._next_good()
+            assert older  # or _next_good has raised
+            # What the config may change was decided at the start, for a step of the same run.
+            found = older
+
+    def _prepare_folder(self) -> dict[str, Any]:
+        """What the first process does and finds at the start."""
+        steps.probe(self._folder)
+        said = [
+            f"clean   {name}: left by a run that was killed, removed"
+            for name in steps.remove_leftovers(self._folder)
+        ]
+        present, aside = steps.present(self._folder), steps.set_aside(self._folder)
+        if (self._folder / model_files.NAME).exists():
+            model_files.verify(self._folder)
+        elif self._model:
+            if present:
+                said.append(f"WARNING {self._folder} lacks {model_files.NAME}: written anew")
+            model_files.keep(self._folder, self._model)
+        return {"said": said, "steps": present, "aside": aside}
+
+    def _next_good(self) -> Found | None:
+        """The newest step that is not known to be bad; those that are found to be go aside."""
+        while self._untried:
+            step = self._untried[0]
+            path = self._folder / str(step)
+            hashes = self._options.verify == "hashes"
+            part = (cluster.process_id(), cluster.num_processes())
+            bar = f"checking step {step}" if hashes and part[0] == 0 else ""
+            check = manifest.check(path, hashes, part, bar)
+            problems = [*check.problems]
+            stored = steps.metadata(path)
+            if not problems and stored.get("step") != step:
+                problems = [f"its metadata are not those of step {step}"]
+            problems = agree.gather("checkpoint files", problems)
+            if not problems:
+                assert check.manifest
+                self._check_version(stored)
+                for line in check.warnings:
+                    self._say(f"WARNING checkpoint step {step}: {line}; it is ignored")
+                return Found(step, stored, check.manifest.arrays)
+            self._set_aside(step, problems)
+        if self._bad:
+            raise ValueError(
+                f"{self._folder} has no good step left, only damaged ones ({', '.join(self._bad)}):"
+                " restore one from a backup under its plain number, or remove the damaged ones to "
+                "start from the beginning, or choose another workdir"
+            )
+        return None
+
+    def _check_version(self, stored: dict[str, Any]) -> None:
+        version = stored.get("format_version", 0)
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"{self._folder} has checkpoints of format {version}, this program knows "
+                f"{FORMAT_VERSION}: update jax_sft"
+            )
+
+    def _set_aside(self, step: int, problems: Sequence[str]) -> None:
+        """Rename a bad step and say what is wrong with it."""
+        self._untried.remove(step)
+        aside = agree.from_first(
+            "checkpoint aside", lambda: steps.move_aside(self._folder, step).name
+        )
+        self._bad.append(aside)
+        self._say(f"WARNING checkpoint step {step} is damaged and NOT used; kept as {aside}:")
+        for line in manifest.shown(problems):
+            self._say(f"WARNING   {line}")
+        if self._untried:
+            self._say(f"WARNING trying the step before it, {self._untried[0]}")
+
+    def _check_drift(self, found: Found, today: dict[str, Any]) -> None:
+        """Refuse to go on with another training than the checkpoint's."""
+        changes = config.drift(found.metadata.get("config") or {}, today)
+        if self._model and (files := model_files.changed(self._folder, self._model)):
+            changes.setdefault("model.path", f"model.path: its files {files} were changed")
+        of_data = [key for key in changes if config.covered(key, ("data", "model"))]
+        if self._data != found.metadata.get("data", self._data) and not of_data:
+            changes["data"] = "data: the files are not those of the checkpoint, though their names"
+            changes["data"] += " and the config are the same"
+        allowed = [key for key in changes if config.covered(key, self._options.allow_changes)]
+        for key in allowed:
+            self._say(f"WARNING changed since the checkpoint, as allowed: {changes.pop(key)}")
+        if changes:
+            lines = "\n".join(f"  {line}" for line in changes.values())
+            keys = "".join(f"'{key}'," for key in changes)
+            raise ValueError(
+                f"{self._folder} holds step {found.step} of a run that differs in\n{lines}\n"
+                "Go on with the config of that run (config.json beside the checkpoints), choose "
+                f'another workdir, or add --config.checkpoint.allow_changes="({keys})"'
+            )
+
+    def _load(self, found: Found, abstract: TrainState) -> tuple[TrainState | None, list[str]]:
+        """Return (the state, []) or (None, what is wrong with the step)."""
+        wanted = named(abstract)
+        _check_shapes(found, wanted)
+        stored = {
+            name: jax.ShapeDtypeStruct(
+                array.shape, np.dtype(found.arrays[name]["dtype"]), sharding=array.sharding
+            )
+            for name, array in wanted.items()
+        }
+        arrays, problems = {}, []
+        try:
+            arrays = _flat(storage.load(self._folder / str(found.step), nested(stored)))
+        except storage.ERRORS as error:
+            problems = [f"it cannot be read: {type(error).__name__}: {error}"]
+        if problems := agree.gather("checkpoint arrays", problems):
+            return None, problems
+        sums = fingerprint.read(arrays, fingerprint.start(arrays))
+        problems = [fingerprint.problem(n, sums[n], found.arrays[n]["sum"]) for n in arrays]
+        if problems := [problem for problem in problems if problem]:
+            return None, problems
+        for name, array in wanted.items():
+            if arrays[name].dtype != array.dtype:
+                arrays[name] = arrays[name].astype(array.dtype)
+        leaves = [arrays[name] for name in wanted]
+        params = dict(zip(abstract.params, leaves, strict=False))
+        opt_state = jax.tree.unflatten(
+            jax.tree.structure(abstract.opt_state), leaves[len(params) :]
+        )
+        step = jax.device_put(np.int32(found.step), abstract.step.sharding)
+        return TrainState(step=step, params=params, opt_state=opt_state), []
+
+
+def named(state: TrainState) -> dict[str, Any]:
+    """Return {"params/PATH" or "optimizer/PATH": leaf} of a state, without its step."""
+    found = {f"params/{path}": leaf for path, leaf in state.params.items()}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state.opt_state)
+    for path, leaf in leaves:
+        found[f"optimizer/{jax.tree_util.keystr(path, simple=True, separator='.')}"] = leaf
+    return found
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return {"params": {path: leaf}, "optimizer": {path: leaf}} of what `named` returns."""
+    found: dict[str, dict[str, Any]] = {"params": {}, "optimizer": {}}
+    for name, leaf in leaves.items():
+        kind, _, path = name.partition("/")
+        found[kind][path] = leaf
+    return found
+
+
+def _flat(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{kind}/{path}": leaf for kind, part in tree.items() for path, leaf in part.items()}
+
+
+def _check_shapes(found: Found, wanted: Mapping[str, Any]) -> None:
+    """Refuse a step of another model or optimizer.
+
+    Raises:
+        ValueError: it is.
+    """
+    problems = [f"{name} is not in it" for name in wanted.keys() - found.arrays.keys()]
+    problems += [f"{name} is only in it" for name in found.arrays.keys() - wanted.keys()]
+    problems += [
+        f"{name} has shape {tuple(found.arrays[name]['shape'])}, not {array.shape}"
+        for name, array in wanted.items()
+        if name in found.arrays and tuple(found.arrays[name]["shape"]) != array.shape
+    ]
+    if problems:
+        raise ValueError(
+            f"checkpoint step {found.step} is of another model or optimizer than the config's: "
+            + "; ".join(manifest.shown(sorted(problems)))
+        )

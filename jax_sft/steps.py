@@ -1,0 +1,118 @@
+"""The folders of a checkpoint folder: which steps there are, and how one comes, goes or is kept.
+
+A step counts when its folder is a plain number: it gets that name when it is complete. Only the
+first process changes anything here.
+"""
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jax_sft import manifest
+
+INCOMPLETE = ".incomplete"
+CORRUPT = ".corrupt"
+DELETED = ".deleted"
+_STEP = re.compile(r"0|[1-9]\d*")
+_LEFTOVER = re.compile(
+    r"\d+(\.incomplete.*|\.deleted.*|.*\.orbax-checkpoint-tmp.*)|\.model_files.*|.*\.probe"
+)
+_METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's, with what we add to it
+
+
+def present(folder: Path) -> list[int]:
+    """Return the steps that were completed, the newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((int(p.name) for p in folder.iterdir() if _STEP.fullmatch(p.name)), reverse=True)
+
+
+def set_aside(folder: Path) -> list[str]:
+    """Return the names of steps that an earlier start found to be damaged."""
+    return sorted(p.name for p in folder.iterdir() if CORRUPT in p.name)
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Remove what killed saves and removals left; return the names."""
+    names = sorted(p.name for p in folder.iterdir() if _LEFTOVER.fullmatch(p.name))
+    for name in names:
+        remove(folder / name)
+    return names
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; a link itself, never what it points to."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def probe(folder: Path) -> None:
+    """Make the folder if it is missing, and write, sync and remove a small file in it.
+
+    Raises:
+        OSError: something of this is not possible.
+    """
+    mark(folder).unlink()
+
+
+def mark(folder: Path) -> Path:
+    """Make the folder if it is missing, and leave a small file in it; return the file.
+
+    Raises:
+        OSError: as of `probe`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f".{uuid.uuid4().hex}.probe"
+    try:
+        file.write_bytes(bytes(4096))
+        manifest.sync(file)
+    except OSError:
+        file.unlink(missing_ok=True)
+        raise
+    return file
+
+
+def publish(incomplete: Path, step: int) -> Path:
+    """Give a complete step its name, durably, in the place of an older one of the same step."""
+    folder, final = incomplete.parent, incomplete.parent / str(step)
+    if final.exists() or final.is_symlink():
+        os.rename(final, folder / f"{step}{DELETED}-{uuid.uuid4().hex[:8]}")
+    os.rename(incomplete, final)
+    manifest.sync(folder)
+    return final
+
+
+def move_aside(folder: Path, step: int) -> Path:
+    """Rename a damaged step, so that it is never loaded; return the new path."""
+    aside = folder / f"{step}{CORRUPT}"
+    number = 1
+    while aside.exists() or aside.is_symlink():
+        number += 1
+        aside = folder / f"{step}{CORRUPT}-{number}"
+    os.rename(folder / str(step), aside)
+    manifest.sync(folder)
+    return aside
+
+
+def remove_all(folder: Path, unwanted: Iterable[int]) -> None:
+    """Remove steps, and what an earlier removal left: renamed first, so that none is half there."""
+    for step in unwanted:
+        os.rename(folder / str(step), folder / f"{step}{DELETED}-{uuid.uuid4().hex[:8]}")
+    for path in folder.glob(f"*{DELETED}*"):
+        remove(path)
+
+
+def metadata(step_folder: Path) -> dict[str, Any]:
+    """Return what we stored with a step; {} if it cannot be read."""
+    try:
+        found = json.loads((step_folder / _METADATA_FILE).read_text())["custom_metadata"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
