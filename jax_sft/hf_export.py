@@ -103,7 +103,7 @@ class _StoredParams(Mapping[str, np.ndarray]):
 
     def __init__(self, folder: Path):
         self._folder = folder
-        check = manifest.check(folder)
+        check = steps.check(folder.parent, int(folder.name))
         if check.problems:
             self._refuse(check.problems)
         assert check.manifest

@@ -243,7 +243,7 @@ def sha256_of(folder: Path, paths: Iterable[str], progress: str = "") -> dict[st
         OSError: one cannot be read.
     """
     paths = list(paths)
-    bar = tqdm(total=len(paths), desc=progress, unit="file", disable=not progress)
+    bar = tqdm(total=len(paths), desc=progress, unit="file", delay=1, disable=not progress)
     found = {}
     with bar, concurrent.futures.ThreadPoolExecutor(_HASHING_THREADS) as pool:
         for path, sha256 in zip(paths, pool.map(_sha256, (folder / p for p in paths)), strict=True):

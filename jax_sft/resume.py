@@ -115,18 +115,14 @@ class Resume:
         """The newest step that is not known to be bad; those that are found to be go aside."""
         while self._untried:
             step = self._untried[0]
-            path = self._folder / str(step)
             hashes = self._options.verify == "hashes"
             part = (cluster.process_id(), cluster.num_processes())
             bar = f"checking step {step}" if hashes and part[0] == 0 else ""
-            check = manifest.check(path, hashes, part, bar)
-            problems = [*check.problems]
-            stored = steps.metadata(path)
-            if not problems and stored.get("step") != step:
-                problems = [f"its metadata are not those of step {step}"]
-            problems = agree.gather("checkpoint files", problems)
+            check = steps.check(self._folder, step, hashes, part, bar)
+            problems = agree.gather("checkpoint files", check.problems)
             if not problems:
                 assert check.manifest
+                stored = steps.metadata(self._folder / str(step))
                 self._check_version(stored)
                 for line in check.warnings:
                     self._say(f"WARNING checkpoint step {step}: {line}; it is ignored")

@@ -4,6 +4,7 @@ A step counts when its folder is a plain number: it gets that name when it is co
 first process changes anything here.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -20,7 +21,7 @@ CORRUPT = ".corrupt"
 DELETED = ".deleted"
 _STEP = re.compile(r"0|[1-9]\d*")
 _LEFTOVER = re.compile(
-    r"\d+(\.incomplete.*|\.deleted.*|.*\.orbax-checkpoint-tmp.*)|\.model_files.*|.*\.probe"
+    r"\d+(\.incomplete.*|\.deleted.*|.*\.orbax-checkpoint-tmp.*)|\.model_files.+|\..+\.probe"
 )
 _METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's, with what we add to it
 
@@ -37,9 +38,14 @@ def set_aside(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if CORRUPT in p.name)
 
 
+def is_leftover(name: str) -> bool:
+    """Whether something was left by a save or a removal that did not end."""
+    return bool(_LEFTOVER.fullmatch(name))
+
+
 def remove_leftovers(folder: Path) -> list[str]:
     """Remove what killed saves and removals left; return the names."""
-    names = sorted(p.name for p in folder.iterdir() if _LEFTOVER.fullmatch(p.name))
+    names = sorted(p.name for p in folder.iterdir() if is_leftover(p.name))
     for name in names:
         remove(folder / name)
     return names
@@ -59,24 +65,13 @@ def probe(folder: Path) -> None:
     Raises:
         OSError: something of this is not possible.
     """
-    mark(folder).unlink()
-
-
-def mark(folder: Path) -> Path:
-    """Make the folder if it is missing, and leave a small file in it; return the file.
-
-    Raises:
-        OSError: as of `probe`.
-    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f".{uuid.uuid4().hex}.probe"
     try:
         file.write_bytes(bytes(4096))
         manifest.sync(file)
-    except OSError:
+    finally:
         file.unlink(missing_ok=True)
-        raise
-    return file
 
 
 def publish(incomplete: Path, step: int) -> Path:
@@ -107,6 +102,21 @@ def remove_all(folder: Path, unwanted: Iterable[int]) -> None:
         os.rename(folder / str(step), folder / f"{step}{DELETED}-{uuid.uuid4().hex[:8]}")
     for path in folder.glob(f"*{DELETED}*"):
         remove(path)
+
+
+def check(
+    folder: Path,
+    step: int,
+    hashes: bool = False,
+    part: tuple[int, int] = (0, 1),
+    progress: str = "",
+) -> manifest.Check:
+    """Check the files of a step; the arguments are those of `manifest.check`."""
+    found = manifest.check(folder / str(step), hashes, part, progress)
+    if not found.problems and (named := metadata(folder / str(step)).get("step")) != step:
+        problem = f"its metadata are of step {named}, not {step}"
+        return dataclasses.replace(found, problems=(problem,))
+    return found
 
 
 def metadata(step_folder: Path) -> dict[str, Any]:

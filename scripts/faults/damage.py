@@ -1,0 +1,255 @@
+"""Damage the files of a checkpoint in every way, and count what is found.
+
+    python scripts/faults/damage.py [--flips=100]
+
+Makes a checkpoint of two steps, then flips one bit at a time in each kind of file of the newer one;
+cuts, empties, removes, fills and adds files. Each time a run is resumed with the default settings
+(it has to go on from the older step), and the step is checked as scripts/verify_checkpoint.py
+--full does (it has to be called damaged). The third column resumes with no file hashed: what is
+found then, Orbax and the checksums of arrays found; the rest changed nothing that is loaded.
+"""
+
+import argparse
+import contextlib
+import os
+import pickle
+import random
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from jax_sft import checkpoint, config, manifest, model_files, parallel, steps, tiny  # noqa: E402
+from jax_sft.state import TrainState  # noqa: E402
+from scripts import verify_checkpoint  # noqa: E402
+
+OLD, NEW = 1, 2
+# Data files get random names, and differ in kind by whether they are hashed by default.
+_NAMES = ((r"/d/[0-9a-f]{32}$", "/d/*"), (r"process_\d+", "process_N"), (r"\.\d+\.json$", ".N.json"))
+
+
+def make_state(step: int, seed: int = 0) -> TrainState:
+    """Return 2 MiB of sharded parameters and two moments, so that data files are not small."""
+    mesh = parallel.make_mesh({"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1})
+    rng = np.random.default_rng([seed, step])
+
+    def array(shape, dtype, *axes):
+        value = rng.standard_normal(shape).astype(dtype)
+        return jax.device_put(value, parallel.sharding(mesh, *axes))
+
+    kernel = ((512, 1024), np.float32, "embed", "features")
+    return TrainState(
+        step=jax.device_put(np.int32(step), parallel.sharding(mesh)),
+        params={"a.kernel": array(*kernel), "b.scale": array((24,), np.float32, "norm")},
+        opt_state={
+            "count": jax.device_put(np.int32(step), parallel.sharding(mesh)),
+            "mu": array(kernel[0], jax.numpy.bfloat16, *kernel[2:]),
+            "nu": array(*kernel),
+        },
+    )
+
+
+def make(folder: Path) -> TrainState:
+    """Save two steps and model files into a folder; return the newer state."""
+    model = folder.parent / "model"
+    model.mkdir()
+    tiny.write_tokenizer(model)
+    (model / "config.json").write_text('{"model_type": "qwen2"}')
+    checkpoints = open_folder(folder, model)
+    as_dict = config.to_dict(config.default())
+    checkpoints.start(as_dict, 10)
+    for step in (OLD, NEW):
+        checkpoints.save(make_state(step), as_dict, wait=True)
+    assert checkpoints.saved_step == NEW and checkpoints.failures == 0
+    return make_state(NEW)
+
+
+def open_folder(folder: Path, model: Path | None = None, say=lambda _: None, **options):
+    """Return the Checkpoints of a folder."""
+    keep = config.default().checkpoint
+    keep.update(options)
+    files = model_files.Model(model, {"w": "F32"}) if model else None
+    return checkpoint.Checkpoints(folder, keep, model=files, say=say)
+
+
+def resumed(folder: Path, abstract: TrainState, **options) -> tuple[int, TrainState | None]:
+    """Return (step, state) that a run would go on from; step -1 where it refuses to start."""
+    checkpoints = open_folder(folder, **options)
+    try:
+        found = checkpoints.start(config.to_dict(config.default()), 10)
+        assert found
+        state, found = checkpoints.restore(found, abstract)
+    except ValueError:
+        return -1, None
+    return found.step, state
+
+
+def abstract_of(state: TrainState) -> TrainState:
+    """Return the shapes, dtypes and shardings of a state."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+
+
+def kinds(folder: Path) -> dict[str, list[Path]]:
+    """Return {kind: files} of all that the newer step has, and of the model files."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted([*(folder / str(NEW)).rglob("*"), *(folder / model_files.NAME).iterdir()]):
+        if file.is_file() and file.stat().st_size:
+            kind = file.relative_to(folder).as_posix()
+            for pattern, name in _NAMES:
+                kind = re.sub(pattern, name, kind)
+            hashed = "" if file.stat().st_size < manifest.SMALL else " (over 1 MiB)"
+            found.setdefault(kind + hashed, []).append(file)
+    return found
+
+
+@contextlib.contextmanager
+def flipped(file: Path, bit: int) -> Iterator[None]:
+    """One bit of a file, the other way round for a while."""
+    flip(file, bit)
+    try:
+        yield
+    finally:
+        for aside in file_folder(file).glob(f"{NEW}{steps.CORRUPT}*"):
+            os.rename(aside, aside.parent / str(NEW))
+        flip(file, bit)
+
+
+def file_folder(file: Path) -> Path:
+    """The checkpoint folder that a file is in."""
+    return next(p.parent for p in file.parents if p.name in (str(NEW), model_files.NAME))
+
+
+def flip(file: Path, bit: int) -> None:
+    """Turn one bit of a file round."""
+    with open(file, "r+b") as stream:
+        stream.seek(bit // 8)
+        byte = stream.read(1)[0]
+        stream.seek(bit // 8)
+        stream.write(bytes([byte ^ (1 << bit % 8)]))
+
+
+def is_refused(folder: Path, file: Path) -> bool:
+    """Whether verify_checkpoint.py --full calls the damaged part damaged."""
+    if file.parent.name == model_files.NAME:
+        try:
+            model_files.verify(folder)
+        except ValueError:
+            return True
+        return False
+    return bool(verify_checkpoint.problems_of(folder, NEW, full=True)[0])
+
+
+def same(a: TrainState, b: TrainState | None) -> bool:
+    """Whether two states are bitwise the same."""
+    return b is not None and all(
+        np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def flip_all(folder: Path, state: TrainState, flips: int, seed: int = 0) -> dict[str, list[int]]:
+    """Return {kind: [flips, found by a resume, found by --full, found unhashed, wrong arrays]}."""
+    rng, table, abstract = random.Random(seed), {}, abstract_of(state)
+    small = manifest.SMALL
+    for kind, files in kinds(folder).items():
+        row = table[kind] = [0] * 5
+        for _ in range(flips):
+            file = rng.choice(files)
+            with flipped(file, rng.randrange(8 * file.stat().st_size)):
+                full = is_refused(folder, file)
+                step, _ = resumed(folder, abstract)
+            with flipped(file, rng.randrange(8 * file.stat().st_size)):
+                manifest.SMALL = 0
+                unhashed, loaded = resumed(folder, abstract)
+                manifest.SMALL = small
+            wrong = unhashed == NEW and not same(state, loaded)
+            for column, value in enumerate((1, step != NEW, full, unhashed != NEW, wrong)):
+                row[column] += value
+    return table
+
+
+def truncate(file: Path) -> None:
+    """Cut the last byte off."""
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def zero(file: Path) -> None:
+    """Replace the content by zeros of the same length."""
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def add_text(file: Path) -> None:
+    """Put a harmless foreign file beside."""
+    (file.parent / "notes.txt").write_text("hello")
+
+
+def add_pickle(file: Path) -> None:
+    """Put a pickle beside, under a harmless name."""
+    (file.parent / "notes.txt").write_bytes(pickle.dumps({"a": 1}))
+
+
+def add_named_pickle(file: Path) -> None:
+    """Put a file beside that has the name of a torch checkpoint."""
+    (file.parent / "model.pt").write_bytes(b"")
+
+
+def add_link(file: Path) -> None:
+    """Put a symbolic link out of the folder beside."""
+    (file.parent / "link").symlink_to("/etc/hostname")
+
+
+def replace_by_link(file: Path) -> None:
+    """Replace a file by a link to a copy of it outside."""
+    outside = file_folder(file).parent / "outside"
+    outside.write_bytes(file.read_bytes())
+    file.unlink()
+    file.symlink_to(outside)
+
+
+def add_fifo(file: Path) -> None:
+    """Put something beside that blocks whoever opens it."""
+    os.mkfifo(file.parent / "pipe")
+
+
+WAYS: tuple[Callable[[Path], None], ...] = (
+    *(truncate, zero, lambda file: file.write_bytes(b""), Path.unlink),
+    *(add_text, add_pickle, add_named_pickle, add_link, replace_by_link, add_fifo),
+)
+WAY_NAMES = (
+    *("last byte cut off", "zeroed", "emptied", "removed"),
+    *("foreign text", "foreign pickle", "foreign model.pt", "foreign link", "made a link"),
+    "foreign pipe",
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--flips", type=int, default=100, help="per kind of file")
+    options = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "checkpoints"
+        state = make(folder)
+        table = flip_all(folder, state, options.flips)
+    print(f"{'file':52} {'flips':>6} {'resume':>7} {'--full':>7} {'unhashed':>9} {'wrong':>6}")
+    for kind, row in table.items():
+        print(f"{kind:52} {row[0]:6} {row[1]:7} {row[2]:7} {row[3]:9} {row[4]:6}")
+    total = [sum(column) for column in zip(*table.values(), strict=True)]
+    print(f"{'all':52} {total[0]:6} {total[1]:7} {total[2]:7} {total[3]:9} {total[4]:6}")
+    print(f"{time.monotonic() - began:.0f} s")
+    return 0 if total[0] == total[1] == total[2] and not total[4] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
