@@ -80,7 +80,10 @@ def server(work: Path) -> Iterator[str]:
         sshd = subprocess.Popen([path, "-D", "-e", "-f", work / "sshd_config"], stderr=log)
         try:
             command = ["ssh", "-F", str(config)]
-            wait_until(lambda: not subprocess.run([*command, "h1", "true"]).returncode, "sshd")
+            probe = {"stderr": subprocess.DEVNULL}
+            wait_until(
+                lambda: not subprocess.run([*command, "h1", "true"], **probe).returncode, "sshd"
+            )
             yield shlex.join(command)
         finally:
             sshd.terminate()
@@ -166,8 +169,6 @@ def main() -> None:
         for pid in frozen:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        noticed = [line for line in job.text().splitlines() if "Timeout, server" in line]
-        claims.check(bool(noticed), f"ssh says: {noticed}")
         claims.check(took < NOTICED_S, f"a frozen host: noticed after {took:.0f} s")
         claims.check((code := job.end()) == 0, f"a frozen host: ends with {code}")
         claims.same(losses(job.run), two, f"frozen at step {at}")
