@@ -34,7 +34,11 @@ from scripts import verify_checkpoint  # noqa: E402
 
 OLD, NEW = 1, 2
 # Data files get random names, and differ in kind by whether they are hashed by default.
-_NAMES = ((r"/d/[0-9a-f]{32}$", "/d/*"), (r"process_\d+", "process_N"), (r"\.\d+\.json$", ".N.json"))
+_NAMES = (
+    (r"/d/[0-9a-f]{32}$", "/d/*"),
+    (r"process_\d+", "process_N"),
+    (r"\.\d+\.json$", ".N.json"),
+)
 
 
 def make_state(step: int, seed: int = 0) -> TrainState:
@@ -95,7 +99,9 @@ def resumed(folder: Path, abstract: TrainState, **options) -> tuple[int, TrainSt
 
 def abstract_of(state: TrainState) -> TrainState:
     """Return the shapes, dtypes and shardings of a state."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
+    )
 
 
 def kinds(folder: Path) -> dict[str, list[Path]]:
