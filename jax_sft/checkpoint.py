@@ -6,9 +6,7 @@ wrong on one process fails the save on all of them, with a message; the steps be
 """
 
 import dataclasses
-import importlib.metadata
 import math
-import platform
 import shutil
 import threading
 import time
@@ -18,7 +16,17 @@ from typing import Any
 
 import jax
 
-from jax_sft import agree, cluster, exit_codes, fingerprint, manifest, model_files, steps, storage
+from jax_sft import (
+    agree,
+    cluster,
+    exit_codes,
+    fingerprint,
+    manifest,
+    model_files,
+    preflight,
+    steps,
+    storage,
+)
 from jax_sft.resume import FORMAT_VERSION, Found, Resume, named, nested
 from jax_sft.state import TrainState
 
@@ -27,7 +35,6 @@ LEAST_BOUND_S = 120  # that a save may take, and at least 5 times what the slowe
 SLOWEST_BYTES_PER_S = 20e6  # for the bound of the first save
 _LOOK_S = 0.2  # how often a process that waits for Orbax looks whether another has failed
 _GIVEN_UP = "given up, as another process failed"
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 
 
 class NotSaved(RuntimeError):
@@ -84,6 +91,7 @@ class Checkpoints:
     ):
         self._folder, self._options, self._model = folder.absolute(), options, model
         self._data = data
+        self._versions = preflight.versions()
         self._say = say if cluster.process_id() == 0 else _silent
         self._resume = Resume(self._folder, options, model, data, self._say)
         self.saved_step: int | None = None
@@ -139,7 +147,7 @@ class Checkpoints:
             "metrics": dict(metrics or {}),
             "extra": dict(extra or {}),
             "num_processes": cluster.num_processes(),
-            "versions": _versions(),
+            "versions": self._versions,
         }
         if wait:
             self._wait()
@@ -366,16 +374,6 @@ def _text(error: BaseException) -> str:
 
 def _gb(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def _silent(_: str) -> None:

@@ -27,9 +27,9 @@ FREE = {
     "log": "what is shown",
     "checkpoint": "when the state is stored, and how it is checked",
     "train.export": "what is done with the result",
-    "train.on_nonfinite": "when a run that goes wrong stops",
+    "train.on_nonfinite": "whether a step that is never applied ends the run",
     "train.max_nonfinite": "as above",
-    "train.stall_timeout_s": "when a run that hangs ends",
+    "train.stall_timeout_s": "when a run that hangs is ended",
 }
 
 

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -226,7 +227,7 @@ def add_fifo(file: Path) -> None:
     os.mkfifo(file.parent / "pipe")
 
 
-WAYS: tuple[Callable[[Path], None], ...] = (
+WAYS: tuple[Callable[[Path], Any], ...] = (
     *(truncate, zero, lambda file: file.write_bytes(b""), Path.unlink),
     *(add_text, add_pickle, add_named_pickle, add_link, replace_by_link, add_fifo),
 )

@@ -80,10 +80,12 @@ def server(work: Path) -> Iterator[str]:
         sshd = subprocess.Popen([path, "-D", "-e", "-f", work / "sshd_config"], stderr=log)
         try:
             command = ["ssh", "-F", str(config)]
-            probe = {"stderr": subprocess.DEVNULL}
-            wait_until(
-                lambda: not subprocess.run([*command, "h1", "true"], **probe).returncode, "sshd"
-            )
+
+            def answers() -> bool:
+                done = subprocess.run([*command, "h1", "true"], stderr=subprocess.DEVNULL)
+                return not done.returncode
+
+            wait_until(answers, "sshd")
             yield shlex.join(command)
         finally:
             sshd.terminate()
