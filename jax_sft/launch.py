@@ -22,7 +22,7 @@ EXAMPLES = """\
   scripts/launch.sh --nproc=8 --config=...                    several processes share them
   scripts/launch.sh --hosts=h1,h2 --config=...                one process on each host, by ssh
   srun scripts/launch.sh --config=...                         in a Slurm job (scripts/slurm.sbatch)
-  mpirun scripts/launch.sh --config=...                       under Open MPI
+  mpirun scripts/launch.sh --config=...                       under Open MPI; stop it with SIGUSR1
   scripts/launch.sh --ray=ADDRESS --nodes=2 --config=...      on a Ray cluster
   (Kubernetes: scripts/k8s/jobset.yaml)
 

@@ -34,17 +34,24 @@ class Printer:
         with self._lock:
             if stream in self._broken:
                 return
-            try:
-                while line:
-                    try:
-                        line = line[os.write(stream, line) :]
-                    except BlockingIOError:  # somebody has made the terminal non-blocking
-                        select.select([], [stream], [])
-            except OSError as error:
+            error = _write_all(stream, line)
+            if error is not None:
                 self._broken.add(stream)
-                if stream == STDOUT and STDERR not in self._broken:
-                    lost = f"{self._say_prefix}output is dropped from here on: {error}\n"
-                    os.write(STDERR, lost.encode())
+                lost = f"{self._say_prefix}output is dropped from here on: {error}\n".encode()
+                if stream == STDOUT and STDERR not in self._broken and _write_all(STDERR, lost):
+                    self._broken.add(STDERR)
+
+
+def _write_all(stream: int, text: bytes) -> OSError | None:
+    """Write all of a text, or return why that is not possible."""
+    while text:
+        try:
+            text = text[os.write(stream, text) :]
+        except BlockingIOError:  # somebody has made the terminal non-blocking
+            select.select([], [stream], [])
+        except OSError as error:
+            return error
+    return None
 
 
 class Writer(Protocol):

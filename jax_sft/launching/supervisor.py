@@ -43,6 +43,7 @@ class Outcome:
     code: int  # what decides, as a shell would say it
     step: int
     joined: bool
+    stuck: bool  # whether something of it still runs, and cannot be killed
 
 
 class Supervisor:
@@ -81,6 +82,9 @@ class Supervisor:
             outcome = _Attempt(self, attempt, folder).run()
             if self.requests.count or outcome.code in exit_codes.FINAL:
                 return outcome.code
+            if outcome.stuck:
+                self.say("not starting again beside what is left")
+                return exit_codes.LOST
             history = restarts.after_failure(
                 history, step=outcome.step, joined=outcome.joined, now=time.monotonic()
             )
@@ -209,23 +213,28 @@ class _Attempt:
                     f"{child.status().phase!r}: printing its stacks and ending it"
                 )
                 child.aborted_at = now
+                self._kill_at = self._kill_at or now + ABORT_S + LOST_KILL_S
                 child.send(signal.SIGABRT)
 
     def _outcome(self) -> Outcome:
         statuses = [child.status() for child in self._children]
-        step = max(status.step for status in statuses)
-        joined = any(status.joined for status in statuses)
+        stuck = any(child.code is None for child in self._children)
         if self._s.requests.count:
-            codes = [exit_codes.LOST if c.code is None else c.code for c in self._children]
-            code = restarts.after_stop(codes)
+            code = restarts.after_stop(
+                [exit_codes.LOST if c.code is None else c.code for c in self._children]
+            )
             self._say(f"stopped: {exit_codes.describe(code)}")
-            return Outcome(restarts.for_the_shell(code), step, joined)
-        first = self._decided or restarts.first_error(self._ends)
-        if first is None:
-            stuck = any(child.code is None for child in self._children)
-            return Outcome(exit_codes.LOST if stuck else exit_codes.DONE, step, joined)
-        self._tell(*first)
-        return Outcome(restarts.for_the_shell(first[1]), step, joined)
+        else:
+            first = self._decided or restarts.first_error(self._ends)
+            code = first[1] if first else exit_codes.LOST if stuck else exit_codes.DONE
+            if first:
+                self._tell(*first)
+        return Outcome(
+            code=restarts.for_the_shell(code),
+            step=max(status.step for status in statuses),
+            joined=any(status.joined for status in statuses),
+            stuck=stuck,
+        )
 
     def _tell(self, number: int, code: int) -> None:
         """Print which process failed first, why, and its last lines of stderr."""
