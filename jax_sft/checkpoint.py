@@ -218,8 +218,8 @@ class Checkpoints:
             response = storage.start_saving(
                 self._folder / name, parts["params"], parts["optimizer"], metadata, bound_s
             )
-        except storage.ERRORS as error:
-            problem = _text(error)
+        except storage.Failed as error:
+            problem = str(error)
         save = _Save(
             step=step,
             number=number,
@@ -292,18 +292,17 @@ class Checkpoints:
         """Wait for Orbax, but no longer than another process has to; return what went wrong."""
         failed = f"save/{save.number}"
         deadline = time.monotonic() + save.bound_s
-        while True:
+        while time.monotonic() < deadline:
             try:
                 if storage.is_saved(save.response, _LOOK_S):
                     return ""
-            except storage.ERRORS as error:
+            except storage.Failed as error:
                 cluster.publish(f"{failed}/{cluster.process_id()}", "failed")
-                return _text(error)
+                return str(error)
             # What has failed there leaves Orbax here in a barrier, for minutes.
             if any(key.startswith(f"{failed}/") for key in cluster.read_all(failed)):
                 return _GIVEN_UP
-            if time.monotonic() > deadline:
-                return f"it was not written within {save.bound_s:.0f} s"
+        return f"it was not written within {save.bound_s:.0f} s"
 
     def _write_manifest(self, save: _Save) -> None:
         sums = fingerprint.read(save.arrays, save.sums)

@@ -178,6 +178,13 @@ class Resume:
                 f'another workdir, or add --config.checkpoint.allow_changes="({keys})"'
             )
 
+    def _named_files(self, step: int) -> list[str]:
+        """Read all files of a step that is bad, to say which it is."""
+        part = (cluster.process_id(), cluster.num_processes())
+        bar = f"looking for what is damaged in step {step}" if part[0] == 0 else ""
+        found = steps.check(self._folder, step, True, part, bar)
+        return agree.gather("checkpoint files, all", found.problems)
+
     def _load(self, found: Found, abstract: TrainState) -> tuple[TrainState | None, list[str]]:
         """Return (the state, []) or (None, what is wrong with the step)."""
         wanted = named(abstract)
@@ -191,14 +198,14 @@ class Resume:
         arrays, problems = {}, []
         try:
             arrays = _flat(storage.load(self._folder / str(found.step), nested(stored)))
-        except storage.ERRORS as error:
-            problems = [f"it cannot be read: {type(error).__name__}: {error}"]
+        except storage.Failed as error:
+            problems = [f"it cannot be read: {error}"]
         if problems := agree.gather("checkpoint arrays", problems):
-            return None, problems
+            return None, problems + self._named_files(found.step)
         sums = fingerprint.read(arrays, fingerprint.start(arrays))
         problems = [fingerprint.problem(n, sums[n], found.arrays[n]["sum"]) for n in arrays]
         if problems := [problem for problem in problems if problem]:
-            return None, problems
+            return None, problems + self._named_files(found.step)
         for name, array in wanted.items():
             if arrays[name].dtype != array.dtype:
                 arrays[name] = arrays[name].astype(array.dtype)

@@ -1,13 +1,13 @@
-"""Orbax: the arrays of a step, to files and back. What it can raise is gathered here.
+"""Orbax: the arrays of a step, to files and back. All that it can raise becomes one error.
 
 A step holds two checkpointables, `params` and `optimizer`, and reads with plain Orbax:
 `ocp.load_checkpointables(folder)`.
 """
 
 import concurrent.futures
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,12 +16,34 @@ from orbax.checkpoint import v1 as ocp
 
 from jax_sft import fingerprint
 
-# Of a full disk tensorstore says ValueError ("RESOURCE_EXHAUSTED: ..."), of a missing folder
-# OSError; of a process that does not come to a barrier, JAX says RuntimeError. Damaged files are
-# ValueError ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION", ...), KeyError or TypeError where the
-# JSON beside the arrays is damaged.
-ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
+T = TypeVar("T")
 Response = Any  # of Orbax: the result of a save that goes on
+
+
+class Failed(RuntimeError):
+    """Orbax could not write or read; the message is that of the first cause."""
+
+
+def _call(do: Callable[[], T]) -> T:
+    """Return what `do` returns.
+
+    Orbax raises whatever comes, at times a plain Exception in the place of what it was. A future
+    takes it all, and everything is handed on as one kind.
+
+    Raises:
+        TimeoutError: it was raised.
+        Failed: anything else was.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        future = pool.submit(do)
+        error = future.exception()
+    if error is None or isinstance(error, TimeoutError):
+        return future.result()
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = " ".join(f"{type(cause).__name__}: {cause}".split("[tensorstore_spec")[0].split())
+    raise Failed(text if len(text) <= 500 else text[:500] + " ...") from error
 
 
 def start_saving(
@@ -30,7 +52,7 @@ def start_saving(
     """Start writing a step; returns once the arrays may be changed. All processes call it.
 
     Raises:
-        storage.ERRORS: it could not be started on this process.
+        Failed: it could not be started on this process.
     """
     context = ocp.Context()
     context.async_options.timeout_secs = int(timeout_s)
@@ -38,22 +60,29 @@ def start_saving(
     context.array.saving.use_compression = False
     # A name that is used once needs no look whether it exists, nor the two barriers around it.
     context.file_options.skip_sync_file_validations = True
-    with context:
-        return ocp.save_checkpointables_async(
-            str(path), {"params": params, "optimizer": optimizer}, custom_metadata=metadata
-        )
+
+    def start() -> Response:
+        with context:
+            return ocp.save_checkpointables_async(
+                str(path), {"params": params, "optimizer": optimizer}, custom_metadata=metadata
+            )
+
+    try:
+        return _call(start)
+    except TimeoutError as error:
+        raise Failed(f"not started in time: {error}") from error
 
 
 def is_saved(response: Response, wait_s: float) -> bool:
     """Wait so long for a save; return whether it is done.
 
     Raises:
-        storage.ERRORS: it failed.
+        Failed: it failed.
     """
     try:
-        response.result(timeout=wait_s)
+        _call(lambda: response.result(timeout=wait_s))
         return True
-    except concurrent.futures.TimeoutError:
+    except TimeoutError:
         return False
 
 
@@ -67,14 +96,21 @@ def load(path: Path, wanted: Mapping[str, Any], some: bool = False) -> dict[str,
         some: `wanted` names only some of the arrays.
 
     Raises:
-        storage.ERRORS: the files are damaged, or cannot be read here.
+        Failed: the files are damaged, or cannot be read here.
     """
     context = ocp.Context()
     context.pytree.loading.partial_load = some
     context.multiprocessing_options.active_processes = {jax.process_index()}
     context.multiprocessing_options.primary_host = jax.process_index()
-    with context:
-        return ocp.load_checkpointables(str(path), dict(wanted))
+
+    def read() -> dict[str, Any]:
+        with context:
+            return ocp.load_checkpointables(str(path), dict(wanted))
+
+    try:
+        return _call(read)
+    except TimeoutError as error:
+        raise Failed(f"not read in time: {error}") from error
 
 
 def read_one(folder: Path, name: str, stored: Mapping[str, Any]) -> tuple[np.ndarray, str]:
@@ -89,7 +125,7 @@ def read_one(folder: Path, name: str, stored: Mapping[str, Any]) -> tuple[np.nda
     wanted = jax.ShapeDtypeStruct(tuple(stored["shape"]), np.dtype(stored["dtype"]), sharding=cpu)
     try:
         array = np.asarray(load(folder, {kind: {path: wanted}}, some=True)[kind][path])
-    except ERRORS as error:
-        return np.empty(0), f"tensor {name} cannot be read: {type(error).__name__}: {error}"
+    except Failed as error:
+        return np.empty(0), f"tensor {name} cannot be read: {error}"
     found = fingerprint.of_numpy(array)
     return array, fingerprint.problem(name, found, stored["sum"])

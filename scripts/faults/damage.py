@@ -227,15 +227,18 @@ def add_fifo(file: Path) -> None:
     os.mkfifo(file.parent / "pipe")
 
 
-WAYS: tuple[Callable[[Path], Any], ...] = (
-    *(truncate, zero, lambda file: file.write_bytes(b""), Path.unlink),
-    *(add_text, add_pickle, add_named_pickle, add_link, replace_by_link, add_fifo),
-)
-WAY_NAMES = (
-    *("last byte cut off", "zeroed", "emptied", "removed"),
-    *("foreign text", "foreign pickle", "foreign model.pt", "foreign link", "made a link"),
-    "foreign pipe",
-)
+WAYS: dict[str, Callable[[Path], Any]] = {
+    "last byte cut off": truncate,
+    "zeroed": zero,
+    "emptied": lambda file: file.write_bytes(b""),
+    "removed": Path.unlink,
+    "foreign text": add_text,
+    "foreign pickle": add_pickle,
+    "foreign model.pt": add_named_pickle,
+    "foreign link": add_link,
+    "made a link": replace_by_link,
+    "foreign pipe": add_fifo,
+}
 
 
 def main() -> int:

@@ -1,0 +1,538 @@
+"""Checkpoints: what is stored comes back bitwise or not at all, whatever happens to the files."""
+
+import contextlib
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from jax_sft import checkpoint, config, exit_codes, hf_export, model_files, steps, storage
+from scripts import verify_checkpoint
+from scripts.faults import damage
+
+# What Orbax leaves behind when files are damaged raises again as it is collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+NEW, OLD = damage.NEW, damage.OLD
+STATE = damage.make_state(NEW)
+ABSTRACT = damage.abstract_of(STATE)
+CONFIG = config.to_dict(config.default())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A checkpoint folder with two steps, not to be changed."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    damage.make(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of it."""
+    yield Path(shutil.copytree(saved, tmp_path / "checkpoints", symlinks=True))
+    gc.collect()  # here, not in another test
+
+
+def opened(folder: Path, **options):
+    """Return (Checkpoints, the lines that they say)."""
+    said: list[str] = []
+    return damage.open_folder(folder, say=said.append, **options), said
+
+
+def resume(folder: Path, **options):
+    """Return (step, state, lines said) of a resumed run."""
+    checkpoints, said = opened(folder, **options)
+    found = checkpoints.start(CONFIG, 10)
+    assert found
+    state, found = checkpoints.restore(found, ABSTRACT)
+    return found.step, state, "\n".join(said)
+
+
+def test_what_is_saved_comes_back_bitwise_with_all_that_was_stored_beside(tmp_path):
+    checkpoints, said = opened(tmp_path)
+    assert checkpoints.start(CONFIG, 10) is None
+    checkpoints.save(STATE, CONFIG, {"eval/loss": 2.5}, {"skipped": 3}, wait=True)
+    assert (checkpoints.saved_step, checkpoints.failures, said) == (NEW, 0, [])
+    found = opened(tmp_path)[0].start(CONFIG, 10)
+    assert found and found.step == NEW and found.extra == {"skipped": 3}
+    stored = found.metadata
+    assert stored["config"] == CONFIG and stored["metrics"] == {"eval/loss": 2.5}
+    assert stored["data_position"] == NEW and stored["seed"] == 0
+    assert stored["format_version"] == 2 and stored["versions"]["jax"] == jax.__version__
+    step, state, _ = resume(tmp_path)
+    assert step == NEW and damage.same(STATE, state)
+    for before, after in zip(jax.tree.leaves(STATE), jax.tree.leaves(state), strict=True):
+        assert before.sharding == after.sharding
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_a_step_reads_with_plain_orbax(saved):
+    found = ocp.load_checkpointables(str(saved / str(NEW)))
+    for name, array in STATE.params.items():
+        np.testing.assert_array_equal(found["params"][name], array)
+    assert set(found["optimizer"]) == {"count", "mu", "nu"}
+    stored = ocp.checkpointables_metadata(str(saved / str(NEW))).custom_metadata
+    assert stored == steps.metadata(saved / str(NEW))
+
+
+def test_training_goes_on_beside_a_save_and_does_not_change_it(tmp_path):
+    grow = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    checkpoints, _ = opened(tmp_path, keep=5)
+    checkpoints.start(CONFIG, 10)
+    current, expected = damage.make_state(0), {}
+    for step in range(1, 5):
+        current = grow(current)
+        expected[step] = jax.tree.map(lambda x: np.array(x, copy=True), current)
+        checkpoints.save(current, CONFIG)
+        for _ in range(3):  # donated at once, and again
+            current = grow(current)
+        current = jax.device_put(expected[step], jax.tree.map(lambda x: x.sharding, current))
+    checkpoints.close()
+    assert checkpoints.saved_step == 4 and checkpoints.failures == 0
+    for step in (4, 3, 2, 1):
+        assert verify_checkpoint.problems_of(tmp_path, step, full=True)[:2] == ([], [])
+        found, state, _ = resume(tmp_path)
+        assert found == step and damage.same(expected[step], state)
+        shutil.rmtree(tmp_path / str(step))
+
+
+@pytest.mark.parametrize("keep,keep_best,kept", [(1, 0, {6}), (2, 0, {5, 6}), (1, 2, {2, 4, 6})])
+def test_the_newest_and_the_best_steps_stay(tmp_path, keep, keep_best, kept):
+    losses = {1: 5.0, 2: 1.0, 3: float("nan"), 4: 2.0, 5: 3.0, 6: None}
+    checkpoints, _ = opened(tmp_path, keep=keep, keep_best=keep_best)
+    checkpoints.start(CONFIG, 10)
+    for step, loss in losses.items():
+        if step == 4:  # a resumed run still knows what was good before
+            checkpoints.close()
+            checkpoints, _ = opened(tmp_path, keep=keep, keep_best=keep_best)
+            checkpoints.start(CONFIG, 10)
+        checkpoints.save(
+            damage.make_state(step), CONFIG, {"eval/loss": loss} if loss is not None else None
+        )
+    checkpoints.close()
+    assert {*steps.present(tmp_path)} == kept
+    assert {path.name for path in tmp_path.iterdir()} == {str(step) for step in kept}
+
+
+def test_no_step_is_removed_before_the_next_is_complete(tmp_path, monkeypatch):
+    checkpoints, _ = opened(tmp_path, keep=1)
+    checkpoints.start(CONFIG, 10)
+    checkpoints.save(damage.make_state(1), CONFIG, wait=True)
+    seen = []
+    real = steps.remove_all
+
+    def spy(folder, unwanted):
+        seen.append((steps.present(folder), damage.resumed(folder, ABSTRACT)[0]))
+        real(folder, unwanted)
+
+    monkeypatch.setattr(steps, "remove_all", spy)
+    checkpoints.save(damage.make_state(2), CONFIG, wait=True)
+    assert seen == [([2, 1], 2)] and steps.present(tmp_path) == [2]
+
+
+def test_leftovers_of_killed_saves_are_removed_and_never_loaded(folder):
+    for name in (
+        "3.incomplete",
+        "3.incomplete.orbax-checkpoint-tmp",
+        "4.incomplete-2",
+        "1.deleted-ab",
+    ):
+        shutil.copytree(folder / str(NEW), folder / name)
+    (folder / ".model_filesab12").mkdir()
+    (folder / ".ab.probe").write_text("")
+    kept = {"1", "2", "model_files", "notes"}
+    (folder / "notes").write_text("mine")
+    step, state, said = resume(folder)
+    assert step == NEW and damage.same(STATE, state)
+    assert {path.name for path in folder.iterdir()} == kept
+    assert "3.incomplete: left by a run that was killed, removed" in said
+
+
+@pytest.mark.parametrize("name", damage.WAYS)
+@pytest.mark.parametrize("which", ["params/_METADATA", "over 1 MiB"])
+def test_every_damage_is_named_and_the_older_step_is_used(folder, name, which, capsys):
+    kinds = damage.kinds(folder)
+    (file,) = next(files for kind, files in kinds.items() if which in kind)
+    damage.WAYS[name](file)
+    harmless = name == "foreign text"
+    code = verify_checkpoint.verify(folder, None, full=True)
+    printed = capsys.readouterr().out
+    assert code == (0 if harmless else 1)
+    named = "notes.txt" if harmless else ""
+    named = named or {
+        "foreign pickle": "notes.txt", "foreign model.pt": "model.pt", "foreign link": "link",
+        "foreign pipe": "pipe",
+    }.get(name, file.name)  # fmt: skip
+    assert named in printed
+    step, state, said = resume(folder)
+    assert step == (NEW if harmless else OLD) and named in said
+    assert "WARNING" in said and damage.same(damage.make_state(step), state)
+    assert (folder / "2.corrupt").exists() == (not harmless)
+    assert resume(folder)[0] == step
+
+
+def test_a_link_to_a_step_is_not_loaded(folder, tmp_path):
+    (folder / str(NEW)).rename(tmp_path / "elsewhere")
+    (folder / str(NEW)).symlink_to(tmp_path / "elsewhere")
+    step, _, said = resume(folder)
+    assert step == OLD and "it is a symbolic link to" in said
+    assert (tmp_path / "elsewhere" / "_CHECKPOINT_METADATA").exists()
+
+
+@pytest.mark.parametrize("verify", ["sizes", "hashes"])
+def test_flipped_bits_in_every_kind_of_file_are_found(folder, verify, monkeypatch):
+    monkeypatch.setattr(damage, "resumed", lambda *args: damage_resumed(*args, verify=verify))
+    table = damage.flip_all(folder, STATE, flips=2)
+    assert len(table) >= 20
+    for kind, (flips, by_resume, by_full, _, wrong) in table.items():
+        assert (by_resume, by_full, wrong) == (flips, flips, 0), kind
+    assert damage_resumed(folder, ABSTRACT)[0] == NEW  # as nothing is flipped any more
+
+
+damage_resumed = damage.resumed
+
+
+def test_without_a_good_step_a_run_refuses_to_start_again_and_again(folder):
+    for step in (OLD, NEW):
+        damage.flip(folder / str(step) / "_CHECKPOINT_METADATA", 99)
+    for _ in range(2):  # the second time there are only the ones set aside
+        with pytest.raises(
+            ValueError, match=r"no good step left, only damaged ones \(.*1\.corrupt"
+        ):
+            opened(folder)[0].start(CONFIG, 10)
+    for path in folder.glob("*.corrupt"):
+        shutil.rmtree(path)
+    assert opened(folder)[0].start(CONFIG, 10) is None
+
+
+def test_arrays_that_come_back_changed_are_named_and_the_older_step_is_used(folder):
+    (file,) = damage.kinds(folder)["2/params/ocdbt.process_N/d/* (over 1 MiB)"]
+    damage.flip(file, 8_000_001)
+    step, state, said = resume(folder)
+    assert step == OLD and damage.same(damage.make_state(OLD), state)
+    assert "tensor params/a.kernel is damaged: its checksum is" in said
+
+
+def test_changed_model_files_are_named_before_they_are_used(folder, tmp_path):
+    file = folder / model_files.NAME / "tokenizer_config.json"
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is longer than it was"):
+        opened(folder)[0].start(CONFIG, 10)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is longer than it was"):
+        hf_export.export(folder, tmp_path / "out")
+    shutil.rmtree(folder / model_files.NAME)
+    with pytest.raises(ValueError, match="it has no model_files"):
+        hf_export.export(folder, tmp_path / "out")
+
+
+def test_an_export_of_a_damaged_step_names_the_tensor_and_the_other_steps(folder, tmp_path):
+    (file,) = damage.kinds(folder)["2/params/ocdbt.process_N/d/* (over 1 MiB)"]
+    damage.flip(file, 8_000_001)
+    stored = hf_export._StoredParams(folder / str(NEW))
+    with pytest.raises(ValueError, match=r"tensor params/a\.kernel is damaged[^$]*\[1, 2\]"):
+        stored["a.kernel"]
+    assert stored["b.scale"].shape == (24,)
+    os.truncate(file, 10)
+    with pytest.raises(ValueError, match=f"{file.name} is truncated: 10 bytes, not"):
+        hf_export._StoredParams(folder / str(NEW))
+
+
+def test_another_model_or_optimizer_is_refused_and_nothing_is_moved(folder):
+    checkpoints, _ = opened(folder)
+    found = checkpoints.start(CONFIG, 10)
+    assert found
+    wrong = dict(ABSTRACT.params, extra=ABSTRACT.params["b.scale"])
+    wrong["a.kernel"] = jax.ShapeDtypeStruct((8, 8), np.float32, sharding=STATE.step.sharding)
+    with pytest.raises(
+        ValueError, match=r"params/a.kernel has shape \(512, 1024\), not \(8, 8\); para"
+    ):
+        checkpoints.restore(found, checkpoint.TrainState(ABSTRACT.step, wrong, ABSTRACT.opt_state))
+    assert resume(folder)[0] == NEW
+
+
+def test_a_newer_format_is_refused(folder, monkeypatch):
+    monkeypatch.setattr("jax_sft.resume.FORMAT_VERSION", 1)
+    with pytest.raises(ValueError, match="format 2, this program knows 1: update"):
+        opened(folder)[0].start(CONFIG, 10)
+    assert (folder / str(NEW)).exists()
+
+
+def test_a_folder_that_cannot_be_made_or_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for make in (checkpoint.check_folder, lambda path: opened(path)[0].start(CONFIG, 10)):
+        with pytest.raises(ValueError, match="Not a directory"):
+            make(tmp_path / "file" / "checkpoints")
+
+
+# ---- saves that fail -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, *options: str):
+    """A mount for a while; only root may."""
+    folder.mkdir(exist_ok=True)
+    if os.geteuid():
+        pytest.skip("mounting needs root")
+    done = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount: {done.stderr}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("noticed", ["before it is written", "while it is written"])
+def test_a_full_disk_fails_the_save_and_nothing_else(tmp_path, noticed, monkeypatch):
+    with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=14m", "tmpfs") as small:
+        checkpoints, said = opened(small, keep=1)
+        checkpoints.start(CONFIG, 10)
+        checkpoints.save(damage.make_state(1), CONFIG, wait=True)
+        (small / "filling").write_bytes(bytes(shutil.disk_usage(small).free - 2_000_000))
+        with monkeypatch.context() as patch:
+            if noticed != "before it is written":
+                patch.setattr(checkpoint.Checkpoints, "_obstacle", lambda *_: "")
+            checkpoints.save(damage.make_state(2), CONFIG)
+            checkpoints.close()
+        assert (checkpoints.saved_step, checkpoints.failures) == (1, 1)
+        message = "\n".join(said)
+        assert "step 2 could NOT be saved" in message and "step 1 stays" in message
+        expected = {"before it is written": "it needs 0.01 GB, 0.00 GB are free"}
+        assert expected.get(noticed, "No space left on device") in message
+        assert {path.name for path in small.iterdir()} == {"1", "filling"}
+        with pytest.raises(checkpoint.NotSaved, match="step 2 could not be saved") as error:
+            checkpoints.require(2)
+        assert exit_codes.of(error.value) == exit_codes.NOT_SAVED
+        (small / "filling").unlink()
+        checkpoints.save(damage.make_state(3), CONFIG)  # the next one tries again
+        checkpoints.require(3)
+        assert resume(small)[0] == 3
+
+
+def test_a_folder_that_becomes_read_only_fails_saves_until_it_is_mended(tmp_path):
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=40m", "tmpfs") as disk:
+        checkpoints, said = opened(disk)
+        checkpoints.start(CONFIG, 10)
+        checkpoints.save(damage.make_state(1), CONFIG, wait=True)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        checkpoints.save(damage.make_state(2), CONFIG)
+        assert "Read-only file system" in "\n".join(said)
+        for use in (checkpoint.check_folder, lambda path: opened(path)[0].start(CONFIG, 10)):
+            with pytest.raises(ValueError, match="Read-only file system"):
+                use(disk)
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        checkpoints.save(damage.make_state(3), CONFIG, wait=True)
+        assert (checkpoints.saved_step, checkpoints.failures) == (3, 1)
+
+
+def test_a_folder_that_is_removed_while_running_is_made_again(folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(folder / model_files.NAME, model)
+    checkpoints = damage.open_folder(folder, model)
+    checkpoints.start(CONFIG, 10)
+    shutil.rmtree(folder)
+    checkpoints.save(damage.make_state(3), CONFIG, wait=True)
+    assert checkpoints.saved_step == 3 and model_files.verify(folder).problems == ()
+    assert resume(folder)[0] == 3
+
+
+def test_a_folder_that_is_removed_within_a_save_fails_that_save_only(tmp_path, monkeypatch):
+    checkpoints, said = opened(tmp_path / "a")
+    checkpoints.start(CONFIG, 10)
+    real = storage.is_saved
+    with monkeypatch.context() as patch:
+
+        def removed(response, wait_s):
+            done = real(response, wait_s)
+            shutil.rmtree(tmp_path / "a", ignore_errors=True)
+            return done
+
+        patch.setattr(storage, "is_saved", removed)
+        checkpoints.save(damage.make_state(1), CONFIG)
+        checkpoints.close()
+    assert checkpoints.failures == 1 and "No such file or directory" in "\n".join(said)
+    checkpoints.save(damage.make_state(2), CONFIG, wait=True)
+    assert checkpoints.saved_step == 2 and resume(tmp_path / "a")[0] == 2
+
+
+def test_a_save_that_is_waited_for_is_tried_three_times(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PAUSES_S", (0, 0.01, 0.01))
+    real, calls = storage.start_saving, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) % 3:
+            raise storage.Failed("OSError: Input/output error")
+        return real(*args)
+
+    monkeypatch.setattr(storage, "start_saving", failing)
+    checkpoints, said = opened(tmp_path)
+    checkpoints.start(CONFIG, 10)
+    checkpoints.save(damage.make_state(1), CONFIG, wait=True)
+    assert (checkpoints.saved_step, checkpoints.failures, len(calls)) == (1, 2, 3)
+    assert "Input/output error" in "\n".join(said)
+    checkpoints.save(damage.make_state(1), CONFIG, wait=True)  # is there
+    assert len(calls) == 3
+    monkeypatch.setattr(storage, "start_saving", lambda *_: failing(calls.clear()))
+    checkpoints.save(damage.make_state(2), CONFIG, wait=True)
+    assert (checkpoints.saved_step, checkpoints.failures) == (1, 5)
+
+
+def test_a_save_that_hangs_ends_in_bounded_time(tmp_path, monkeypatch):
+    checkpoints, said = opened(tmp_path)
+    checkpoints.start(CONFIG, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "LEAST_BOUND_S", 0.3)
+        patch.setattr(checkpoint, "SLOWEST_BYTES_PER_S", 1e9)
+        patch.setattr(storage, "is_saved", lambda response, wait_s: time.sleep(wait_s))
+        began = time.monotonic()
+        checkpoints.save(damage.make_state(1), CONFIG)
+        checkpoints.close()
+        assert time.monotonic() - began < 5
+    assert "it was not written within 0 s" in "\n".join(said)
+    checkpoints.save(damage.make_state(2), CONFIG, wait=True)
+    assert checkpoints.saved_step == 2
+
+
+def test_a_save_waits_for_the_one_before_it(tmp_path, monkeypatch):
+    real, running = storage.is_saved, []
+
+    def slow(response, wait_s):
+        time.sleep(0.2)
+        return real(response, wait_s)
+
+    monkeypatch.setattr(storage, "is_saved", slow)
+    checkpoints, _ = opened(tmp_path, keep=3)
+    checkpoints.start(CONFIG, 10)
+    for step in (1, 2, 3):
+        checkpoints.save(damage.make_state(step), CONFIG)
+        running.append(checkpoints.saved_step)
+    checkpoints.close()
+    assert running == [None, 1, 2] and steps.present(tmp_path) == [3, 2, 1]
+
+
+# ---- what may change between a checkpoint and the run that resumes it ----------------------------
+
+
+def drifted(folder: Path, changes: dict, data: str = "", allow=(), num_steps: int = 10):
+    """Start with changed keys; return the lines said."""
+    cfg = config.default()
+    for key, value in changes.items():
+        *parents, leaf = key.split(".")
+        target = cfg
+        for parent in parents:
+            target = target[parent]
+        target[leaf] = value
+    said: list[str] = []
+    keep = config.default().checkpoint
+    keep.allow_changes = allow
+    checkpoints = checkpoint.Checkpoints(folder, keep, data=data, say=said.append)
+    checkpoints.start(config.to_dict(cfg), num_steps)
+    return "\n".join(said)
+
+
+def test_what_cannot_change_the_training_may_change(saved):
+    free = {"mesh.fsdp": 2, "log.every_steps": 3, "eval.every_steps": 7, "checkpoint.keep": 9}
+    free |= {"batch.micro_rows": 8, "model.remat": "none", "model.attention": "reference"}
+    free |= {"data.num_workers": 3, "data.cache_dir": "/x", "train.export": True}
+    assert drifted(saved, free) == ""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data.seq_len": 4096},
+        {"data.train.more": config.source("x.jsonl")},
+        {"data.eval.more": config.source("x.jsonl")},
+        {"optimizer.learning_rate": 1e-4},
+        {"optimizer.moments_dtype": "bfloat16"},
+        {"train.steps": 7},
+        {"train.epochs": 2.0},
+        {"seed": 1},
+        {"model.path": "other"},
+        {"model.dtype": "float32"},
+        {"loss.z_loss": 1e-4},
+        {"batch.rows": 8},
+    ],
+)
+def test_what_changes_the_training_is_refused_unless_allowed_by_key_or_prefix(saved, changes):
+    (key,) = changes
+    with pytest.raises(ValueError) as refused:
+        drifted(saved, changes)
+    message = str(refused.value)
+    assert f"\n  {key}: " in message and " -> " in message
+    assert f"--config.checkpoint.allow_changes=\"('{key}',)\"" in message
+    said = drifted(saved, changes, allow=(key,))
+    assert f"as allowed: {key}: " in said
+    assert said == drifted(saved, changes, allow=(key.split(".")[0],))
+    with pytest.raises(ValueError, match="differs in"):
+        drifted(saved, changes, allow=("optimizer.b1", "los", key + "x"))
+    assert drifted(saved, changes, num_steps=NEW) == ""  # nothing is left to train
+
+
+def test_changed_data_under_an_unchanged_config_are_refused(saved, tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, config.default().checkpoint, data="before")
+    checkpoints.start(CONFIG, 10)
+    checkpoints.save(damage.make_state(1), CONFIG, wait=True)
+    assert drifted(tmp_path, {}, data="before") == ""
+    with pytest.raises(ValueError, match=r"\n  data: the files are not those"):
+        drifted(tmp_path, {}, data="after")
+    assert "as allowed: data: " in drifted(tmp_path, {}, data="after", allow=("data",))
+    # What changed the data is named once, and allowed by its own name.
+    said = drifted(tmp_path, {"data.seq_len": 8}, data="after", allow=("data.seq_len",))
+    assert "as allowed: data.seq_len: 2048 -> 8" in said and "\n" not in said
+
+
+def test_changed_files_of_the_model_are_refused(folder, tmp_path):
+    model = Path(shutil.copytree(folder / model_files.NAME, tmp_path / "model"))
+    damage.open_folder(folder, model).start(CONFIG, 10)
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"model\.path: its files \['config\.json'\] were changed"):
+        damage.open_folder(folder, model).start(CONFIG, 10)
+    damage.open_folder(folder, model, allow_changes=("model.path",)).start(CONFIG, 10)
+
+
+def test_a_config_of_an_older_program_lacks_keys_and_that_is_no_change():
+    old = json.loads(json.dumps(CONFIG))
+    del old["optimizer"]["clip_norm"], old["loss"]
+    old["optimizer"]["gone"] = 3
+    assert config.drift(old, CONFIG) == {}
+    changed = json.loads(json.dumps(CONFIG))
+    changed["loss"]["z_loss"] = 0.1
+    assert [*config.drift(old, changed)] == ["loss.z_loss"]
+
+
+def test_every_free_key_is_a_key(make_config):
+    assert config.unknown(config.FREE, config.default()) == []
+    cfg = make_config()
+    assert config.unknown(("optimizer", "data.train.main.path", "data", "seed"), cfg) == []
+    wrong = ("optimiser", "optimizer.lr", "data.trainer", "optimizer.", "")
+    assert config.unknown(wrong, cfg) == [*wrong]
+
+
+def test_verify_checkpoint_tells_good_from_damaged_and_a_wrong_path(folder, tmp_path, capsys):
+    script = ["scripts/verify_checkpoint.py", "--checkpoint"]
+    assert verify_checkpoint.verify(folder, None, True) == 0
+    assert "step         2  good     17 files, 5 arrays" in capsys.readouterr().out
+    assert verify_checkpoint.verify(tmp_path / "none", None, False) == 64
+    assert verify_checkpoint.verify(folder, 3, False) == 64
+    assert "has no step 3; it has [1, 2]" in capsys.readouterr().err
+    os.truncate(folder / "2" / "params" / "_METADATA", 5)
+    assert verify_checkpoint.verify(folder, OLD, False) == 0
+    root = Path(verify_checkpoint.__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, *script, str(folder)], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "params/_METADATA is truncated: 5 bytes" in done.stdout
+    assert jnp.isfinite(STATE.params["a.kernel"]).all()
