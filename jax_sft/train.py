@@ -51,6 +51,12 @@ from jax_sft.program import program
 from jax_sft.validate import validate
 from jax_sft.watchdog import SLOW_PHASE_S, Watchdog
 
+# What ends a run with a message and an exit code of its own.
+ENDS = (
+    *(ValueError, FloatingPointError, Preempted, checkpoint.NotSaved),
+    *(cluster.Lost, cluster.Stopped),
+)
+
 
 def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
     """Fine-tune as the config says; the same as the command `python -m jax_sft.train`.
@@ -355,7 +361,7 @@ def main(_: list[str]) -> None:
     sys.excepthook = end_at_once
     try:
         train(flags.FLAGS.config, workdir)
-    except (ValueError, FloatingPointError, Preempted, cluster.Lost, cluster.Stopped) as error:
+    except ENDS as error:
         if command.shows_traceback():
             raise
         kind = "stopped" if isinstance(error, Preempted) else "error"
