@@ -72,6 +72,7 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
         ValueError: anything wrong with config, model or data, found before training starts.
         FloatingPointError: the loss was not finite too often (train.max_nonfinite).
         Preempted: SIGTERM or SIGUSR1; the state is saved.
+        NotSaved: trained to the end, but the last state could not be stored.
         Lost, Stopped: another process did not come, or ended with an error (cluster.py).
 
     A process that hangs, or that another one leaves waiting, is ended by the watchdog.
@@ -212,7 +213,7 @@ def _train(
     )
     answerer = LoadedModel(compiled.model_def, current.params, mesh) if cfg.eval.samples else None
     last: dict[str, float] = {}
-    done = saved = start
+    done = start
     stopped = owes_evaluation = False
 
     def log(found: dict[str, float]) -> None:
@@ -241,7 +242,6 @@ def _train(
         return found
 
     def save(evaluated: dict[str, float] | None) -> None:
-        nonlocal saved
         if meter.due:
             log_steps()
         meter.check()  # a run that has gone wrong stops before it is saved
@@ -249,7 +249,6 @@ def _train(
         extra = {"skipped_steps": health.skipped, "owes_evaluation": owes_evaluation}
         is_last = done == num_steps
         checkpoints.save(current, as_dict, evaluated, extra, wait=is_last or stopped)
-        saved = done
 
     # ---- the loop ------------------------------------------------------------------------------
     with contextlib.ExitStack() as stack:
@@ -292,8 +291,8 @@ def _train(
                 save(evaluated)
         if meter.due:
             log_steps()
-        if stopped and saved != done:
-            save(None)
+        if stopped:
+            save(None)  # waits; also tries again what was begun and failed
         watch.at("waiting for the last save")
     if stopped:
         is_saved = f"is saved in {workdir}" if checkpoints.saved_step == done else "is NOT saved"
@@ -361,6 +360,10 @@ def main(_: list[str]) -> None:
     sys.excepthook = end_at_once
     try:
         train(flags.FLAGS.config, workdir)
+        if jax.distributed.is_initialized():
+            # Before Python waits for threads: after a save that failed on another process, Orbax's
+            # hang in a barrier for minutes, which this ends.
+            jax.distributed.shutdown()
     except ENDS as error:
         if command.shows_traceback():
             raise

@@ -255,7 +255,7 @@ def test_another_model_or_optimizer_is_refused_and_nothing_is_moved(folder):
     wrong = dict(ABSTRACT.params, extra=ABSTRACT.params["b.scale"])
     wrong["a.kernel"] = jax.ShapeDtypeStruct((8, 8), np.float32, sharding=STATE.step.sharding)
     with pytest.raises(
-        ValueError, match=r"params/a.kernel has shape \(512, 1024\), not \(8, 8\); para"
+        ValueError, match=r"params/a.kernel has shape \(1024, 1024\), not \(8, 8\); para"
     ):
         checkpoints.restore(found, checkpoint.TrainState(ABSTRACT.step, wrong, ABSTRACT.opt_state))
     assert resume(folder)[0] == NEW

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 import jax_sft
-from jax_sft import config, hf, models, optim, parallel, state
+from jax_sft import (
+    checkpoint,
+    config,
+    exit_codes,
+    hf,
+    models,
+    optim,
+    parallel,
+    state,
+    storage,
+)
 from jax_sft.data.loader import Loader
 from jax_sft.data.prepare import prepare
 from jax_sft.model import ModelDef
@@ -216,6 +226,44 @@ def test_a_state_that_is_not_finite_is_never_saved(make_config, tmp_path):
     with pytest.raises(FloatingPointError, match="3 such step.s. in a row"):
         jax_sft.train(cfg, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints" / "5").exists()
+
+
+def test_a_run_goes_on_when_saves_fail_and_says_at_its_end_what_is_not_saved(
+    make_config, tmp_path, monkeypatch, capsys
+):
+    def fail(*_):
+        raise storage.Failed("OSError: No space left on device")
+
+    monkeypatch.setattr(storage, "start_saving", fail)
+    monkeypatch.setattr(checkpoint, "PAUSES_S", (0, 0, 0))
+    cfg = make_config(**{"train.steps": 3, "checkpoint.every_steps": 1})
+    with pytest.raises(checkpoint.NotSaved, match="step 3 could not be saved") as ended:
+        jax_sft.train(cfg, tmp_path / "run")
+    assert exit_codes.of(ended.value) == exit_codes.NOT_SAVED
+    assert capsys.readouterr().out.count("No space left on device") == 5  # the last one 3 times
+    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [1, 2, 3]
+    monkeypatch.undo()
+    cfg.checkpoint.every_steps = 0
+    assert jax_sft.train(cfg, tmp_path / "run")["step"] == 3  # all again, from the beginning
+
+
+def test_a_run_with_another_config_or_data_is_refused_before_weights_are_read(
+    make_config, tmp_path, monkeypatch
+):
+    cfg = make_config(**{"train.steps": 2})
+    jax_sft.train(cfg, tmp_path / "run")
+    monkeypatch.setattr(hf, "load", None)
+    cfg.train.steps, cfg.optimizer.learning_rate = 4, 1e-5
+    with pytest.raises(ValueError, match=r"learning_rate: 0.001 -> 1e-05\n  train.steps: 2 -> 4\n"):
+        jax_sft.train(cfg, tmp_path / "run")
+    cfg.optimizer.learning_rate, cfg.checkpoint.allow_changes = 1e-3, ("train.steps",)
+    data = Path(cfg.data.train.main.path)
+    text = data.read_text()
+    data.write_text(text.replace("count", "list"))
+    with pytest.raises(ValueError, match="data: the files are not those of the checkpoint"):
+        jax_sft.train(cfg, tmp_path / "run")
+    data.write_text(text)
+    assert jax_sft.train(cfg, tmp_path / "run")["step"] == 4
 
 
 def test_a_finished_run_has_nothing_left_to_do(make_config, tmp_path, capsys):

@@ -42,16 +42,16 @@ _NAMES = (
 )
 
 
-def make_state(step: int, seed: int = 0) -> TrainState:
-    """Return 2 MiB of sharded parameters and two moments, so that data files are not small."""
-    mesh = parallel.make_mesh({"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1})
-    rng = np.random.default_rng([seed, step])
+def make_state(step: int, mesh: jax.sharding.Mesh | None = None) -> TrainState:
+    """Return 4 MiB of sharded parameters and two moments, so that data files are not small."""
+    mesh = mesh or parallel.make_mesh({"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1})
+    rng = np.random.default_rng(step)
 
     def array(shape, dtype, *axes):
         value = rng.standard_normal(shape).astype(dtype)
         return jax.device_put(value, parallel.sharding(mesh, *axes))
 
-    kernel = ((512, 1024), np.float32, "embed", "features")
+    kernel = ((1024, 1024), np.float32, "embed", "features")
     return TrainState(
         step=jax.device_put(np.int32(step), parallel.sharding(mesh)),
         params={"a.kernel": array(*kernel), "b.scale": array((24,), np.float32, "norm")},
