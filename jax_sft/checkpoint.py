@@ -33,6 +33,7 @@ from jax_sft.state import TrainState
 PAUSES_S = (0, 2, 5)  # before each try of a save that is waited for
 LEAST_BOUND_S = 120  # that a save may take, and at least 5 times what the slowest one took
 SLOWEST_BYTES_PER_S = 20e6  # for the bound of the first save
+BROKEN_S = 5  # for a save to end after a collective has failed
 _LOOK_S = 0.2  # how often a process that waits for Orbax looks whether another has failed
 _GIVEN_UP = "given up, as another process failed"
 
@@ -175,9 +176,16 @@ class Checkpoints:
                 + "; make room or repair the folder and start again to go on from it"
             )
 
-    def close(self) -> None:
-        """Wait for the running save."""
-        self._wait()
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        broken = isinstance(error, jax.errors.JaxRuntimeError) and cluster.num_processes() > 1
+        self.close(BROKEN_S if broken else None)
+
+    def close(self, most_s: float | None = None) -> None:
+        """Wait for the running save, at most so long."""
+        self._wait(most_s)
 
     def _wait(self, most_s: float | None = None) -> bool:
         """Wait for the running save; return whether none runs any more.
@@ -213,6 +221,9 @@ class Checkpoints:
         name = f"{step}{steps.INCOMPLETE}" + (f"-{number}" if number > 1 else "")
         response, problem = None, ""
         sums = fingerprint.start(leaves)
+        # Orbax begins with collectives of its own. A CPU would run them beside ours, in any order,
+        # and gloo mix them up; on a GPU they wait for ours, as the copies to the host do.
+        jax.block_until_ready(sums)
         parts = nested(leaves)
         try:
             response = storage.start_saving(

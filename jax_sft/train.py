@@ -252,8 +252,9 @@ def _train(
 
     # ---- the loop ------------------------------------------------------------------------------
     with contextlib.ExitStack() as stack:
-        for opened in (*logs, checkpoints):  # closed whatever happens; the save first
-            stack.callback(opened.close)
+        for tracker in logs:  # closed whatever happens; the save first
+            stack.callback(tracker.close)
+        stack.enter_context(checkpoints)
         stack.enter_context(jax.set_mesh(mesh))
         owed = found.extra.get("owes_evaluation") if found else cfg.eval.at_start
         if eval_sets and owed:

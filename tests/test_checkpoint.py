@@ -295,7 +295,7 @@ def mounted(folder: Path, *options: str):
 
 @pytest.mark.parametrize("noticed", ["before it is written", "while it is written"])
 def test_a_full_disk_fails_the_save_and_nothing_else(tmp_path, noticed, monkeypatch):
-    with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=14m", "tmpfs") as small:
+    with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=28m", "tmpfs") as small:
         checkpoints, said = opened(small, keep=1)
         checkpoints.start(CONFIG, 10)
         checkpoints.save(damage.make_state(1), CONFIG, wait=True)
