@@ -40,6 +40,7 @@ SIDE_FILES = (
     *("tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
 )
 
+_PICKLES = ("bin", "pt", "pth", "pkl", "ckpt")
 # Buffers that old exports contain and the architecture computes.
 _COMPUTED = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
@@ -51,10 +52,12 @@ def resolve(path: str, revision: str = "", weights: bool = True) -> Path:
         weights: download the weights too, not only config and tokenizer.
 
     Raises:
-        ValueError: neither a folder nor a hub id that can be had.
+        ValueError: neither a folder nor a hub id that can be had; or a file of the folder is a
+            link out of it.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
+        _refuse_links(folder)
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
         raise ValueError(f"model.path = {path!r} is not a folder")
@@ -70,6 +73,33 @@ def resolve(path: str, revision: str = "", weights: bool = True) -> Path:
             f"model.path = {path!r} is neither a folder here nor a model the hub gave: {error}"
         ) from error
     return Path(found)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse links to files elsewhere: they would be read, and copied into every export.
+
+    Raises:
+        ValueError: naming each.
+    """
+    home = folder.resolve()
+    if home.parent.name == "snapshots":  # the hub's cache: its files are links into ../../blobs
+        home = home.parent.parent
+    problems = [
+        f"{file.relative_to(folder)} -> {file.resolve()}"
+        for pattern in ("*", "additional_chat_templates/*")
+        for file in sorted(folder.glob(pattern))
+        if file.is_symlink() and not file.resolve().is_relative_to(home)
+    ]
+    if problems:
+        raise ValueError(
+            f"{folder} has links out of the folder: {', '.join(problems)}. Put the files "
+            "themselves there, or set model.path to the folder that has them"
+        )
+
+
+def pickles(folder: Path) -> list[str]:
+    """Name the pickle files of a model folder; they could run code, and are never read."""
+    return sorted(file.name for kind in _PICKLES for file in folder.glob(f"*.{kind}"))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -119,10 +149,9 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if files := sorted(folder.glob("*.safetensors")):
         return files
-    pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)]
-    if pickles:
+    if found := pickles(folder):
         raise ValueError(
-            f"{folder} holds weights only as pickle files {sorted(pickles)}, which can run code "
+            f"{folder} holds weights only as pickle files {found}, which can run code "
             "when read: convert them with transformers' save_pretrained(safe_serialization=True)"
         )
     raise ValueError(f"{folder} has no *.safetensors file")

@@ -108,6 +108,8 @@ def _train(
     tokenizer = chat.load_tokenizer(folder, needs_template=False)
     axes = " ".join(f"{axis}={size}" for axis, size in resolved.mesh_shape.items())
     say(f"model   {cfg.model.path}: {model_cfg.__module__}, {metrics.count(num_params)} parameters")
+    if pickles := hf.pickles(folder):
+        say(f"WARNING {', '.join(pickles)} in the model's folder: pickle files are never read")
     say(f"mesh    {axes} on {jax.device_count()} x {jax.devices()[0].device_kind}")
     attention.self_test(
         resolved.attention,

@@ -242,6 +242,25 @@ def test_every_ingredient_changes_the_key_and_no_two_alike(build, tmp_path, monk
     assert len(set(found)) == len(found) > 25
 
 
+def test_the_content_changes_with_the_examples_and_with_nothing_else(build, tmp_path, monkeypatch):
+    first = build(write(tmp_path / "a.jsonl", rows(3))).meta
+    moved = write(tmp_path / "elsewhere/b.jsonl", rows(3))
+    with monkeypatch.context() as patch:
+        patch.setitem(cache.CODE, next(iter(cache.CODE)), "a later version")
+        later = build(moved, num_workers=2).meta
+    assert later["content"] == first["content"] and later["key"] != first["key"]
+    said = {"role": "assistant", "content": "yes"}
+    whole, less = (
+        [{"messages": [{"role": "user", "content": "q"}, said | weight]}]
+        for weight in ({}, {"weight": 0.5})
+    )
+    found = [
+        build(write(tmp_path / f"{number}.jsonl", changed)).meta["content"]
+        for number, changed in enumerate((rows(2), rows(3)[::-1], rows(3, first=1), whole, less))
+    ]
+    assert len({*found, first["content"]}) == 6
+
+
 def test_weights_beside_the_tokenizer_do_not_change_the_key(build, tmp_path):
     file, folder = write(tmp_path / "a.jsonl", rows(3)), write_model(tmp_path / "model")
     build(file, tokenizer_folder=folder)

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import re
+import time
 import unicodedata
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from jax_sft import config, tiny
 from jax_sft.data import chat, formats
 from jax_sft.data.examples import Encoded, Example, Examples
 from jax_sft.data.loader import empty_rows, fill_row
+from jax_sft.data.template import ChatTemplate
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 TOOL_CALLS = SHARED / "data" / "tool_calls.jsonl"
@@ -493,6 +495,54 @@ def test_a_template_cannot_leave_the_sandbox(templated, attack):
     template = ATTACKS[attack] + tiny.CHAT_TEMPLATE
     with pytest.raises(ValueError, match="refuses the conversation"):
         encode(templated(template), CONVERSATIONS["one turn"])
+
+
+# Each would run for hours or fill the memory, were it not refused.
+ENDLESS = {
+    "loops in loops": "{% for a in range(99999) %}{% for b in range(99999) %}"
+    "{% endfor %}{% endfor %}",
+    "macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ f(60) }}",
+    "recursive loop": "{% for a in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
+    "call": "{% macro f() %}{{ caller() }}{% endmacro %}{% for a in range(99999) %}"
+    "{% for b in range(99999) %}{% call f() %}{% endcall %}{% endfor %}{% endfor %}",
+    "power": "{{ 9 ** (9 ** 9) }}",
+    "product": "{% set ns = namespace(n=3) %}{% for a in range(99) %}"
+    "{% set ns.n = ns.n * ns.n %}{% endfor %}",
+    "long text": "{{ 'a' * 10 ** 12 }}",
+    "long list": "{{ ([1] * 10 ** 12)|length }}",
+    "center": "{{ 'a'.center(10 ** 12) }}",
+    "center filter": "{{ 'a'|center(10 ** 12) }}",
+    "width named": "{{ 'a'|indent(width=10 ** 12) }}",
+    "format": "{{ '{:>999999999999}'.format('a') }}",
+    "percent": "{{ '%999999999999d' % 1 }}",
+    "format filter": "{{ '%999999999999d'|format(1) }}",
+    "star": "{{ '%*d' % (999999999999, 1) }}",
+    "batch": "{{ [1]|batch(10 ** 12, 0)|list }}",
+    "replace": "{% set a = 'a' * 10 ** 6 %}{{ a.replace('a', a) }}",
+    "join": "{% set a = 'a' * 10 ** 6 %}{{ a|join(a) }}",
+    "random text": "{{ lipsum(n=10 ** 12) }}",
+    "doubling": "{% set a = 'aaaaaaaaaaaaaaaa' %}" + "{% set a = a + a %}" * 60,
+    "doubling by tilde": "{% set a = 'aaaaaaaaaaaaaaaa' %}" + "{% set a = a ~ a %}" * 60,
+    "doubling blocks": "{% set a = 'aaaa' %}" + "{% set a %}{{ a }}{{ a }}{% endset %}" * 60,
+    "doubling with": "{% set a = 'aaaa' %}" + "{% with a = a ~ a %}" * 60 + "{% endwith %}" * 60,
+    "doubling lists": "{% set a = [1] %}" + "{% set a = a + a %}" * 60,
+}
+
+
+@pytest.mark.parametrize("attack", ENDLESS)
+def test_a_template_that_would_not_end_or_fill_the_memory_is_refused(templated, attack):
+    began, template = time.monotonic(), ENDLESS[attack] + tiny.CHAT_TEMPLATE
+    with pytest.raises(ValueError, match="chat template"):
+        encode(templated(template), CONVERSATIONS["one turn"])
+    assert time.monotonic() - began < 30
+
+
+def test_large_numbers_and_long_texts_of_the_data_pass_a_template(templated):
+    shown = "{{ 1234567890123|string }} {{ namespace(n=12345678).n|tojson }} {{ 10 ** 15 % 7 }} "
+    ours = templated(shown + "{{ '%05d' % 7 }} {{ '-' * 80 }}{{ messages[0].content }}")
+    text = ChatTemplate(ours, {}, "2026-01-01").render([user("q" * 10**6)], None)
+    assert text == "1234567890123 12345678 6 00007 " + "-" * 80 + "q" * 10**6
 
 
 @pytest.mark.parametrize("code", ["{{ 1 // 0 }}", "{{ range(10**9)|list }}"])

@@ -446,6 +446,40 @@ def test_pickled_weights_are_refused_with_the_way_out(make_model):
     assert "pytorch_model.bin" in message and "safe_serialization" in message
 
 
+def test_pickles_beside_the_weights_are_named_and_left_alone(make_model):
+    folder = make_model()
+    for name in ("training_args.bin", "optimizer.pt", "notes.txt"):
+        (folder / name).write_bytes(b"not to be read")
+    assert hf.pickles(folder) == ["optimizer.pt", "training_args.bin"]
+    assert hf.resolve(str(folder)) == folder and hf.read_headers(folder)[1] == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "chat_template.jinja"])
+def test_a_file_that_is_a_link_out_of_the_folder_is_refused(make_model, tmp_path, name):
+    folder, outside = make_model(), tmp_path / "outside"
+    outside.write_text("secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../outside")
+    with pytest.raises(ValueError, match=f"{name} -> .*outside"):
+        hf.resolve(str(folder))
+
+
+def test_links_within_a_folder_and_within_the_cache_of_the_hub_are_followed(make_model, tmp_path):
+    folder, cache = make_model(), tmp_path / "models--a--b"
+    (folder / "config.json").rename(folder / "real.json")
+    (folder / "config.json").symlink_to("real.json")
+    (tmp_path / "linked").symlink_to(folder)
+    assert hf.resolve(str(tmp_path / "linked"))
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots/1234").mkdir(parents=True)
+    (folder / "model.safetensors").rename(cache / "blobs/5678")
+    (cache / "snapshots/1234/model.safetensors").symlink_to("../../blobs/5678")
+    assert hf.resolve(str(cache / "snapshots/1234"))
+    (cache / "snapshots/1234/config.json").symlink_to("../../../outside")
+    with pytest.raises(ValueError, match="links out of the folder"):
+        hf.resolve(str(cache / "snapshots/1234"))
+
+
 def test_a_folder_without_weights_is_refused(make_model):
     folder = make_model()
     (folder / "model.safetensors").unlink()

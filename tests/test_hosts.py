@@ -30,7 +30,7 @@ cfg.data.train.a = config.source(data, limit=50)
 cfg.data.train.b = config.source(data, epochs=0.4)
 mesh = parallel.make_mesh({"data": 2, "fsdp": 4})
 examples = prepare(cfg.data.train, Path(model), cfg.data, progress=False)
-cluster.check_same("data", {"a": json.dumps(examples.report["a"]["key"])})
+cluster.check_same("data", {"a": json.dumps(examples.report["a"]["fingerprint"])})
 loader = Loader(
     examples, cfg.data, cfg.data.train, rows=8, micro_rows=8, mesh=mesh, shuffle=True, seed=3
 )

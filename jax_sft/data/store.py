@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import re
@@ -40,8 +41,9 @@ class Store:
     Attributes:
         folder: its folder in the cache.
         root: the folder that the names of the data files are relative to.
-        meta: key, format, format_reason, rows (read), highest_id (of a token; -1 = none), refused
-            {kind of reason: rows}, files [{name, first_row, unit}], dtypes and sizes.
+        meta: key, content (a hash of the examples, whatever they were made from), format,
+            format_reason, rows (read), highest_id (of a token; -1 = none), refused {kind of
+            reason: rows}, files [{name, first_row, unit}], dtypes and sizes.
         cached: whether it was there already.
         ids: int32 [tokens], not shifted, example after example.
         weights: [tokens], uint8 or float32, the loss weight of each token.
@@ -120,6 +122,7 @@ class Writer:
         self._highest_id = -1
         self._files: list[dict] = []
         self._refused: collections.Counter[str] = collections.Counter()
+        self._digests = [hashlib.sha256() for _ in ("ids", "weights", "lengths")]
         self._append("starts", np.zeros(1, np.int64))
 
     def _create(self, name: str) -> BinaryIO:
@@ -140,6 +143,9 @@ class Writer:
         for name in ("ids", "weights", "places", "num_cut", "trained"):
             self._append(name, getattr(result, name))
         self._append("starts", self._num_tokens + np.cumsum(result.lengths))
+        found = ((result.ids, "<i4"), (result.weights, "<f4"), (result.lengths, "<i8"))
+        for digest, (array, dtype) in zip(self._digests, found, strict=True):
+            digest.update(np.ascontiguousarray(array.astype(dtype)).data)
         self._append("rows", self._num_rows + result.rows)
         for bad in result.refused:
             error = {"row": self._num_rows + bad.row, "file": file, "place": bad.place}
@@ -168,6 +174,7 @@ class Writer:
         for stream in self._streams.values():
             os.fsync(stream.fileno())
         meta = about | {
+            "content": " ".join(digest.hexdigest() for digest in self._digests),
             "rows": self._num_rows,
             "highest_id": self._highest_id,
             "refused": dict(self._refused.most_common()),

@@ -63,8 +63,8 @@ class Claims:
     def same(self, found: Sequence[float], expected: Sequence[float], what: str) -> None:
         """Claim that losses are bitwise the same."""
         equal = sum(a == b for a, b in zip(found, expected, strict=False))
-        text = f"{what}: {equal} of {STEPS} losses bitwise the same"
-        self.check(list(found) == list(expected) and len(found) == STEPS, text)
+        text = f"{what}: {equal} of {len(expected)} losses bitwise the same"
+        self.check(list(found) == list(expected) and len(found) >= STEPS, text)
 
     def end(self) -> None:
         """End the program."""
