@@ -1,7 +1,7 @@
 """Llama 2, Llama 3.x, SmolLM2, Yi and other models of type llama: biases only where asked for."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -28,6 +28,7 @@ class Config:
     mlp_bias: bool
     max_positions: int
     rope: Rope
+    window: ClassVar[None] = None  # every layer sees whole segments
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Config":
@@ -129,9 +130,9 @@ class Layer(nnx.Module):
 
     def __init__(self, cfg: Config, key):
         attn, mlp = jax.random.split(key)
-        self.attn_norm = layers.RMSNorm(cfg.features, cfg.norm_eps)
+        self.attn_norm = layers.RMSNorm(cfg.features, eps=cfg.norm_eps)
         self.attn = Attention(cfg, attn)
-        self.mlp_norm = layers.RMSNorm(cfg.features, cfg.norm_eps)
+        self.mlp_norm = layers.RMSNorm(cfg.features, eps=cfg.norm_eps)
         self.mlp = layers.SwiGLU(cfg.features, cfg.mlp, mlp, cfg.mlp_bias)
 
     def __call__(self, x_BTD, *context):
@@ -139,27 +140,6 @@ class Layer(nnx.Module):
         return x_BTD + layers.residual(self.mlp(layers.whole(self.mlp_norm(x_BTD))))
 
 
-class Model(nnx.Module):
-    """Token ids to final hidden states; the head is applied by the loss or by `inference`."""
-
-    def __init__(self, cfg: Config, key):
-        embed, stack, head = jax.random.split(key, 3)
-        self.cfg = cfg
-        self.embed = layers.Embedding(cfg.vocab, cfg.features, embed)
-        self.layers = layers.stack(lambda k: Layer(cfg, k), cfg.num_layers, stack)
-        self.final_norm = layers.RMSNorm(cfg.features, cfg.norm_eps)
-        if not cfg.tied:
-            self.head = layers.Head(cfg.vocab, cfg.features, head)
-
-    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, compute):
-        """Return hidden states [B, T, D] in `compute.dtype`, normed and ready for the head."""
-        x_BTD = self.embed(tokens_BT, compute.dtype)
-        angles = self.cfg.rope.angles(positions_BT)
-        context = (angles, segment_ids_BT, positions_BT, compute)
-        x_BTD = layers.run_stack(self.layers, x_BTD, *context, name="layers", compute=compute)
-        return self.final_norm(x_BTD)
-
-    @property
-    def head_VD(self) -> jax.Array:
-        """The output head [V, D], the master weight: the embedding table when tied."""
-        return self.embed.table[...] if self.cfg.tied else self.head.table[...].T
+def Model(cfg: Config, key) -> layers.Decoder:
+    """Return the model, its weights made from scratch."""
+    return layers.Decoder(Layer, cfg, key)

@@ -167,11 +167,15 @@ class Fields:
             raise ValueError(f"config.json: {name} = {value!r} must be true or false")
         return value
 
-    def heads(self) -> tuple[int, int, int]:
-        """Return (heads, kv heads, head dim), checked against each other."""
+    def heads(self, head_dim: int | None = None) -> tuple[int, int, int]:
+        """Return (heads, kv heads, head dim), checked against each other.
+
+        Args:
+            head_dim: where config.json has none; None = hidden_size / num_attention_heads.
+        """
         heads = self.size("num_attention_heads")
         kv_heads = self.size("num_key_value_heads", heads)
-        head_dim = self.size("head_dim", max(self.size("hidden_size") // heads, 1))
+        head_dim = self.size("head_dim", head_dim or max(self.size("hidden_size") // heads, 1))
         if heads % kv_heads:
             raise ValueError(
                 f"config.json: num_attention_heads = {heads} is not divisible by "
