@@ -159,9 +159,8 @@ def test_a_window_and_its_gradients_equal_the_naive_ones(backend, window):
     problem = attention_problem(num_kv_heads=4)
     grad_out = output_gradient(problem[3])
     wanted = naive_attention(*problem[:3], problem[3:], grad_out, window=window)
-    for sizes in [(8, 1, 1, 1), (1, 2, 2, 2)]:
-        found = sharded_attention(backend, sizes, problem, grad_out, window)
-        assert_close(found, wanted, problem[3] > 0)
+    found = sharded_attention(backend, (1, 2, 2, 2), problem, grad_out, window)
+    assert_close(found, wanted, problem[3] > 0)
     narrower = naive_attention(*problem[:3], problem[3:], grad_out, window=window - 1)
     assert relative_error(wanted[0], narrower[0]) > 1e-2
 

@@ -169,9 +169,9 @@ def test_logits_equal_transformers(make_strong_model, name):
         *[("qwen2", variant) for variant in ("default", "linear", "llama3", "yarn")],
         *[("qwen2", variant) for variant in ("yarn_attention_factor", "yarn_betas_untruncated")],
         *[("llama", variant) for variant in ("default", "linear", "llama3", "yarn_mscale")],
-        *[("qwen3", variant) for variant in ("default", "linear", "llama3", "yarn")],
-        *[("olmo2", variant) for variant in ("default", "linear", "llama3", "yarn_betas")],
-        *[("mistral", variant) for variant in ("default", "linear", "llama3", "yarn_mscale")],
+        *[("qwen3", variant) for variant in ("linear", "llama3", "yarn")],
+        *[("olmo2", variant) for variant in ("linear", "llama3", "yarn_betas")],
+        *[("mistral", variant) for variant in ("linear", "llama3", "yarn_mscale")],
     ],
 )
 def test_logits_with_scaled_rope_equal_transformers(make_strong_model, family, variant):
@@ -349,7 +349,7 @@ def test_bfloat16_logits_are_within_3_percent_of_float32(make_strong_model, fami
     assert 1e-4 < error < 0.03
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen2", "olmo2"])  # one of them norms over all heads
 def test_logits_do_not_depend_on_the_mesh(make_strong_model, family):
     folder = make_strong_model(**FAMILIES[family])
     tokens, segments, positions, parts = packed_row()

@@ -1,5 +1,6 @@
 """Whole runs: every mesh gives the same numbers, a stopped run goes on bitwise, exports load."""
 
+import functools
 import json
 import os
 import subprocess
@@ -37,6 +38,7 @@ MESHES = [
     (4, 1, 2, 1),
     (2, 1, 1, 4),
 ]
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 ROOT = Path(__file__).resolve().parent.parent
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 ENVIRON = dict(os.environ)
@@ -89,13 +91,26 @@ def loss_and_grads(cfg, sizes):
         return float(sums["loss"] / sums["weight"]), jax.device_get(grads), grads
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
-def test_every_mesh_gives_the_single_device_loss_and_gradients(make_config, make_model, model_type):
+FAMILIES = {
+    "qwen2": {"tie_word_embeddings": True},
+    "llama": {"tie_word_embeddings": False},
+    "qwen3": {"tie_word_embeddings": False},
+    "olmo2": {"tie_word_embeddings": False, "attention_bias": True},
+    "mistral": {"tie_word_embeddings": True, "sliding_window": 9},  # shorter than most examples
+}
+
+
+@pytest.mark.parametrize(
+    "family",
+    # The others are compared with torch, on two meshes, by test_parity.
+    [family if family in ("qwen2", "llama") else SLOW(family) for family in FAMILIES],
+)
+def test_every_mesh_gives_the_single_device_loss_and_gradients(make_config, make_model, family):
     # Dimensions that 8 divides, so that every mesh is allowed; still all different.
     model = make_model(
-        model_type=model_type,
+        model_type=family,
         **{"hidden_size": 64, "num_attention_heads": 4, "head_dim": 24},
-        tie_word_embeddings=model_type == "qwen2",
+        **FAMILIES[family],
     )
     cfg = make_config(model)
     expected_loss, expected, _ = loss_and_grads(cfg, (1, 1, 1, 1))
