@@ -185,8 +185,17 @@ def test_logits_with_scaled_rope_equal_transformers(make_strong_model, family, v
         assert np.abs(logits - their_logits(plain, random_tokens())).max() > 1
 
 
-def test_logits_of_a_model_saved_by_transformers_equal_its_own(tmp_path):
-    config = transformers.LlamaConfig(
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *[("llama", {}), ("olmo2", {}), ("mistral", {"sliding_window": None, "head_dim": 20})],
+        *[("qwen3", {"head_dim": 20, "max_window_layers": 1}), ("mistral", {"sliding_window": 30})],
+    ],
+)
+def test_logits_of_a_model_saved_by_transformers_equal_its_own(tmp_path, family, options):
+    config = transformers.AutoConfig.for_model(
+        family,
+        **options,
         **dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=2),
         **dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256),
         **dict(rope_parameters=LLAMA3 | {"rope_theta": THETA}, initializer_range=0.2),

@@ -26,6 +26,7 @@ from jax_sft import (
 from jax_sft.data.loader import Loader
 from jax_sft.data.prepare import prepare
 from jax_sft.model import ModelDef
+from jax_sft.ops import attention
 from jax_sft.step import make_train_step, value_and_grad
 
 MESHES = [
@@ -120,6 +121,28 @@ def test_every_mesh_gives_the_single_device_loss_and_gradients(make_config, make
         for path, grad in grads.items():
             scale = np.abs(expected[path]).max()
             np.testing.assert_allclose(grad, expected[path], rtol=0, atol=1e-5 * scale + 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("family", "window", "is_tested"),
+    [
+        ("mistral", 127, True),
+        ("mistral", 128, False),
+        ("mistral", None, False),
+        ("qwen2", 9, False),
+    ],
+)
+def test_attention_is_tested_with_a_window_where_rows_are_longer(
+    make_config, make_model, monkeypatch, tmp_path, family, window, is_tested
+):
+    def self_test(name, *, has_window, **shape):
+        raise InterruptedError(f"{has_window=}")
+
+    monkeypatch.setattr(attention, "self_test", self_test)
+    cfg = make_config(make_model(model_type=family, sliding_window=window))
+    assert cfg.data.seq_len == 128
+    with pytest.raises(InterruptedError, match=f"has_window={is_tested}"):
+        jax_sft.train(cfg, tmp_path / "run")
 
 
 def test_parameters_moments_and_gradients_are_split_over_fsdp_and_tensor(make_config):
