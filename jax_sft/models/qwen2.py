@@ -8,7 +8,7 @@ from flax import nnx
 
 from jax_sft.models import layers
 from jax_sft.models.rope import Rope
-from jax_sft.models.spec import Fields, Weight
+from jax_sft.models.spec import Fields, Weight, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +33,9 @@ class Config:
         """Read config.json; a field that this file does not implement raises ValueError."""
         fields = Fields(config)
         num_heads, num_kv_heads, head_dim = fields.heads()
-        for name in ("rope_parameters", "rope_scaling", "rope_theta"):
-            fields.get(name)
-        fields.get("original_max_position_embeddings")
-        for name in ("sliding_window", "max_window_layers"):  # used with use_sliding_window only
-            fields.get(name)
-        if (activation := fields.get("hidden_act", "silu")) != "silu":
-            raise ValueError(f"config.json: hidden_act = {activation!r} is not implemented: silu")
+        fields.known(*Rope.FIELDS)
+        fields.known("sliding_window", "max_window_layers")  # used with use_sliding_window only
+        fields.only("hidden_act", "silu")
         cfg = cls(
             vocab=fields.size("vocab_size"),
             features=fields.size("hidden_size"),
@@ -74,26 +70,23 @@ class Config:
 def weights(cfg: Config) -> tuple[Weight, ...]:
     """Return the weight rows of the model."""
     layer = "model.layers.{layers}."
+    attn, mlp = layer + "self_attn.", layer + "mlp."
+    to_heads = "(heads head_dim) embed -> embed heads head_dim"
+    to_kv_heads = "(kv_heads head_dim) embed -> embed kv_heads head_dim"
+    from_heads = "embed (heads head_dim) -> embed heads head_dim"
     rows = [
         Weight("embed.table", "model.embed_tokens.weight", "vocab embed -> vocab embed"),
         Weight("final_norm.scale", "model.norm.weight", "norm -> norm"),
         Weight("layers.attn_norm.scale", layer + "input_layernorm.weight", "norm -> norm"),
         Weight("layers.mlp_norm.scale", layer + "post_attention_layernorm.weight", "norm -> norm"),
+        *linear("layers.attn.q", attn + "q_proj", to_heads, bias=True),
+        *linear("layers.attn.k", attn + "k_proj", to_kv_heads, bias=True),
+        *linear("layers.attn.v", attn + "v_proj", to_kv_heads, bias=True),
+        *linear("layers.attn.out", attn + "o_proj", from_heads),
+        *linear("layers.mlp.gate", mlp + "gate_proj", "mlp embed -> embed mlp"),
+        *linear("layers.mlp.up", mlp + "up_proj", "mlp embed -> embed mlp"),
+        *linear("layers.mlp.down", mlp + "down_proj", "embed mlp -> embed mlp"),
     ]
-    for name, heads in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads")):
-        ours, theirs = f"layers.attn.{name}", layer + f"self_attn.{name}_proj"
-        to_heads = f"({heads} head_dim) embed -> embed {heads} head_dim"
-        rows.append(Weight(f"{ours}.kernel", f"{theirs}.weight", to_heads))
-        rows.append(
-            Weight(f"{ours}.bias", f"{theirs}.bias", f"({heads} head_dim) -> {heads} head_dim")
-        )
-    from_heads = "embed (heads head_dim) -> embed heads head_dim"
-    rows.append(Weight("layers.attn.out.kernel", layer + "self_attn.o_proj.weight", from_heads))
-    for name in ("gate", "up"):
-        hf = layer + f"mlp.{name}_proj.weight"
-        rows.append(Weight(f"layers.mlp.{name}.kernel", hf, "mlp embed -> embed mlp"))
-    hf = layer + "mlp.down_proj.weight"
-    rows.append(Weight("layers.mlp.down.kernel", hf, "embed mlp -> embed mlp"))
     if not cfg.tied:
         rows.append(Weight("head.table", "lm_head.weight", "vocab embed -> embed vocab"))
     return tuple(rows)

@@ -106,6 +106,22 @@ class Weight:
         return np.ascontiguousarray(array.transpose(order)).reshape(self.hf_shape(dims))
 
 
+def linear(path: str, hf: str, layout: str, bias: bool = False) -> list[Weight]:
+    """Return the rows of a linear layer: its kernel and, if it has one, its bias.
+
+    Args:
+        path, hf: of the layer, without ".kernel" and ".weight".
+        layout: of the kernel. The bias has its first HF dimension, that of the outputs.
+    """
+    rows = [Weight(f"{path}.kernel", f"{hf}.weight", layout)]
+    if bias:
+        # The model dimension of a vector is called "norm".
+        outputs = ["norm" if axis == "embed" else axis for axis in rows[0]._groups[0]]
+        ours = " ".join(outputs)
+        rows.append(Weight(f"{path}.bias", f"{hf}.bias", f"({ours}) -> {ours}"))
+    return rows
+
+
 # Fields of config.json that describe files, tokens, training or generation, not the computation.
 _IGNORED = {
     *("architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache"),
@@ -143,6 +159,15 @@ class Fields:
         self._read.add(name)
         value = self._config.get(name)
         return default if value is None else value
+
+    def known(self, *names: str) -> None:
+        """Take note of fields that are read elsewhere, or change nothing in this family."""
+        self._read.update(names)
+
+    def only(self, name: str, value: Any) -> None:
+        """Refuse a field that has another value than this one, the default."""
+        if (given := self.get(name, value)) != value:
+            raise ValueError(f"config.json: {name} = {given!r} is not implemented: {value}")
 
     def size(self, name: str, default: int | None = None) -> int:
         """Return a positive integer; without a default it must be there."""
