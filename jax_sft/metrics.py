@@ -42,7 +42,8 @@ def step_flops(
     """Return the model FLOPs of a training step: forward and twice that backward.
 
     Matrix products only, without the embedding lookup and without recomputation; attention counts
-    the query-key pairs that are visible (causal, within segments), not the padded square.
+    the query-key pairs that are visible (causal, within segments), not the padded square. A sliding
+    window is not counted: where segments are longer, model FLOPs and MFU come out too high.
 
     Args:
         tokens: tokens that are not padding.

@@ -117,6 +117,7 @@ def _train(
         num_heads_per_kv=dims["heads"] // dims["kv_heads"],
         head_dim=dims["head_dim"],
         mesh=mesh,
+        has_window=model_cfg.window is not None and model_cfg.window < cfg.data.seq_len,
     )
     say(f"attend  {resolved.attention}: values and gradients right on a packed test batch")
 

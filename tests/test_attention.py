@@ -73,7 +73,7 @@ def attention_problem(num_kv_heads: int = K, seed: int = 0):
     return q, k, v, *packed_ids(rows, T)
 
 
-def naive_attention(q, k, v, query_ids, grad_out, key_ids=None, scale=SCALE):
+def naive_attention(q, k, v, query_ids, grad_out, key_ids=None, scale=SCALE, window=None):
     """(out, gradients of q, k, v) in float64, one segment and head at a time; padding stays 0."""
     key_ids = query_ids if key_ids is None else key_ids
     q, k, v = (np.float64(x) for x in (q, k, v))
@@ -84,6 +84,8 @@ def naive_attention(q, k, v, query_ids, grad_out, key_ids=None, scale=SCALE):
             queries, keys = (np.flatnonzero(ids[0][row] == segment) for ids in (query_ids, key_ids))
             positions = query_ids[1][row, queries], key_ids[1][row, keys]
             visible = positions[0][:, None] >= positions[1]
+            if window:
+                visible &= positions[0][:, None] - positions[1] < window
             for head in range(q.shape[2]):
                 at_q = row, queries, head
                 at_k = row, keys, head // (q.shape[2] // k.shape[2])
@@ -108,11 +110,12 @@ def output_gradient(segments, num_heads=N, size=H) -> np.ndarray:
 
 
 @functools.cache  # compiled once per backend, mesh and shapes
-def attention_and_gradients(backend, sizes):
+def attention_and_gradients(backend, sizes, window=None):
     @jax.jit
     def run(q, k, v, segments, positions, grad_out):
         def attend(q, k, v):
-            return packed_attention(q, k, v, segments, positions, scale=SCALE, backend=backend)
+            options = {"scale": SCALE, "backend": backend, "window": window}
+            return packed_attention(q, k, v, segments, positions, **options)
 
         out, backward = jax.vjp(attend, q, k, v)
         return out, *backward(grad_out)
@@ -120,17 +123,18 @@ def attention_and_gradients(backend, sizes):
     return run
 
 
-def sharded_attention(backend, sizes, problem, grad_out):
+def sharded_attention(backend, sizes, problem, grad_out, window=None):
     """(out, gradients of q, k, v) of ours on a mesh."""
     with jax.set_mesh(make_mesh(sizes)):
-        return jax.device_get(attention_and_gradients(backend, sizes)(*problem, grad_out))
+        run = attention_and_gradients(backend, sizes, window)
+        return jax.device_get(run(*problem, grad_out))
 
 
-@functools.partial(jax.jit, static_argnames="backend")
-def local_attention(backend, q, k, v, query_ids, grad_out, key_ids=None, scale=SCALE):
+@functools.partial(jax.jit, static_argnames=("backend", "window"))
+def local_attention(backend, q, k, v, query_ids, grad_out, key_ids=None, scale=SCALE, window=None):
     """(out, gradients of q, k, v, lse) of a backend alone."""
     key_ids = query_ids if key_ids is None else key_ids
-    options = {"scale": scale, "max_segments": 256}
+    options = {"scale": scale, "max_segments": 256, "window": window}
     out, lse = BACKENDS[backend].forward(q, k, v, query_ids, key_ids, **options)
     grads = BACKENDS[backend].backward(q, k, v, out, lse, grad_out, query_ids, key_ids, **options)
     return out, *grads, lse
@@ -147,6 +151,28 @@ def test_attention_and_its_gradients_equal_the_naive_ones(backend, sizes):
     wanted = naive_attention(*problem[:3], problem[3:], grad_out)
     found = sharded_attention(backend, sizes, problem, grad_out)
     assert_close(found, wanted, problem[3] > 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [2, BLOCK, 2 * BLOCK + 1])
+def test_a_window_and_its_gradients_equal_the_naive_ones(backend, window):
+    problem = attention_problem(num_kv_heads=4)
+    grad_out = output_gradient(problem[3])
+    wanted = naive_attention(*problem[:3], problem[3:], grad_out, window=window)
+    found = sharded_attention(backend, (1, 2, 2, 2), problem, grad_out, window)
+    assert_close(found, wanted, problem[3] > 0)
+    narrower = naive_attention(*problem[:3], problem[3:], grad_out, window=window - 1)
+    assert relative_error(wanted[0], narrower[0]) > 1e-2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_window_of_the_whole_row_is_none(backend):
+    problem = attention_problem()
+    grad_out = output_gradient(problem[3])
+    full = sharded_attention(backend, (8, 1, 1, 1), problem, grad_out)
+    found = sharded_attention(backend, (8, 1, 1, 1), problem, grad_out, window=T)
+    for mine, other in zip(found, full, strict=True):
+        np.testing.assert_array_equal(mine, other)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -313,8 +339,9 @@ NUM_RANDOM = 23
     lengths=st.lists(st.integers(-4, 12), max_size=NUM_RANDOM),
     seed=st.integers(0, 2**31),
     is_shuffled=st.booleans(),
+    window=st.sampled_from([None, 1, 2, 4, 7]),
 )
-def test_blockwise_equals_the_naive_attention_on_random_rows(lengths, seed, is_shuffled):
+def test_blockwise_equals_the_naive_attention_on_random_rows(lengths, seed, is_shuffled, window):
     rng = np.random.default_rng(seed)
     q, k, v, grad_out = np.float32(rng.standard_normal((4, 1, NUM_RANDOM, 2, 3)))
     ends = itertools.accumulate(map(abs, lengths))
@@ -325,19 +352,20 @@ def test_blockwise_equals_the_naive_attention_on_random_rows(lengths, seed, is_s
         order = rng.permutation(NUM_RANDOM)
         segments, positions = names[segments][:, order], positions[:, order]
     ids = segments, positions
-    *found, _ = local_attention("blockwise", q, k, v, ids, grad_out)
+    *found, _ = local_attention("blockwise", q, k, v, ids, grad_out, window=window)
     grad_out = grad_out * (ids[0] > 0)[..., None, None]
-    for mine, other in zip(found, naive_attention(q, k, v, ids, grad_out), strict=True):
+    wanted = naive_attention(q, k, v, ids, grad_out, window=window)
+    for mine, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
 
 
 # ---- what blockwise does not do ------------------------------------------------------------------
 
 
-def num_pairs(ids) -> int:
+def num_pairs(ids, window=None) -> int:
     """Pairs of blocks that are computed for the first row."""
     row = blockwise._id_blocks(tuple(jnp.asarray(x[0]) for x in ids))
-    return int(blockwise._needed(row, row).sum())
+    return int(blockwise._needed(row, row, window).sum())
 
 
 def test_work_is_that_of_the_segments():
@@ -360,6 +388,18 @@ def test_work_is_that_of_the_segments():
     blocks = np.arange(size).reshape(num_blocks, BLOCK)
     striped = blocks.reshape(3, 4, BLOCK).swapaxes(0, 1).ravel()
     assert num_pairs([x[:, striped] for x in natural]) == num_pairs(natural) == 15 + 28
+
+
+def test_work_is_that_of_the_window():
+    num_blocks = 12
+    one = packed_ids([[num_blocks * BLOCK]], num_blocks * BLOCK)
+    assert num_pairs(one, window=1) == num_blocks
+    # The first query of a block sees the end of the block before, and in two tokens more its end.
+    assert num_pairs(one, window=2) == num_pairs(one, window=BLOCK + 1) == 2 * num_blocks - 1
+    assert num_pairs(one, window=BLOCK + 2) == 3 * num_blocks - 3
+    two = packed_ids([[5 * BLOCK, 7 * BLOCK]], num_blocks * BLOCK)
+    assert num_pairs(two, window=BLOCK) == 2 * num_blocks - 2
+    assert num_pairs(two, window=num_blocks * BLOCK) == num_pairs(two)
 
 
 def test_blocks_of_other_segments_are_not_even_read():

@@ -46,7 +46,7 @@ def batch(*rows: tuple[np.ndarray, np.ndarray]):
     return jnp.stack([r[0] for r in rows]), jnp.stack([r[1] for r in rows])
 
 
-def attend_row(q_TNH, k_SKH, v_SKH, grad_TNH, query_ids, key_ids, scale):
+def attend_row(q_TNH, k_SKH, v_SKH, grad_TNH, query_ids, key_ids, scale, window):
     """(out, dq, dk, dv) in float64 from the definition, token by token; zeros for padding."""
     group = q_TNH.shape[1] // k_SKH.shape[1]
     out = np.zeros(q_TNH.shape)
@@ -56,6 +56,8 @@ def attend_row(q_TNH, k_SKH, v_SKH, grad_TNH, query_ids, key_ids, scale):
             continue
         same = key_ids[0] == query_ids[0][t]
         keys = np.nonzero(same & (key_ids[1] <= query_ids[1][t]))[0]
+        if window:
+            keys = keys[key_ids[1][keys] > query_ids[1][t] - window]
         for n in range(q_TNH.shape[1]):
             scores = k_SKH[keys, n // group] @ q_TNH[t, n] * scale
             probs = np.exp(scores - scores.max())
@@ -76,12 +78,12 @@ def random_batch(query_ids, key_ids, heads=4, kv_heads=2, head_dim=8):
     return tuple(rng.standard_normal((*shape, head_dim)).astype(np.float32) for shape in shapes)
 
 
-def check(backend, query_ids, key_ids, max_segments, tolerance):
+def check(backend, query_ids, key_ids, max_segments, tolerance, window=None):
     """Compare forward and backward with the definition; padding must be zero, also in gradients."""
     q, k, v, grad = random_batch(query_ids, key_ids)
     # What the model puts on padding is anything finite: no gradient reaches it through the loss.
     grad *= np.asarray(query_ids[0])[..., None, None] > 0
-    options = dict(scale=0.3, max_segments=max_segments)
+    options = dict(scale=0.3, max_segments=max_segments, window=window)
 
     @jax.jit
     def both(q, k, v, grad):
@@ -93,7 +95,7 @@ def check(backend, query_ids, key_ids, max_segments, tolerance):
     out, *grads = both(q, k, v, grad)
     row_ids = zip(zip(*query_ids, strict=True), zip(*key_ids, strict=True), strict=True)
     wanted = [
-        attend_row(*arrays, np.asarray(ids), np.asarray(others), 0.3)
+        attend_row(*arrays, np.asarray(ids), np.asarray(others), 0.3, window)
         for *arrays, (ids, others) in zip(q, k, v, grad, row_ids, strict=True)
     ]
     for name, found, want in zip(
@@ -119,7 +121,8 @@ class FakeCudnn:
     ):
         assert variadic_args == (False, False) and mask_type == "padding and causal"
         assert layout == 0 and parameters.pop("dropout_rate") == 0
-        assert parameters.pop("sliding_window_length") is None and parameters.pop("seed") == 0
+        window = parameters.pop("sliding_window_length")
+        assert parameters.pop("seed") == 0 and (window is None or 0 < window < q.shape[1])
         num_slots, (longest, num_heads) = others[1].size, q.shape[1:3]
         if results == self.forward:
             assert parameters == {"is_training": True}
@@ -130,7 +133,7 @@ class FakeCudnn:
         shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes)
 
         def compute(*operands):
-            return results(*map(np.asarray, operands), scale=scale)
+            return results(*map(np.asarray, operands), scale=scale, window=window)
 
         return jax.pure_callback(compute, shapes, q, k, v, *others)
 
@@ -156,20 +159,21 @@ class FakeCudnn:
             yield slot, queries, keys
 
     @staticmethod
-    def scores(flat_q, flat_k, q, k, scale):
+    def scores(flat_q, flat_k, q, k, scale, window):
         q_TNH = flat_q.reshape(-1, *q.shape[2:]).astype(np.float64)
         k_TNH = flat_k.reshape(-1, *k.shape[2:]).astype(np.float64)
         k_TNH = np.repeat(k_TNH, q.shape[2] // k.shape[2], axis=1)
         scores_NTS = np.einsum("TNH,SNH->NTS", q_TNH, k_TNH) * scale
-        causal_TS = np.tri(len(q_TNH), dtype=bool)
-        return q_TNH, k_TNH, np.where(causal_TS, scores_NTS, -np.inf)
+        query, key = np.indices(scores_NTS.shape[1:])
+        visible_TS = (key <= query) & (key > query - (window or len(q_TNH)))
+        return q_TNH, k_TNH, np.where(visible_TS, scores_NTS, -np.inf)
 
-    def forward(self, q, k, v, *others, scale):
+    def forward(self, q, k, v, *others, scale, window):
         out = np.full(q.size, GARBAGE, q.dtype)
         num_slots, longest, num_heads = others[1].size, *q.shape[1:3]
         stats = np.full((num_slots, num_heads, longest), GARBAGE, np.float32)
         for slot, queries, keys in self.segments(q, k, v, *others):
-            *_, scores = self.scores(q.flat[queries], k.flat[keys], q, k, scale)
+            *_, scores = self.scores(q.flat[queries], k.flat[keys], q, k, scale, window)
             sums = np.exp(scores).sum(-1)
             v_TNH = v.flat[keys].reshape(-1, *v.shape[2:])
             v_TNH = np.repeat(v_TNH, q.shape[2] // v.shape[2], axis=1)
@@ -178,12 +182,12 @@ class FakeCudnn:
             stats[slot, :, : len(v_TNH)] = np.log(sums)
         return out.reshape(q.shape), stats
 
-    def backward(self, q, k, v, *others, scale):
+    def backward(self, q, k, v, *others, scale, window):
         *others, stats, out, grad = others
         assert stats.shape == (others[1].size, q.shape[2], q.shape[1]) and out.shape == q.shape
         grads = [np.full(x.size, GARBAGE, x.dtype) for x in (q, k, v)]
         for slot, queries, keys in self.segments(q, k, v, *others):
-            q_TNH, k_TNH, scores = self.scores(q.flat[queries], k.flat[keys], q, k, scale)
+            q_TNH, k_TNH, scores = self.scores(q.flat[queries], k.flat[keys], q, k, scale, window)
             probs = np.exp(scores - stats[slot, :, : len(q_TNH), None])
             grad_TNH, out_TNH = (x.flat[queries].reshape(q_TNH.shape) for x in (grad, out))
             group = q.shape[2] // k.shape[2]
@@ -206,7 +210,8 @@ class FakeCudnn:
 def forward(backend, ids, **options):
     """The backend's first result on random numbers."""
     q, k, v, _ = random_batch(ids, ids)
-    out = jax.jit(lambda *qkv: backend.forward(*qkv, ids, ids, scale=1.0, **options)[0])(q, k, v)
+    options |= dict(scale=1.0, window=None)
+    out = jax.jit(lambda *qkv: backend.forward(*qkv, ids, ids, **options)[0])(q, k, v)
     return np.asarray(out)
 
 
@@ -312,6 +317,12 @@ def test_cudnn_equals_the_definition(fake, ids, max_segments):
     check(cudnn.BACKEND, ids, ids, max_segments, tolerance=2e-5)
 
 
+@pytest.mark.parametrize("window", [1, 2, 16, 63, 64, 65, 255])
+def test_cudnn_is_told_the_window(fake, window):
+    ids = batch(row(90, 1, 64, 65, 20, size=256), row(256, size=256))
+    check(cudnn.BACKEND, ids, ids, 32, tolerance=2e-5, window=window)
+
+
 def test_padding_between_segments_does_not_matter(fake):
     segments, positions = row(4, 3, 5, size=16)
     moved = np.array([0, 1, 2, 3, 13, 4, 5, 6, 14, 15, 7, 8, 9, 10, 11, 12])
@@ -338,20 +349,31 @@ def test_offsets_beyond_32_bits_are_refused():
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     ids = (jax.ShapeDtypeStruct((8, 32768), jnp.int32),) * 2
     args = (shape((8, 32768, 64, 128)), *(shape((8, 32768, 8, 128)),) * 2, ids, ids)
-    forward = functools.partial(cudnn.BACKEND.forward, scale=1.0, max_segments=256)
+    options = dict(scale=1.0, max_segments=256, window=None)
+    forward = functools.partial(cudnn.BACKEND.forward, **options)
     with pytest.raises(ValueError, match=r"8 rows of 32768 tokens .* lower batch.micro_rows"):
         jax.eval_shape(forward, *args)
 
 
-def self_test(backend: str, **sizes: int) -> None:
+def self_test(backend: str, has_window: bool = False, **sizes: int) -> None:
     mesh = parallel.make_mesh(sizes, devices=jax.devices()[: math.prod(sizes.values())])
     attention.self_test.cache_clear()
-    attention.self_test(backend, dtype="float32", num_heads_per_kv=3, head_dim=8, mesh=mesh)
+    options = dict(num_heads_per_kv=3, head_dim=8, has_window=has_window)
+    attention.self_test(backend, dtype="float32", mesh=mesh, **options)
 
 
 def test_cudnn_passes_the_self_test_in_several_classes(fake):
     self_test("cudnn", fsdp=1)
     assert len(fake.calls) == 4 and all((lengths > 0).any() for lengths, *_ in fake.calls)
+
+
+def test_the_self_test_finds_a_window_that_is_not_heeded(fake, monkeypatch):
+    self_test("cudnn", has_window=True, fsdp=1)
+    right = fake.scores
+    for other in (None, attention._TEST_WINDOW + 1):
+        monkeypatch.setattr(fake, "scores", lambda *args, other=other: right(*args[:-1], other))
+        with pytest.raises(ValueError, match="'cudnn' computes wrongly .* and a sliding window"):
+            self_test("cudnn", has_window=True, fsdp=1)
 
 
 def test_the_self_test_finds_keys_of_the_wrong_segment(fake, monkeypatch):
@@ -436,9 +458,9 @@ def test_cudnn_notices_another_jax(monkeypatch):
 # --- cuDNN: what is compiled -----------------------------------------------------------------
 
 
-def lowered_for_cuda(num_tokens: int, max_segments: int) -> str:
+def lowered_for_cuda(num_tokens: int, max_segments: int, window: int | None = None) -> str:
     def step(q, k, v, ids):
-        options = dict(scale=0.1, max_segments=max_segments)
+        options = dict(scale=0.1, max_segments=max_segments, window=window)
         out, lse = cudnn.BACKEND.forward(q, k, v, ids, ids, **options)
         return cudnn.BACKEND.backward(q, k, v, out, lse, out, ids, ids, **options)
 
@@ -455,6 +477,21 @@ def test_the_compiled_step_calls_cudnn_once_per_class_and_pass():
     assert len(re.findall(r"custom_call @__cudnn\$fmhaSoftmaxBackward\(", text)) == 4
     assert text.count("PADDING_CAUSAL") == 8
     assert re.findall(r"max_seg_per_batch\\22: (\d+)", text) == ["3", "4", "4", "4"] * 2
+
+
+@pytest.mark.parametrize(
+    ("window", "told"),
+    [
+        (None, ["0", "0", "0", "0"]),
+        (600, ["600", "600", "0", "0"]),  # segments of 512 tokens are within it
+        (2048, ["2048", "0", "0", "0"]),
+        (64, ["64"] * 4),
+    ],
+)
+def test_the_compiled_step_tells_cudnn_the_window_where_segments_are_longer(window, told):
+    text = lowered_for_cuda(8192, 256, window)
+    assert text.count("PADDING_CAUSAL") == 8
+    assert re.findall(r"sliding_window_length\\22: (\d+)", text) == told * 2
 
 
 def test_the_compiled_step_holds_no_square_of_the_row():
@@ -484,6 +521,23 @@ def test_ranges_of_keys_by_hand():
     assert tokamax.visible_keys(queries, padded, is_natural=False)[0].tolist() == first.tolist()
 
 
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 40])
+def test_ranges_of_keys_are_what_the_definition_sees(window):
+    segments, positions = row(9, 1, 17, 6, size=40, before=2)
+    seen = (segments[:, None] == segments) & (positions[:, None] >= positions)
+    if window:
+        seen &= positions[:, None] - window < positions
+    order = np.lexsort((positions, segments))  # where rows are split
+    full = batch((segments, positions))
+    ordered = batch((segments[order], positions[order]))
+    for keys, is_natural, wanted in ((full, True, seen), (ordered, False, seen[:, order])):
+        first, end = tokamax.visible_keys(full, keys, is_natural=is_natural, window=window)
+        key = np.arange(40)
+        found = (key >= first[0][:, None]) & (key < end[0][:, None])
+        np.testing.assert_array_equal(found[segments > 0], wanted[segments > 0])
+        assert found.any(axis=1).all()  # no softmax is empty
+
+
 def test_natural_order_is_told():
     good = row(3, 2, size=7, before=1)
     stripes = [0, 1, 4, 2, 3, 5, 6]
@@ -497,10 +551,11 @@ def on_cpu(monkeypatch):
 
 
 @needs_tokamax
+@pytest.mark.parametrize("window", [None, 16, 100])
 @pytest.mark.parametrize("size", [128, 150])
-def test_tokamax_equals_the_definition(on_cpu, size):
+def test_tokamax_equals_the_definition(on_cpu, size, window):
     ids = batch(row(40, 1, 70, size=size), row(size, size=size))
-    check(tokamax.BACKEND, ids, ids, 8, tolerance=2e-5)
+    check(tokamax.BACKEND, ids, ids, 8, tolerance=2e-5, window=window)
 
 
 @needs_tokamax
@@ -510,7 +565,8 @@ def test_tokamax_takes_keys_in_stripes(on_cpu):
     for mine in (gathered[:64], gathered[64:]):
         queries = (full[0][:, mine], full[1][:, mine])
         keys = (full[0][:, gathered], full[1][:, gathered])
-        check(tokamax.BACKEND, queries, keys, 8, tolerance=2e-5)
+        for window in (None, 20):
+            check(tokamax.BACKEND, queries, keys, 8, tolerance=2e-5, window=window)
 
 
 @needs_tokamax

@@ -83,10 +83,11 @@ def test_auto_inside_a_model_is_told_by_the_devices_of_the_mesh(monkeypatch):
 # ---- self-test -----------------------------------------------------------------------------------
 
 
-def self_test(backend="blockwise", dtype="float32", group=2, head_dim=8, sizes=(1, 1, 1, 1)):
-    attention.self_test(
-        backend, dtype=dtype, num_heads_per_kv=group, head_dim=head_dim, mesh=make_mesh(sizes)
-    )
+def self_test(
+    backend="blockwise", dtype="float32", group=2, head_dim=8, sizes=(1, 1, 1, 1), window=False
+):
+    shape = {"num_heads_per_kv": group, "head_dim": head_dim, "has_window": window}
+    attention.self_test(backend, dtype=dtype, mesh=make_mesh(sizes), **shape)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,25 @@ def self_test(backend="blockwise", dtype="float32", group=2, head_dim=8, sizes=(
 )
 def test_a_right_backend_passes(backend, dtype, group, sizes):
     self_test(backend, dtype, group, sizes=sizes)
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "reference"])
+def test_a_right_backend_passes_with_a_window(backend):
+    self_test(backend, "bfloat16", sizes=(1, 1, 1, 2), window=True)
+
+
+@pytest.mark.parametrize("change", [None, 1, -1])  # None: it knows no window
+def test_a_backend_that_counts_the_window_otherwise_is_refused(change, monkeypatch):
+    def forward(*args, window, **options):
+        other = None if change is None or window is None else window + change
+        return reference.BACKEND.forward(*args, window=other, **options)
+
+    faulty = Backend(forward, reference.BACKEND.backward)
+    monkeypatch.setitem(attention._MODULES, "tokamax", types.SimpleNamespace(BACKEND=faulty))
+    self_test("tokamax")
+    attention.self_test.cache_clear()
+    with pytest.raises(ValueError, match="'tokamax' computes wrongly .* and a sliding window: out"):
+        self_test("tokamax", window=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -23,7 +23,13 @@ LLAMA = {
     **{"model_type": "llama", "tie_word_embeddings": False},
     **{"attention_bias": True, "mlp_bias": True},
 }
-FAMILIES = {"qwen2": {}, "llama": LLAMA}
+FAMILIES = {
+    "qwen2": {},
+    "llama": LLAMA,
+    "qwen3": {"model_type": "qwen3", "head_dim": 20, "attention_bias": True},
+    "olmo2": {"model_type": "olmo2", "head_dim": 20, "tie_word_embeddings": False},
+    "mistral": {"model_type": "mistral", "head_dim": 20, "sliding_window": 7},
+}
 MESHES = {
     "one_device": {},
     "data": {"data": 8},

@@ -109,7 +109,7 @@ def their_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
 
 def assert_same_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     ours, theirs = jax_sft.load(folder).logits(tokens), their_logits(folder, tokens)
-    assert ours.shape == (*tokens.shape, VOCAB) and ours.dtype == jnp.float32
+    assert ours.shape == theirs.shape and ours.dtype == jnp.float32
     assert theirs.std() > 0.7  # else the comparison would not say much
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
     return theirs
@@ -133,12 +133,34 @@ ARCHITECTURES = {
     "llama_one_kv_head": {"model_type": "llama", "num_key_value_heads": 1},
     "llama_all_kv_heads": {"model_type": "llama", "num_key_value_heads": None},
     "llama_eps": {"model_type": "llama", "rms_norm_eps": 0.1},
+    "qwen3_tied": {"model_type": "qwen3", "head_dim": 20},
+    "qwen3_biased": {
+        **{"model_type": "qwen3", "head_dim": 8, "attention_bias": True, "vocab_size": 269},
+        **{"tie_word_embeddings": False, "rms_norm_eps": 0.1, "num_key_value_heads": 1},
+    },
+    "qwen3_without_head_dim": {"model_type": "qwen3", "num_key_value_heads": None},
+    "olmo2_tied": {"model_type": "olmo2"},
+    "olmo2_biased": {
+        **{"model_type": "olmo2", "head_dim": 20, "attention_bias": True, "vocab_size": 269},
+        **{"tie_word_embeddings": False, "rms_norm_eps": 0.1, "num_key_value_heads": None},
+    },
+    "mistral_tied": {"model_type": "mistral", "sliding_window": None},
+    "mistral_head_dim": {
+        **{"model_type": "mistral", "sliding_window": None, "head_dim": 20, "vocab_size": 269},
+        **{"tie_word_embeddings": False, "num_key_value_heads": 1},
+    },
+    "mistral_window": {"model_type": "mistral", "sliding_window": 7},
+    "mistral_window_of_one": {"model_type": "mistral", "sliding_window": 1},
+    "mistral_window_of_all_but_one": {"model_type": "mistral", "sliding_window": 39},
+    "mistral_window_of_all": {"model_type": "mistral", "sliding_window": 40},
+    "mistral_without_sliding_window": {"model_type": "mistral"},
 }
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_equal_transformers(make_strong_model, name):
-    assert_same_logits(make_strong_model(**ARCHITECTURES[name]), random_tokens(length=40))
+    tokens = random_tokens(length=40) % ARCHITECTURES[name].get("vocab_size", VOCAB)
+    assert_same_logits(make_strong_model(**ARCHITECTURES[name]), tokens)
 
 
 @pytest.mark.parametrize(
@@ -147,11 +169,15 @@ def test_logits_equal_transformers(make_strong_model, name):
         *[("qwen2", variant) for variant in ("default", "linear", "llama3", "yarn")],
         *[("qwen2", variant) for variant in ("yarn_attention_factor", "yarn_betas_untruncated")],
         *[("llama", variant) for variant in ("default", "linear", "llama3", "yarn_mscale")],
+        *[("qwen3", variant) for variant in ("linear", "llama3", "yarn")],
+        *[("olmo2", variant) for variant in ("linear", "llama3", "yarn_betas")],
+        *[("mistral", variant) for variant in ("linear", "llama3", "yarn_mscale")],
     ],
 )
 def test_logits_with_scaled_rope_equal_transformers(make_strong_model, family, variant):
-    spelled = newer(variant) if family == "qwen2" else older(variant)
+    spelled = newer(variant) if family in ("qwen2", "qwen3", "mistral") else older(variant)
     options = {"model_type": family, "head_dim": 32, "num_hidden_layers": 2, "rope_theta": THETA}
+    options |= {"sliding_window": 90} if family == "mistral" else {}
     plain = make_strong_model("plain", **options)
     scaled = make_strong_model("scaled", **options | {"rope_theta": None} | spelled)
     logits = assert_same_logits(scaled, random_tokens())
@@ -159,8 +185,17 @@ def test_logits_with_scaled_rope_equal_transformers(make_strong_model, family, v
         assert np.abs(logits - their_logits(plain, random_tokens())).max() > 1
 
 
-def test_logits_of_a_model_saved_by_transformers_equal_its_own(tmp_path):
-    config = transformers.LlamaConfig(
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *[("llama", {}), ("olmo2", {}), ("mistral", {"sliding_window": None, "head_dim": 20})],
+        *[("qwen3", {"head_dim": 20, "max_window_layers": 1}), ("mistral", {"sliding_window": 30})],
+    ],
+)
+def test_logits_of_a_model_saved_by_transformers_equal_its_own(tmp_path, family, options):
+    config = transformers.AutoConfig.for_model(
+        family,
+        **options,
         **dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=2),
         **dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256),
         **dict(rope_parameters=LLAMA3 | {"rope_theta": THETA}, initializer_range=0.2),
@@ -231,8 +266,11 @@ def test_rope_that_is_not_implemented_is_refused(scaling, words):
 FAMILIES = {
     "qwen2": {"model_type": "qwen2"},
     "llama": {"model_type": "llama", "tie_word_embeddings": False, **BIASED},
+    "qwen3": {"model_type": "qwen3", "head_dim": 20, "tie_word_embeddings": False},
+    "olmo2": {"model_type": "olmo2", "head_dim": 20, "attention_bias": True},
+    "mistral": {"model_type": "mistral", "head_dim": 20, "sliding_window": 12},
 }
-LENGTHS = (17, 1, 17, 9)  # of the examples that share a row
+LENGTHS = (17, 1, 17, 9)  # of the examples that share a row; longer than mistral's window, or not
 
 
 @pytest.fixture(scope="module")
@@ -320,8 +358,9 @@ def test_bfloat16_logits_are_within_3_percent_of_float32(make_strong_model, fami
     assert 1e-4 < error < 0.03
 
 
-def test_logits_do_not_depend_on_the_mesh(make_strong_model):
-    folder = make_strong_model()
+@pytest.mark.parametrize("family", ["qwen2", "olmo2"])  # one of them norms over all heads
+def test_logits_do_not_depend_on_the_mesh(make_strong_model, family):
+    folder = make_strong_model(**FAMILIES[family])
     tokens, segments, positions, parts = packed_row()
     assert tokens.shape == (1, 51)  # padded to 2 rows of 52 by this mesh
     mesh = parallel.make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
@@ -356,7 +395,12 @@ ODD_CONFIG = {
     **{"rms_norm_eps": 1e-5, "rope_theta": 10000.0},
 }
 # Fields that add or remove weights, by family; a family without an entry is checked tied and not.
-OPTIONS = {"llama": [{}, {"attention_bias": True}, {"mlp_bias": True}, BIASED]}
+OPTIONS = {
+    "llama": [{}, {"attention_bias": True}, {"mlp_bias": True}, BIASED],
+    "qwen3": [{"head_dim": 12}, {"head_dim": 20, "attention_bias": True}],
+    "olmo2": [{}, {"head_dim": 20, "attention_bias": True}],
+    "mistral": [{"sliding_window": None}, {"head_dim": 20, "sliding_window": 7}],
+}
 EVERY_FAMILY = pytest.mark.parametrize("name", models.families())
 
 
@@ -368,8 +412,9 @@ def variants(name: str):
             yield family, family.Config.from_hf(config)
 
 
-def test_qwen2_and_llama_are_found():
-    assert {"qwen2", "llama"} <= set(models.families())
+def test_every_family_is_found_and_its_logits_are_compared():
+    assert models.families() == ["llama", "mistral", "olmo2", "qwen2", "qwen3"] == sorted(FAMILIES)
+    assert {options["model_type"] for options in ARCHITECTURES.values()} == set(FAMILIES)
 
 
 @EVERY_FAMILY
@@ -386,6 +431,7 @@ def test_weight_rows_are_exactly_the_module_tree(name):
 def test_weight_rows_are_exactly_the_tensors_of_transformers(name):
     for family, cfg in variants(name):
         config = {"model_type": name, "tie_word_embeddings": cfg.tied} | ODD_CONFIG
+        config |= {"head_dim": cfg.head_dim}
         config |= {key: getattr(cfg, key) for key in BIASED if hasattr(cfg, key)}
         with torch.device("meta"):
             theirs = transformers.AutoModelForCausalLM.from_config(
@@ -437,7 +483,9 @@ def test_every_config_field_is_read(name):
 
 
 def read_config(name: str, **changes):
-    return models.find(name).Config.from_hf(ODD_CONFIG | {"model_type": name} | changes)
+    # A mistral without sliding_window has one of 4096.
+    config = ODD_CONFIG | {"model_type": name, "sliding_window": None}
+    return models.find(name).Config.from_hf(config | changes)
 
 
 @EVERY_FAMILY
@@ -523,6 +571,62 @@ def test_a_value_of_the_wrong_kind_is_a_value_error(name, changes):
         warnings.simplefilter("error")
         with pytest.raises(ValueError, match=r"config\.json"):
             read_config(name, **changes)
+
+
+@pytest.mark.parametrize("name", sorted(set(models.families()) - {"llama"}))
+def test_a_bias_that_the_family_has_not_is_refused_by_name(name):
+    with pytest.raises(ValueError, match="mlp_bias = True"):
+        read_config(name, mlp_bias=True)
+    if name in ("qwen2", "mistral"):
+        with pytest.raises(ValueError, match="attention_bias = True"):
+            read_config(name, attention_bias=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo2"])
+def test_a_sliding_window_that_the_family_has_not_is_refused_by_name(name):
+    with pytest.raises(ValueError, match="sliding_window = 64"):
+        read_config(name, sliding_window=64)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_a_sliding_window_that_is_not_used_changes_nothing(name):
+    unused = {"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 1}
+    assert read_config(name, **unused) == read_config(name)
+    with pytest.raises(ValueError, match="use_sliding_window = True"):
+        read_config(name, **unused | {"use_sliding_window": True})
+
+
+FULL, SLIDING = ["full_attention"] * 3, ["sliding_attention"] * 3
+
+
+def test_the_window_of_a_mistral_is_that_of_transformers():
+    for given in ({}, {"sliding_window": None}, {"sliding_window": 7}, {"sliding_window": 4096}):
+        theirs = transformers.AutoConfig.for_model("mistral", **ODD_CONFIG, **given)
+        config = ODD_CONFIG | {"model_type": "mistral"} | given
+        assert models.find("mistral").Config.from_hf(config).window == theirs.sliding_window
+    assert read_config("mistral", sliding_window=7, layer_types=SLIDING).window == 7
+    assert read_config("mistral", sliding_window=None, layer_types=FULL).window is None
+
+
+@pytest.mark.parametrize("window", [0, -1, True, False, "7", 7.0, [7], {}], ids=str)
+def test_a_sliding_window_that_is_no_positive_integer_is_refused(window):
+    with pytest.raises(ValueError, match=r"config\.json: sliding_window"):
+        read_config("mistral", sliding_window=window)
+
+
+@pytest.mark.parametrize(
+    ("window", "layer_types"),
+    [
+        (7, FULL),
+        (None, SLIDING),
+        (7, [*SLIDING[:2], *FULL[:1]]),
+        (7, "sliding_attention"),
+        (7, [3]),
+    ],
+)
+def test_layer_types_that_contradict_the_sliding_window_are_refused(window, layer_types):
+    with pytest.raises(ValueError, match=f"layer_types.* sliding_window = {window}"):
+        read_config("mistral", sliding_window=window, layer_types=layer_types)
 
 
 @EVERY_FAMILY

@@ -27,8 +27,19 @@ NUM_STEPS = 20
 FAMILIES = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "llama": {"model_type": "llama", "tie_word_embeddings": False},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": False, "head_dim": 20},
+    "olmo2": {"model_type": "olmo2", "tie_word_embeddings": True},
+    # Shorter than most examples.
+    "mistral": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": 9},
 }
-BIASED = {"attention_bias": True, "mlp_bias": True}
+BIASES = {  # beside those that a family has anyway
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "qwen3": {"attention_bias": True},
+    "olmo2": {"attention_bias": True},
+}
+# Of the newer families: each axis is in use in one of the two.
+GRADIENT_MESH = {"fsdp": 2, "tensor": 2, "sequence": 2}
+STEPS_MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 CLIP_NORM = 4.0  # between the gradient norms of the first and of the last steps
 # Far from the defaults where these would hide a mistake: eps and weight decay too small to see.
 OPTIMIZER = {
@@ -66,6 +77,8 @@ def their_loss(model, rows: dict[str, np.ndarray]) -> torch.Tensor:
     weights = torch.tensor(rows["weights"])
     order = torch.arange(tokens.shape[1])
     seen = (segments[:, :, None] == segments[:, None, :]) & (order[:, None] >= order[None, :])
+    if window := getattr(model.config, "sliding_window", None):
+        seen &= order[:, None] - window < order[None, :]
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     logits = model(tokens, attention_mask=mask[:, None], position_ids=positions).logits
     losses = torch.nn.functional.cross_entropy(
@@ -218,12 +231,18 @@ def test_the_batches_exercise_packing_padding_and_masked_targets(make_config):
     assert 0.05 < weights[segments > 0].mean() < 0.95
 
 
-@pytest.mark.parametrize(("family", "schedule"), [("qwen2", "cosine"), ("llama", "wsd")])
-def test_twenty_steps_equal_torch(make_strong_model, make_config, family, schedule):
+@pytest.mark.parametrize(
+    ("family", "schedule", "sizes"),
+    [
+        *[("qwen2", "cosine", {}), ("llama", "wsd", {})],
+        *((family, "cosine", STEPS_MESH) for family in ("qwen3", "olmo2", "mistral")),
+    ],
+)
+def test_twenty_steps_equal_torch(make_strong_model, make_config, family, schedule, sizes):
     cfg = make_config(
         make_strong_model(**FAMILIES[family]), **OPTIMIZER, **{"optimizer.schedule": schedule}
     )
-    assert_same_training(cfg, *our_training(cfg, {}))
+    assert_same_training(cfg, *our_training(cfg, sizes))
 
 
 def test_a_whole_run_on_eight_devices_equals_torch(make_strong_model, make_config, tmp_path):
@@ -244,9 +263,9 @@ def test_a_whole_run_on_eight_devices_equals_torch(make_strong_model, make_confi
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gradient_of_every_tensor_equals_torch(make_strong_model, make_config, family):
-    options = FAMILIES[family] | ({} if family == "qwen2" else BIASED)
-    cfg = make_config(make_strong_model(**options))
-    model_def, params, mesh = load(cfg, {"fsdp": 2})
+    cfg = make_config(make_strong_model(**FAMILIES[family], **BIASES.get(family, {})))
+    is_older = family in ("qwen2", "llama")
+    model_def, params, mesh = load(cfg, {"fsdp": 2} if is_older else GRADIENT_MESH)
     with jax.set_mesh(mesh):
         batch = next(make_loader(cfg, mesh).batches(0, 1))
         sums, grads = jax.jit(lambda p, b: value_and_grad(model_def, p, b))(params, batch)

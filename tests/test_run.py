@@ -1,5 +1,6 @@
 """Whole runs: every mesh gives the same numbers, a stopped run goes on bitwise, exports load."""
 
+import functools
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ from jax_sft import (
 from jax_sft.data.loader import Loader
 from jax_sft.data.prepare import prepare
 from jax_sft.model import ModelDef
+from jax_sft.ops import attention
 from jax_sft.step import make_train_step, value_and_grad
 
 MESHES = [
@@ -37,6 +39,7 @@ MESHES = [
     (4, 1, 2, 1),
     (2, 1, 1, 4),
 ]
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 ROOT = Path(__file__).resolve().parent.parent
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 ENVIRON = dict(os.environ)
@@ -89,13 +92,26 @@ def loss_and_grads(cfg, sizes):
         return float(sums["loss"] / sums["weight"]), jax.device_get(grads), grads
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
-def test_every_mesh_gives_the_single_device_loss_and_gradients(make_config, make_model, model_type):
+FAMILIES = {
+    "qwen2": {"tie_word_embeddings": True},
+    "llama": {"tie_word_embeddings": False},
+    "qwen3": {"tie_word_embeddings": False},
+    "olmo2": {"tie_word_embeddings": False, "attention_bias": True},
+    "mistral": {"tie_word_embeddings": True, "sliding_window": 9},  # shorter than most examples
+}
+
+
+@pytest.mark.parametrize(
+    "family",
+    # The others are compared with torch, on two meshes, by test_parity.
+    [family if family in ("qwen2", "llama") else SLOW(family) for family in FAMILIES],
+)
+def test_every_mesh_gives_the_single_device_loss_and_gradients(make_config, make_model, family):
     # Dimensions that 8 divides, so that every mesh is allowed; still all different.
     model = make_model(
-        model_type=model_type,
+        model_type=family,
         **{"hidden_size": 64, "num_attention_heads": 4, "head_dim": 24},
-        tie_word_embeddings=model_type == "qwen2",
+        **FAMILIES[family],
     )
     cfg = make_config(model)
     expected_loss, expected, _ = loss_and_grads(cfg, (1, 1, 1, 1))
@@ -105,6 +121,28 @@ def test_every_mesh_gives_the_single_device_loss_and_gradients(make_config, make
         for path, grad in grads.items():
             scale = np.abs(expected[path]).max()
             np.testing.assert_allclose(grad, expected[path], rtol=0, atol=1e-5 * scale + 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("family", "window", "is_tested"),
+    [
+        ("mistral", 127, True),
+        ("mistral", 128, False),
+        ("mistral", None, False),
+        ("qwen2", 9, False),
+    ],
+)
+def test_attention_is_tested_with_a_window_where_rows_are_longer(
+    make_config, make_model, monkeypatch, tmp_path, family, window, is_tested
+):
+    def self_test(name, *, has_window, **shape):
+        raise InterruptedError(f"{has_window=}")
+
+    monkeypatch.setattr(attention, "self_test", self_test)
+    cfg = make_config(make_model(model_type=family, sliding_window=window))
+    assert cfg.data.seq_len == 128
+    with pytest.raises(InterruptedError, match=f"has_window={is_tested}"):
+        jax_sft.train(cfg, tmp_path / "run")
 
 
 def test_parameters_moments_and_gradients_are_split_over_fsdp_and_tensor(make_config):

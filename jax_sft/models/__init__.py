@@ -1,6 +1,7 @@
 """Model families: one file each, found by the `model_type` of config.json.
 
-A family file defines `Config` (with `from_hf`, `dims`), `weights(cfg)` and `Model(cfg, key)`.
+A family file defines `Config` (with `from_hf`, `dims`, and `window`, the sliding window of those
+layers that have one), `weights(cfg)` and `Model(cfg, key)`.
 """
 
 import importlib

@@ -124,15 +124,20 @@ _add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last dimension, in float32 (Zhang & Sennrich 2019)."""
+    """x / rms(x) * scale, in float32 (Zhang & Sennrich 2019), over the last dimension(s).
 
-    def __init__(self, size: int, eps: float):
+    Args:
+        sizes: of the dimensions that are normalised together, the last of x.
+    """
+
+    def __init__(self, *sizes: int, eps: float):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones(size))
+        self.scale = nnx.Param(jnp.ones(sizes))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
-        x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        dims = tuple(range(-self.scale[...].ndim, 0))
+        x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=dims, keepdims=True) + self.eps)
         return (x32 * self.scale[...]).astype(x.dtype)
 
 
@@ -177,8 +182,13 @@ def attend(
     segment_ids_BT: jax.Array,
     positions_BT: jax.Array,
     compute: Compute,
+    window: int | None = None,
 ) -> jax.Array:
-    """Rotate queries and keys, then attend causally within each segment. Returns [B, T, N, H]."""
+    """Rotate queries and keys, then attend causally within each segment. Returns [B, T, N, H].
+
+    Args:
+        window: a token sees at most so many tokens, itself included; layers may differ in it.
+    """
     q_BTNH, k_BTKH = rope.rotate(q_BTNH, angles), rope.rotate(k_BTKH, angles)
     q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(x, "qkv") for x in (q_BTNH, k_BTKH, v_BTKH))
     return packed_attention(
@@ -190,6 +200,7 @@ def attend(
         scale=1 / math.sqrt(q_BTNH.shape[-1]),
         backend=compute.attention,
         max_segments=compute.max_segments,
+        window=window,
     )
 
 
@@ -207,6 +218,39 @@ def residual(x_BTD: jax.Array) -> jax.Array:
     norms included, takes 1/tensor of the memory (Korthikanti et al. 2022, arXiv:2205.05198).
     """
     return parallel.constrain(x_BTD, "batch", "residual", "features")
+
+
+class Decoder(nnx.Module):
+    """Token ids to final hidden states: embedding, equal layers, norm. The head is applied by the
+    loss or by `inference`.
+
+    Args:
+        make_layer: (cfg, key) -> a module, which is called with (x_BTD, angles, segment_ids_BT,
+            positions_BT, compute) and returns the next x_BTD.
+        cfg: a family's Config.
+    """
+
+    def __init__(self, make_layer: Callable[[Any, jax.Array], Any], cfg: Any, key):
+        embed, layers, head = jax.random.split(key, 3)
+        self.cfg = cfg
+        self.embed = Embedding(cfg.vocab, cfg.features, embed)
+        self.layers = stack(functools.partial(make_layer, cfg), cfg.num_layers, layers)
+        self.final_norm = RMSNorm(cfg.features, eps=cfg.norm_eps)
+        if not cfg.tied:
+            self.head = Head(cfg.vocab, cfg.features, head)
+
+    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, compute: Compute) -> jax.Array:
+        """Return hidden states [B, T, D] in `compute.dtype`, normed and ready for the head."""
+        x_BTD = self.embed(tokens_BT, compute.dtype)
+        angles = self.cfg.rope.angles(positions_BT)
+        context = (angles, segment_ids_BT, positions_BT, compute)
+        x_BTD = run_stack(self.layers, x_BTD, *context, name="layers", compute=compute)
+        return self.final_norm(x_BTD)
+
+    @property
+    def head_VD(self) -> jax.Array:
+        """The output head [V, D], the master weight: the embedding table when tied."""
+        return self.embed.table[...] if self.cfg.tied else self.head.table[...].T
 
 
 def stack(make_layer: Callable[[jax.Array], Any], num_layers: int, key) -> Any:

@@ -1,14 +1,14 @@
 """Qwen2, Qwen2.5 and their Coder and Math versions: biased q, k, v; no bias elsewhere."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 
 from jax_sft.models import layers
 from jax_sft.models.rope import Rope
-from jax_sft.models.spec import Fields, Weight
+from jax_sft.models.spec import Fields, Weight, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +26,16 @@ class Config:
     tied: bool
     max_positions: int
     rope: Rope
+    window: ClassVar[None] = None  # every layer sees whole segments
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Config":
         """Read config.json; a field that this file does not implement raises ValueError."""
         fields = Fields(config)
         num_heads, num_kv_heads, head_dim = fields.heads()
-        for name in ("rope_parameters", "rope_scaling", "rope_theta"):
-            fields.get(name)
-        fields.get("original_max_position_embeddings")
-        for name in ("sliding_window", "max_window_layers"):  # used with use_sliding_window only
-            fields.get(name)
-        if (activation := fields.get("hidden_act", "silu")) != "silu":
-            raise ValueError(f"config.json: hidden_act = {activation!r} is not implemented: silu")
+        fields.known(*Rope.FIELDS)
+        fields.known("sliding_window", "max_window_layers")  # used with use_sliding_window only
+        fields.only("hidden_act", "silu")
         cfg = cls(
             vocab=fields.size("vocab_size"),
             features=fields.size("hidden_size"),
@@ -73,26 +70,23 @@ class Config:
 def weights(cfg: Config) -> tuple[Weight, ...]:
     """Return the weight rows of the model."""
     layer = "model.layers.{layers}."
+    attn, mlp = layer + "self_attn.", layer + "mlp."
+    to_heads = "(heads head_dim) embed -> embed heads head_dim"
+    to_kv_heads = "(kv_heads head_dim) embed -> embed kv_heads head_dim"
+    from_heads = "embed (heads head_dim) -> embed heads head_dim"
     rows = [
         Weight("embed.table", "model.embed_tokens.weight", "vocab embed -> vocab embed"),
         Weight("final_norm.scale", "model.norm.weight", "norm -> norm"),
         Weight("layers.attn_norm.scale", layer + "input_layernorm.weight", "norm -> norm"),
         Weight("layers.mlp_norm.scale", layer + "post_attention_layernorm.weight", "norm -> norm"),
+        *linear("layers.attn.q", attn + "q_proj", to_heads, bias=True),
+        *linear("layers.attn.k", attn + "k_proj", to_kv_heads, bias=True),
+        *linear("layers.attn.v", attn + "v_proj", to_kv_heads, bias=True),
+        *linear("layers.attn.out", attn + "o_proj", from_heads),
+        *linear("layers.mlp.gate", mlp + "gate_proj", "mlp embed -> embed mlp"),
+        *linear("layers.mlp.up", mlp + "up_proj", "mlp embed -> embed mlp"),
+        *linear("layers.mlp.down", mlp + "down_proj", "embed mlp -> embed mlp"),
     ]
-    for name, heads in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads")):
-        ours, theirs = f"layers.attn.{name}", layer + f"self_attn.{name}_proj"
-        to_heads = f"({heads} head_dim) embed -> embed {heads} head_dim"
-        rows.append(Weight(f"{ours}.kernel", f"{theirs}.weight", to_heads))
-        rows.append(
-            Weight(f"{ours}.bias", f"{theirs}.bias", f"({heads} head_dim) -> {heads} head_dim")
-        )
-    from_heads = "embed (heads head_dim) -> embed heads head_dim"
-    rows.append(Weight("layers.attn.out.kernel", layer + "self_attn.o_proj.weight", from_heads))
-    for name in ("gate", "up"):
-        hf = layer + f"mlp.{name}_proj.weight"
-        rows.append(Weight(f"layers.mlp.{name}.kernel", hf, "mlp embed -> embed mlp"))
-    hf = layer + "mlp.down_proj.weight"
-    rows.append(Weight("layers.mlp.down.kernel", hf, "embed mlp -> embed mlp"))
     if not cfg.tied:
         rows.append(Weight("head.table", "lm_head.weight", "vocab embed -> embed vocab"))
     return tuple(rows)
@@ -120,9 +114,9 @@ class Layer(nnx.Module):
 
     def __init__(self, cfg: Config, key):
         attn, mlp = jax.random.split(key)
-        self.attn_norm = layers.RMSNorm(cfg.features, cfg.norm_eps)
+        self.attn_norm = layers.RMSNorm(cfg.features, eps=cfg.norm_eps)
         self.attn = Attention(cfg, attn)
-        self.mlp_norm = layers.RMSNorm(cfg.features, cfg.norm_eps)
+        self.mlp_norm = layers.RMSNorm(cfg.features, eps=cfg.norm_eps)
         self.mlp = layers.SwiGLU(cfg.features, cfg.mlp, mlp)
 
     def __call__(self, x_BTD, *context):
@@ -130,27 +124,6 @@ class Layer(nnx.Module):
         return x_BTD + layers.residual(self.mlp(layers.whole(self.mlp_norm(x_BTD))))
 
 
-class Model(nnx.Module):
-    """Token ids to final hidden states; the head is applied by the loss or by `inference`."""
-
-    def __init__(self, cfg: Config, key):
-        embed, stack, head = jax.random.split(key, 3)
-        self.cfg = cfg
-        self.embed = layers.Embedding(cfg.vocab, cfg.features, embed)
-        self.layers = layers.stack(lambda k: Layer(cfg, k), cfg.num_layers, stack)
-        self.final_norm = layers.RMSNorm(cfg.features, cfg.norm_eps)
-        if not cfg.tied:
-            self.head = layers.Head(cfg.vocab, cfg.features, head)
-
-    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, compute):
-        """Return hidden states [B, T, D] in `compute.dtype`, normed and ready for the head."""
-        x_BTD = self.embed(tokens_BT, compute.dtype)
-        angles = self.cfg.rope.angles(positions_BT)
-        context = (angles, segment_ids_BT, positions_BT, compute)
-        x_BTD = layers.run_stack(self.layers, x_BTD, *context, name="layers", compute=compute)
-        return self.final_norm(x_BTD)
-
-    @property
-    def head_VD(self) -> jax.Array:
-        """The output head [V, D], the master weight: the embedding table when tied."""
-        return self.embed.table[...] if self.cfg.tied else self.head.table[...].T
+def Model(cfg: Config, key) -> layers.Decoder:
+    """Return the model, its weights made from scratch."""
+    return layers.Decoder(Layer, cfg, key)

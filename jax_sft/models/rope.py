@@ -5,7 +5,7 @@ Formulas follow transformers' `modeling_rope_utils.py`; sources are named at eac
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,10 @@ class Rope:
 
     inv_freq: tuple[float, ...]
     attention_factor: float = 1.0
+    FIELDS: ClassVar[tuple[str, ...]] = (  # of config.json
+        *("rope_parameters", "rope_scaling", "rope_theta"),
+        "original_max_position_embeddings",
+    )
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], head_dim: int) -> "Rope":

@@ -106,6 +106,22 @@ class Weight:
         return np.ascontiguousarray(array.transpose(order)).reshape(self.hf_shape(dims))
 
 
+def linear(path: str, hf: str, layout: str, bias: bool = False) -> list[Weight]:
+    """Return the rows of a linear layer: its kernel and, if it has one, its bias.
+
+    Args:
+        path, hf: of the layer, without ".kernel" and ".weight".
+        layout: of the kernel. The bias has its first HF dimension, that of the outputs.
+    """
+    rows = [Weight(f"{path}.kernel", f"{hf}.weight", layout)]
+    if bias:
+        # The model dimension of a vector is called "norm".
+        outputs = ["norm" if axis == "embed" else axis for axis in rows[0]._groups[0]]
+        ours = " ".join(outputs)
+        rows.append(Weight(f"{path}.bias", f"{hf}.bias", f"({ours}) -> {ours}"))
+    return rows
+
+
 # Fields of config.json that describe files, tokens, training or generation, not the computation.
 _IGNORED = {
     *("architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache"),
@@ -144,6 +160,15 @@ class Fields:
         value = self._config.get(name)
         return default if value is None else value
 
+    def known(self, *names: str) -> None:
+        """Take note of fields that are read elsewhere, or change nothing in this family."""
+        self._read.update(names)
+
+    def only(self, name: str, value: Any) -> None:
+        """Refuse a field that has another value than this one, the default."""
+        if (given := self.get(name, value)) != value:
+            raise ValueError(f"config.json: {name} = {given!r} is not implemented: {value}")
+
     def size(self, name: str, default: int | None = None) -> int:
         """Return a positive integer; without a default it must be there."""
         value = self.get(name, default)
@@ -167,11 +192,15 @@ class Fields:
             raise ValueError(f"config.json: {name} = {value!r} must be true or false")
         return value
 
-    def heads(self) -> tuple[int, int, int]:
-        """Return (heads, kv heads, head dim), checked against each other."""
+    def heads(self, head_dim: int | None = None) -> tuple[int, int, int]:
+        """Return (heads, kv heads, head dim), checked against each other.
+
+        Args:
+            head_dim: where config.json has none; None = hidden_size / num_attention_heads.
+        """
         heads = self.size("num_attention_heads")
         kv_heads = self.size("num_key_value_heads", heads)
-        head_dim = self.size("head_dim", max(self.size("hidden_size") // heads, 1))
+        head_dim = self.size("head_dim", head_dim or max(self.size("hidden_size") // heads, 1))
         if heads % kv_heads:
             raise ValueError(
                 f"config.json: num_attention_heads = {heads} is not divisible by "

@@ -34,6 +34,7 @@ BACKENDS = ("auto", *_MODULES)  # model.attention
 TOLERANCE = {"float32": 5e-3, "float16": 5e-3, "bfloat16": 3e-2}
 _TEST_TOKENS = 384  # per device: several blocks of any backend
 _TEST_STRIPES = 2  # per device, in which the tokens of a split row lie
+_TEST_WINDOW = 24  # of a model that has one: shorter than most segments of the test
 
 
 def resolve(
@@ -90,6 +91,7 @@ def packed_attention(
     scale: float,
     backend: str = "auto",
     max_segments: int = 256,
+    window: int | None = None,
 ) -> jax.Array:
     """Attend within segments, causally by position. Returns [B, T, N, H] in the dtype of q.
 
@@ -107,7 +109,10 @@ def packed_attention(
         scale: factor on the scores.
         backend: one of BACKENDS.
         max_segments: no row has more; the packer sees to it.
+        window: a token sees this many tokens of its segment at most, itself and those just before
+            it (Beltagy et al. 2020, arXiv:2004.05150; as `sliding_window` of transformers counts).
     """
+    window = None if window is None or window >= q_BTNH.shape[1] else window
     if backend == "auto":
         mesh = jax.sharding.get_abstract_mesh()
         backend = resolve(
@@ -119,21 +124,21 @@ def packed_attention(
         )
     ids = (segment_ids_BT, positions_BT)
     with jax.named_scope("part.attention"):
-        return _attention(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments)
+        return _attention(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments, window)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attention(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments):
-    return _attention_fwd(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _attention(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments, window):
+    return _attention_fwd(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments, window)[0]
 
 
-def _attention_fwd(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments):
+def _attention_fwd(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments, window):
     heads, kv_heads, tokens, of_heads = _specs()
 
     def local(q, k, v, ids):
         all_k, all_v, all_ids = _gathered((k, v, ids))
         return _MODULES[backend].BACKEND.forward(
-            q, all_k, all_v, ids, all_ids, scale=scale, max_segments=max_segments
+            *(q, all_k, all_v, ids, all_ids), scale=scale, max_segments=max_segments, window=window
         )
 
     island = _island(local, (heads, kv_heads, kv_heads, tokens), (heads, of_heads))
@@ -144,7 +149,7 @@ def _attention_fwd(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments):
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, ids, out_BTNH, lse)
 
 
-def _attention_bwd(backend, scale, max_segments, residuals, grad_out_BTNH):
+def _attention_bwd(backend, scale, max_segments, window, residuals, grad_out_BTNH):
     heads, kv_heads, tokens, of_heads = _specs()
 
     def local(q, k, v, ids, out, lse, grad_out):
@@ -153,6 +158,7 @@ def _attention_bwd(backend, scale, max_segments, residuals, grad_out_BTNH):
             *(q, all_k, all_v, out, lse, grad_out, ids, all_ids),
             scale=scale,
             max_segments=max_segments,
+            window=window,
         )
         if jax.lax.axis_size("sequence") > 1:
             grads = jax.lax.psum_scatter(grads, "sequence", scatter_dimension=1, tiled=True)
@@ -191,11 +197,22 @@ def _gathered(arrays):
 
 
 @functools.cache  # once per process
-def self_test(backend: str, *, dtype: str, num_heads_per_kv: int, head_dim: int, mesh) -> None:
+def self_test(
+    backend: str,
+    *,
+    dtype: str,
+    num_heads_per_kv: int,
+    head_dim: int,
+    mesh,
+    has_window: bool = False,
+) -> None:
     """Compare `packed_attention` on a small packed batch, values and gradients, with NumPy.
 
     Every process of `mesh` must call it. The devices that split rows get the same two rows each;
     there are two kv heads for every device of `tensor`; a split row lies in stripes.
+
+    Args:
+        has_window: test with a sliding window, a short one, whatever the model's.
 
     Raises:
         ValueError: naming the backend, what differs and by how much, on all processes alike.
@@ -208,7 +225,8 @@ def self_test(backend: str, *, dtype: str, num_heads_per_kv: int, head_dim: int,
         head_dim=head_dim,
         dtype=dtype,
     )
-    errors = _errors(backend, batch, 1 / math.sqrt(head_dim), mesh)
+    window = _TEST_WINDOW if has_window else None
+    errors = _errors(backend, batch, 1 / math.sqrt(head_dim), window, mesh)
     wrong = [
         f"{name} by {error:.2g} of its largest value"
         for name, error in zip(("out", "dq", "dk", "dv"), errors, strict=True)
@@ -217,12 +235,13 @@ def self_test(backend: str, *, dtype: str, num_heads_per_kv: int, head_dim: int,
     if wrong:
         raise ValueError(
             f"model.attention = {backend!r} computes wrongly on this machine, in {dtype} with "
-            f"{num_heads_per_kv} heads of {head_dim} per kv head: {', '.join(wrong)}, where "
+            f"{num_heads_per_kv} heads of {head_dim} per kv head"
+            f"{' and a sliding window' * has_window}: {', '.join(wrong)}, where "
             f"{TOLERANCE[dtype]} is allowed. Nothing was trained: use another of {BACKENDS[1:]}"
         )
 
 
-def _errors(backend, batch, scale, mesh) -> np.ndarray:
+def _errors(backend, batch, scale, window, mesh) -> np.ndarray:
     """Largest errors of (out, dq, dk, dv) on all devices, against the largest values."""
     heads, kv_heads, ids, _ = jax.tree.map(functools.partial(jax.NamedSharding, mesh), _specs())
     num_rows = len(batch[0]) * mesh.shape["data"] * mesh.shape["fsdp"]
@@ -238,7 +257,7 @@ def _errors(backend, batch, scale, mesh) -> np.ndarray:
     @functools.partial(jax.jit, out_shardings=(heads, heads, kv_heads, kv_heads))
     def run(q, k, v, grad_out, *ids):
         def attend(q, k, v):
-            return packed_attention(q, k, v, *ids, scale=scale, backend=backend)
+            return packed_attention(q, k, v, *ids, scale=scale, backend=backend, window=window)
 
         out, backward = jax.vjp(attend, q, k, v)
         # Of padding the output must be finite, and 0 for this comparison.
@@ -248,7 +267,7 @@ def _errors(backend, batch, scale, mesh) -> np.ndarray:
     with jax.set_mesh(mesh):
         results = run(*map(spread, batch, (heads, kv_heads, kv_heads, heads, *ids)))
     errors = []
-    for found, wanted in zip(results, _expected(*batch, scale=scale), strict=True):
+    for found, wanted in zip(results, _expected(*batch, scale=scale, window=window), strict=True):
         of_shards = [
             np.abs(np.asarray(shard.data, np.float32) - part(wanted, shard.index)).max()
             for shard in found.addressable_shards
@@ -283,7 +302,7 @@ def _test_batch(num_tokens, *, shards, num_kv_heads, num_heads_per_kv, head_dim,
     return q, k, v, np.where((segments > 0)[..., None, None], grad_out, 0), segments, positions
 
 
-def _expected(q, k, v, grad_out, segments, positions, *, scale):
+def _expected(q, k, v, grad_out, segments, positions, *, scale, window):
     """(out, dq, dk, dv) of `_test_batch` in float32, one segment of one row at a time."""
     q, k, v, grad_out = (np.moveaxis(np.asarray(x, np.float32), 2, 1) for x in (q, k, v, grad_out))
     results = [np.zeros_like(x) for x in (q, q, k, v)]  # [rows, heads, tokens, H]
@@ -293,9 +312,10 @@ def _expected(q, k, v, grad_out, segments, positions, *, scale):
         tokens = tokens[np.argsort(positions[row, tokens])]
         queries, grads = q[row][:, tokens], grad_out[row][:, tokens]
         keys, values = (np.repeat(x[row][:, tokens], num_heads_per_kv, axis=0) for x in (k, v))
-        scores = np.where(
-            np.tri(len(tokens), dtype=bool), scale * queries @ keys.swapaxes(1, 2), -np.inf
-        )
+        visible = np.tri(len(tokens), dtype=bool)
+        if window is not None:
+            visible &= ~np.tri(len(tokens), k=-window, dtype=bool)
+        scores = np.where(visible, scale * queries @ keys.swapaxes(1, 2), -np.inf)
         probs = np.exp(scores - scores.max(axis=-1, keepdims=True))
         probs /= probs.sum(axis=-1, keepdims=True)
         grad_probs = grads @ values.swapaxes(1, 2)

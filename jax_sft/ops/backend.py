@@ -32,6 +32,7 @@ class Forward(Protocol):
         *,
         scale: float,
         max_segments: int,
+        window: int | None,
     ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -52,12 +53,16 @@ class Backward(Protocol):
         *,
         scale: float,
         max_segments: int,
+        window: int | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """`scale` multiplies the scores; `max_segments` bounds the segments of a row."""
+    """`scale` multiplies the scores; `max_segments` bounds the segments of a row.
+
+    With a `window`, a query at position p sees the keys of its segment at p - window < position.
+    """
 
     forward: Forward
     backward: Backward

@@ -32,17 +32,17 @@ def problems(
     return []
 
 
-def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments):
+def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments, window):
     """`backend.Forward`. Rows run in turn: under vmap, a loop ends when that of all rows does."""
-    row = functools.partial(_forward_row, scale=scale)
+    row = functools.partial(_forward_row, scale=scale, window=window)
     return jax.lax.map(lambda x: row(*x), (q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids))
 
 
-def _forward_row(q_TNH, k_SKH, v_SKH, query_ids, key_ids, *, scale):
+def _forward_row(q_TNH, k_SKH, v_SKH, query_ids, key_ids, *, scale, window):
     T, K = len(q_TNH), k_SKH.shape[1]
     k_JKSH, v_JKSH = _kv_blocks(k_SKH), _kv_blocks(v_SKH)
     query_ids, key_ids = _id_blocks(query_ids), _id_blocks(key_ids)
-    order_IJ, num_needed_I = _work_lists(_needed(query_ids, key_ids))
+    order_IJ, num_needed_I = _work_lists(_needed(query_ids, key_ids, window))
 
     def query_block(inputs):
         q_KGTH, ids, order_J, num_needed = inputs
@@ -50,7 +50,7 @@ def _forward_row(q_TNH, k_SKH, v_SKH, query_ids, key_ids, *, scale):
         def key_block(step, sums):
             max_KGT, sum_KGT, out_KGTH = sums
             k_KSH, v_KSH, other_ids = _at(order_J[step], (k_JKSH, v_JKSH, key_ids))
-            scores_KGTS = _scores(q_KGTH, k_KSH, ids, other_ids, scale)
+            scores_KGTS = _scores(q_KGTH, k_KSH, ids, other_ids, scale, window)
             # Finite even where nothing is visible yet, so that -inf - max is never nan.
             new_KGT = jnp.maximum(max_KGT, scores_KGTS.max(-1))
             weights_KGTS = jnp.exp(scores_KGTS - new_KGT[..., None])
@@ -79,21 +79,34 @@ def _forward_row(q_TNH, k_SKH, v_SKH, query_ids, key_ids, *, scale):
 
 
 def _backward(
-    q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse, grad_out_BTNH, query_ids, key_ids, *, scale, max_segments
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    out_BTNH,
+    lse,
+    grad_out_BTNH,
+    query_ids,
+    key_ids,
+    *,
+    scale,
+    max_segments,
+    window,
 ):
     """`backend.Backward`, rows in turn."""
-    row = functools.partial(_backward_row, scale=scale)
+    row = functools.partial(_backward_row, scale=scale, window=window)
     inputs = (q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse, grad_out_BTNH, query_ids, key_ids)
     return jax.lax.map(lambda x: row(*x), inputs)
 
 
-def _backward_row(q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, grad_TNH, query_ids, key_ids, *, scale):
+def _backward_row(
+    q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, grad_TNH, query_ids, key_ids, *, scale, window
+):
     """Key blocks in turn, dq summed over them: each pair of blocks is computed once."""
     T, S, K = len(q_TNH), len(k_SKH), k_SKH.shape[1]
     delta_TN = (out_TNH.astype(jnp.float32) * grad_TNH.astype(jnp.float32)).sum(-1)
     of_queries = tuple(_q_blocks(x, K) for x in (q_TNH, grad_TNH, lse_TN, delta_TN))
     query_ids, key_ids = _id_blocks(query_ids), _id_blocks(key_ids)
-    order_JI, num_needed_J = _work_lists(_needed(query_ids, key_ids).T)
+    order_JI, num_needed_J = _work_lists(_needed(query_ids, key_ids, window).T)
 
     def key_block(dq_IKGTH, inputs):
         k_KSH, v_KSH, ids, order_I, num_needed = inputs
@@ -102,7 +115,7 @@ def _backward_row(q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, grad_TNH, query_ids, key
             dq_IKGTH, dk_KHS, dv_KHS = grads
             index = order_I[step]
             (q_KGTH, grad_KGTH, lse_KGT, delta_KGT), other_ids = _at(index, (of_queries, query_ids))
-            scores_KGTS = _scores(q_KGTH, k_KSH, other_ids, ids, scale)
+            scores_KGTS = _scores(q_KGTH, k_KSH, other_ids, ids, scale, window)
             probs_KGTS = jnp.exp(scores_KGTS - lse_KGT[..., None])
             dv_KHS += _dot("KGTH,KGTS->KHS", grad_KGTH, probs_KGTS.astype(grad_KGTH.dtype))
             grad_probs_KGTS = _dot("KGTH,KSH->KGTS", grad_KGTH, v_KSH)
@@ -132,28 +145,35 @@ def _dot(equation, *operands):
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 
-def _scores(q_KGTH, k_KSH, query_ids, key_ids, scale):
+def _scores(q_KGTH, k_KSH, query_ids, key_ids, scale, window):
     """Scaled scores [K, G, T, S] of two blocks in float32, -inf where a query must not look."""
     scores_KGTS = _dot("KGTH,KSH->KGTS", q_KGTH, k_KSH)
     (query_segments, query_positions), (key_segments, key_positions) = query_ids, key_ids
     visible_TS = query_segments[:, None] == key_segments
     visible_TS &= (query_positions[:, None] >= key_positions) & (key_segments != 0)
+    if window is not None:
+        visible_TS &= query_positions[:, None] - window < key_positions
     return jnp.where(visible_TS, scores_KGTS * scale, -jnp.inf)
 
 
-def _needed(query_ids, key_ids):
+def _needed(query_ids, key_ids, window):
     """[I, J]: may a query of the block see a key of the block? True too often, never too rarely.
 
     If a query sees a key of its segment s, then lowest query <= s <= highest key, and
     lowest key <= (s, position of the key) <= (s, position of the query) <= highest query, where
-    tokens are ordered by (segment, position).
+    tokens are ordered by (segment, position). With a window, position of the key > position of the
+    query - window; so where lowest query and highest key are of one segment, theirs are like this.
     """
-    low_query_I, _, high_query_I, high_position_I = _extent(query_ids)
-    low_key_J, low_position_J, high_key_J, _ = _extent(key_ids)
+    low_query_I, low_query_position_I, high_query_I, high_query_position_I = _extent(query_ids)
+    low_key_J, low_key_position_J, high_key_J, high_key_position_J = _extent(key_ids)
     needed_IJ = low_key_J < high_query_I[:, None]
     same_IJ = low_key_J == high_query_I[:, None]
-    needed_IJ |= same_IJ & (low_position_J <= high_position_I[:, None])
-    return needed_IJ & (low_query_I[:, None] <= high_key_J)
+    needed_IJ |= same_IJ & (low_key_position_J <= high_query_position_I[:, None])
+    if window is None:
+        return needed_IJ & (low_query_I[:, None] <= high_key_J)
+    in_window_IJ = high_key_position_J > low_query_position_I[:, None] - window
+    in_window_IJ &= low_query_I[:, None] == high_key_J
+    return needed_IJ & (in_window_IJ | (low_query_I[:, None] < high_key_J))
 
 
 def _extent(ids):

@@ -191,7 +191,7 @@ def _device_problems(capability: tuple[int, ...], version: int) -> list[str]:
     return found
 
 
-def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments):
+def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments, window):
     """`backend.Forward` for rows in natural order, T = S: segments 1, 2.. each in one piece.
 
     A row in another order, or of more than `max_segments` segments, comes out as NaN, so that the
@@ -203,7 +203,7 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments)
     ok_B, layouts = _layouts(ids, max_segments)
     out, lse = jnp.zeros_like(q), jnp.zeros(q.shape[:3], jnp.float32)
     for layout in layouts:
-        found, stats_SNL = _call_forward(q, k, v, layout, scale)
+        found, stats_SNL = _call_forward(q, k, v, layout, scale, window)
         out = jnp.where(layout.is_in_BT[..., None, None], found, out)
         # Advanced indices on both sides of the heads: the heads come last.
         of_tokens = stats_SNL.at[layout.slot_BT, :, ids[1]].get(mode="clip")
@@ -214,7 +214,18 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments)
 
 
 def _backward(
-    q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse, grad_out_BTNH, query_ids, key_ids, *, scale, max_segments
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    out_BTNH,
+    lse,
+    grad_out_BTNH,
+    query_ids,
+    key_ids,
+    *,
+    scale,
+    max_segments,
+    window,
 ):
     """`backend.Backward`. cuDNN adds to dq from many blocks in any order, unless XLA's options
     demand determinism, which is hardly affordable: see `workspace_bytes`."""
@@ -226,7 +237,7 @@ def _backward(
     for layout in _layouts(ids, max_segments)[1]:
         token_SL = layout.first_S[:, None] + jnp.arange(layout.length_class.longest)
         stats_SNL = jnp.moveaxis(lse_XN.at[token_SL].get(mode="clip"), 2, 1)
-        found = _call_backward(q, k, v, out, stats_SNL, grad_out, layout, scale)
+        found = _call_backward(q, k, v, out, stats_SNL, grad_out, layout, scale, window)
         is_in = layout.is_in_BT[..., None, None]
         grads = tuple(jnp.where(is_in, new, old) for new, old in zip(found, grads, strict=True))
     dq, dk, dv = (grad[:, : q_BTNH.shape[1]] for grad in grads)
@@ -290,17 +301,20 @@ def _layouts(ids: Ids, max_segments: int) -> tuple[jax.Array, list[_Layout]]:
     return ok_B, layouts
 
 
-def _call_forward(q_BTNH, k_BTKH, v_BTKH, layout: _Layout, scale: float):
+def _call_forward(q_BTNH, k_BTKH, v_BTKH, layout: _Layout, scale: float, window: int | None):
     """Return (out [B, T, N, H], softmax statistics [S, N, L]); other tokens' values are garbage."""
     primitive, lowering = (getattr(_private(), name) for name in _FORWARD)
     operands, unpack = _operands((q_BTNH, k_BTKH, v_BTKH), layout)
     out, stats_SNL = primitive.bind(
-        *operands, **_parameters(scale), **_newer_parameters(lowering), is_training=True
+        *operands,
+        **_parameters(scale, _window_of(layout, window)),
+        **_newer_parameters(lowering),
+        is_training=True,
     )
     return unpack(out, q_BTNH), stats_SNL
 
 
-def _call_backward(q_BTNH, k_BTKH, v_BTKH, out, stats_SNL, grad_out, layout, scale):
+def _call_backward(q_BTNH, k_BTKH, v_BTKH, out, stats_SNL, grad_out, layout, scale, window):
     """Return (dq, dk, dv); other tokens' values are garbage."""
     primitive, lowering = (getattr(_private(), name) for name in _BACKWARD)
     operands, unpack = _operands((q_BTNH, k_BTKH, v_BTKH), layout)
@@ -309,7 +323,7 @@ def _call_backward(q_BTNH, k_BTKH, v_BTKH, out, stats_SNL, grad_out, layout, sca
     grads = primitive.bind(
         *operands,
         *(stats_SNL, out, grad_out),
-        **_parameters(scale),
+        **_parameters(scale, _window_of(layout, window)),
         **_newer_parameters(lowering),
     )
     return tuple(map(unpack, grads, (q_BTNH, k_BTKH, v_BTKH)))
@@ -334,7 +348,14 @@ def _operands(qkv: Sequence[jax.Array], layout: _Layout):
     return operands, lambda result, like: result.reshape(like.shape)
 
 
-def _parameters(scale: float) -> dict[str, Any]:
+def _window_of(layout: _Layout, window: int | None) -> int | None:
+    """The window, where segments of the class can be longer. cuDNN counts it as we do: a query at
+    position p sees p - window < key <= p."""
+    longest = layout.length_class.longest
+    return window if window is not None and window < longest else None
+
+
+def _parameters(scale: float, window: int | None = None) -> dict[str, Any]:
     return dict(
         scale=scale,
         seed=0,
@@ -342,7 +363,7 @@ def _parameters(scale: float) -> dict[str, Any]:
         variadic_args=(False, False),  # (has a bias, its gradient is wanted)
         mask_type=_private().MaskType.PADDING_CAUSAL,
         layout=_private().AttentionLayout.BTNH.value,
-        sliding_window_length=None,
+        sliding_window_length=window,
     )
 
 

@@ -24,7 +24,7 @@ def problems(
     return []
 
 
-def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments):
+def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments, window):
     """`backend.Forward`. Padding attends to padding, so that no softmax is empty."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
@@ -35,6 +35,8 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments)
     (query_segments, query_positions), (key_segments, key_positions) = query_ids, key_ids
     visible_BTS = query_segments[:, :, None] == key_segments[:, None, :]
     visible_BTS &= query_positions[:, :, None] >= key_positions[:, None, :]
+    if window is not None:
+        visible_BTS &= query_positions[:, :, None] - window < key_positions[:, None, :]
     scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS * scale, -jnp.inf)
     probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH)
@@ -42,13 +44,9 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments)
     return out_BTKGH.reshape(B, T, N, H), jnp.moveaxis(lse_BKGT, 3, 1).reshape(B, T, N)
 
 
-def _backward(
-    q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse, grad_out_BTNH, query_ids, key_ids, *, scale, max_segments
-):
+def _backward(q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse, grad_out_BTNH, query_ids, key_ids, **options):
     """`backend.Backward`, by differentiating the forward pass: `out` and `lse` are not read."""
-    forward = functools.partial(
-        _forward, query_ids=query_ids, key_ids=key_ids, scale=scale, max_segments=max_segments
-    )
+    forward = functools.partial(_forward, query_ids=query_ids, key_ids=key_ids, **options)
     _, backward, _ = jax.vjp(forward, q_BTNH, k_BSKH, v_BSKH, has_aux=True)
     return backward(grad_out_BTNH)
 

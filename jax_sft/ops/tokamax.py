@@ -71,7 +71,7 @@ def _package() -> types.SimpleNamespace:
     )
 
 
-def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments):
+def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments, window):
     """`backend.Forward`; its second result holds the softmax' maxima and sums, [B, T, 2 N].
 
     Padding comes out as zero. With T = S the tokens must lie in their natural order: a row that
@@ -81,7 +81,7 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments)
     order_BS, ok_B = _order(query_ids, key_ids)
     (q,), query_ids = pad_tokens((q_BTNH,), query_ids, _BLOCK)
     (k, v), key_ids = _ordered((k_BSKH, v_BSKH), key_ids, order_BS)
-    mask = _mask(query_ids, key_ids, is_natural=order_BS is None)
+    mask = _mask(query_ids, key_ids, is_natural=order_BS is None, window=window)
     operation = _package().operations[IMPLEMENTATION]
     out, residuals = operation(q, k, v, mask=mask, logits_scale=scale, return_residuals=True)
     out = jnp.where(query_ids[0][..., None, None] > 0, out, 0)
@@ -91,7 +91,18 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments)
 
 
 def _backward(
-    q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse, grad_out_BTNH, query_ids, key_ids, *, scale, max_segments
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    out_BTNH,
+    lse,
+    grad_out_BTNH,
+    query_ids,
+    key_ids,
+    *,
+    scale,
+    max_segments,
+    window,
 ):
     """`backend.Backward`, by the operation that tokamax' own derivative calls."""
     num_tokens, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
@@ -102,7 +113,7 @@ def _backward(
     lse = jnp.pad(lse, ((0, 0), (0, q.shape[1] - num_tokens), (0, 0)), constant_values=1)
     residuals = tuple(jnp.split(jnp.moveaxis(lse, 2, 1), 2, axis=1))
     (k, v), key_ids = _ordered((k_BSKH, v_BSKH), key_ids, order_BS)
-    mask = _mask(query_ids, key_ids, is_natural=order_BS is None)
+    mask = _mask(query_ids, key_ids, is_natural=order_BS is None, window=window)
 
     operation = _package().operations[IMPLEMENTATION]
     bound = operation.bind(q, k, v, mask=mask, logits_scale=scale)
@@ -142,29 +153,34 @@ def _take(x, order_BS):
     return jnp.take_along_axis(x, order_BS.reshape(order_BS.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
-def _mask(query_ids: Ids, key_ids: Ids, is_natural: bool):
-    """Return the tokamax Mask by which each query sees its segment up to itself."""
-    k_start_BT, k_end_BT = visible_keys(query_ids, key_ids, is_natural)
+def _mask(query_ids: Ids, key_ids: Ids, is_natural: bool, window: int | None):
+    """Return the tokamax Mask by which each query sees its segment, or window, up to itself."""
+    k_start_BT, k_end_BT = visible_keys(query_ids, key_ids, is_natural, window)
     if is_natural:
         return _package().Mask(k_start=k_start_BT[:, None], is_causal=True)
     return _package().Mask(k_start=k_start_BT[:, None], k_end=k_end_BT[:, None])
 
 
-def visible_keys(query_ids: Ids, key_ids: Ids, is_natural: bool) -> tuple[jax.Array, jax.Array]:
+def visible_keys(
+    query_ids: Ids, key_ids: Ids, is_natural: bool, window: int | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Return the first key that each query sees, and the first one after it that it does not.
 
     Both [B, T], counted among keys in their natural order, or else by (segment, position). Padding
     sees one key at least, so that its softmax is not empty.
     """
     segments_BT, positions_BT = query_ids
+    # Of the query's segment, as many keys before the query.
+    before_BT = positions_BT if window is None else jnp.minimum(positions_BT, window - 1)
     if is_natural:
         token_BT = jax.lax.broadcasted_iota(jnp.int32, segments_BT.shape, 1)
-        return token_BT - jnp.where(segments_BT > 0, positions_BT, 0), token_BT + 1
+        return token_BT - jnp.where(segments_BT > 0, before_BT, 0), token_BT + 1
     first = functools.partial(jnp.searchsorted, side="left")
     # Zeros that were added at the end of the keys are of no query's segment.
     in_order_BS = jax.lax.cummax(key_ids[0], axis=1)
     k_start_BT = jax.vmap(first)(in_order_BS, segments_BT).astype(jnp.int32)
-    return k_start_BT, k_start_BT + positions_BT + 1
+    last_BT = k_start_BT + positions_BT
+    return last_BT - before_BT, last_BT + 1
 
 
 BACKEND = Backend(_forward, _backward)

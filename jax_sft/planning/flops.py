@@ -29,7 +29,8 @@ class RowWork:
     Attributes:
         slots: its length, padding included.
         tokens: those that are not padding.
-        pairs: query-key pairs that see each other: causal, within segments.
+        pairs: query-key pairs that see each other: causal, within segments. A sliding window is not
+            taken into account: where segments are longer, this is too much.
         trained: tokens with a weight in the loss.
         source: where this comes from, in words.
     """
