@@ -132,9 +132,8 @@ def kill_often(work: Path, run: str, count: int, chance: random.Random, claims: 
     resumes = [int(step) for step in RESUMED.findall(job.text())]
     for number, complete, furthest in kills:
         for step in resumes[number : number + 1]:  # the first start after the kill that came so far
-            claims.check(step >= complete, f"step {complete} stored, resumed {step}") if (
-                step < complete
-            ) else None
+            if step < complete:
+                claims.check(False, f"step {complete} was stored, resumed at {step}")
             lost.append(furthest - step)
             kept = furthest // SAVE_STEPS * SAVE_STEPS - SAVE_STEPS
             if step < kept:
@@ -198,7 +197,7 @@ def freeze_often(work: Path, run: str, count: int, chance: random.Random, claims
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--terms", type=int, default=20)
     parser.add_argument("--freezes", type=int, default=5)
