@@ -129,7 +129,7 @@ def test_one_process_told_to_stop_stops_both_saved_and_they_go_on_bitwise(launch
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stopped_process_is_named_by_the_other_within_the_bound(launch, tmp_path, victim):
     limit = ("--config.train.stall_timeout_s=5",)
     processes = launch(pace=0.2, options=(limit, limit))
@@ -174,10 +174,11 @@ def test_an_unexpected_exception_on_one_host_ends_both_soon(launch, tmp_path):
 
 
 def test_a_second_signal_ends_at_once(launch, tmp_path):
-    fault = "time.sleep(1000 if step == 6 else 0)"
+    fault = "step == 6 and (print('it hangs', flush=True), time.sleep(1000))"
     (process,) = launch(count=1, fault=fault, options=((),))
-    wait_for_step(tmp_path / "run", 5)
-    time.sleep(1)
+    deadline = time.monotonic() + 90
+    while "it hangs" not in said(tmp_path, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     time.sleep(3.5)
     assert process.poll() is None
