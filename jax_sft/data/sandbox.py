@@ -54,7 +54,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return obj[attribute]
         return super().getattr(obj, attribute)
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what a template calls; named as in jinja2, so that no keyword can clash."""
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str | bytes):
