@@ -51,6 +51,7 @@ def kept_all():
     return run(remat="none")
 
 
+@pytest.mark.slow
 def test_policies_trade_products_for_memory_and_change_no_gradient(kept_all):
     found = {"none": kept_all}
     for remat in ("dots", "attn", "full", "qkv,attention,attention_lse,mlp"):

@@ -278,6 +278,7 @@ def test_gradients_travel_in_bfloat16_where_that_is_asked_for(folder):
     assert sent(plan, "reduce-scatter", ["fsdp"], "f32") == 4 * head * 7 / 8
 
 
+@pytest.mark.slow
 @needs_plugin
 def test_offloaded_activations_leave_the_device(folder):
     cfg = small_config(folder, {"hidden_size": 512, "num_hidden_layers": 16})
@@ -289,6 +290,7 @@ def test_offloaded_activations_leave_the_device(folder):
     assert moved["peak_bytes"] < kept["peak_bytes"] - 0.5 * residuals
 
 
+@pytest.mark.slow
 @needs_plugin
 def test_a_search_lists_what_fits_by_predicted_time(folder, monkeypatch):
     monkeypatch.setattr(search, "MOST_COMPILED", 2)

@@ -99,7 +99,8 @@ def test_handlers_and_the_wake_up_descriptor_are_given_back():
     assert signal.set_wakeup_fd(-1) == -1
 
 
-@pytest.mark.parametrize("where", [pytest.param(3, marks=pytest.mark.slow), 11])
+@pytest.mark.slow  # tests/test_faults.py has it with two processes
+@pytest.mark.parametrize("where", [3, 11])
 def test_a_run_told_to_stop_is_saved_and_goes_on_bitwise(make_config, tmp_path, where):
     model = make_config().model.path
     cfg = make_config(model)
