@@ -26,6 +26,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+# JAX reads its platform, and Python finds the package, by the lines above: hence E402.
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
