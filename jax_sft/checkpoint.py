@@ -74,6 +74,7 @@ class Checkpoints:
         options: `cfg.checkpoint`.
         model: its files are kept beside the steps.
         data: fingerprint of the training data.
+        adapters: what `lora.*` means, stored with each step.
         say: prints a line; called on the first process only, also from a thread.
 
     Attributes:
@@ -88,10 +89,12 @@ class Checkpoints:
         *,
         model: model_files.Model | None = None,
         data: str = "",
+        adapters: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = print,
     ):
         self._folder, self._options, self._model = folder.absolute(), options, model
-        self._data = data
+        self._data, self._adapters = data, dict(adapters or {})
+        self._frozen: dict[str, dict[str, Any]] = {}
         self._versions = preflight.versions()
         self._say = say if cluster.process_id() == 0 else _silent
         self._resume = Resume(self._folder, options, model, data, self._say)
@@ -113,6 +116,27 @@ class Checkpoints:
         state, found = self._resume.restore(found, abstract)
         self.saved_step = found.step
         return state, found
+
+    def keep_frozen(self, frozen: Mapping[str, jax.Array], found: Found | None) -> None:
+        """Take note of the weights that no step holds, and compare with those of a resumed run.
+
+        Raises:
+            ValueError: the model folder has other weights than when the run began.
+        """
+        if not frozen:
+            return
+        sums = fingerprint.read(frozen, fingerprint.start(frozen))
+        self._frozen = {
+            path: {"dtype": str(array.dtype), "sum": sums[path]} for path, array in frozen.items()
+        }
+        stored = found.metadata.get("frozen") if found else None
+        changed = [path for path in self._frozen if stored and stored[path] != self._frozen[path]]
+        if changed:
+            raise ValueError(
+                f"the checkpoints in {self._folder} belong to other weights than model.path has: "
+                f"{', '.join(manifest.shown(changed))} differ. Use the model that the run began "
+                "with, or choose another workdir"
+            )
 
     # ---- saving --------------------------------------------------------------------------------
 
@@ -147,6 +171,8 @@ class Checkpoints:
             "config": dict(config),
             "metrics": dict(metrics or {}),
             "extra": dict(extra or {}),
+            "lora": self._adapters,
+            "frozen": self._frozen,  # dtypes and checksums of what is only in the model folder
             "num_processes": cluster.num_processes(),
             "versions": self._versions,
         }

@@ -93,6 +93,19 @@ def default() -> Config:
     model.remat = "full"
     model.offload = ()  # names of compute.NAMES that are kept in pinned host memory
 
+    lora: Config = ConfigDict()
+    cfg.lora = lora  # adapters beside linear layers; everything else is frozen
+    lora.rank = 0  # 0 = full fine-tuning
+    lora.alpha = 16.0  # the update is multiplied by alpha / rank
+    lora.dropout = 0.0  # share of an adapter's inputs that is zeroed in training
+    # "all-linear" (all but the output head), or regular expressions for the names of linear layers
+    # in the Hugging Face model, or for what follows any of their dots: ("q_proj", "v_proj").
+    lora.targets = ("all-linear",)
+    lora.rslora = False  # the update is multiplied by alpha / sqrt(rank) instead
+    lora.dora = False  # also learn the length of each output's weights
+    # A PEFT adapter to go on from; rank, alpha and the others are then its own.
+    lora.path = ""
+
     data: Config = ConfigDict()
     cfg.data = data
     data.train = ConfigDict()  # {name: source(...)}
@@ -133,6 +146,9 @@ def default() -> Config:
     # Seconds without a sign of life of a process, or without a step finished (and over five times
     # the slowest of the last steps), after which all processes end for a restart; 0 = never.
     train.stall_timeout_s = 60.0
+    # Regular expressions: tensors in whose Hugging Face names one is found do not train, e.g.
+    # ("embed_tokens", r"layers\.[0-7]\.").
+    train.freeze = ()
     train.export = False  # also write the result as a Hugging Face folder to WORKDIR/export
 
     optimizer: Config = ConfigDict()
@@ -197,6 +213,8 @@ def to_dict(cfg: Config) -> dict:
     as_dict = cfg.to_dict()
     as_dict["log"]["trackers"] = list(as_dict["log"]["trackers"])
     as_dict["model"]["offload"] = list(as_dict["model"]["offload"])
+    as_dict["lora"]["targets"] = list(as_dict["lora"]["targets"])
+    as_dict["train"]["freeze"] = list(as_dict["train"]["freeze"])
     as_dict["checkpoint"]["allow_changes"] = list(as_dict["checkpoint"]["allow_changes"])
     return as_dict
 

@@ -253,7 +253,8 @@ def load(
         file: safe_open(file, framework="numpy") for file in {t.file for t in tensors.values()}
     }
     params = {}
-    bar = tqdm(total=len(tensors), desc="reading weights", unit="tensor", disable=not progress)
+    total = sum(1 for row in rows for _ in row.hf_tensors(dims))
+    bar = tqdm(total=total, desc="reading weights", unit="tensor", disable=not progress)
     with bar:
         for row in rows:
             num_stacked = len(row.stacked)

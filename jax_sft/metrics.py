@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,9 +37,16 @@ def peak_flops(devices: Iterable[Any]) -> float | None:
 
 
 def step_flops(
-    rows: Iterable[Weight], dims: Mapping[str, int], tied: bool, tokens: float, pairs: float
+    rows: Iterable[Weight],
+    dims: Mapping[str, int],
+    tied: bool,
+    tokens: float,
+    pairs: float,
+    frozen: Collection[str] = (),
 ) -> float:
     """Return the model FLOPs of a training step: forward and twice that backward.
+
+    Matrices that are frozen need no gradient of their own: forward and once that backward.
 
     Matrix products only, without the embedding lookup and without recomputation; attention counts
     the query-key pairs that are visible (causal, within segments), not the padded square. A sliding
@@ -48,12 +55,15 @@ def step_flops(
     Args:
         tokens: tokens that are not padding.
         pairs: visible query-key pairs.
+        frozen: paths of what does not train.
     """
-    in_matrices = sum(math.prod(row.shape(dict(dims))) for row in rows if row.is_matrix)
-    if not tied:
-        in_matrices -= dims["vocab"] * dims["embed"]  # the input table is only looked up
+    products = 0
+    for row in rows:
+        is_looked_up = row.path == "embed.table" and not tied
+        if row.is_matrix and not is_looked_up:
+            products += (2 if row.path in frozen else 3) * math.prod(row.shape(dict(dims)))
     attention = 4 * dims["layers"] * dims["heads"] * dims["head_dim"] * pairs
-    return 3 * (2 * in_matrices * tokens + attention)
+    return 2 * products * tokens + 3 * attention
 
 
 class Meter:

@@ -1,11 +1,13 @@
 """A model without its weights: bound to parameters, it turns tokens into hidden states."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_sft import tree
 from jax_sft.compute import Compute, policy
@@ -18,15 +20,24 @@ class ModelDef:
 
     Attributes:
         cfg: the family's Config.
-        rows: its weight rows.
+        rows: its weight rows, and those of its adapters.
+        dims: size of each logical axis.
         abstract: the NNX model with ShapeDtypeStructs as parameters.
         compute: how it computes.
+        frozen: {path: dtype in which it is held} of the parameters that do not train.
+        trained: {path: bool array over the stacked axes}, which layers of a parameter train, where
+            only some do.
+        dropping: `abstract` with a random key for each dropout; None = there is none.
     """
 
     cfg: Any
     rows: tuple[Weight, ...]
+    dims: dict[str, int]
     abstract: Any
     compute: Compute
+    frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    trained: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    dropping: Any = None
 
     @classmethod
     def of(
@@ -52,11 +63,30 @@ class ModelDef:
             policy=policy(remat, tuple(offload)),
             axes={row.path: row.axes for row in rows if row.is_matrix},
         )
-        return cls(cfg, rows, abstract, compute)
+        return cls(cfg, rows, cfg.dims, abstract, compute)
 
-    def bind(self, params: dict[str, jax.Array]) -> Any:
-        """Return the model with these parameters."""
-        return tree.from_dict(self.abstract, params)
+    def bind(self, params: dict[str, jax.Array], dropout_key: jax.Array | None = None) -> Any:
+        """Return the model with these parameters; with a key, one that drops what it should."""
+        if dropout_key is None or self.dropping is None:
+            return tree.from_dict(self.abstract, params)
+        keys = {}
+        for path, leaf in tree.to_dict(self.dropping).items():
+            if path not in params:
+                key = jax.random.fold_in(dropout_key, zlib.crc32(path.encode()))
+                keys[path] = jax.random.split(key, leaf.shape)
+        return tree.from_dict(self.dropping, params | keys)
+
+    def without_masters(self, paths: Iterable[str]) -> dict[str, np.dtype]:
+        """Return {path: dtype} to hold what does not train: that in which matrices multiply."""
+        matrices = {row.path for row in self.rows if row.is_matrix}
+        return {
+            path: np.dtype(self.compute.dtype if path in matrices else np.float32) for path in paths
+        }
+
+    @property
+    def head_trains(self) -> bool:
+        """Whether the output head, which is the embedding in tied models, gets a gradient."""
+        return ("embed.table" if self.cfg.tied else "head.table") not in self.frozen
 
     def hidden(self, model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Return final hidden states [B, T, D] of a bound model."""

@@ -37,6 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "rank": (),  # of adapters
 }
 
 
@@ -82,15 +83,16 @@ def stripe(x_BT: jax.Array) -> jax.Array:
 
     Shard r of R gets stripes r, r + R, r + 2R, ... of STRIPE_TOKENS tokens (fewer where rows are
     short), so that each has early and late tokens of the long segments: causal attention is work
-    that grows with the position. Called inside jit on every array of a batch [B, T].
+    that grows with the position. Called inside jit on every array of a batch [B, T]; further
+    dimensions stay as they are.
     """
     shards = jax.sharding.get_abstract_mesh().shape["sequence"]
     if shards == 1:
         return x_BT
-    num_rows, num_tokens = x_BT.shape
+    num_rows, num_tokens, *rest = x_BT.shape
     stripe_tokens = math.gcd(STRIPE_TOKENS, num_tokens // shards)
-    striped = x_BT.reshape(num_rows, -1, shards, stripe_tokens).swapaxes(1, 2)
-    return constrain(striped.reshape(num_rows, num_tokens), "batch", "token")
+    striped = x_BT.reshape(num_rows, -1, shards, stripe_tokens, *rest).swapaxes(1, 2)
+    return constrain(striped.reshape(x_BT.shape), "batch", "token", *["features"] * len(rest))
 
 
 def gathered(logical_axes: Sequence[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jax_sft import optim, state
+from jax_sft import optim, state, trainable
 from jax_sft.data.loader import Batch, empty_rows
 from jax_sft.model import ModelDef
 from jax_sft.state import TrainState
@@ -44,9 +44,9 @@ class Program:
     eval_step: Callable[[dict[str, jax.Array], Batch], Sums]
 
 
-def model_def(cfg, resolved: Resolved, mesh: Mesh) -> ModelDef:
-    """Return the model as the config wants it computed on these devices."""
-    return ModelDef.of(
+def model_def(cfg, resolved: Resolved) -> ModelDef:
+    """Return the model as the config wants it computed and trained."""
+    plain = ModelDef.of(
         resolved.family,
         resolved.model_cfg,
         dtype=cfg.model.dtype,
@@ -56,6 +56,7 @@ def model_def(cfg, resolved: Resolved, mesh: Mesh) -> ModelDef:
         remat=cfg.model.remat,
         offload=cfg.model.offload,
     )
+    return trainable.choose(plain, resolved.adapters, cfg.train.freeze)
 
 
 def program(cfg, resolved: Resolved, mesh: Mesh, num_steps: int, num_sources: int = 0) -> Program:
@@ -65,10 +66,11 @@ def program(cfg, resolved: Resolved, mesh: Mesh, num_steps: int, num_sources: in
         num_steps: of the whole run, for the schedule.
         num_sources: train sources whose loss is asked for, 0 = none.
     """
-    model = model_def(cfg, resolved, mesh)
-    tx = optim.make(cfg.optimizer, num_steps, model.rows)
+    model = model_def(cfg, resolved)
+    moving = [row for row in model.rows if row.path not in model.frozen]
+    tx = optim.make(cfg.optimizer, num_steps, moving)
     dtype = jnp.dtype(cfg.model.param_dtype)
-    abstract = state.abstract(tx, model.rows, resolved.model_cfg.dims, dtype, mesh)
+    abstract = state.abstract(tx, model.rows, model.dims, dtype, mesh, model.frozen)
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = None if on_cpu else gpu_options(resolved.attention)
@@ -87,6 +89,7 @@ def program(cfg, resolved: Resolved, mesh: Mesh, num_steps: int, num_sources: in
             num_sources=num_sources,
             objective=dict(cfg.loss),
             compiler_options=options,
+            seed=cfg.seed,
         ),
         eval_step=make_eval_step(model, mesh, options),
     )

@@ -1,11 +1,12 @@
 """The train state: step, parameters and moments, how each is sharded, and their update."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -20,13 +21,20 @@ class TrainState:
 
     Attributes:
         step: int32 scalar, optimizer steps done. It is also the position in the data.
-        params: {our path: master weight}.
+        params: {our path: master weight} of what trains.
         opt_state: optax's state over `params`.
+        frozen: {our path: weight} of what does not; it is not in checkpoints.
     """
 
     step: Any
     params: dict[str, Any]
     opt_state: Any
+    frozen: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """All weights of the model."""
+        return self.params | self.frozen
 
 
 def param_shardings(rows: Iterable[Weight], mesh: Mesh) -> dict[str, NamedSharding]:
@@ -35,14 +43,20 @@ def param_shardings(rows: Iterable[Weight], mesh: Mesh) -> dict[str, NamedShardi
 
 
 def shardings(
-    tx: optax.GradientTransformation, params: Mapping[str, Any], rows: Iterable[Weight], mesh: Mesh
+    tx: optax.GradientTransformation,
+    params: Mapping[str, Any],
+    rows: Iterable[Weight],
+    mesh: Mesh,
+    frozen: Collection[str] = (),
 ) -> TrainState:
     """Return a TrainState of shardings: moments like their parameters, scalars replicated.
 
     Args:
-        params: arrays or ShapeDtypeStructs.
+        params: arrays or ShapeDtypeStructs of what trains.
+        frozen: paths of what does not.
     """
-    of_params = param_shardings(rows, mesh)
+    everything = param_shardings(rows, mesh)
+    of_params = {path: everything[path] for path in params}
     replicated = NamedSharding(mesh, PartitionSpec())
     of_moments = optax.tree_utils.tree_map_params(
         tx,
@@ -51,34 +65,59 @@ def shardings(
         of_params,
         transform_non_params=lambda _: replicated,
     )
-    return TrainState(step=replicated, params=of_params, opt_state=of_moments)
+    return TrainState(
+        step=replicated,
+        params=of_params,
+        opt_state=of_moments,
+        frozen={path: everything[path] for path in frozen},
+    )
 
 
 def create(
-    tx: optax.GradientTransformation, params: dict[str, jax.Array], rows: Iterable[Weight], mesh
+    tx: optax.GradientTransformation,
+    weights: dict[str, jax.Array],
+    rows: Iterable[Weight],
+    mesh,
+    frozen: Collection[str] = (),
 ) -> TrainState:
     """Return the state at step 0, its moments born sharded."""
+    params = {path: array for path, array in weights.items() if path not in frozen}
     to = shardings(tx, params, rows, mesh)
     opt_state = jax.jit(tx.init, out_shardings=to.opt_state)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), to.step)
-    return TrainState(step=step, params=params, opt_state=opt_state)
+    still = {path: weights[path] for path in frozen}
+    return TrainState(step=step, params=params, opt_state=opt_state, frozen=still)
 
 
 def abstract(
-    tx: optax.GradientTransformation, rows: Iterable[Weight], dims: dict[str, int], dtype, mesh
+    tx: optax.GradientTransformation,
+    rows: Iterable[Weight],
+    dims: dict[str, int],
+    dtype,
+    mesh: Mesh,
+    frozen: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """Return a TrainState of ShapeDtypeStructs with shardings, to restore or compile into."""
-    rows = list(rows)
-    params = {row.path: jax.ShapeDtypeStruct(row.shape(dims), dtype) for row in rows}
-    shapes = TrainState(
+    """Return a TrainState of ShapeDtypeStructs with shardings, to restore or compile into.
+
+    Args:
+        dtype: of what trains.
+        frozen: {our path: dtype} of what does not.
+    """
+    rows, frozen = list(rows), frozen or {}
+    shapes = {
+        row.path: jax.ShapeDtypeStruct(row.shape(dims), frozen.get(row.path, dtype)) for row in rows
+    }
+    params = {path: shape for path, shape in shapes.items() if path not in frozen}
+    state = TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32),
         params=params,
         opt_state=jax.eval_shape(tx.init, params),
+        frozen={path: shapes[path] for path in frozen},
     )
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        shardings(tx, params, rows, mesh),
+        state,
+        shardings(tx, params, rows, mesh, frozen),
     )
 
 
@@ -88,6 +127,7 @@ def update(
     grads: Mapping[str, jax.Array],
     loss: jax.Array,
     to: TrainState,
+    trained: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[TrainState, jax.Array, jax.Array]:
     """Return (state after one optimizer step, norm of the gradient before clipping, skipped).
 
@@ -105,10 +145,12 @@ def update(
         grads: {our path: gradient of the mean loss}.
         loss: scalar, looked at only for whether it is finite.
         to: the result of `shardings`: gradients, parameters and moments are pinned to it.
+        trained: {our path: bool array over leading axes} where only some layers train.
     """
     grads = jax.lax.with_sharding_constraint(dict(grads), to.params)
-    grads = {path: grad.astype(jnp.float32) for path, grad in grads.items()}
+    grads = _of_trained({path: grad.astype(jnp.float32) for path, grad in grads.items()}, trained)
     changes, opt_state = tx.update(grads, old.opt_state, old.params)
+    changes = _of_trained(changes, trained)  # weight decay too
     params: Any = optax.apply_updates(old.params, changes)
     norm = optax.tree.norm(grads)
     is_good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -124,5 +166,14 @@ def update(
         (old.params, old.opt_state),
         is_leaf=lambda part: isinstance(part, optax.ScaleByScheduleState),
     )
-    new = TrainState(step=old.step + 1, params=params, opt_state=opt_state)
+    new = TrainState(old.step + 1, params, opt_state, old.frozen)
     return jax.lax.with_sharding_constraint(new, to), norm, ~is_good
+
+
+def _of_trained(arrays, trained: Mapping[str, np.ndarray] | None) -> dict[str, jax.Array]:
+    """The arrays, zero in the layers that do not train."""
+    found = dict(arrays)
+    for path, is_trained in (trained or {}).items():
+        mask = is_trained.reshape(*is_trained.shape, *[1] * (found[path].ndim - is_trained.ndim))
+        found[path] = jnp.where(mask, found[path], 0)
+    return found

@@ -25,10 +25,11 @@ Sums = dict[str, jax.Array]  # float32 over the whole batch; scalars but for *_b
 
 def batch_sums(
     model_def: ModelDef,
-    params: dict[str, jax.Array],
+    weights: dict[str, jax.Array],
     micro: Batch,
     num_sources: int = 0,
     objective: Mapping[str, float] | None = None,
+    dropout_key: jax.Array | None = None,
 ) -> Sums:
     """Return the sums over one micro-batch, its arrays being [rows, tokens].
 
@@ -38,9 +39,10 @@ def batch_sums(
 
     Args:
         objective: z_loss and label_smoothing of `cross_entropy`; None = neither.
+        dropout_key: random key of this micro-batch; None = nothing is dropped.
     """
     micro = {name: parallel.stripe(array) for name, array in micro.items()}
-    model = model_def.bind(params)
+    model = model_def.bind(weights, dropout_key)
     hidden_BTD = model_def.hidden(model, micro)
     loss, weight, correct, *by_source = cross_entropy(
         hidden_BTD,
@@ -49,6 +51,7 @@ def batch_sums(
         micro["weights"],
         micro.get("sources"),
         num_sources,
+        head_trains=model_def.head_trains,
         **(objective or {}),
     )
     real = micro["segment_ids"] > 0
@@ -66,38 +69,46 @@ def value_and_grad(
     batch: Batch,
     num_sources: int = 0,
     objective: Mapping[str, float] | None = None,
+    frozen: Mapping[str, jax.Array] | None = None,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[Sums, dict[str, jax.Array]]:
     """Return (sums over the batch, gradient of the mean loss), accumulated over micro-batches.
 
     Gradients are added and returned in float32.
 
     Args:
+        params: what trains: the weights that get a gradient.
         batch: arrays [micro-batches, rows, tokens].
+        frozen: the other weights.
         num_sources, objective: see `batch_sums`.
+        dropout_key: of this step; each micro-batch has its own.
     """
     axes = {row.path: row.axes for row in model_def.rows}
+    num_micros = batch["tokens"].shape[0]
 
-    def loss(params, micro):
-        sums = batch_sums(model_def, params, micro, num_sources, objective)
+    def loss(params, micro, key):
+        weights = params | dict(frozen or {})
+        sums = batch_sums(model_def, weights, micro, num_sources, objective, key)
         del sums["correct"]  # for evaluation only; the compiler drops its computation
         return sums["loss"], sums
 
-    def gradient(micro):
-        grads, sums = jax.grad(loss, has_aux=True)(params, micro)
+    def gradient(micro, number):
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
+        grads, sums = jax.grad(loss, has_aux=True)(params, micro, key)
         return sums, {path: parallel.constrain(grads[path], *axes[path]) for path in grads}
 
-    def accumulate(carry, micro):
-        return jax.tree.map(jnp.add, carry, gradient(micro)), None
+    def accumulate(carry, numbered):
+        return jax.tree.map(jnp.add, carry, gradient(*numbered)), None
 
-    if batch["tokens"].shape[0] == 1:  # no accumulator
-        sums, grads = gradient({name: array[0] for name, array in batch.items()})
+    first = {name: array[0] for name, array in batch.items()}
+    if num_micros == 1:  # no accumulator
+        sums, grads = gradient(first, 0)
     else:
         zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, jnp.float32),
-            jax.eval_shape(gradient, {name: array[0] for name, array in batch.items()}),
+            lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(gradient, first, 0)
         )
         zeros = (zeros[0], {p: parallel.constrain(z, *axes[p]) for p, z in zeros[1].items()})
-        (sums, grads), _ = jax.lax.scan(accumulate, zeros, batch)
+        (sums, grads), _ = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(num_micros)))
     # A batch of padding alone has a zero gradient.
     count = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
     return sums, {path: grad.astype(jnp.float32) / count for path, grad in grads.items()}
@@ -112,6 +123,7 @@ def make_train_step(
     num_sources: int = 0,
     objective: Mapping[str, float] | None = None,
     compiler_options: dict[str, Any] | None = None,
+    seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Return the jitted `step(state, batch) -> (state, sums)`; the old state is donated.
 
@@ -119,12 +131,18 @@ def make_train_step(
     learning_rate and skipped (1 where loss or gradient was not finite: nothing was changed). It
     compiles once per shape of the batch: once when rows are packed, once per bucket when they are
     not.
+
+    Args:
+        seed: of dropout; with the step it decides what is dropped.
     """
 
     def train_step(old: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        sums, grads = value_and_grad(model_def, old.params, batch, num_sources, objective)
+        key = jax.random.fold_in(jax.random.key(seed), old.step) if model_def.dropping else None
+        sums, grads = value_and_grad(
+            model_def, old.params, batch, num_sources, objective, old.frozen, key
+        )
         new, sums["grad_norm"], skipped = state.update(
-            tx, old, grads, sums["loss"], state_shardings
+            tx, old, grads, sums["loss"], state_shardings, model_def.trained
         )
         sums["skipped"] = skipped.astype(jnp.float32)
         sums["learning_rate"] = learning_rate(old.step)

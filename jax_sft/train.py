@@ -9,6 +9,7 @@ and, with --config.train.export=True, export/.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -20,7 +21,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -37,8 +37,10 @@ from jax_sft import (
     model_files,
     parallel,
     preflight,
+    pretrained,
     state,
     trackers,
+    trainable,
 )
 from jax_sft.data import chat, prepare
 from jax_sft.data.examples import Examples
@@ -169,18 +171,31 @@ def _train(
         cfg.checkpoint,
         model=model_files.Model(folder, {name: tensor.dtype for name, tensor in tensors.items()}),
         data=prepare.fingerprint(train_examples),
+        adapters=dataclasses.asdict(resolved.adapters) if resolved.adapters else None,
         say=say,
     )
     found = checkpoints.start(as_dict, num_steps)
     compiled = program(cfg, resolved, mesh, num_steps, num_sources=len(source_names))
+    model_def = compiled.model_def
+    if model_def.frozen or model_def.trained:
+        what = "adapters" if resolved.adapters else "what train.freeze leaves"
+        say(f"trains  {what}: {metrics.count(trainable.count(model_def))} parameters")
+    read = functools.partial(
+        *(pretrained.load, tensors, model_def),
+        mesh=mesh,
+        dtype=cfg.model.param_dtype,
+        progress=first_process,
+    )
     if found:
         current, found = checkpoints.restore(found, compiled.state)
         say(f"resume  {workdir} from step {found.step} of {num_steps}")
+        current = dataclasses.replace(current, frozen=read(model_def.frozen))
     else:
-        shardings = state.param_shardings(rows, mesh)
-        param_dtype = jnp.dtype(cfg.model.param_dtype)
-        params = hf.load(tensors, rows, dims, shardings, param_dtype, first_process)
-        current = state.create(compiled.tx, params, rows, mesh)
+        weights = read([row.path for row in rows])
+        if resolved.adapters:
+            weights |= pretrained.adapters(cfg, resolved.adapters, model_def, weights, mesh)
+        current = state.create(compiled.tx, weights, model_def.rows, mesh, model_def.frozen)
+    checkpoints.keep_frozen(current.frozen, found)
     start = found.step if found else 0
     if start >= num_steps:
         say(f"done    step {start} of {num_steps} is already there: raise train.epochs to go on")
@@ -209,12 +224,13 @@ def _train(
         epoch_of=loader.epoch_of,
         sources=source_names,
         flops=lambda sums: metrics.step_flops(
-            rows, dims, model_cfg.tied, sums["tokens"], sums["pairs"]
+            *(model_def.rows, model_def.dims, model_cfg.tied),
+            *(sums["tokens"], sums["pairs"], model_def.frozen),
         ),
         peak=metrics.peak_flops(jax.devices()),
         observe=health.note,
     )
-    answerer = LoadedModel(compiled.model_def, current.params, mesh) if cfg.eval.samples else None
+    answerer = LoadedModel(model_def, current.weights, mesh) if cfg.eval.samples else None
     last: dict[str, float] = {}
     done = start
     stopped = owes_evaluation = False
@@ -234,11 +250,11 @@ def _train(
         if preemption.reached():
             raise Preempted("told to stop within an evaluation")
 
-    def run_evaluation(step: int, params) -> dict[str, float]:
+    def run_evaluation(step: int, weights) -> dict[str, float]:
         with meter.paused():
-            found = evaluate.evaluate(compiled.eval_step, params, eval_sets, tick)
+            found = evaluate.evaluate(compiled.eval_step, weights, eval_sets, tick)
             if answerer and eval_examples:
-                answerer.params = params
+                answerer.params = weights
                 found |= evaluate.answers(answerer, tokenizer, eval_examples, cfg.eval.samples, say)
         say(f"step {step}/{num_steps} | " + evaluate.line(found))
         log({"step": step, **found})
@@ -261,7 +277,7 @@ def _train(
         stack.enter_context(jax.set_mesh(mesh))
         owed = found.extra.get("owes_evaluation") if found else cfg.eval.at_start
         if eval_sets and owed:
-            run_evaluation(start, current.params)
+            run_evaluation(start, current.weights)
         began = time.perf_counter()
         meter.start_clock()
         for packed in watch.batches(loader.batches(start, num_steps), start + 1):
@@ -285,7 +301,7 @@ def _train(
                 if meter.due:
                     log_steps()
                 try:
-                    evaluated = run_evaluation(done, current.params)
+                    evaluated = run_evaluation(done, current.weights)
                 except Preempted as told:
                     say(f"step {done}: {told}")
                     stopped = owes_evaluation = True

@@ -5,13 +5,27 @@ Called by `train` after devices are known and before any data or weight is read.
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jax_sft import compute, config, health, hf, models, optim, parallel, trackers
+from jax_sft import (
+    compute,
+    config,
+    health,
+    hf,
+    lora,
+    models,
+    optim,
+    parallel,
+    peft,
+    trackers,
+    trainable,
+)
 from jax_sft.data import check
+from jax_sft.model import ModelDef
 from jax_sft.ops.attention import BACKENDS, resolve
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -28,6 +42,7 @@ class Resolved:
         mesh_shape: {axis: size}.
         micro_rows: rows per micro-batch.
         attention: the backend that model.attention means here.
+        adapters: what lora.* means; None = full fine-tuning.
     """
 
     folder: Path
@@ -36,6 +51,7 @@ class Resolved:
     mesh_shape: dict[str, int]
     micro_rows: int
     attention: str
+    adapters: lora.Settings | None = None
 
 
 def validate(cfg, num_devices: int, planned_for: tuple[int, ...] | None = None) -> Resolved:
@@ -74,6 +90,12 @@ def validate(cfg, num_devices: int, planned_for: tuple[int, ...] | None = None) 
             f"data.seq_len = {cfg.data.seq_len} is over the model's max_position_embeddings = "
             f"{model_cfg.max_positions}: use at most that, or set a rope scaling in its config.json"
         )
+    adapters = attempt(_adapters, cfg)
+    if model_cfg and cfg.model.dtype in DTYPES:
+        plain = ModelDef.of(family, model_cfg, dtype=cfg.model.dtype)
+        chosen = attempt(trainable.choose, plain, adapters, cfg.train.freeze)
+        if chosen and cfg.lora.path:
+            attempt(peft.check, Path(cfg.lora.path).expanduser(), chosen)
     attention = None
     if sizes and model_cfg and cfg.model.attention in BACKENDS:
         attention = attempt(_attention, cfg, model_cfg, sizes, planned_for)
@@ -83,7 +105,7 @@ def validate(cfg, num_devices: int, planned_for: tuple[int, ...] | None = None) 
         lines = "\n".join(f"  {number}. {text}" for number, text in enumerate(problems, start=1))
         raise ValueError(f"the config has {len(problems)} problem(s):\n{lines}")
     assert folder and sizes and attention
-    return Resolved(folder, family, model_cfg, sizes, micro_rows, attention)
+    return Resolved(folder, family, model_cfg, sizes, micro_rows, attention, adapters)
 
 
 def _attention(cfg, model_cfg, sizes: dict[str, int], planned_for: tuple[int, ...] | None) -> str:
@@ -96,6 +118,45 @@ def _attention(cfg, model_cfg, sizes: dict[str, int], planned_for: tuple[int, ..
         sequence=sizes["sequence"],
         capability=planned_for,
     )
+
+
+def _adapters(cfg) -> lora.Settings | None:
+    """The adapters that `lora.*` means, or those of `lora.path`."""
+    given = lora.Settings(
+        **{name: cfg.lora[name] for name in ("rank", "alpha", "dropout", "rslora", "dora")},
+        targets=tuple(cfg.lora.targets),
+    )
+    if cfg.lora.rank < 0 or not 0 < cfg.lora.alpha < math.inf or not 0 <= cfg.lora.dropout < 1:
+        raise ValueError(
+            f"lora.rank = {cfg.lora.rank}, lora.alpha = {cfg.lora.alpha}, lora.dropout = "
+            f"{cfg.lora.dropout}: use a rank from 0 up (0 = no adapters), an alpha above 0 and a "
+            "dropout from 0 up to, not including, 1"
+        )
+    for key, patterns in (("lora.targets", cfg.lora.targets), ("train.freeze", cfg.train.freeze)):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ValueError(f"{key}: {pattern!r} is no regular expression: {error}") from None
+    if not cfg.lora.path and not cfg.lora.rank:
+        return None
+    if cfg.train.freeze:
+        raise ValueError(
+            "train.freeze does not go with lora.rank or lora.path: with adapters, nothing else "
+            "trains"
+        )
+    if not cfg.lora.path:
+        return given
+    stored = peft.read_settings(Path(cfg.lora.path).expanduser())
+    default = config.default().lora
+    for name in ("rank", "alpha", "targets", "rslora", "dora"):
+        here, there = getattr(given, name), getattr(stored, name)
+        if here not in (there, default[name]):
+            raise ValueError(
+                f"lora.{name} = {here!r}, but the adapter {cfg.lora.path} has {there!r}: leave "
+                "it at its default"
+            )
+    return dataclasses.replace(stored, dropout=given.dropout or stored.dropout)
 
 
 def _model(cfg, attempt) -> tuple[Path | None, Any, Any]:

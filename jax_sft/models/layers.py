@@ -30,6 +30,8 @@ Axes = tuple[tuple[str, ...], tuple[str, ...]]  # logical axes: of the inputs, o
 class Linear(nnx.Module):
     """y = x W (+ b), contracting the last dimensions of x.
 
+    With an attribute `lora` (see jax_sft/lora.py) the product is what that makes of it.
+
     The kernel has the dimensions of inputs and outputs, in that order or, where `embed` is an
     output, the other way round: what is gathered and scattered is its first dimension, since XLA
     transposes whole arrays for collectives over any other.
@@ -39,6 +41,8 @@ class Linear(nnx.Module):
         outputs: {logical axis: size} of what appears, e.g. {"heads": N, "head_dim": H}.
         key: random key of the normal initialisation; the bias starts at zero.
     """
+
+    lora: Callable[..., jax.Array]  # where it is set
 
     def __init__(self, inputs: dict[str, int], outputs: dict[str, int], key, bias: bool = False):
         self.axes = tuple(inputs), tuple(outputs)
@@ -50,6 +54,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = checkpoint_name(_matmul(x, self.kernel[...], self.axes), "dots")
+        if hasattr(self, "lora"):
+            y = self.lora(x, y, self.kernel[...])
         return _add_bias(y, self.bias[...]) if hasattr(self, "bias") else y
 
 

@@ -36,7 +36,8 @@ class Weight:
         return tuple(re.findall(r"{(\w+)}", self.hf))
 
     @property
-    def _groups(self) -> list[list[str]]:
+    def factors(self) -> list[list[str]]:
+        """Logical axes that make up each dimension of one HF tensor."""
         left = self.layout.split("->")[0]
         groups = re.findall(r"\(([^)]*)\)|(\S+)", left)
         return [(inner or single).split() for inner, single in groups]
@@ -47,7 +48,7 @@ class Weight:
 
     @property
     def _theirs(self) -> list[str]:
-        return [axis for group in self._groups for axis in group]
+        return [axis for group in self.factors for axis in group]
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -57,7 +58,7 @@ class Weight:
     @property
     def is_matrix(self) -> bool:
         """Whether it multiplies activations: a matrix decays and takes the compute dtype."""
-        return len(self._groups) > 1
+        return len(self.factors) > 1
 
     def shape(self, dims: dict[str, int]) -> tuple[int, ...]:
         """Shape of our array, stacked."""
@@ -65,7 +66,7 @@ class Weight:
 
     def hf_shape(self, dims: dict[str, int]) -> tuple[int, ...]:
         """Shape of one tensor in the HF file."""
-        return tuple(math.prod(dims[axis] for axis in group) for group in self._groups)
+        return tuple(math.prod(dims[axis] for axis in group) for group in self.factors)
 
     def hf_tensors(self, dims: dict[str, int]) -> Iterator[tuple[tuple[int, ...], str]]:
         """Yield (index along the stacked axes, HF name) for each tensor of the row."""
@@ -84,7 +85,7 @@ class Weight:
         """
         ours = dict(zip(self._ours, block, strict=True))
         parts = []
-        for first, *rest in self._groups:
+        for first, *rest in self.factors:
             if any(ours[axis] != (0, dims[axis]) for axis in rest):
                 raise ValueError(f"{self.path}: cannot read a part of {rest} from {self.hf}")
             unit = math.prod(dims[axis] for axis in rest)
@@ -95,7 +96,7 @@ class Weight:
     def from_hf(self, block: np.ndarray, dims: dict[str, int]) -> np.ndarray:
         """Turn a block of an HF tensor into the same block of our unstacked array (a view)."""
         factors: list[int] = []
-        for size, (_, *rest) in zip(block.shape, self._groups, strict=True):
+        for size, (_, *rest) in zip(block.shape, self.factors, strict=True):
             inner = [dims[axis] for axis in rest]
             factors += [size // math.prod(inner), *inner]
         return block.reshape(factors).transpose([self._theirs.index(axis) for axis in self._ours])
@@ -116,7 +117,7 @@ def linear(path: str, hf: str, layout: str, bias: bool = False) -> list[Weight]:
     rows = [Weight(f"{path}.kernel", f"{hf}.weight", layout)]
     if bias:
         # The model dimension of a vector is called "norm".
-        outputs = ["norm" if axis == "embed" else axis for axis in rows[0]._groups[0]]
+        outputs = ["norm" if axis == "embed" else axis for axis in rows[0].factors[0]]
         ours = " ".join(outputs)
         rows.append(Weight(f"{path}.bias", f"{hf}.bias", f"({ours}) -> {ours}"))
     return rows

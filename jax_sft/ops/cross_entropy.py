@@ -37,6 +37,7 @@ class Objective:
     z_loss: float
     label_smoothing: float
     soft_cap: float
+    head_trains: bool
 
 
 def cross_entropy(
@@ -50,6 +51,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     soft_cap: float = 0.0,
+    head_trains: bool = True,
 ) -> Sums:
     """Return (sum of weighted losses, sum of weights, weighted correct predictions), all devices'.
 
@@ -77,6 +79,7 @@ def cross_entropy(
         targets_BT: int token ids; anything at all where the weight is 0.
         weights_BT: float32, 0 where a token does not train, never negative.
         sources_BT: int, in 0..num_sources-1; read only with `num_sources`.
+        head_trains: whether `head_VD` gets a gradient: one is as much work as the logits.
         num_sources: when above 0, two more results: the first two sums of each source, float32
             [num_sources].
     """
@@ -84,7 +87,7 @@ def cross_entropy(
     if num_sources:
         assert sources_BT is not None, "num_sources needs sources_BT"
         of_tokens += (sources_BT,)
-    objective = Objective(z_loss, label_smoothing, soft_cap)
+    objective = Objective(z_loss, label_smoothing, soft_cap, head_trains)
     with jax.named_scope("part.head"):
         return _sums(objective, num_sources, hidden_BTD, head_VD, of_tokens)
 
@@ -105,8 +108,9 @@ def _forward(objective, num_sources, hidden_BTD, head_VD, of_tokens):
 
 
 def _backward(objective, num_sources, grads, of_sums):
-    del objective, num_sources
-    return *((grad * of_sums[0]).astype(grad.dtype) for grad in grads), None
+    del num_sources
+    scaled = [(grad * of_sums[0]).astype(grad.dtype) for grad in grads]
+    return *scaled, *((None,) * (1 if objective.head_trains else 2))
 
 
 _sums.defvjp(_forward, _backward)
@@ -116,12 +120,13 @@ def _island(objective, num_sources, hidden_BTD, head_VD, of_tokens, *, gradients
     of_hidden = parallel.spec("batch", "residual", "features")
     of_head = parallel.spec("vocab", "embed")
     of_sums = (jax.P(),) * (5 if num_sources else 3)
+    of_grads = (of_hidden, of_head) if objective.head_trains else (of_hidden,)
     return jax.shard_map(
         functools.partial(
             _local, objective=objective, num_sources=num_sources, gradients=gradients
         ),
         in_specs=(of_hidden, of_head, (parallel.spec("batch", "token"),) * len(of_tokens)),
-        out_specs=(of_sums, of_hidden, of_head) if gradients else of_sums,
+        out_specs=(of_sums, *of_grads) if gradients else of_sums,
     )(hidden_BTD, head_VD, of_tokens)
 
 
@@ -149,7 +154,9 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
         x_N.at[index_M].get(mode="fill", fill_value=0) for x_N in of_tokens_N
     )
     none_M = jnp.zeros(len(index_M), jnp.float32), jnp.zeros(len(index_M), bool)
-    no_grads = jnp.zeros(hidden_ND.shape, hidden_ND.dtype), jnp.zeros(head_DV.shape, jnp.float32)
+    no_grads = [jnp.zeros(hidden_ND.shape, hidden_ND.dtype)]
+    if objective.head_trains:
+        no_grads.append(jnp.zeros(head_DV.shape, jnp.float32))
     start = (
         *jax.lax.pcast(none_M, token_axes, to="varying"),
         jax.lax.pcast(no_grads if gradients else (), parallel.AXES, to="varying"),
@@ -184,10 +191,10 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
     sums = jax.lax.psum((*(of_M.sum() for of_M in sums), *by_source), token_axes)
     if not gradients:
         return sums
-    grad_hidden_ND, grad_head_DV = grads
+    grad_hidden_ND, *of_head = grads
     grad_hidden_BTD = jax.lax.psum_scatter(grad_hidden_ND.reshape(hidden_SBTD.shape), "tensor")
-    grad_head_DV = parallel.sum_over_tokens(grad_head_DV, ("embed", "vocab"))
-    return sums, grad_hidden_BTD, grad_head_DV.T.astype(head_VD.dtype)
+    of_head = [parallel.sum_over_tokens(grad_DV, ("embed", "vocab")) for grad_DV in of_head]
+    return sums, grad_hidden_BTD, *(grad_DV.T.astype(head_VD.dtype) for grad_DV in of_head)
 
 
 def chunk_size(num_ids: int, num_tokens: int) -> int:
@@ -257,8 +264,8 @@ def _chunk(hidden_CD, head_DV, targets_C, weights_C, objective: Objective):
 
 
 def _add_gradients(grads, index_C, hidden_CD, head_DV, grad_CV):
-    """Both gradients with those of a chunk: its rows of the one are set, the other grows."""
-    grad_hidden_ND, grad_head_DV = grads
+    """The gradients with those of a chunk: its rows of the first are set, the head's grows."""
+    grad_hidden_ND, *of_head = grads
     grad_CV = grad_CV.astype(hidden_CD.dtype)
     grad_hidden_ND = grad_hidden_ND.at[index_C].set(
         jnp.einsum("CV,DV->CD", grad_CV, head_DV),
@@ -267,8 +274,11 @@ def _add_gradients(grads, index_C, hidden_CD, head_DV, grad_CV):
         unique_indices=True,
     )
     # One matrix product that adds to its output in place, float32 (seen in the HLO for H200).
-    grad_head_DV += jnp.einsum("CV,CD->DV", grad_CV, hidden_CD, preferred_element_type=jnp.float32)
-    return grad_hidden_ND, grad_head_DV
+    of_head = [
+        grad_DV + jnp.einsum("CV,CD->DV", grad_CV, hidden_CD, preferred_element_type=jnp.float32)
+        for grad_DV in of_head
+    ]
+    return [grad_hidden_ND, *of_head]
 
 
 def _sums_by_source(amounts: Sums, sources_M, num_sources: int) -> Sums:

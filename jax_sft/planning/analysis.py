@@ -175,11 +175,11 @@ def _traffic(row: Mapping[str, Any]) -> Traffic:
 
 
 def _cost(cfg, resolved: Resolved, compiled: Compiled, target: Target) -> flops.StepCost:
-    model_cfg = resolved.model_cfg
+    model_def = compiled.program.model_def
     return flops.step_cost(
-        compiled.program.model_def.rows,
-        model_cfg.dims,
-        model_cfg.tied,
+        model_def.rows,
+        model_def.dims,
+        resolved.model_cfg.tied,
         target.row,
         num_rows=cfg.batch.rows,
         micro_batches=cfg.batch.rows // resolved.micro_rows,
@@ -187,8 +187,9 @@ def _cost(cfg, resolved: Resolved, compiled: Compiled, target: Target) -> flops.
         attention=resolved.attention,
         sizes=resolved.mesh_shape,
         offload=cfg.model.offload,
-        param_bytes=np.dtype(compiled.program.state.params["embed.table"].dtype).itemsize,
+        param_bytes=jax.numpy.dtype(cfg.model.param_dtype).itemsize,
         moment_bytes=jax.numpy.dtype(cfg.optimizer.moments_dtype).itemsize,
+        frozen=model_def.frozen,
     )
 
 
@@ -209,7 +210,7 @@ def _workspace(cfg, resolved: Resolved) -> int:
 
 def _memory(compiled: Compiled, chip: Chip, module: hlo.Module, workspace: int) -> dict:
     state = compiled.program.state
-    parameters = sum(map(shard_bytes, state.params.values()))
+    parameters = sum(map(shard_bytes, state.weights.values()))
     moments = sum(map(shard_bytes, jax.tree.leaves(state.opt_state)))
     gradients = sum(
         shard_bytes(jax.ShapeDtypeStruct(p.shape, np.float32, sharding=p.sharding))
@@ -282,8 +283,9 @@ def _warnings(
             "mesh.sequence above 1 install tokamax, else see model.attention"
         )
     lines += [f"involuntary full rematerialisation: {line}" for line in compiled.involuntary]
-    # As large as the smallest matrix of a layer: norms and biases are all-reduced by right.
-    matrices = [row for row in compiled.program.model_def.rows if row.is_matrix]
+    # As large as the smallest matrix of a layer: norms, biases and adapters are all-reduced by
+    # right.
+    matrices = [row for row in resolved.family.weights(resolved.model_cfg) if row.is_matrix]
     of_one = min(math.prod(dims[axis] for axis in row.axes if axis != "layers") for row in matrices)
     for one in hlo_collectives.gradient_all_reduces(
         found, sizes, of_one // sizes["tensor"] // 2, allowed=(("data",), ("tensor",))
@@ -319,7 +321,7 @@ def _replicated(compiled: Compiled, sizes: Mapping[str, int]) -> list[str]:
     """Large arrays of the state that every device holds whole, though they could be split."""
     shards = sizes["fsdp"] * sizes["tensor"] * sizes["sequence"]
     lines = []
-    for path, array in compiled.program.state.params.items():
+    for path, array in compiled.program.state.weights.items():
         whole = math.prod(array.shape) * array.dtype.itemsize
         if shards > 1 and whole >= LARGE_BYTES and shard_bytes(array) == whole:
             lines.append(f"{path} ({whole / 2**30:.2f} GiB) is held whole by every device")

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from jax_sft import parallel
 from jax_sft.models.spec import Weight
@@ -35,6 +36,7 @@ class Model:
     Attributes:
         param_bytes, moment_bytes: of a master weight, and of each of its two moments.
         grad_bytes: of a gradient while it is added up over devices.
+        frozen: {path: dtype} of what does not train.
     """
 
     rows: Sequence[Weight]
@@ -43,6 +45,7 @@ class Model:
     param_bytes: int = 4
     moment_bytes: int = 4
     grad_bytes: int = 4
+    frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +129,7 @@ def candidates(
             sizes=setting.mesh,
             param_bytes=model.param_bytes,
             moment_bytes=model.moment_bytes,
+            frozen=model.frozen,
         )
         traffic = analytic_traffic(model, setting, cost, num_rows, int(row.slots), gpus_per_host)
         prediction = predict(cost, chip, num_devices, hosts, traffic)
@@ -178,7 +182,7 @@ def analytic_memory(model: Model, setting: Setting, num_rows: int, seq_len: int)
     compiled for 7B on 8 H200 (18 to 39 GiB), 32B on 8 and 72B on 64.
     """
     mesh, dims, tensor = setting.mesh, model.dims, setting.mesh["tensor"]
-    local = sum(math.prod(row.shape(dict(dims))) / _shards(row, mesh) for row in model.rows)
+    local = _local_elements(model, mesh)
     tokens = setting.micro_rows * seq_len / (mesh["data"] * mesh["fsdp"] * mesh["sequence"])
     kept, made = _elements_per_token(dims, setting.remat, tensor)
     layer = _matrix_elements(model, "layers") / dims["layers"] / tensor
@@ -188,12 +192,15 @@ def analytic_memory(model: Model, setting: Setting, num_rows: int, seq_len: int)
     accumulates = setting.micro_rows < num_rows  # then the sum and what is added to it both live
     # The next layer is gathered while this one is computed; its gradients are formed whole. Not all
     # that it makes lives at once, but some of it in float32 and beside its gradient.
-    in_layer = (2 * COMPUTE_BYTES + model.grad_bytes) * layer + 1.3 * COMPUTE_BYTES * made * tokens
-    in_head = (COMPUTE_BYTES + SUM_BYTES) * table + (COMPUTE_BYTES + 2 * SUM_BYTES) * logits
+    moving = _matrix_elements(model, "layers", trained=True) / dims["layers"] / tensor
+    in_layer = 2 * COMPUTE_BYTES * layer + model.grad_bytes * moving
+    in_layer += 1.3 * COMPUTE_BYTES * made * tokens
+    of_table = COMPUTE_BYTES + (SUM_BYTES if _head_trains(model) else 0)
+    in_head = of_table * table + (COMPUTE_BYTES + 2 * SUM_BYTES) * logits
     in_head += 2 * COMPUTE_BYTES * dims["embed"] * tokens
     in_head -= gradients  # those of this pass are not there yet
     return Memory(
-        parameters=model.param_bytes * local,
+        parameters=model.param_bytes * local + _frozen_bytes(model, mesh),
         moments=2 * model.moment_bytes * local,
         gradients=gradients * (2 if accumulates else 1),
         residuals=COMPUTE_BYTES * dims["layers"] * kept * tokens,
@@ -205,12 +212,36 @@ def _shards(row: Weight, mesh: Mapping[str, int]) -> int:
     return math.prod(mesh[axis] for logical in row.axes for axis in parallel.RULES[logical])
 
 
-def _matrix_elements(model: Model, prefix: str) -> int:
+def _matrix_elements(model: Model, prefix: str, trained: bool = False) -> int:
     return sum(
         math.prod(row.shape(dict(model.dims)))
         for row in model.rows
         if row.is_matrix and row.path.startswith(prefix + ".")
+        if not (trained and row.path in model.frozen)
     )
+
+
+def _local_elements(model: Model, mesh: Mapping[str, int]) -> float:
+    """Elements of what trains on one device."""
+    return sum(
+        math.prod(row.shape(dict(model.dims))) / _shards(row, mesh)
+        for row in model.rows
+        if row.path not in model.frozen
+    )
+
+
+def _frozen_bytes(model: Model, mesh: Mapping[str, int]) -> float:
+    return sum(
+        math.prod(row.shape(dict(model.dims)))
+        / _shards(row, mesh)
+        * model.frozen[row.path].itemsize
+        for row in model.rows
+        if row.path in model.frozen
+    )
+
+
+def _head_trains(model: Model) -> bool:
+    return ("embed.table" if model.tied else "head.table") not in model.frozen
 
 
 def _elements_per_token(dims: Mapping[str, int], remat: str, tensor: int) -> tuple[float, float]:
@@ -260,7 +291,8 @@ def analytic_traffic(
     rows = setting.micro_rows / (mesh["data"] * mesh["fsdp"])
     layer = _matrix_elements(model, "layers") / dims["layers"] / mesh["tensor"]
     table = dims["vocab"] * dims["embed"] / mesh["tensor"]
-    local = sum(math.prod(row.shape(dict(dims))) / _shards(row, mesh) for row in model.rows)
+    moving = _matrix_elements(model, "layers", trained=True) / dims["layers"] / mesh["tensor"]
+    local = _local_elements(model, mesh)
     x = rows * seq_len / mesh["sequence"] * dims["embed"]
     kv = rows * seq_len * 2 * dims["kv_heads"] * dims["head_dim"] / mesh["tensor"]
 
@@ -276,10 +308,10 @@ def analytic_traffic(
     gather, scatter, reduce = "all-gather", "reduce-scatter", "all-reduce"
     found = [
         traffic(gather, embed, layer, COMPUTE_BYTES, 2 * of_layers, behind),
-        traffic(scatter, embed, layer, model.grad_bytes, of_layers, behind * 2 / 3),
+        traffic(scatter, embed, moving, model.grad_bytes, of_layers, behind * 2 / 3),
         traffic(reduce, ("data",), local, model.grad_bytes, micros, behind * 2 / 3),
         traffic(gather, embed, table, COMPUTE_BYTES, micros, blocking=True),  # the head
-        traffic(scatter, embed, table, SUM_BYTES, micros, blocking=True),
+        traffic(scatter, embed, table * _head_trains(model), SUM_BYTES, micros, blocking=True),
         traffic("all-to-all", embed, x, COMPUTE_BYTES, 2 * micros, blocking=True),  # the lookup
         traffic(gather, tensor, x, COMPUTE_BYTES, 2 * passes * of_layers, blocking=True),
         traffic(scatter, tensor, x, COMPUTE_BYTES, (2 + passes) * of_layers, blocking=True),

@@ -6,7 +6,7 @@ Arithmetic alone. Called by `plan` and `search`; `roofline` makes times of it.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from jax_sft.models.spec import Weight
 
@@ -128,19 +128,27 @@ def model_flops(
     tokens: float,
     pairs: float,
     trained_tokens: float,
+    frozen: Collection[str] = (),
+    forward_only: bool = False,
 ) -> dict[str, float]:
     """Return the FLOPs that the model needs, by part: forward and twice that backward.
 
-    Matrix products only: a lookup in the embedding table has none. The head counts the tokens that
-    train, as nothing else needs its logits; with all tokens there the sum is that of
+    Matrices that are frozen need no gradient of their own: forward and once that backward. Matrix
+    products only: a lookup in the embedding table has none. The head counts the tokens that train,
+    as nothing else needs its logits; with all tokens there the sum is that of
     `metrics.step_flops`. Recomputation is not in it, see `hardware_flops`.
+
+    Args:
+        frozen: paths of what does not train.
     """
     parts = {"embedding": 0.0, "attention_projections": 0.0}
-    parts["attention_scores"] = 12 * dims["layers"] * dims["heads"] * dims["head_dim"] * pairs
+    of_scores = (1 if forward_only else 3) * 4 * dims["heads"] * dims["head_dim"]
+    parts["attention_scores"] = of_scores * dims["layers"] * pairs
     for row in rows:
         if row.is_matrix and (part := _part(row, tied)) != "embedding":
             applied = trained_tokens if part == "head" else tokens
-            flops = 6 * math.prod(row.shape(dict(dims))) * applied
+            products = 1 if forward_only else 2 if row.path in frozen else 3
+            flops = 2 * products * math.prod(row.shape(dict(dims))) * applied
             parts[part] = parts.get(part, 0.0) + flops
     return parts
 
@@ -194,6 +202,7 @@ def step_cost(
     offload: Sequence[str] = (),
     param_bytes: int = 4,
     moment_bytes: int = 4,
+    frozen: Collection[str] = (),
 ) -> StepCost:
     """Return the cost of a step of `num_rows` rows in `micro_batches` passes.
 
@@ -202,23 +211,27 @@ def step_cost(
         attention: name of the backend, a key of roofline.ATTENTION_EFFICIENCY.
         sizes: {mesh axis: size}.
         param_bytes, moment_bytes: of a master weight, and of each of its two moments.
+        frozen: paths of what does not train.
     """
     tokens, pairs, trained = (num_rows * n for n in (row.tokens, row.pairs, row.trained))
-    model = model_flops(rows, dims, tied, tokens, pairs, trained)
+    model = model_flops(rows, dims, tied, tokens, pairs, trained, frozen)
     slots = num_rows * row.slots
     visited = computed_pairs(attention, num_rows, row)
     in_chunks = _in_chunks(trained, slots, micro_batches, sizes)
-    padded = model_flops(rows, dims, tied, slots, pairs, in_chunks)
-    hardware = hardware_flops(padded, dims, remat, offload)
+    padded, forward = (
+        model_flops(rows, dims, tied, slots, pairs, in_chunks, frozen, only)
+        for only in (False, True)
+    )
+    hardware = hardware_flops(padded, forward, dims, remat, offload)
     for name, computed in zip(("attention_forward", "attention_backward"), visited, strict=True):
         hardware[name] *= computed / pairs if pairs else 1.0
     updated = param_bytes * 2 + moment_bytes * 4 + 4 * 2
     accumulated = 4 * 2 + param_bytes + 2  # and the weights' cast to bfloat16
-    num_params = sum(math.prod(row.shape(dict(dims))) for row in rows)
+    num_params = sum(math.prod(row.shape(dict(dims))) for row in rows if row.path not in frozen)
     return StepCost(
         tokens=tokens,
         model=model,
-        causal_flops=sum(model_flops(rows, dims, tied, tokens, pairs, tokens).values()),
+        causal_flops=sum(model_flops(rows, dims, tied, tokens, pairs, tokens, frozen).values()),
         hardware=hardware,
         elementwise_bytes=_elementwise_bytes(dims, slots, in_chunks, remat),
         optimizer_bytes=sizes["data"] * num_params * (updated + micro_batches * accumulated),
@@ -282,25 +295,32 @@ def recomputed(
 
 
 def hardware_flops(
-    model: Mapping[str, float], dims: Mapping[str, int], remat: str, offload: Sequence[str] = ()
+    model: Mapping[str, float],
+    forward: Mapping[str, float],
+    dims: Mapping[str, int],
+    remat: str,
+    offload: Sequence[str] = (),
 ) -> dict[str, float]:
     """Return the FLOPs by part that are computed for those of `model_flops`.
 
     The attention scores are in two parts, attention_forward and attention_backward, as they run at
     different speeds; what remat computes again of them is forward.
 
+    Args:
+        model, forward: results of `model_flops`, the second of the forward pass only.
+
     Raises:
         ValueError: see `recomputed`.
     """
     again = recomputed(dims, remat, offload)
     hardware = {
-        part: flops * (1 + again.get(part, 0.0) / 3)
+        part: flops + again.get(part, 0.0) * forward[part]
         for part, flops in model.items()
         if part != "attention_scores"
     }
-    forward = model["attention_scores"] / 3
-    hardware["attention_forward"] = forward * (1 + again.get("attention_scores", 0.0))
-    hardware["attention_backward"] = forward * _KERNEL_BACKWARD
+    of_scores = forward["attention_scores"]
+    hardware["attention_forward"] = of_scores * (1 + again.get("attention_scores", 0.0))
+    hardware["attention_backward"] = of_scores * _KERNEL_BACKWARD
     return hardware
 
 

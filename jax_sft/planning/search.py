@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from jax_sft import program
 from jax_sft.planning import candidates
 from jax_sft.planning.analysis import Target, analyse
 from jax_sft.validate import validate
@@ -53,13 +54,15 @@ def advice(cfg, target: Target, most: int, say: Callable[[str], None]) -> list[s
 def _promising(cfg, target: Target) -> Iterator[candidates.Setting]:
     """The settings that should fit, the fastest first; of those that are alike only the first."""
     resolved = validate(cfg, target.num_devices, planned_for=target.chip.capability)
+    model_def = program.model_def(cfg, resolved)
     model = candidates.Model(
-        resolved.family.weights(resolved.model_cfg),
-        resolved.model_cfg.dims,
+        model_def.rows,
+        model_def.dims,
         resolved.model_cfg.tied,
         jnp.dtype(cfg.model.param_dtype).itemsize,
         jnp.dtype(cfg.optimizer.moments_dtype).itemsize,
         jnp.dtype(cfg.model.grad_dtype).itemsize,
+        model_def.frozen,
     )
     ranked = candidates.candidates(
         model,

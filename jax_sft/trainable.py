@@ -1,0 +1,69 @@
+"""Which parameters train: all, those that `train.freeze` leaves, or adapters alone."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from jax_sft import lora
+from jax_sft.model import ModelDef
+
+
+def choose(
+    model_def: ModelDef, adapters: lora.Settings | None, frozen: Sequence[str] = ()
+) -> ModelDef:
+    """Return the model with what is frozen, and its adapters if it has any.
+
+    Args:
+        adapters: what `lora.*` means; None = there are none.
+        frozen: `train.freeze`.
+
+    Raises:
+        ValueError: a pattern names nothing, or nothing is left to train.
+    """
+    return lora.add(model_def, adapters) if adapters else freeze(model_def, frozen)
+
+
+def freeze(model_def: ModelDef, patterns: Sequence[str]) -> ModelDef:
+    """Freeze the tensors in whose Hugging Face names a pattern is found, e.g. "embed_tokens".
+
+    Parameters stack layers: one of which only some layers are frozen keeps its master weights and
+    moments, and the frozen layers do not move.
+
+    Raises:
+        ValueError: a pattern is found in no name, or every tensor is frozen.
+    """
+    names = {
+        row.path: [name for _, name in row.hf_tensors(model_def.dims)] for row in model_def.rows
+    }
+    every = [name for of_row in names.values() for name in of_row]
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in every):
+            raise ValueError(
+                f"train.freeze: {pattern!r} is found in no name of a tensor. There are "
+                f"{', '.join(of_row[0] for of_row in names.values())}, and those of other layers"
+            )
+    still, trained = [], {}
+    for row in model_def.rows:
+        moves = [not any(re.search(one, name) for one in patterns) for name in names[row.path]]
+        if not any(moves):
+            still.append(row.path)
+        elif not all(moves):
+            shape = [model_def.dims[axis] for axis in row.stacked]
+            trained[row.path] = np.array(moves).reshape(shape)
+    if len(still) == len(model_def.rows):
+        raise ValueError(f"train.freeze = {list(patterns)} freezes every tensor: nothing is left")
+    frozen = model_def.without_masters(still)
+    return dataclasses.replace(model_def, frozen=frozen, trained=trained)
+
+
+def count(model_def: ModelDef) -> int:
+    """Return how many parameters train."""
+    total = 0
+    for row in model_def.rows:
+        if row.path not in model_def.frozen:
+            shape = row.shape(model_def.dims)
+            layers = model_def.trained.get(row.path, np.ones(shape[: len(row.stacked)], bool))
+            total += int(layers.sum()) * int(np.prod(shape[len(row.stacked) :]))
+    return total
