@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_sft import hf, manifest, model_files, models, steps, storage
+from jax_sft import hf, lora, manifest, model_files, models, peft, steps, storage
+from jax_sft.model import ModelDef
 
 _PARAMS = "params/"
 
@@ -49,18 +50,25 @@ def export(
         raise ValueError(f"dtype {dtype!r} is not one of {list(hf.NAMES)}")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise ValueError(f"{out} is not empty: choose another folder, or overwrite it")
-    stored = _StoredParams(_choose(checkpoint, step))
+    folder = _choose(checkpoint, step)
+    stored = _StoredParams(folder)
     config = hf.read_json(kept / "config.json")
     family = models.find(str(config.get("model_type")))
     cfg = family.Config.from_hf(config)
+    metadata = steps.metadata(folder)
     dtypes = hf.read_json(kept / model_files.DTYPES_FILE)
     if dtype:
         dtypes = dict.fromkeys(dtypes, hf.NAMES[dtype])
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        rows = family.weights(cfg)
-        hf.save(stored, rows, cfg.dims, dtypes, unfinished, shard_bytes, progress)
+        if metadata.get("lora"):
+            settings = lora.Settings(**metadata["lora"])
+            adapted = lora.add(ModelDef.of(family, cfg, dtype="float32"), settings)
+            model = metadata["config"]["model"]
+            peft.save(stored, adapted, settings, unfinished, model["path"], model["revision"])
+        else:
+            hf.save(stored, family.weights(cfg), cfg.dims, dtypes, unfinished, shard_bytes, progress)
         hf.copy_side_files(kept, unfinished)
         if dtype:
             _set_dtype(unfinished / "config.json", dtype)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_sft import hf, models, parallel, state
+from jax_sft import hf, lora, models, parallel, peft, state
 from jax_sft.model import ModelDef
 
 
@@ -161,6 +161,7 @@ def load(
     mesh: Mesh | None = None,
     dtype: Any = "float32",
     *,
+    adapter: str | Path = "",
     revision: str = "",
     attention: str = "auto",
     progress: bool = False,
@@ -171,6 +172,7 @@ def load(
         folder: holds config.json and safetensors files.
         mesh: with the axes data, fsdp, tensor, sequence (`parallel.make_mesh`); None = one device.
         dtype: of weights and computation.
+        adapter: a folder with LoRA adapters in PEFT's format; "" = none.
 
     Raises:
         ValueError: an unsupported model, or tensors that do not fit its config.json.
@@ -180,11 +182,16 @@ def load(
     family = models.find(str(config.get("model_type")))
     model_def = ModelDef.of(family, family.Config.from_hf(config), dtype=dtype, attention=attention)
     mesh = parallel.single_device_mesh() if mesh is None else mesh
-    dims = model_def.cfg.dims
-    arrays = {row.path: (row.axes, row.shape(dims)) for row in model_def.rows}
+    dims, rows = model_def.dims, model_def.rows
+    arrays = {row.path: (row.axes, row.shape(dims)) for row in rows}
     if problems := parallel.size_problems(arrays, mesh.shape):
         raise ValueError("the mesh does not fit the model:\n  " + "\n  ".join(problems))
-    tensors = hf.check(path, model_def.rows, dims, model_def.cfg.tied)
-    shardings = state.param_shardings(model_def.rows, mesh)
-    params = hf.load(tensors, model_def.rows, dims, shardings, jnp.dtype(dtype), progress)
+    tensors = hf.check(path, rows, dims, model_def.cfg.tied)
+    if adapter:
+        model_def = lora.add(model_def, peft.read_settings(Path(adapter)))
+        peft.check(Path(adapter), model_def)
+    shardings = state.param_shardings(rows, mesh)
+    params = hf.load(tensors, rows, dims, shardings, jnp.dtype(dtype), progress)
+    if adapter:
+        params |= peft.load(Path(adapter), model_def, mesh, jnp.dtype(dtype))
     return LoadedModel(model_def, params, mesh)
