@@ -1,17 +1,17 @@
-"""From a checkpoint to a Hugging Face folder, one tensor at a time and verified."""
+"""From a checkpoint to a Hugging Face folder, in blocks of a tensor and verified."""
 
+import dataclasses
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from jax_sft import hf, model_files, models, steps, storage
+from jax_sft.models.spec import Weight
 
-from jax_sft import hf, manifest, model_files, models, steps, storage
-
-_PARAMS = "params/"
+SHARD_BYTES = 5_000_000_000
 
 
 def export(
@@ -19,7 +19,7 @@ def export(
     out: str | Path,
     *,
     step: int | None = None,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
     dtype: str = "",
     overwrite: bool = False,
     progress: bool = True,
@@ -27,7 +27,7 @@ def export(
     """Write a checkpoint as a Hugging Face folder that transformers loads.
 
     Args:
-        checkpoint: the `checkpoints` folder of a run.
+        checkpoint: the `checkpoints` folder of a run, or what `hf_convert` made.
         out: the folder to write; it appears only when complete.
         step: which step; None = the newest.
         shard_bytes: largest safetensors file.
@@ -40,51 +40,102 @@ def export(
 
     Raises:
         ValueError: no such checkpoint or step, a damaged one, an unknown dtype, or `out` is not
-            empty.
+            empty or has no room.
     """
-    checkpoint, out = Path(checkpoint).absolute(), Path(out).absolute()
-    kept = checkpoint / model_files.NAME
-    model_files.verify(checkpoint)
-    if dtype and dtype not in hf.NAMES:
-        raise ValueError(f"dtype {dtype!r} is not one of {list(hf.NAMES)}")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"{out} is not empty: choose another folder, or overwrite it")
-    stored = _StoredParams(_choose(checkpoint, step))
-    config = hf.read_json(kept / "config.json")
-    family = models.find(str(config.get("model_type")))
-    cfg = family.Config.from_hf(config)
-    dtypes = hf.read_json(kept / model_files.DTYPES_FILE)
-    if dtype:
-        dtypes = dict.fromkeys(dtypes, hf.NAMES[dtype])
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = Path(out).absolute()
+    planned = plan(checkpoint, step=step, shard_bytes=shard_bytes, dtype=dtype)
+    hf.check_out(out, planned.layout.nbytes, overwrite)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        rows = family.weights(cfg)
-        hf.save(stored, rows, cfg.dims, dtypes, unfinished, shard_bytes, progress)
-        hf.copy_side_files(kept, unfinished)
+        hf.save(
+            _Params(planned),
+            planned.rows,
+            planned.dims,
+            planned.dtypes,
+            unfinished,
+            shard_bytes,
+            progress,
+        )
+        hf.copy_side_files(planned.kept, unfinished)
         if dtype:
             _set_dtype(unfinished / "config.json", dtype)
-        unfinished.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        os.rename(unfinished, out)
+        hf.put_in_place(unfinished, out)
+    except storage.Failed as error:
+        raise ValueError(steps.damaged(planned.folder, planned.step, [str(error)])) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return out
 
 
-def _choose(checkpoint: Path, step: int | None) -> Path:
-    """The folder of the wanted step.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What an export reads and writes, known without reading an array.
+
+    Attributes:
+        folder: the checkpoint folder.
+        arrays: {our path: {"shape", "dtype", "sum"}}.
+        dtypes: {HF name: safetensors dtype}.
+    """
+
+    folder: Path
+    step: int
+    arrays: Mapping[str, dict[str, Any]]
+    rows: tuple[Weight, ...]
+    dims: dict[str, int]
+    dtypes: Mapping[str, str]
+    layout: hf.Layout
+
+    @property
+    def kept(self) -> Path:
+        """The files of the model."""
+        return self.folder / model_files.NAME
+
+    def lines(self) -> Iterator[str]:
+        """Say for every tensor where it comes from, what it is and which file gets it."""
+        for row in self.rows:
+            array = self.arrays[row.path]
+            for index, name in row.hf_tensors(self.dims):
+                place = self.layout.tensors[name]
+                ours = f"{row.path}{[*index] if index else ''}"
+                yield (
+                    f"{ours} {array['dtype']} {array['shape'][len(index) :]}"
+                    f" -> {name} {place.dtype} {[*place.shape]} in {place.file}"
+                )
+        yield (
+            f"step {self.step}: {len(self.rows)} arrays -> {len(self.layout.tensors)} tensors, "
+            f"{self.layout.nbytes / 1e9:.3f} GB in {len(self.layout.headers)} files; "
+            f"beside them {', '.join(hf.side_files(self.kept))}"
+        )
+
+
+def plan(
+    checkpoint: str | Path,
+    *,
+    step: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    dtype: str = "",
+) -> Plan:
+    """Check a checkpoint and plan its export. The arguments are those of `export`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no such checkpoint or step, a damaged one, or an unknown dtype.
     """
-    present = steps.present(checkpoint)
-    if not present or (step is not None and step not in present):
-        raise ValueError(
-            f"{checkpoint} has no step {'' if step is None else step}: it has {present[::-1]}"
-        )
-    return checkpoint / str(present[0] if step is None else step)
+    folder = Path(checkpoint).absolute()
+    model_files.verify(folder)
+    if dtype and dtype not in hf.NAMES:
+        raise ValueError(f"dtype {dtype!r} is not one of {list(hf.NAMES)}")
+    step = steps.choose(folder, step)
+    arrays = steps.params(folder, step)
+    config = hf.read_json(folder / model_files.NAME / "config.json")
+    family = models.find(str(config.get("model_type")))
+    cfg = family.Config.from_hf(config)
+    rows, dtypes = family.weights(cfg), model_files.dtypes(folder)
+    if problems := steps.misfits(arrays, {row.path: row.shape(cfg.dims) for row in rows}):
+        raise ValueError(f"{folder / str(step)} does not fit its config.json: {problems}")
+    if dtype:
+        dtypes = dict.fromkeys(dtypes, hf.NAMES[dtype])
+    layout = hf.layout(rows, cfg.dims, dtypes, shard_bytes)
+    return Plan(folder, step, arrays, rows, cfg.dims, dtypes, layout)
 
 
 def _set_dtype(config_file: Path, dtype: str) -> None:
@@ -94,45 +145,18 @@ def _set_dtype(config_file: Path, dtype: str) -> None:
     config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-class _StoredParams(Mapping[str, np.ndarray]):
-    """The parameters of a stored step, read one at a time and only the last one kept.
+class _Params(Mapping[str, storage.Stored]):
+    """The parameters of a stored step, each opened when it is asked for."""
 
-    Raises:
-        ValueError: the files of the step are damaged; or, when it is read, a tensor is.
-    """
+    def __init__(self, planned: Plan):
+        self._planned = planned
 
-    def __init__(self, folder: Path):
-        self._folder = folder
-        check = steps.check(folder.parent, int(folder.name))
-        if check.problems:
-            self._refuse(check.problems)
-        assert check.manifest
-        arrays = check.manifest.arrays
-        self._arrays = {
-            name.removeprefix(_PARAMS): array
-            for name, array in arrays.items()
-            if name.startswith(_PARAMS)
-        }
-        self._last: tuple[str, np.ndarray] | None = None
+    def __getitem__(self, path: str) -> storage.Stored:
+        folder = self._planned.folder / str(self._planned.step)
+        return storage.Stored(folder, steps.PARAMS + path, self._planned.arrays[path])
 
-    def _refuse(self, problems: Sequence[str]):
-        others = [number for number in steps.present(self._folder.parent)][::-1]
-        lines = "\n  ".join(manifest.shown(problems))
-        raise ValueError(
-            f"{self._folder} is damaged:\n  {lines}\nThe steps are {others}: choose --step"
-        )
-
-    def __getitem__(self, path: str) -> np.ndarray:
-        if self._last is None or self._last[0] != path:
-            self._last = None
-            array, problem = storage.read_one(self._folder, _PARAMS + path, self._arrays[path])
-            if problem:
-                self._refuse([problem])
-            self._last = (path, array)
-        return self._last[1]
-
-    def __iter__(self):
-        return iter(self._arrays)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._planned.arrays)
 
     def __len__(self) -> int:
-        return len(self._arrays)
+        return len(self._planned.arrays)

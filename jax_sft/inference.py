@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_sft import hf, models, parallel, state
+from jax_sft import hf, models, parallel, pretrained, state
 from jax_sft.model import ModelDef
 
 
@@ -168,7 +168,7 @@ def load(
     """Load a Hugging Face model folder (or hub id) onto a mesh.
 
     Args:
-        folder: holds config.json and safetensors files.
+        folder: holds config.json and safetensors files; or a checkpoint folder.
         mesh: with the axes data, fsdp, tensor, sequence (`parallel.make_mesh`); None = one device.
         dtype: of weights and computation.
 
@@ -184,7 +184,7 @@ def load(
     arrays = {row.path: (row.axes, row.shape(dims)) for row in model_def.rows}
     if problems := parallel.size_problems(arrays, mesh.shape):
         raise ValueError("the mesh does not fit the model:\n  " + "\n  ".join(problems))
-    tensors = hf.check(path, model_def.rows, dims, model_def.cfg.tied)
+    weights = pretrained.find(path, model_def.rows, dims, model_def.cfg.tied)
     shardings = state.param_shardings(model_def.rows, mesh)
-    params = hf.load(tensors, model_def.rows, dims, shardings, jnp.dtype(dtype), progress)
+    params = weights.load(shardings, jnp.dtype(dtype), progress)
     return LoadedModel(model_def, params, mesh)

@@ -37,6 +37,7 @@ from jax_sft import (
     model_files,
     parallel,
     preflight,
+    pretrained,
     state,
     trackers,
 )
@@ -104,7 +105,7 @@ def _train(
     rows, dims = family.weights(model_cfg), model_cfg.dims
     num_params = sum(math.prod(row.shape(dims)) for row in rows)
     folder = hf.resolve(cfg.model.path, cfg.model.revision)
-    tensors = hf.check(folder, rows, dims, model_cfg.tied)
+    weights = pretrained.find(folder, rows, dims, model_cfg.tied)
     tokenizer = chat.load_tokenizer(folder, needs_template=False)
     axes = " ".join(f"{axis}={size}" for axis, size in resolved.mesh_shape.items())
     say(f"model   {cfg.model.path}: {model_cfg.__module__}, {metrics.count(num_params)} parameters")
@@ -167,7 +168,7 @@ def _train(
     checkpoints = checkpoint.Checkpoints(
         workdir / "checkpoints",
         cfg.checkpoint,
-        model=model_files.Model(folder, {name: tensor.dtype for name, tensor in tensors.items()}),
+        model=model_files.Model(folder, weights.dtypes),
         data=prepare.fingerprint(train_examples),
         say=say,
     )
@@ -179,7 +180,7 @@ def _train(
     else:
         shardings = state.param_shardings(rows, mesh)
         param_dtype = jnp.dtype(cfg.model.param_dtype)
-        params = hf.load(tensors, rows, dims, shardings, param_dtype, first_process)
+        params = weights.load(shardings, param_dtype, first_process)
         current = state.create(compiled.tx, params, rows, mesh)
     start = found.step if found else 0
     if start >= num_steps:

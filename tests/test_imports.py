@@ -32,8 +32,8 @@ LEVELS = [
     "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf "
     "planning.flops planning.page",
     "models.layers data.chat data.check state model_files planning.roofline",
-    "data.worker data.loader resume hf_export planning.candidates",
-    f"{FAMILY} checkpoint data.store health inference tiny",
+    "data.worker data.loader resume pretrained hf_export planning.candidates",
+    f"{FAMILY} checkpoint data.store health hf_convert inference tiny",
     "data.cache step validate",
     "data.prepare evaluate program",
     "data.outcomes planning.compiling",

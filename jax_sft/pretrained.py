@@ -1,0 +1,79 @@
+"""The weights that a run starts from: those of a model folder, or of a checkpoint of ours.
+
+Both are checked against the weight rows by what is known without reading them, and each process
+then reads only what its devices hold.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from tqdm import tqdm
+
+from jax_sft import fingerprint, hf, model_files, steps, storage
+from jax_sft.models.spec import Weight
+
+Load = Callable[[Mapping[str, NamedSharding], Any, bool], dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weights that were found and fit.
+
+    Attributes:
+        dtypes: {HF name: safetensors dtype}.
+        load: ({our path: sharding}, dtype, progress) -> {our path: array}.
+    """
+
+    dtypes: Mapping[str, str]
+    load: Load
+
+
+def find(folder: Path, rows: Iterable[Weight], dims: dict[str, int], tied: bool) -> Weights:
+    """Return the weights of a folder that `hf.resolve` returned, reading only headers.
+
+    Raises:
+        ValueError: they do not fit the rows: everything that is wrong at once.
+    """
+    rows = tuple(rows)
+    if model_files.is_kept(folder):
+        return _of_checkpoint(folder.parent, rows, dims)
+    tensors = hf.check(folder, rows, dims, tied)
+
+    def load(shardings, dtype, progress=True) -> dict[str, jax.Array]:
+        return hf.load(tensors, rows, dims, shardings, dtype, progress)
+
+    return Weights({name: tensor.dtype for name, tensor in tensors.items()}, load)
+
+
+def _of_checkpoint(folder: Path, rows: tuple[Weight, ...], dims: dict[str, int]) -> Weights:
+    """The parameters of the newest step."""
+    model_files.verify(folder)
+    step = steps.choose(folder)
+    stored = steps.params(folder, step)
+    if problems := steps.misfits(stored, {row.path: row.shape(dims) for row in rows}):
+        raise ValueError(f"{folder / str(step)} does not fit its config.json: {problems}")
+
+    def load(shardings, dtype, progress=True) -> dict[str, jax.Array]:
+        params = {}
+        for row in tqdm(rows, "reading weights", unit="array", disable=not progress):
+            path, array = row.path, stored[row.path]
+            wanted = jax.ShapeDtypeStruct(
+                tuple(array["shape"]), np.dtype(array["dtype"]), sharding=shardings[path]
+            )
+            try:
+                part = {"params": {path: wanted}}
+                found = storage.load(folder / str(step), part, some=True)["params"][path]
+            except storage.Failed as error:
+                raise ValueError(f"{folder / str(step)} cannot be read: {error}") from error
+            sums = fingerprint.read([path], fingerprint.start({path: found}))
+            if problem := fingerprint.problem(path, sums[path], array["sum"]):
+                raise ValueError(f"{folder / str(step)}: {problem}")
+            params[path] = found.astype(dtype)
+        return params
+
+    return Weights(model_files.dtypes(folder), load)
