@@ -10,6 +10,7 @@ does not see two changed signs.)
 """
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -64,16 +65,38 @@ def _sum(array: jax.Array) -> jax.Array:
     return jnp.sum(_mixed(bits ^ place), dtype=jnp.uint32)
 
 
-def of_numpy(array: np.ndarray) -> int:
-    """Return the checksum of one array."""
+def of_numpy(
+    array: np.ndarray, start: Sequence[int] | None = None, shape: Sequence[int] | None = None
+) -> int:
+    """Return the checksum of one array, or what a block adds to that of its array.
+
+    Args:
+        start: where the block begins, an index of each dimension; None = it is the whole array.
+        shape: of the whole array.
+    """
     if array.dtype == bool:
         array = array.astype(np.uint8)
-    bits = np.ascontiguousarray(array).reshape(-1).view(_bits_dtype(array.dtype))
+    shape = array.shape if shape is None else tuple(shape)
+    start = (0,) * array.ndim if start is None else tuple(start)
+    # Trailing dimensions that are whole lie, with the one before them, in one run of places.
+    run = max(array.ndim - 1, 0)
+    while run > 0 and array.shape[run] == shape[run]:
+        run -= 1
+    first = np.zeros(1, np.uint64)  # place of the first element of each run
+    for dim in range(array.ndim):
+        stride = math.prod(shape[dim + 1 :])
+        inner = array.shape[dim] if dim < run else 1
+        first = np.add.outer(first, (start[dim] + np.arange(inner, dtype=np.uint64)) * stride)
+    first = first.reshape(-1, 1)
+    bits = np.ascontiguousarray(array).view(_bits_dtype(array.dtype)).reshape(len(first), -1)
     total = 0
-    for first in range(0, bits.size, _CHUNK):
-        chunk = bits[first : first + _CHUNK].astype(np.uint32)
-        chunk ^= np.arange(first, first + chunk.size).astype(np.uint32) * np.uint32(_PLACE)
-        total += int(_mixed(chunk).sum(dtype=np.uint64))
+    runs = max(_CHUNK // max(bits.shape[1], 1), 1)
+    for i in range(0, len(bits), runs):
+        for j in range(0, bits.shape[1], _CHUNK):
+            chunk = bits[i : i + runs, j : j + _CHUNK].astype(np.uint32)
+            places = first[i : i + runs] + np.arange(j, j + chunk.shape[1], dtype=np.uint64)
+            chunk ^= places.astype(np.uint32) * np.uint32(_PLACE)
+            total += int(_mixed(chunk).sum(dtype=np.uint64))
     return total % 2**32
 
 

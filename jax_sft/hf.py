@@ -4,17 +4,21 @@ Reads and writes safetensors only. The weight rows of a family (`models.spec`) s
 is called, what shape it has and how it is laid out; nothing here knows a family.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import huggingface_hub
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -22,7 +26,7 @@ from jax.sharding import NamedSharding
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from jax_sft import parallel
+from jax_sft import parallel, storage
 from jax_sft.models.spec import Weight
 
 DTYPES: dict[str, Any] = {
@@ -37,9 +41,18 @@ NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SIDE_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
-    *("tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+    *("chat_template.jinja", "chat_template.json"),
 )
 
+TEMPLATES = "additional_chat_templates/*.jinja"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Of a checkpoint folder: what SIDE_FILES there are of its model, see model_files.
+KEPT = "model_files"
+
+_SPARE_BYTES = 100_000_000  # for tokenizer files and headers
+_MOST_THREADS = 4
+_BLOCKS_BYTES = 1 << 29  # worked on at a time
 _PICKLES = ("bin", "pt", "pth", "pkl", "ckpt")
 # Buffers that old exports contain and the architecture computes.
 _COMPUTED = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -47,6 +60,9 @@ _COMPUTED = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 def resolve(path: str, revision: str = "", weights: bool = True) -> Path:
     """Return the local folder of a model: `path` itself, or a download of the hub id `path`.
+
+    Of a checkpoint folder, such as scripts/convert_hf.py makes, it is what that keeps of the model;
+    see `pretrained` for its weights.
 
     Args:
         weights: download the weights too, not only config and tokenizer.
@@ -57,13 +73,15 @@ def resolve(path: str, revision: str = "", weights: bool = True) -> Path:
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
+        if (folder / KEPT).is_dir() and not (folder / "config.json").exists():
+            folder = folder / KEPT
         _refuse_links(folder)
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
         raise ValueError(f"model.path = {path!r} is not a folder")
-    patterns = [*SIDE_FILES]
+    patterns = [*SIDE_FILES, TEMPLATES]
     if weights:
-        patterns += ["*.safetensors", "model.safetensors.index.json"]
+        patterns += ["*.safetensors", INDEX]
     try:
         found = huggingface_hub.snapshot_download(
             path, revision=revision or None, allow_patterns=patterns
@@ -127,11 +145,14 @@ class Tensor:
     dtype: str  # safetensors' name, a key of DTYPES
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
 
 def _weight_files(folder: Path) -> list[Path]:
     """List the safetensors files of a model folder, from its index if it has one."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
+    index, single = folder / INDEX, folder / SINGLE
     if index.exists() and not single.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
@@ -276,16 +297,124 @@ def load(
     return params
 
 
-def to_tensors(
-    params: Mapping[str, Any], rows: Iterable[Weight], dims: dict[str, int]
-) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """Yield (HF name, function that returns the HF tensor) for every tensor of the rows."""
-    for row in rows:
-        for index, name in row.hf_tensors(dims):
-            yield (
-                name,
-                lambda row=row, index=index: row.to_hf(np.asarray(params[row.path][index]), dims),
-            )
+class Blocks:
+    """One of our arrays, in blocks that are read from the tensors of a folder.
+
+    `blocks[slices]`, a slice of each dimension, that of a stacked one of a single index.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], row: Weight, dims: dict[str, int]):
+        self._row, self._dims = row, dims
+        self.shape = row.shape(dims)
+        self._names = dict(row.hf_tensors(dims))
+        found = {tensors[name] for name in self._names.values()}
+        self.dtype = np.dtype(jnp.result_type(*(DTYPES[tensor.dtype] for tensor in found)))
+        opened = {file: safe_open(file, "numpy") for file in {tensor.file for tensor in found}}
+        self._slices = {
+            name: opened[tensors[name].file].get_slice(name) for name in self._names.values()
+        }
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
+        block = [part.indices(n)[:2] for part, n in zip(slices, self.shape, strict=True)]
+        num_stacked = len(self._row.stacked)
+        index = tuple(start for start, _ in block[:num_stacked])
+        of_one = tuple(block[num_stacked:])
+        part = self._slices[self._names[index]][self._row.hf_index(of_one, self._dims)]
+        return self._row.from_hf(part, self._dims).reshape([stop - start for start, stop in block])
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a tensor of a folder that is written goes.
+
+    Attributes:
+        offset: of its first byte in the file.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A folder's weights before they are written.
+
+    Attributes:
+        tensors: {HF name: Place}, in the order of the files.
+        headers: {file: what it begins with}.
+    """
+
+    tensors: dict[str, Place]
+    headers: dict[str, bytes]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(place.nbytes for place in self.tensors.values())
+
+
+def layout(
+    rows: Iterable[Weight],
+    dims: dict[str, int],
+    dtypes: Mapping[str, str],
+    shard_bytes: int,
+    single: str = SINGLE,
+) -> Layout:
+    """Deal tensors of the rows out to one file, or several.
+
+    Args:
+        dtypes: {HF name: safetensors dtype} of those tensors that are written.
+        shard_bytes: tensor bytes of a file at most, unless one tensor alone has more.
+        single: name of the file if it is one.
+    """
+    shapes = {
+        name: row.hf_shape(dims)
+        for row in rows
+        for _, name in row.hf_tensors(dims)
+        if name in dtypes
+    }
+    shards: list[dict[str, Place]] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        place = Place("", dtypes[name], shape, filled)
+        if shards[-1] and filled + place.nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = dataclasses.replace(place, offset=filled)
+        filled += place.nbytes
+    count = len(shards)
+    tensors, headers = {}, {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else single
+        headers[file] = _header(shard)
+        for name, place in shard.items():
+            offset = len(headers[file]) + place.offset
+            tensors[name] = dataclasses.replace(place, file=file, offset=offset)
+    return Layout(tensors, headers)
+
+
+def _header(shard: Mapping[str, Place]) -> bytes:
+    """A safetensors header: its length as little-endian u64, then JSON padded to 8 bytes.
+
+    Args:
+        shard: offsets count from the end of the header.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, place in shard.items():
+        header[name] = {
+            "dtype": place.dtype,
+            "shape": list(place.shape),
+            "data_offsets": [place.offset, place.offset + place.nbytes],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
 def save(
@@ -296,79 +425,153 @@ def save(
     out: Path,
     shard_bytes: int,
     progress: bool = True,
+    single: str = SINGLE,
 ) -> list[str]:
-    """Write the weights as safetensors files, one tensor at a time.
+    """Write the weights as safetensors files, in blocks of a tensor.
 
     Args:
-        params: {our path: array that this process can read whole}.
-        dtypes: {HF name: safetensors dtype}.
+        params: {our path: array that this process can read whole, or storage.Stored, or anything
+            else that gives blocks for slices; what has a method `finish`, which is called when all
+            of it was read}.
         out: an existing folder.
-        shard_bytes: tensor bytes of a file at most, unless one tensor alone has more.
+        dtypes, shard_bytes, single: see `layout`.
+
+    Returns:
+        Names of the files: one, or several and their index.
+
+    Raises:
+        storage.Failed: a stored array is damaged.
+    """
+    rows = list(rows)
+    plan = layout(rows, dims, dtypes, shard_bytes, single)
+    bar = tqdm(
+        total=plan.nbytes, desc="writing weights", unit="B", unit_scale=True, disable=not progress
+    )
+    names = begin(plan, out)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(bar)
+        files = {name: stack.enter_context(open(out / name, "r+b")) for name in plan.headers}
+        descriptors = {name: file.fileno() for name, file in files.items()}
+        for row in rows:
+            for nbytes in _save_row(params[row.path], row, dims, plan, descriptors):
+                bar.update(nbytes)
+        for descriptor in descriptors.values():
+            os.fsync(descriptor)
+    return names
+
+
+def begin(plan: Layout, out: Path) -> list[str]:
+    """Write files that lack nothing but what the tensors hold, which takes no room yet.
 
     Returns:
         Names of the files: one, or several and their index.
     """
-    rows = list(rows)
-    shapes = {name: row.hf_shape(dims) for row in rows for _, name in row.hf_tensors(dims)}
-    sizes = {
-        name: int(np.prod(shape)) * np.dtype(DTYPES[dtypes[name]]).itemsize
-        for name, shape in shapes.items()
+    for name, header in plan.headers.items():
+        ends = [p.offset + p.nbytes for p in plan.tensors.values() if p.file == name]
+        with open(out / name, "wb") as file:
+            file.write(header)
+            file.truncate(max(ends))
+    if len(plan.headers) == 1:
+        return [*plan.headers]
+    index = {
+        "metadata": {"total_size": plan.nbytes},
+        "weight_map": {name: place.file for name, place in plan.tensors.items()},
     }
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    tensors = dict(to_tensors(params, rows, dims))
-    if len(shards) == 1:
-        files = ["model.safetensors"]
-    else:
-        count = len(shards)
-        files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    bar = tqdm(total=len(sizes), desc="writing weights", unit="tensor", disable=not progress)
-    with bar:
-        for file, names in zip(files, shards, strict=True):
-            with open(out / file, "wb") as stream:
-                _write_header(stream, names, shapes, sizes, dtypes)
-                for name in names:
-                    array = tensors[name]().astype(DTYPES[dtypes[name]])
-                    stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-                    bar.update()
-                stream.flush()
-                os.fsync(stream.fileno())
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(sizes.values())},
-            "weight_map": {n: f for f, names in zip(files, shards, strict=True) for n in names},
-        }
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        files.append("model.safetensors.index.json")
-    return files
+    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return [*plan.headers, INDEX]
 
 
-def _write_header(stream: BinaryIO, names, shapes, sizes, dtypes) -> None:
-    """Write a safetensors header: its length as little-endian u64, then JSON padded to 8 bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in names:
-        end = offset + sizes[name]
-        header[name] = {
-            "dtype": dtypes[name],
-            "shape": list(shapes[name]),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    stream.write(len(encoded).to_bytes(8, "little") + encoded)
+def _save_row(
+    array: Any, row: Weight, dims: dict[str, int], plan: Layout, descriptors: Mapping[str, int]
+) -> Iterator[int]:
+    """Write all tensors of a row, several blocks at a time; yield the bytes of each."""
+    is_stored = isinstance(array, storage.Stored)
+    if isinstance(array, jax.Array):
+        array = np.asarray(array)
+    multiple = array.chunk[len(row.stacked) + row.cut] if is_stored else 1
+
+    def write(index: tuple[int, ...], place: Place, block: parallel.Block) -> int:
+        ours = (*((i, i + 1) for i in index), *block)
+        part = array[tuple(slice(*ends) for ends in ours)]
+        part = row.to_hf(part.reshape(part.shape[len(index) :]), dims)
+        content = part.astype(DTYPES[place.dtype], copy=False).reshape(-1).view(np.uint8)
+        first, *rest = row.hf_index(block, dims)
+        assert all(part == slice(0, n) for part, n in zip(rest, place.shape[1:], strict=True))
+        offset = place.offset + first.start * (place.nbytes // place.shape[0])
+        write_at(descriptors[place.file], content, offset)
+        return content.nbytes
+
+    tasks = [
+        (index, plan.tensors[name], block)
+        for index, name in row.hf_tensors(dims)
+        if name in plan.tensors
+        for block in row.parts(dims, storage.BLOCK_BYTES // array.dtype.itemsize, multiple)
+    ]
+    largest = array.dtype.itemsize * max(
+        math.prod(stop - start for start, stop in block) for *_, block in tasks
+    )
+    with concurrent.futures.ThreadPoolExecutor(threads(largest)) as pool:
+        yield from pool.map(write, *zip(*tasks, strict=True))
+    if hasattr(array, "finish"):
+        array.finish()
+
+
+def threads(block_bytes: int) -> int:
+    """Return how many blocks to work on at a time: each is in memory about three times."""
+    return max(1, min(_MOST_THREADS, os.cpu_count() or 1, _BLOCKS_BYTES // block_bytes))
+
+
+def write_at(descriptor: int, content: np.ndarray, offset: int) -> None:
+    """Write all bytes of a uint8 array into a file, from an offset on.
+
+    Raises:
+        OSError: the file system refused something.
+    """
+    left = content.data
+    while left:
+        done = os.pwrite(descriptor, left, offset)
+        left, offset = left[done:], offset + done
+
+
+def check_out(out: Path, nbytes: int, overwrite: bool) -> None:
+    """Look whether a folder may be written, and make the one it is to be in.
+
+    Raises:
+        ValueError: it is not empty and is not to be replaced; or its disk has no room.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another name for the folder")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"{out} is not empty: choose another folder, or overwrite it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+    except OSError as error:
+        raise ValueError(f"{out} cannot be made: {error}") from error
+    if free < nbytes + _SPARE_BYTES:
+        raise ValueError(
+            f"{out} will have {nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {out.parent}"
+        )
+
+
+def put_in_place(unfinished: Path, out: Path) -> None:
+    """Give a complete folder its name, in the place of what has it."""
+    unfinished.chmod(0o755)
+    if out.exists():
+        shutil.rmtree(out)
+    os.rename(unfinished, out)
+
+
+def side_files(folder: Path) -> list[str]:
+    """Return what a folder has of SIDE_FILES, and its further chat templates."""
+    found = [name for name in SIDE_FILES if (folder / name).is_file()]
+    return found + sorted(str(file.relative_to(folder)) for file in folder.glob(TEMPLATES))
 
 
 def copy_side_files(folder: Path, out: Path) -> list[str]:
-    """Copy config, generation config, tokenizer and chat template. Returns the names copied."""
-    names = [name for name in SIDE_FILES if (folder / name).is_file()]
+    """Copy config, generation config, tokenizer and chat templates. Returns the names copied."""
+    names = side_files(folder)
     for name in names:
+        (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / name, out / name)
     return names

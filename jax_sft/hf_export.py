@@ -1,18 +1,35 @@
-"""From a checkpoint to a Hugging Face folder, one tensor at a time and verified."""
+"""From a checkpoint to a Hugging Face folder, in blocks of a tensor and verified.
 
+Of a run with adapters: to a folder of PEFT, or merged into the model that they belong to.
+"""
+
+import dataclasses
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jax_sft import hf, lora, manifest, model_files, models, peft, steps, storage
+from jax_sft import (
+    fingerprint,
+    hf,
+    lora,
+    model_files,
+    models,
+    peft,
+    pretrained,
+    steps,
+    storage,
+    trainable,
+)
 from jax_sft.model import ModelDef
+from jax_sft.models.spec import Weight
 
-_PARAMS = "params/"
+SHARD_BYTES = 5_000_000_000
 
 
 def export(
@@ -20,79 +37,198 @@ def export(
     out: str | Path,
     *,
     step: int | None = None,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
     dtype: str = "",
+    merge: bool = False,
+    base: str = "",
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Write a checkpoint as a Hugging Face folder that transformers loads.
+    """Write a checkpoint as a Hugging Face folder that transformers loads; adapters for PEFT.
 
     Args:
-        checkpoint: the `checkpoints` folder of a run.
+        checkpoint: the `checkpoints` folder of a run, or what `hf_convert` made.
         out: the folder to write; it appears only when complete.
         step: which step; None = the newest.
         shard_bytes: largest safetensors file.
         dtype: "float32", "bfloat16" or "float16" for all tensors; "" = each tensor's own dtype in
-            the model that was fine-tuned.
+            the model that was fine-tuned. Adapters are float32.
+        merge: add adapters to the weights of their model, and write that.
+        base: where the weights are that did not train; "" = where they were, model.path.
         overwrite: replace `out` if it exists and is not empty.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: no such checkpoint or step, a damaged one, an unknown dtype, or `out` is not
-            empty.
+        ValueError: no such checkpoint or step, a damaged one, an unknown dtype, other weights than
+            those that did not train, or `out` is not empty or has no room.
     """
-    checkpoint, out = Path(checkpoint).absolute(), Path(out).absolute()
-    kept = checkpoint / model_files.NAME
-    model_files.verify(checkpoint)
-    if dtype and dtype not in hf.NAMES:
-        raise ValueError(f"dtype {dtype!r} is not one of {list(hf.NAMES)}")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"{out} is not empty: choose another folder, or overwrite it")
-    folder = _choose(checkpoint, step)
-    stored = _StoredParams(folder)
-    config = hf.read_json(kept / "config.json")
-    family = models.find(str(config.get("model_type")))
-    cfg = family.Config.from_hf(config)
-    metadata = steps.metadata(folder)
-    dtypes = hf.read_json(kept / model_files.DTYPES_FILE)
-    if dtype:
-        dtypes = dict.fromkeys(dtypes, hf.NAMES[dtype])
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = Path(out).absolute()
+    planned = plan(
+        checkpoint, step=step, shard_bytes=shard_bytes, dtype=dtype, merge=merge, base=base
+    )
+    hf.check_out(out, planned.layout.nbytes, overwrite)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        if metadata.get("lora"):
-            settings = lora.Settings(**metadata["lora"])
-            adapted = lora.add(ModelDef.of(family, cfg, dtype="float32"), settings)
-            model = metadata["config"]["model"]
-            peft.save(stored, adapted, settings, unfinished, model["path"], model["revision"])
-        else:
-            hf.save(stored, family.weights(cfg), cfg.dims, dtypes, unfinished, shard_bytes, progress)
-        hf.copy_side_files(kept, unfinished)
-        if dtype:
+        hf.save(
+            _Params(planned),
+            planned.rows,
+            planned.dims,
+            planned.dtypes,
+            unfinished,
+            shard_bytes,
+            progress,
+            planned.single,
+        )
+        hf.copy_side_files(planned.kept, unfinished)
+        if planned.is_adapter:
+            _describe_adapter(planned, unfinished)
+        elif dtype:
             _set_dtype(unfinished / "config.json", dtype)
-        unfinished.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        os.rename(unfinished, out)
+        hf.put_in_place(unfinished, out)
+    except storage.Failed as error:
+        raise ValueError(steps.damaged(planned.folder, planned.step, [str(error)])) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return out
 
 
-def _choose(checkpoint: Path, step: int | None) -> Path:
-    """The folder of the wanted step.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What an export reads and writes, known without reading an array.
+
+    Attributes:
+        folder: the checkpoint folder.
+        metadata: what is stored with the step.
+        arrays: {our path: {"shape", "dtype", "sum"}} of what is stored.
+        model_def: the model as it was trained.
+        settings: of its adapters; None = it has none.
+        weights: those that did not train, where they are needed.
+        rows: of what is written.
+        dtypes: {HF name: safetensors dtype}.
+    """
+
+    folder: Path
+    step: int
+    metadata: dict[str, Any]
+    arrays: Mapping[str, dict[str, Any]]
+    model_def: ModelDef
+    settings: lora.Settings | None
+    weights: pretrained.Weights | None
+    rows: tuple[Weight, ...]
+    dtypes: Mapping[str, str]
+    layout: hf.Layout
+
+    @property
+    def dims(self) -> dict[str, int]:
+        return self.model_def.dims
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether adapters are written, alone."""
+        return any(row.path.endswith(".lora.a.kernel") for row in self.rows)
+
+    @property
+    def single(self) -> str:
+        """Name of the file of weights, if it is one."""
+        return peft.WEIGHTS if self.is_adapter else hf.SINGLE
+
+    @property
+    def kept(self) -> Path:
+        """The files of the model."""
+        return self.folder / model_files.NAME
+
+    def lines(self) -> Iterator[str]:
+        """Say for every tensor where it comes from, what it is and which file gets it."""
+        for row in self.rows:
+            for index, name in row.hf_tensors(self.dims):
+                if place := self.layout.tensors.get(name):
+                    yield (
+                        f"{row.path}{[*index] if index else ''} {self._source(row)}"
+                        f" -> {name} {place.dtype} {[*place.shape]} in {place.file}"
+                    )
+        yield (
+            f"step {self.step}: {len(self.rows)} arrays -> {len(self.layout.tensors)} tensors, "
+            f"{self.layout.nbytes / 1e9:.3f} GB in {len(self.layout.headers)} files; "
+            f"beside them {', '.join(hf.side_files(self.kept))}"
+        )
+
+    def _source(self, row: Weight) -> str:
+        if row.path in self.arrays:
+            array = self.arrays[row.path]
+            return f"{array['dtype']} {array['shape'][len(row.stacked) :]}"
+        has_adapter = row.path.replace(".kernel", ".lora.a.kernel") in self.arrays
+        return "of the model" + " and its adapter" * has_adapter
+
+
+def plan(
+    checkpoint: str | Path,
+    *,
+    step: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    dtype: str = "",
+    merge: bool = False,
+    base: str = "",
+) -> Plan:
+    """Check a checkpoint and plan its export. The arguments are those of `export`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no such checkpoint or step, a damaged one, or an unknown dtype.
     """
-    present = steps.present(checkpoint)
-    if not present or (step is not None and step not in present):
+    folder = Path(checkpoint).absolute()
+    model_files.verify(folder)
+    if dtype and dtype not in hf.NAMES:
+        raise ValueError(f"dtype {dtype!r} is not one of {list(hf.NAMES)}")
+    step = steps.choose(folder, step)
+    arrays, metadata = steps.params(folder, step), steps.metadata(folder / str(step))
+    config = hf.read_json(folder / model_files.NAME / "config.json")
+    family = models.find(str(config.get("model_type")))
+    model_def = ModelDef.of(family, family.Config.from_hf(config), dtype="float32")
+    model_rows, settings = model_def.rows, None
+    if described := metadata.get("lora"):
+        settings = lora.Settings(**described | {"targets": tuple(described["targets"])})
+    if merge and not settings:
+        raise ValueError(f"{folder} has no adapters: there is nothing to merge")
+    of_run = metadata.get("config") or {}
+    frozen = of_run.get("train", {}).get("freeze", ())
+    model_def = trainable.choose(model_def, settings, frozen)
+    rows = {row.path: row for row in model_def.rows if row.path not in model_def.frozen}
+    shapes = {path: row.shape(model_def.dims) for path, row in rows.items()}
+    if problems := steps.misfits(arrays, shapes):
+        raise ValueError(f"{folder / str(step)} does not fit its config.json: {problems}")
+    weights = None
+    if settings and not merge:
+        names = [name for row in rows.values() for _, name in peft.tensors(row, model_def)]
+        dtypes, written, single = dict.fromkeys(names, "F32"), tuple(rows.values()), peft.WEIGHTS
+    else:
+        dtypes, written, single = model_files.dtypes(folder), model_rows, hf.SINGLE
+        if dtype:
+            dtypes = dict.fromkeys(dtypes, hf.NAMES[dtype])
+        if model_def.frozen:
+            weights = _weights(of_run, base, model_rows, model_def)
+    layout = hf.layout(written, model_def.dims, dtypes, shard_bytes, single)
+    return Plan(
+        *(folder, step, metadata, arrays, model_def, settings, weights, written, dtypes, layout)
+    )
+
+
+def _weights(
+    of_run: Mapping[str, Any], base: str, rows: tuple[Weight, ...], model_def: ModelDef
+) -> pretrained.Weights:
+    """Find the weights that did not train.
+
+    Raises:
+        ValueError: they are not there, or of another model.
+    """
+    path, revision = (base, "") if base else (of_run["model"][n] for n in ("path", "revision"))
+    try:
+        return pretrained.find(hf.resolve(path, revision), rows, model_def.dims, model_def.cfg.tied)
+    except ValueError as error:
         raise ValueError(
-            f"{checkpoint} has no step {'' if step is None else step}: it has {present[::-1]}"
-        )
-    return checkpoint / str(present[0] if step is None else step)
+            f"the checkpoint holds only what has trained, the rest is in {path!r}: {error}. Name "
+            "the folder with --base where it is another one now"
+        ) from error
 
 
 def _set_dtype(config_file: Path, dtype: str) -> None:
@@ -102,45 +238,118 @@ def _set_dtype(config_file: Path, dtype: str) -> None:
     config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-class _StoredParams(Mapping[str, np.ndarray]):
-    """The parameters of a stored step, read one at a time and only the last one kept.
+def _describe_adapter(planned: Plan, out: Path) -> None:
+    """Make a folder of adapters, not of a model, of what is there."""
+    for name in ("config.json", "generation_config.json"):
+        (out / name).unlink(missing_ok=True)
+    model = planned.metadata["config"]["model"]
+    assert planned.settings
+    peft.write_config(out, planned.model_def, planned.settings, model["path"], model["revision"])
 
-    Raises:
-        ValueError: the files of the step are damaged; or, when it is read, a tensor is.
-    """
 
-    def __init__(self, folder: Path):
-        self._folder = folder
-        check = steps.check(folder.parent, int(folder.name))
-        if check.problems:
-            self._refuse(check.problems)
-        assert check.manifest
-        arrays = check.manifest.arrays
-        self._arrays = {
-            name.removeprefix(_PARAMS): array
-            for name, array in arrays.items()
-            if name.startswith(_PARAMS)
-        }
-        self._last: tuple[str, np.ndarray] | None = None
+class _Params(Mapping[str, Any]):
+    """What is written, by our paths: each opened when it is asked for."""
 
-    def _refuse(self, problems: Sequence[str]):
-        others = [number for number in steps.present(self._folder.parent)][::-1]
-        lines = "\n  ".join(manifest.shown(problems))
-        raise ValueError(
-            f"{self._folder} is damaged:\n  {lines}\nThe steps are {others}: choose --step"
-        )
+    def __init__(self, planned: Plan):
+        self._planned = planned
 
-    def __getitem__(self, path: str) -> np.ndarray:
-        if self._last is None or self._last[0] != path:
-            self._last = None
-            array, problem = storage.read_one(self._folder, _PARAMS + path, self._arrays[path])
-            if problem:
-                self._refuse([problem])
-            self._last = (path, array)
-        return self._last[1]
+    def __getitem__(self, path: str) -> Any:
+        planned = self._planned
+        if path in planned.arrays:
+            # Of adapters of some layers only these are written: the others would never be read.
+            return self._whole(path) if path in planned.model_def.trained else self._stored(path)
+        assert planned.weights
+        noted = planned.metadata["frozen"][path]
+        still = _Checked(planned.weights.blocks(path), noted, path)
+        stem = path.removesuffix(".kernel") + ".lora"
+        if f"{stem}.a.kernel" not in planned.arrays:
+            return still
+        parts = [self._whole(f"{stem}.{part}.kernel") for part in "ab"]
+        of_dora = f"{stem}.magnitude"
+        magnitude = self._whole(of_dora) if of_dora in planned.arrays else None
+        row = next(row for row in planned.rows if row.path == path)
+        assert planned.settings
+        return _Merged(still, row, (*parts, magnitude), planned.settings)
 
-    def __iter__(self):
-        return iter(self._arrays)
+    def _stored(self, path: str) -> storage.Stored:
+        folder = self._planned.folder / str(self._planned.step)
+        return storage.Stored(folder, steps.PARAMS + path, self._planned.arrays[path])
+
+    def _whole(self, path: str) -> np.ndarray:
+        stored = self._stored(path)
+        array = stored[tuple(slice(0, size) for size in stored.shape)]
+        stored.finish()
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return (row.path for row in self._planned.rows)
 
     def __len__(self) -> int:
-        return len(self._arrays)
+        return len(self._planned.rows)
+
+
+class _Checked:
+    """Blocks of a weight that did not train, compared with what the run had."""
+
+    def __init__(self, blocks: Any, noted: Mapping[str, Any], path: str):
+        self._blocks, self._noted, self._path = blocks, noted, path
+        self.shape, self.dtype = blocks.shape, blocks.dtype
+        self._found, self._lock = 0, threading.Lock()
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
+        block = self._blocks[slices]
+        start = [part.indices(size)[0] for part, size in zip(slices, self.shape, strict=True)]
+        held = block.astype(np.dtype(self._noted["dtype"]))
+        found = fingerprint.of_numpy(held, start, self.shape)
+        with self._lock:
+            self._found += found
+        return block
+
+    def finish(self) -> None:
+        """Compare, now that each element was read once.
+
+        Raises:
+            Failed: the weights are others.
+        """
+        if fingerprint.problem(self._path, self._found % 2**32, self._noted["sum"]):
+            raise storage.Failed(
+                f"{self._path} did not train, and is not in the model what it was then: name the "
+                "model of the run with --base"
+            )
+
+
+class _Merged:
+    """Blocks of a kernel with its adapter, float32."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, kernel: _Checked, row: Weight, adapter: tuple, settings: lora.Settings):
+        self._kernel, self._settings = kernel, settings
+        self._a, self._b, self._magnitude = adapter
+        self._num_stacked = len(row.stacked)
+        # How many dimensions of the kernel, after the stacked ones, are outputs, and where.
+        outputs, _ = row.factors
+        self._num_outputs, self._outputs_first = len(outputs), "embed" in outputs
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
+        block = self._kernel[slices]
+        layer, of_one = slices[: self._num_stacked], slices[self._num_stacked :]
+        n = self._num_outputs
+        outputs = of_one[:n] if self._outputs_first else of_one[len(of_one) - n :]
+        a, b = self._a[layer], self._b[layer]
+        magnitude = None if self._magnitude is None else self._magnitude[(*layer, *outputs)]
+        rank = self._settings.rank
+        b = b[(..., *outputs, slice(None))] if self._outputs_first else b[(..., *outputs)]
+        size = int(np.prod(b.shape)) // rank
+        shape = (size, -1) if self._outputs_first else (-1, size)
+        return lora.merged(
+            block.astype(np.float32).reshape(shape),
+            a.reshape(-1, rank),
+            b.reshape((-1, rank) if self._outputs_first else (rank, -1)),
+            None if magnitude is None else magnitude.reshape(-1),
+            self._settings,
+            self._outputs_first,
+        ).reshape(block.shape)
+
+    def finish(self) -> None:
+        self._kernel.finish()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_sft import hf, lora, models, parallel, peft, state
+from jax_sft import hf, lora, models, parallel, peft, pretrained, state
 from jax_sft.model import ModelDef
 
 
@@ -169,7 +169,7 @@ def load(
     """Load a Hugging Face model folder (or hub id) onto a mesh.
 
     Args:
-        folder: holds config.json and safetensors files.
+        folder: holds config.json and safetensors files; or a checkpoint folder.
         mesh: with the axes data, fsdp, tensor, sequence (`parallel.make_mesh`); None = one device.
         dtype: of weights and computation.
         adapter: a folder with LoRA adapters in PEFT's format; "" = none.
@@ -186,12 +186,11 @@ def load(
     arrays = {row.path: (row.axes, row.shape(dims)) for row in rows}
     if problems := parallel.size_problems(arrays, mesh.shape):
         raise ValueError("the mesh does not fit the model:\n  " + "\n  ".join(problems))
-    tensors = hf.check(path, rows, dims, model_def.cfg.tied)
+    weights = pretrained.find(path, rows, dims, model_def.cfg.tied)
     if adapter:
         model_def = lora.add(model_def, peft.read_settings(Path(adapter)))
         peft.check(Path(adapter), model_def)
-    shardings = state.param_shardings(rows, mesh)
-    params = hf.load(tensors, rows, dims, shardings, jnp.dtype(dtype), progress)
+    params = weights.load(state.param_shardings(rows, mesh), jnp.dtype(dtype), progress)
     if adapter:
         params |= peft.load(Path(adapter), model_def, mesh, jnp.dtype(dtype))
     return LoadedModel(model_def, params, mesh)

@@ -131,6 +131,25 @@ def lengths(kernel, a, b, scale: float, axes) -> jax.Array:
     return jnp.sqrt(of_kernel + 2 * scale * mixed + scale**2 * of_update)
 
 
+def merged(kernel, a, b, magnitude, settings: Settings, outputs_first: bool) -> np.ndarray:
+    """Return the kernel that computes what it does with its adapter, float32 (NumPy).
+
+    Args:
+        kernel: [inputs, outputs] or, with `outputs_first`, [outputs, inputs]: all of its inputs.
+        a: [inputs, rank].
+        b: [rank, outputs] or, with `outputs_first`, [outputs, rank].
+        magnitude: [outputs]; None = no DoRA.
+    """
+    kernel, a, b = (np.asarray(array, np.float32) for array in (kernel, a, b))
+    update = b @ a.T if outputs_first else a @ b
+    found = kernel + np.float32(settings.scale) * update
+    if magnitude is None:
+        return found
+    axis = 1 if outputs_first else 0
+    factor = np.asarray(magnitude, np.float32) / np.sqrt(np.square(found).sum(axis))
+    return found * np.expand_dims(factor, axis)
+
+
 # ---- a model with adapters -----------------------------------------------------------------------
 
 

@@ -63,11 +63,18 @@ def name(process: int) -> str:
 
 
 def write(
-    folder: Path, process: int = 0, num_processes: int = 1, arrays: Mapping[str, Any] | None = None
+    folder: Path,
+    process: int = 0,
+    num_processes: int = 1,
+    arrays: Mapping[str, Any] | None = None,
+    hashes: Mapping[str, str] | None = None,
 ) -> int:
     """Write the manifest of the files that are a process's own, and make both durable.
 
     Of the first process are all files but those in `ocdbt.process_N` of another N.
+
+    Args:
+        hashes: {path: sha256} of files that were hashed when they were written.
 
     Returns:
         Bytes of these files.
@@ -81,11 +88,12 @@ def write(
     own = [path for path in sizes if owner(path) == process and not _NAME.fullmatch(path)]
     for path in own:
         sync(folder / path)
-    hashes = sha256_of(folder, own)
+    known = dict(hashes or {})
+    known |= sha256_of(folder, [path for path in own if path not in known])
     body: dict[str, Any] = {
         "process": process,
         "num_processes": num_processes,
-        "files": {path: [sizes[path], hashes[path]] for path in own},
+        "files": {path: [sizes[path], known[path]] for path in own},
     }
     if process == 0:
         body["arrays"] = dict(arrays or {})

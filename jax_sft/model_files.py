@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jax_sft import hf, manifest
 
-NAME = "model_files"
+NAME = hf.KEPT
 DTYPES_FILE = "tensor_dtypes.json"
 
 
@@ -28,6 +28,20 @@ class Model:
 
     folder: Path
     dtypes: Mapping[str, str]
+
+
+def is_kept(folder: Path) -> bool:
+    """Whether a folder is what a checkpoint folder keeps of its model."""
+    return folder.name == NAME and (folder / DTYPES_FILE).is_file()
+
+
+def dtypes(folder: Path) -> dict[str, str]:
+    """Return {HF name: safetensors dtype} of the model of a checkpoint folder.
+
+    Raises:
+        ValueError: the file is missing, or no JSON object.
+    """
+    return hf.read_json(folder / NAME / DTYPES_FILE)
 
 
 def keep(folder: Path, model: Model) -> None:
@@ -70,6 +84,10 @@ def changed(folder: Path, model: Model) -> list[str]:
     """Return the files of the model of today that are not those that were kept."""
     found = verify(folder).manifest
     assert found
-    used = [name for name in hf.SIDE_FILES if name != "generation_config.json"]
-    today = manifest.sha256_of(model.folder, [n for n in used if (model.folder / n).is_file()])
-    return [name for name in used if found.files.get(name, (0, None))[1] != today.get(name)]
+    today = manifest.sha256_of(model.folder, hf.side_files(model.folder))
+    before = {name: sha256 for name, (_, sha256) in found.files.items() if name != DTYPES_FILE}
+    return sorted(
+        name
+        for name in today.keys() | before.keys()
+        if name != "generation_config.json" and before.get(name) != today.get(name)
+    )

@@ -1,8 +1,7 @@
 """Adapters as files, in the format of PEFT: `adapter_config.json`, `adapter_model.safetensors`."""
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from jax_sft import hf, lora, parallel
 from jax_sft.model import ModelDef
@@ -131,7 +129,7 @@ def check(folder: Path, model_def: ModelDef) -> None:
         raise ValueError(f"{folder} does not fit the model:\n  " + "\n  ".join(shown))
 
 
-def tensors(row: Weight, model_def: ModelDef):
+def tensors(row: Weight, model_def: ModelDef) -> Iterator[tuple[tuple[int, ...], str]]:
     """Yield (index along the stacked axes, HF name) of the layers that have this adapter."""
     chosen = model_def.trained.get(row.path)
     for index, name in row.hf_tensors(model_def.dims):
@@ -139,31 +137,20 @@ def tensors(row: Weight, model_def: ModelDef):
             yield index, name
 
 
-def save(
-    params: Mapping[str, np.ndarray],
-    model_def: ModelDef,
-    settings: lora.Settings,
-    out: Path,
-    base: str,
-    revision: str = "",
+def write_config(
+    out: Path, model_def: ModelDef, settings: lora.Settings, base: str, revision: str = ""
 ) -> None:
-    """Write adapters, float32.
+    """Write what PEFT needs to know of adapters, beside their tensors.
 
     Args:
-        params: {our path: array}, whole.
-        out: an existing folder.
         base: path or hub id of the model that they belong to, and its revision.
     """
-    arrays, chosen = {}, []
-    for row in model_def.rows:
-        if row.path in model_def.frozen:
-            continue
-        array = np.asarray(params[row.path])
-        for index, name in tensors(row, model_def):
-            arrays[name] = row.to_hf(array[index], model_def.dims).astype(np.float32)
-            if name.endswith(".lora_A.weight"):
-                chosen.append(lora.target_of(name))
-    save_file(arrays, out / WEIGHTS, metadata={"format": "pt"})
+    chosen = [
+        lora.target_of(name)
+        for row in model_def.rows
+        if row.path.endswith(".lora.a.kernel")
+        for _, name in tensors(row, model_def)
+    ]
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -181,10 +168,7 @@ def save(
         "init_lora_weights": True,
         "modules_to_save": None,
     }
-    with open(out / CONFIG, "w", encoding="utf-8") as stream:
-        stream.write(json.dumps(config, indent=2) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _shortest(chosen: list[str], known: Mapping[str, list[str]]) -> list[str]:

@@ -1,57 +1,89 @@
-"""The weights a run begins with: of the model folder, and of its adapters."""
+"""The weights that a run starts from: those of a model folder, or of a checkpoint of ours.
 
-from collections.abc import Collection, Mapping
+Both are checked against the weight rows by what is known without reading them, and each process
+then reads only what its devices hold.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from tqdm import tqdm
 
-from jax_sft import hf, lora, peft, state
-from jax_sft.model import ModelDef
+from jax_sft import fingerprint, hf, model_files, steps, storage
+from jax_sft.models.spec import Weight
+
+Load = Callable[[Mapping[str, NamedSharding], Any, bool], dict[str, jax.Array]]
 
 
-def load(
-    tensors: Mapping[str, hf.Tensor],
-    model_def: ModelDef,
-    paths: Collection[str],
-    mesh: Mesh,
-    dtype,
-    progress: bool = True,
-) -> dict[str, jax.Array]:
-    """Read some weights of a model folder into their shards.
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weights that were found and fit.
 
-    Args:
-        tensors: as returned by `hf.check`.
-        paths: ours, of what is read.
-        dtype: of what trains; what is frozen has its own.
-
-    Returns:
-        {our path: array}.
+    Attributes:
+        dtypes: {HF name: safetensors dtype}.
+        load: ({our path: sharding}, dtype, progress) -> {our path: array} of these paths.
+        blocks: our path -> what gives blocks of the array for slices, without reading it whole.
     """
-    shardings = state.param_shardings(model_def.rows, mesh)
-    found = {}
-    dtype_of = {path: np.dtype(model_def.frozen.get(path, dtype)) for path in paths}
-    for one in sorted(set(dtype_of.values()), key=str):
-        rows = [row for row in model_def.rows if dtype_of.get(row.path) == one]
-        found |= hf.load(tensors, rows, model_def.dims, shardings, one, progress)
-    return found
+
+    dtypes: Mapping[str, str]
+    load: Load
+    blocks: Callable[[str], Any]
 
 
-def adapters(
-    cfg, settings: lora.Settings, model_def: ModelDef, weights: Mapping[str, jax.Array], mesh: Mesh
-) -> dict[str, jax.Array]:
-    """Return new adapters, or those of `lora.path`.
-
-    Args:
-        settings: what `lora.*` means.
-        weights: those of the model.
+def find(folder: Path, rows: Iterable[Weight], dims: dict[str, int], tied: bool) -> Weights:
+    """Return the weights of a folder that `hf.resolve` returned, reading only headers.
 
     Raises:
-        ValueError: the stored adapters do not fit the model.
+        ValueError: they do not fit the rows: everything that is wrong at once.
     """
-    dtype = jnp.dtype(cfg.model.param_dtype)
-    if cfg.lora.path:
-        return peft.load(Path(cfg.lora.path).expanduser(), model_def, mesh, dtype)
-    return lora.init(model_def, settings, weights, mesh, cfg.seed, dtype)
+    rows = tuple(rows)
+    if model_files.is_kept(folder):
+        return _of_checkpoint(folder.parent, rows, dims)
+    tensors = hf.check(folder, rows, dims, tied)
+
+    def load(shardings, dtype, progress=True) -> dict[str, jax.Array]:
+        wanted = [row for row in rows if row.path in shardings]
+        return hf.load(tensors, wanted, dims, shardings, dtype, progress)
+
+    def blocks(path: str) -> hf.Blocks:
+        return hf.Blocks(tensors, next(row for row in rows if row.path == path), dims)
+
+    return Weights({name: tensor.dtype for name, tensor in tensors.items()}, load, blocks)
+
+
+def _of_checkpoint(folder: Path, rows: tuple[Weight, ...], dims: dict[str, int]) -> Weights:
+    """The parameters of the newest step."""
+    model_files.verify(folder)
+    step = steps.choose(folder)
+    stored = steps.params(folder, step)
+    if problems := steps.misfits(stored, {row.path: row.shape(dims) for row in rows}):
+        raise ValueError(f"{folder / str(step)} does not fit its config.json: {problems}")
+
+    def load(shardings, dtype, progress=True) -> dict[str, jax.Array]:
+        params = {}
+        wanted = [row for row in rows if row.path in shardings]
+        for row in tqdm(wanted, "reading weights", unit="array", disable=not progress):
+            path, array = row.path, stored[row.path]
+            shape = jax.ShapeDtypeStruct(
+                tuple(array["shape"]), np.dtype(array["dtype"]), sharding=shardings[path]
+            )
+            try:
+                part = {"params": {path: shape}}
+                found = storage.load(folder / str(step), part, some=True)["params"][path]
+            except storage.Failed as error:
+                raise ValueError(f"{folder / str(step)} cannot be read: {error}") from error
+            sums = fingerprint.read([path], fingerprint.start({path: found}))
+            if problem := fingerprint.problem(path, sums[path], array["sum"]):
+                raise ValueError(f"{folder / str(step)}: {problem}")
+            params[path] = found.astype(dtype)
+        return params
+
+    def blocks(path: str) -> storage.Stored:
+        return storage.Stored(folder / str(step), steps.PARAMS + path, stored[path])
+
+    return Weights(model_files.dtypes(folder), load, blocks)

@@ -246,15 +246,9 @@ def _check_shapes(found: Found, wanted: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it is.
     """
-    problems = [f"{name} is not in it" for name in wanted.keys() - found.arrays.keys()]
-    problems += [f"{name} is only in it" for name in found.arrays.keys() - wanted.keys()]
-    problems += [
-        f"{name} has shape {tuple(found.arrays[name]['shape'])}, not {array.shape}"
-        for name, array in wanted.items()
-        if name in found.arrays and tuple(found.arrays[name]["shape"]) != array.shape
-    ]
-    if problems:
+    shapes = {name: array.shape for name, array in wanted.items()}
+    if problems := steps.misfits(found.arrays, shapes):
         raise ValueError(
             f"checkpoint step {found.step} is of another model or optimizer than the config's: "
-            + "; ".join(manifest.shown(sorted(problems)))
+            + problems
         )

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from jax_sft import manifest
 INCOMPLETE = ".incomplete"
 CORRUPT = ".corrupt"
 DELETED = ".deleted"
+PARAMS = "params/"  # names of the arrays that are parameters begin with it
 _STEP = re.compile(r"0|[1-9]\d*")
 _LEFTOVER = re.compile(
     r"\d+(\.incomplete.*|\.deleted.*|.*\.orbax-checkpoint-tmp.*)|\.model_files.+|\..+\.probe"
@@ -117,6 +118,56 @@ def check(
         problem = f"its metadata are of step {named}, not {step}"
         return dataclasses.replace(found, problems=(problem,))
     return found
+
+
+def choose(folder: Path, step: int | None = None) -> int:
+    """Return a step that is there, by default the newest.
+
+    Raises:
+        ValueError: it is not.
+    """
+    found = present(folder)
+    if not found or (step is not None and step not in found):
+        raise ValueError(
+            f"{folder} has no step {'' if step is None else step}: it has {found[::-1]}"
+        )
+    return found[0] if step is None else step
+
+
+def params(folder: Path, step: int) -> dict[str, dict[str, Any]]:
+    """Return {our path: {"shape", "dtype", "sum"}} of the parameters of a step.
+
+    Raises:
+        ValueError: its files are damaged.
+    """
+    found = check(folder, step)
+    if found.problems:
+        raise ValueError(damaged(folder, step, found.problems))
+    assert found.manifest
+    return {
+        name.removeprefix(PARAMS): array
+        for name, array in found.manifest.arrays.items()
+        if name.startswith(PARAMS)
+    }
+
+
+def misfits(arrays: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, Sequence[int]]) -> str:
+    """Say which stored arrays are missing, too many or of another shape; "" = none."""
+    problems = [f"{name} is not in it" for name in wanted.keys() - arrays.keys()]
+    problems += [f"{name} is only in it" for name in arrays.keys() - wanted.keys()]
+    problems += [
+        f"{name} has shape {tuple(arrays[name]['shape'])}, not {tuple(shape)}"
+        for name, shape in wanted.items()
+        if name in arrays and tuple(arrays[name]["shape"]) != tuple(shape)
+    ]
+    return "; ".join(manifest.shown(sorted(problems)))
+
+
+def damaged(folder: Path, step: int, problems: Sequence[str]) -> str:
+    """Say what is wrong with a step, and which others there are."""
+    lines = "\n  ".join(manifest.shown(problems))
+    others = present(folder)[::-1]
+    return f"{folder / str(step)} is damaged:\n  {lines}\nThe steps are {others}: choose --step"
 
 
 def metadata(step_folder: Path) -> dict[str, Any]:

@@ -1,22 +1,29 @@
-"""Orbax: the arrays of a step, to files and back. All that it can raise becomes one error.
+"""Orbax: the arrays of a step, to files and back; in blocks, with TensorStore, on which it stands.
+
+All that they can raise becomes one error.
 
 A step holds two checkpointables, `params` and `optimizer`, and reads with plain Orbax:
 `ocp.load_checkpointables(folder)`.
 """
 
 import concurrent.futures
-from collections.abc import Callable, Mapping
+import math
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
 from jax_sft import fingerprint
 
 T = TypeVar("T")
+BLOCK_BYTES = 1 << 26  # read or written at a time where arrays are streamed
+_OCDBT = "manifest.ocdbt"  # is there where Orbax has put all arrays into one database
 Response = Any  # of Orbax: the result of a save that goes on
 
 
@@ -58,6 +65,7 @@ def start_saving(
     context.async_options.timeout_secs = int(timeout_s)
     # Weights and moments in float32 shrink by 8%, and the save takes 5 times as long [2 CPU cores].
     context.array.saving.use_compression = False
+    context.array.saving.scoped_storage_options_creator = _chunks
     # A name that is used once needs no look whether it exists, nor the two barriers around it.
     context.file_options.skip_sync_file_validations = True
 
@@ -71,6 +79,15 @@ def start_saving(
         return _call(start)
     except TimeoutError as error:
         raise Failed(f"not started in time: {error}") from error
+
+
+def _chunks(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
+    """Cut a large array into chunks that are within one layer, so that an export reads few."""
+    if value.nbytes <= BLOCK_BYTES:
+        return None
+    return ocp.options.ArrayOptions.Saving.StorageOptions(
+        chunk_byte_size=BLOCK_BYTES, shard_axes=(0,) if value.ndim > 2 else None
+    )
 
 
 def is_saved(response: Response, wait_s: float) -> bool:
@@ -113,19 +130,159 @@ def load(path: Path, wanted: Mapping[str, Any], some: bool = False) -> dict[str,
         raise Failed(f"not read in time: {error}") from error
 
 
-def read_one(folder: Path, name: str, stored: Mapping[str, Any]) -> tuple[np.ndarray, str]:
-    """Read one array of a step into this process's memory; return it, and what is wrong with it.
+class Stored:
+    """One array of a step, read in blocks that together are all of it, by any threads.
+
+    `stored[slices]`, a slice of each dimension, is a block. Their checksums add up to that of the
+    array: see `finish`.
 
     Args:
         name: "params/PATH" or "optimizer/PATH".
-        stored: its `shape`, `dtype` and `sum`, as in the manifest.
+        manifest: its `shape`, `dtype` and `sum`, as in the manifest of the step.
+
+    Attributes:
+        chunk: its shape; what is read whole if a part of it is needed.
+
+    Raises:
+        Failed: it cannot be read; or it is not what the manifest says.
     """
-    kind, _, path = name.partition("/")
-    cpu = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    wanted = jax.ShapeDtypeStruct(tuple(stored["shape"]), np.dtype(stored["dtype"]), sharding=cpu)
+
+    def __init__(self, folder: Path, name: str, manifest: Mapping[str, Any]):
+        self.name, self.shape = name, tuple(manifest["shape"])
+        self._sum, self._found = manifest["sum"], 0
+        self._size = 0
+        self._lock = threading.Lock()
+        kind, _, path = name.partition("/")
+        kvstore = {"driver": "file", "path": f"{folder / kind}/"}
+        if (folder / kind / _OCDBT).exists():
+            kvstore = {"driver": "ocdbt", "base": kvstore, "path": f"{path}/"}
+        else:
+            kvstore["path"] += f"{path}/"
+        spec = {"driver": "zarr3", "kvstore": kvstore}
+        store = self._call(lambda: ts.open(spec, read=True).result())
+        self.dtype = store.dtype.numpy_dtype
+        self.chunk = tuple(size or 1 for size in store.chunk_layout.read_chunk.shape or ())
+        if (store.shape, self.dtype) != (self.shape, np.dtype(manifest["dtype"])):
+            raise Failed(f"tensor {name} is {self.dtype} {store.shape}, not as in the manifest")
+        if len(self.shape) > 2 and self.chunk[0] > 1:  # chunks of several layers: read once
+            context = ts.Context({"cache_pool": {"total_bytes_limit": self.nbytes}})
+            store = self._call(lambda: ts.open(spec, read=True, context=context).result())
+        self._store = store
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
+        block = np.asarray(self._call(lambda: self._store[slices].read().result()))
+        start = [part.indices(size)[0] for part, size in zip(slices, self.shape, strict=True)]
+        found = fingerprint.of_numpy(block, start, self.shape)
+        with self._lock:
+            self._found, self._size = self._found + found, self._size + block.size
+        return block
+
+    def finish(self) -> None:
+        """Compare the checksum, now that each element was read once.
+
+        Raises:
+            Failed: it is another one.
+        """
+        assert self._size == math.prod(self.shape), f"{self._size} elements of {self.name} read"
+        if problem := fingerprint.problem(self.name, self._found % 2**32, self._sum):
+            raise Failed(problem)
+
+    def read_through(self) -> None:
+        """Read all of it, in blocks of about BLOCK_BYTES, for the checksum alone.
+
+        Raises:
+            Failed: it is damaged.
+        """
+        whole = tuple(slice(0, size) for size in self.shape[1:])
+        if self.shape:
+            each = max(self.nbytes // max(self.shape[0], 1), 1)  # bytes of an index
+            step = max(BLOCK_BYTES // each // self.chunk[0], 1) * self.chunk[0]
+            for start in range(0, self.shape[0], step):
+                self[slice(start, min(start + step, self.shape[0])), *whole]
+        else:
+            self[()]
+        self.finish()
+
+    def _call(self, do: Callable[[], T]) -> T:
+        try:
+            return _call(do)
+        except Failed as error:
+            raise Failed(f"tensor {self.name} cannot be read: {error}") from error
+
+
+def problem(folder: Path, name: str, manifest: Mapping[str, Any]) -> str:
+    """Read one array of a step; say what is wrong with it, "" = nothing.
+
+    Args: as of `Stored`.
+    """
     try:
-        array = np.asarray(load(folder, {kind: {path: wanted}}, some=True)[kind][path])
+        Stored(folder, name, manifest).read_through()
     except Failed as error:
-        return np.empty(0), f"tensor {name} cannot be read: {error}"
-    found = fingerprint.of_numpy(array)
-    return array, fingerprint.problem(name, found, stored["sum"])
+        return str(error)
+    return ""
+
+
+def start_params(path: Path, dtypes: Mapping[str, tuple[int, Any]], metadata: dict[str, Any]):
+    """Write a step without an optimizer, whose arrays `Blocks` then writes.
+
+    Orbax writes arrays that are in memory as a whole. So it writes a tree of the same names with
+    one element each, and these are removed again.
+
+    Args:
+        dtypes: {our path: (number of dimensions, dtype)}.
+
+    Raises:
+        Failed: it could not be written.
+    """
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False  # an array is a folder, a block a file
+    context.array.saving.array_metadata_store = None
+    context.array.saving.enable_write_sharding_file = False
+    params = {name: np.zeros((1,) * ndim, dtype) for name, (ndim, dtype) in dtypes.items()}
+
+    def write() -> None:
+        with context:
+            ocp.save_checkpointables(str(path), {"params": params}, custom_metadata=metadata)
+        for name in params:
+            shutil.rmtree(path / "params" / name)
+
+    _call(write)
+
+
+class Blocks:
+    """A new array of a step begun with `start_params`, written in blocks by any threads.
+
+    Args:
+        block: shape of a block: a file.
+        piece: shape of what can be read alone of one; divides it.
+
+    Raises:
+        Failed: the file system refused something.
+    """
+
+    def __init__(self, folder: Path, name: str, shape, dtype, block, piece):
+        self._folder, self._block = f"{name}/c", tuple(block)
+        pieces = {"chunk_shape": [*piece], "codecs": [{"name": "bytes"}]}
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": f"{folder / name}/"},
+            "metadata": {
+                "shape": [*shape],
+                "data_type": np.dtype(dtype).name,
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [*block]}},
+                "codecs": [{"name": "sharding_indexed", "configuration": pieces}],
+            },
+            "store_data_equal_to_fill_value": True,
+        }
+        self._store = _call(lambda: ts.open(spec, create=True).result())
+
+    def write(self, start: Sequence[int], array: np.ndarray) -> str:
+        """Write the block that begins there; return its file's path within the step's folder."""
+        slices = tuple(slice(i, i + n) for i, n in zip(start, array.shape, strict=True))
+        _call(lambda: self._store[slices].write(array).result())
+        number = (str(i // n) for i, n in zip(start, self._block, strict=True))
+        return "/".join((self._folder, *number))

@@ -106,7 +106,7 @@ def _train(
     rows, dims = family.weights(model_cfg), model_cfg.dims
     num_params = sum(math.prod(row.shape(dims)) for row in rows)
     folder = hf.resolve(cfg.model.path, cfg.model.revision)
-    tensors = hf.check(folder, rows, dims, model_cfg.tied)
+    pretrained_weights = pretrained.find(folder, rows, dims, model_cfg.tied)
     tokenizer = chat.load_tokenizer(folder, needs_template=False)
     axes = " ".join(f"{axis}={size}" for axis, size in resolved.mesh_shape.items())
     say(f"model   {cfg.model.path}: {model_cfg.__module__}, {metrics.count(num_params)} parameters")
@@ -169,7 +169,7 @@ def _train(
     checkpoints = checkpoint.Checkpoints(
         workdir / "checkpoints",
         cfg.checkpoint,
-        model=model_files.Model(folder, {name: tensor.dtype for name, tensor in tensors.items()}),
+        model=model_files.Model(folder, pretrained_weights.dtypes),
         data=prepare.fingerprint(train_examples),
         adapters=dataclasses.asdict(resolved.adapters) if resolved.adapters else None,
         say=say,
@@ -181,7 +181,7 @@ def _train(
         what = "adapters" if resolved.adapters else "what train.freeze leaves"
         say(f"trains  {what}: {metrics.count(trainable.count(model_def))} parameters")
     read = functools.partial(
-        *(pretrained.load, tensors, model_def),
+        *(trainable.read, pretrained_weights, model_def),
         mesh=mesh,
         dtype=cfg.model.param_dtype,
         progress=first_process,
@@ -193,7 +193,7 @@ def _train(
     else:
         weights = read([row.path for row in rows])
         if resolved.adapters:
-            weights |= pretrained.adapters(cfg, resolved.adapters, model_def, weights, mesh)
+            weights |= trainable.adapters(cfg, resolved.adapters, model_def, weights, mesh)
         current = state.create(compiled.tx, weights, model_def.rows, mesh, model_def.frozen)
     checkpoints.keep_frozen(current.frozen, found)
     start = found.step if found else 0

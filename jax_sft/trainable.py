@@ -1,12 +1,19 @@
-"""Which parameters train: all, those that `train.freeze` leaves, or adapters alone."""
+"""Which parameters train: all, those that `train.freeze` leaves, or adapters alone.
+
+And what the weights are when training begins.
+"""
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jax_sft import lora
+from jax_sft import lora, peft, pretrained, state
 from jax_sft.model import ModelDef
 
 
@@ -67,3 +74,47 @@ def count(model_def: ModelDef) -> int:
             layers = model_def.trained.get(row.path, np.ones(shape[: len(row.stacked)], bool))
             total += int(layers.sum()) * int(np.prod(shape[len(row.stacked) :]))
     return total
+
+
+def read(
+    weights: pretrained.Weights,
+    model_def: ModelDef,
+    paths: Iterable[str],
+    mesh: Mesh,
+    dtype,
+    progress: bool = True,
+) -> dict[str, jax.Array]:
+    """Read pretrained weights into their shards.
+
+    Args:
+        paths: ours, of what is read.
+        dtype: of what trains; what is frozen has its own.
+
+    Returns:
+        {our path: array}.
+    """
+    shardings = state.param_shardings(model_def.rows, mesh)
+    dtypes = {path: np.dtype(model_def.frozen.get(path, dtype)) for path in paths}
+    found = {}
+    for one in sorted(set(dtypes.values()), key=str):
+        wanted = {path: shardings[path] for path in dtypes if dtypes[path] == one}
+        found |= weights.load(wanted, one, progress)
+    return found
+
+
+def adapters(
+    cfg, settings: lora.Settings, model_def: ModelDef, weights: Mapping[str, jax.Array], mesh: Mesh
+) -> dict[str, jax.Array]:
+    """Return new adapters, or those of `lora.path`.
+
+    Args:
+        settings: what `lora.*` means.
+        weights: those of the model.
+
+    Raises:
+        ValueError: the stored adapters do not fit the model.
+    """
+    dtype = jnp.dtype(cfg.model.param_dtype)
+    if cfg.lora.path:
+        return peft.load(Path(cfg.lora.path).expanduser(), model_def, mesh, dtype)
+    return lora.init(model_def, settings, weights, mesh, cfg.seed, dtype)

@@ -3,7 +3,8 @@
     python scripts/export_hf.py --checkpoint=RUN/checkpoints --out=DIR [--step=N]
 
 The folder holds safetensors, config.json, generation config, tokenizer and chat template, and
-loads with transformers.AutoModelForCausalLM.from_pretrained. No GPU is used.
+loads with transformers.AutoModelForCausalLM.from_pretrained. Of a run with adapters it holds these,
+for peft.PeftModel.from_pretrained, or with --merge the whole model. No GPU is used.
 """
 
 import argparse
@@ -41,6 +42,14 @@ def main() -> int:
     parser.add_argument(
         "--dtype", default="", choices=["", *hf.NAMES], help="of all tensors [as in the original]"
     )
+    parser.add_argument(
+        "--merge", action="store_true", help="add adapters to their model's weights, write those"
+    )
+    parser.add_argument(
+        "--base",
+        default="",
+        help="folder of the weights that did not train [model.path of the run]",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
     options = parser.parse_args()
     try:
@@ -50,6 +59,8 @@ def main() -> int:
             step=options.step,
             shard_bytes=options.shard_size,
             dtype=options.dtype,
+            merge=options.merge,
+            base=options.base,
             overwrite=options.overwrite,
         )
     except ValueError as error:

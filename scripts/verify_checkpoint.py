@@ -3,7 +3,7 @@
     python scripts/verify_checkpoint.py --checkpoint=RUN/checkpoints [--step=N] [--full]
 
 Compares all sizes, and the sha256 of files below 1 MiB, with the manifests that the run wrote. With
---full the sha256 of every file, and then the checksum of every array, read one at a time. Changes
+--full the sha256 of every file, and then the checksum of every array, read in blocks. Changes
 nothing. Exit code 0: all good; 1: something is damaged; 64: there is nothing to check.
 """
 
@@ -35,7 +35,7 @@ def problems_of(folder: Path, step: int, full: bool) -> tuple[list[str], list[st
     # Files that are known to be damaged are not given to Orbax.
     if full and not problems:
         for name, stored in tqdm(arrays.items(), f"step {step}, arrays", unit="array", delay=1):
-            problem = storage.read_one(folder / str(step), name, stored)[1]
+            problem = storage.problem(folder / str(step), name, stored)
             problems += [problem] if problem else []
     return problems, [*found.warnings], holds
 

@@ -32,9 +32,10 @@ LEVELS = [
     "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf "
     "planning.flops planning.page",
     "models.layers data.chat data.check state model_files planning.roofline",
-    "data.worker data.loader resume lora planning.candidates",
-    f"{FAMILY} checkpoint data.store health tiny peft trainable",
-    "data.cache hf_export inference step validate pretrained",
+    "data.worker data.loader resume pretrained lora planning.candidates",
+    f"{FAMILY} checkpoint data.store health hf_convert tiny peft",
+    "data.cache inference step trainable",
+    "hf_export validate",
     "data.prepare evaluate program",
     "data.outcomes planning.compiling",
     "planning.analysis",

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import peft
 import pytest
@@ -12,10 +11,8 @@ import transformers
 from safetensors.numpy import load_file
 
 import jax_sft
-from jax_sft import lora, models, parallel, trainable
-from jax_sft.model import ModelDef
+from jax_sft import parallel
 from tests.test_parity import (
-    NUM_STEPS,
     OPTIMIZER,
     packed_batches,
     their_learning_rate,
@@ -156,3 +153,16 @@ def test_twenty_steps_equal_peft_and_torch(
         size = np.linalg.norm(theirs[name])
         assert np.linalg.norm(theirs[name] - before[name]) > 0.01 * size, name
         assert np.linalg.norm(ours[name] - theirs[name]) < 1e-4 * size, name
+    assert_same_logits(folder, tmp_path)
+
+
+def assert_same_logits(model: Path, tmp_path: Path) -> None:
+    """What a run exported computes the same unmerged and merged, here and in transformers."""
+    adapter, merged = tmp_path / "run" / "export", tmp_path / "merged"
+    jax_sft.export(tmp_path / "run" / "checkpoints", merged, merge=True, progress=False)
+    ours = jax_sft.load(model, adapter=adapter).logits(TOKENS)
+    assert np.abs(ours - jax_sft.load(model).logits(TOKENS)).max() > 0.3
+    np.testing.assert_allclose(peft_logits(model, adapter, TOKENS), ours, rtol=0, atol=1e-4)
+    with torch.no_grad():
+        theirs = their_model(merged)(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)

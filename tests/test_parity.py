@@ -197,8 +197,12 @@ def our_training(cfg, sizes: dict[str, int], micro_rows: int = 0, num_steps: int
 
 def to_hf(model_def: ModelDef, params) -> dict[str, np.ndarray]:
     host = {path: np.asarray(array) for path, array in params.items()}
-    tensors = hf.to_tensors(host, model_def.rows, model_def.cfg.dims)
-    return {name: tensor() for name, tensor in tensors}
+    dims = model_def.cfg.dims
+    return {
+        name: row.to_hf(host[row.path][index], dims)
+        for row in model_def.rows
+        for index, name in row.hf_tensors(dims)
+    }
 
 
 # ---- tests ---------------------------------------------------------------------------------------

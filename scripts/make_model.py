@@ -1,0 +1,104 @@
+"""Make a model folder of a real model's shape with random bfloat16 weights, to try big folders.
+
+    python scripts/make_model.py --like=7b --out=DIR [--headers-only]
+
+Weights are written in blocks, so that memory stays small. With --headers-only the files have their
+headers and sizes but no content (they are sparse): enough for --dry-run.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# JAX reads its platform, and Python finds the package, by the two lines above: hence E402.
+import numpy as np  # noqa: E402
+from ml_dtypes import bfloat16  # noqa: E402
+
+from jax_sft import hf, models, tiny  # noqa: E402
+
+# Sizes of Qwen2.5 (their config.json on the hub) and into how many files they are cut.
+SHAPES = {
+    "0.5b": (dict(D=896, F=4864, L=24, N=14, K=2, V=151_936, tied=True), 1),
+    "7b": (dict(D=3584, F=18_944, L=28, N=28, K=4, V=152_064, tied=False), 4),
+    "72b": (dict(D=8192, F=29_568, L=80, N=64, K=8, V=152_064, tied=False), 37),
+}
+
+
+def config_of(like: str) -> dict:
+    """Return the config.json of a shape."""
+    sizes, _ = SHAPES[like]
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": sizes["D"],
+        "intermediate_size": sizes["F"],
+        "num_hidden_layers": sizes["L"],
+        "num_attention_heads": sizes["N"],
+        "num_key_value_heads": sizes["K"],
+        "vocab_size": sizes["V"],
+        "tie_word_embeddings": sizes["tied"],
+        "hidden_act": "silu",
+        "max_position_embeddings": 32_768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "torch_dtype": "bfloat16",
+    }
+
+
+class Random:
+    """An array of random bits that are never NaN or infinite, made where it is asked for."""
+
+    dtype = np.dtype(bfloat16)
+
+    def __init__(self, shape: tuple[int, ...], seed: int):
+        self.shape, self._seed = shape, seed
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
+        """Return the block of these slices: the same bits for the same slices."""
+        shape = [part.stop - part.start for part in slices]
+        rng = np.random.default_rng([self._seed, *(part.start for part in slices)])
+        words = np.frombuffer(rng.bytes(2 * math.prod(shape)), np.uint16)
+        # Sign and fraction are random, the exponent is one of 8 below that of 0.125.
+        return ((words & 0x83FF) | 0x3800).view(bfloat16).reshape(shape)
+
+
+def make(like: str, out: Path, headers_only: bool) -> None:
+    """Write the folder."""
+    config = config_of(like)
+    family = models.find("qwen2")
+    cfg = family.Config.from_hf(config)
+    rows = family.weights(cfg)
+    dtypes = {name: "BF16" for row in rows for _, name in row.hf_tensors(cfg.dims)}
+    total = sum(2 * math.prod(row.shape(cfg.dims)) for row in rows)
+    shard_bytes = math.ceil(1.01 * total / SHAPES[like][1])
+    out.mkdir(parents=True)
+    tiny.write_tokenizer(out)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "generation_config.json").write_text(json.dumps({"do_sample": False}) + "\n")
+    if headers_only:
+        hf.begin(hf.layout(rows, cfg.dims, dtypes, shard_bytes), out)
+    else:
+        params = {row.path: Random(row.shape(cfg.dims), n) for n, row in enumerate(rows)}
+        hf.save(params, rows, cfg.dims, dtypes, out, shard_bytes)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--like", required=True, choices=[*SHAPES])
+    parser.add_argument("--out", required=True, help="the folder to write; must not exist")
+    parser.add_argument("--headers-only", action="store_true", help="sparse files")
+    options = parser.parse_args()
+    make(options.like, Path(options.out), options.headers_only)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
