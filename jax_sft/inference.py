@@ -21,14 +21,15 @@ class LoadedModel:
     """A model with its weights on a mesh.
 
     Attributes:
+        model_def: the model without its weights.
         params: {path: array}, sharded.
+        mesh: where they are.
     """
 
     def __init__(self, model_def: ModelDef, params: dict[str, jax.Array], mesh: Mesh):
-        self.params = params
+        self.model_def, self.params, self.mesh = model_def, params, mesh
         self._vocab = model_def.cfg.vocab
         self._max_segments = model_def.compute.max_segments
-        self._mesh = mesh
 
         def logits(params, batch):
             model = model_def.bind(params)
@@ -88,7 +89,7 @@ class LoadedModel:
         # Ids from 1 on: 0 is the padding that `_batch` may add.
         segment_ids = segment_ids - segment_ids.min(initial=0) + 1
         batch = self._batch(tokens=tokens, segment_ids=segment_ids, positions=positions)
-        with jax.set_mesh(self._mesh):
+        with jax.set_mesh(self.mesh):
             return self._logits(self.params, batch)[:rows, :seq_len]
 
     def greedy(
@@ -123,7 +124,7 @@ class LoadedModel:
                 tokens=tokens, segment_ids=np.ones_like(tokens), positions=positions
             )
             last = np.pad(ends - 1, (0, batch["tokens"].shape[0] - len(prompts)))
-            with jax.set_mesh(self._mesh):
+            with jax.set_mesh(self.mesh):
                 found = np.asarray(self._next_tokens(self.params, batch, last))[: len(prompts)]
             active &= ~np.isin(found, stop_ids)
             if not active.any():
@@ -135,8 +136,8 @@ class LoadedModel:
 
     def _batch(self, **arrays: np.ndarray) -> dict[str, jax.Array]:
         """Pad to what the mesh divides (segment 0 is padding) and put on the devices."""
-        sharding = parallel.sharding(self._mesh, "batch", "token")
-        sizes = self._mesh.shape
+        sharding = parallel.sharding(self.mesh, "batch", "token")
+        sizes = self.mesh.shape
         multiples = (sizes["data"] * sizes["fsdp"], sizes["sequence"] * sizes["tensor"])
         batch = {}
         for name, array in arrays.items():

@@ -90,12 +90,7 @@ def validate(cfg, num_devices: int, planned_for: tuple[int, ...] | None = None) 
             f"data.seq_len = {cfg.data.seq_len} is over the model's max_position_embeddings = "
             f"{model_cfg.max_positions}: use at most that, or set a rope scaling in its config.json"
         )
-    adapters = attempt(_adapters, cfg)
-    if model_cfg and cfg.model.dtype in DTYPES:
-        plain = ModelDef.of(family, model_cfg, dtype=cfg.model.dtype)
-        chosen = attempt(trainable.choose, plain, adapters, cfg.train.freeze)
-        if chosen and cfg.lora.path:
-            attempt(peft.check, Path(cfg.lora.path).expanduser(), chosen)
+    adapters = attempt(_adapters, cfg, family, model_cfg)
     attention = None
     if sizes and model_cfg and cfg.model.attention in BACKENDS:
         attention = attempt(_attention, cfg, model_cfg, sizes, planned_for)
@@ -120,7 +115,19 @@ def _attention(cfg, model_cfg, sizes: dict[str, int], planned_for: tuple[int, ..
     )
 
 
-def _adapters(cfg) -> lora.Settings | None:
+def _adapters(cfg, family, model_cfg) -> lora.Settings | None:
+    """The adapters that `lora.*` means, checked against the model if there is one."""
+    found = _settings(cfg)
+    if model_cfg:
+        dtype = cfg.model.dtype if cfg.model.dtype in DTYPES else "float32"
+        plain = ModelDef.of(family, model_cfg, dtype=dtype)
+        chosen = trainable.choose(plain, found, cfg.train.freeze)
+        if cfg.lora.path:
+            peft.check(Path(cfg.lora.path).expanduser(), chosen)
+    return found
+
+
+def _settings(cfg) -> lora.Settings | None:
     """The adapters that `lora.*` means, or those of `lora.path`."""
     given = lora.Settings(
         **{name: cfg.lora[name] for name in ("rank", "alpha", "dropout", "rslora", "dora")},

@@ -1,17 +1,22 @@
 """Adapters: the same training as peft and torch, PEFT's files in and out, frozen weights frozen."""
 
 import json
+import math
+import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import peft
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jax_sft
-from jax_sft import parallel
+from jax_sft import lora, parallel, steps
+from jax_sft.inference import LoadedModel
+from jax_sft.step import batch_sums
 from tests.test_parity import (
     OPTIMIZER,
     packed_batches,
@@ -166,3 +171,222 @@ def assert_same_logits(model: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         theirs = their_model(merged)(torch.tensor(TOKENS)).logits.numpy()
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
+
+
+def losses_of(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [found["loss"] for found in map(json.loads, lines) if "loss" in found]
+
+
+def test_new_adapters_change_nothing_before_they_are_trained(make_strong_model):
+    plain = jax_sft.load(make_strong_model(**FAMILIES["qwen3"]))
+    settings = lora.Settings(rank=4, alpha=8.0)
+    model_def = lora.add(plain.model_def, settings)
+    new = lora.init(model_def, settings, plain.params, plain.mesh, 3, np.float32)
+    model = LoadedModel(model_def, plain.params | new, plain.mesh)
+    np.testing.assert_array_equal(model.logits(TOKENS), plain.logits(TOKENS))
+    a = np.asarray(new["layers.mlp.down.lora.a.kernel"])
+    assert np.abs(a).max() <= 80**-0.5 < 1.01 * np.abs(a).max()  # uniform within 1 / sqrt(inputs)
+    assert abs(a.mean()) < 0.1 * a.std()
+    assert len({float(layer.sum()) for layer in a}) == 3  # layers differ
+
+
+def test_a_stopped_run_goes_on_bitwise_and_stores_adapters_alone(
+    make_strong_model, make_config, tmp_path
+):
+    folder = make_strong_model(**FAMILIES["qwen2"], num_hidden_layers=2)
+    cfg = make_config(
+        folder,
+        **{"lora.rank": 4, "lora.dropout": 0.1, "lora.targets": ("q_proj", "down_proj")},
+        **{"train.steps": 6, "checkpoint.every_steps": 2, "batch.micro_rows": 4},
+        **{"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.cpu_devices": 8, "mesh.data": 2},
+    )
+    jax_sft.train(cfg, tmp_path / "whole")
+    halted = tmp_path / "halted"
+    real = jax_sft.train.metrics.Meter.add
+
+    def stop_after_five(meter, sums, *args):
+        real(meter, sums, *args)
+        stop_after_five.count += 1
+        if stop_after_five.count == 5:
+            raise KeyboardInterrupt
+
+    stop_after_five.count = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax_sft.train.metrics.Meter, "add", stop_after_five)
+        with pytest.raises(KeyboardInterrupt):
+            jax_sft.train(cfg, halted)
+    jax_sft.train(cfg, halted)
+    assert losses_of(halted)[-2:] == losses_of(tmp_path / "whole")[-2:]
+    arrays = steps.params(halted / "checkpoints", 6)
+    assert len(arrays) == 4 and all(".lora." in path for path in arrays)
+    # The folder of the model is needed as it was.
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] += 1e-3
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="layers.mlp.up.kernel differ"):
+        jax_sft.train(cfg, halted)
+    with pytest.raises(ValueError, match=r"layers.mlp.up.kernel did not train.*--base"):
+        jax_sft.export(halted / "checkpoints", tmp_path / "merged", merge=True)
+    assert not (tmp_path / "merged").exists()
+    jax_sft.export(halted / "checkpoints", tmp_path / "adapter")  # needs no weights of the model
+
+
+def test_dropout_drops_the_share_it_should_the_same_on_every_mesh(make_strong_model):
+    settings = lora.Settings(4, 8.0, dropout=0.25, targets=("o_proj", "down_proj"))
+    plain = jax_sft.load(make_strong_model(**FAMILIES["qwen2"]))
+    model_def = lora.add(plain.model_def, settings)
+    new = lora.init(model_def, settings, plain.params, plain.mesh, 0, np.float32)
+    weights = {path: np.asarray(array) for path, array in (plain.params | new).items()}
+    for path in new:
+        if path.endswith("b.kernel"):
+            weights[path] = np.full_like(weights[path], 0.05)
+    batch = {
+        "tokens": np.resize(TOKENS, (2, 64)),
+        "segment_ids": np.ones((2, 64), np.int32),
+        "positions": np.tile(np.arange(64), (2, 1)),
+        "targets": np.resize(TOKENS, (2, 64)),
+        "weights": np.ones((2, 64), np.float32),
+    }
+
+    sums = jax.jit(lambda w, b, k: batch_sums(model_def, w, b, dropout_key=k))
+
+    def loss(sizes, key) -> float:
+        mesh = parallel.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+        with jax.set_mesh(mesh):
+            return float(sums(weights, batch, key)["loss"])
+
+    one, two = jax.random.key(1), jax.random.key(2)
+    assert loss({}, one) == loss({}, one) != loss({}, two)
+    assert loss({}, None) not in (loss({}, one), loss({}, two))
+    spread = {"fsdp": 2, "tensor": 2, "sequence": 2}
+    assert loss(spread, one) == pytest.approx(loss({}, one), rel=1e-6)
+    module = model_def.bind(weights, one).layers.mlp.down.lora
+    with jax.set_mesh(plain.mesh):
+        dropped = np.asarray(jax.vmap(type(module)._drop)(module, np.ones((3, 2, 50, 80))))
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
+    assert (dropped == 0).mean() == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora.targets": ("q_proj", "qkv_proj")}, ["qkv_proj", "model.layers.0.self_attn.q_proj"]),
+        ({"lora.targets": ("lm_head",)}, ["lm_head", "names no linear layer"]),
+        ({"lora.targets": ("q_(proj",)}, ["lora.targets", "q_(proj", "regular expression"]),
+        ({"lora.targets": ()}, ["lora.targets"]),
+        ({"lora.rank": -1}, ["lora.rank = -1"]),
+        ({"lora.dropout": 1.0}, ["lora.dropout = 1.0"]),
+        ({"lora.alpha": 0.0}, ["lora.alpha = 0.0"]),
+        ({"train.freeze": ("embed",)}, ["train.freeze does not go with lora"]),
+        ({"lora.rank": 0, "train.freeze": ("embd",)}, ["embd", "model.embed_tokens.weight"]),
+        ({"lora.rank": 0, "train.freeze": ("",)}, ["every tensor"]),
+        ({"lora.rank": 0, "train.freeze": ("[",)}, ["train.freeze", "regular expression"]),
+        ({"lora.path": "nowhere"}, ["nowhere has no adapter_config.json"]),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_used_are_refused_before_the_data_are_read(
+    make_config, tmp_path, changes, words
+):
+    cfg = make_config(**{"lora.rank": 4} | changes)
+    Path(cfg.data.train.main.path).write_text("{")  # would be the next error
+    with pytest.raises(ValueError) as error:
+        jax_sft.train(cfg, tmp_path / "run")
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"r": 5}, "lora_A.weight has shape (3, 48), not (5, 48)"),
+        ({"r": "3"}, "r = '3'"),
+        ({"target_modules": ["q_proj"]}, "belongs to no adapter"),
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"lora_alpha": None}, "lora_alpha"),
+    ],
+    ids=str,
+)
+def test_an_adapter_that_is_not_understood_is_refused_by_name(
+    make_strong_model, tmp_path, changes, word
+):
+    folder = make_strong_model(**FAMILIES["qwen2"])
+    adapter = make_adapter(folder, tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError) as error:
+        jax_sft.load(folder, adapter=adapter)
+    assert word in str(error.value)
+
+
+def test_settings_that_contradict_the_adapter_they_go_on_from_are_refused(
+    make_strong_model, make_config, tmp_path
+):
+    folder = make_strong_model(**FAMILIES["qwen2"])
+    adapter = make_adapter(folder, tmp_path / "adapter")
+    for changes in ({"lora.rank": 4}, {"lora.alpha": 8.0}, {"lora.targets": ("q_proj",)}):
+        cfg = make_config(folder, **{"lora.path": str(adapter)} | changes)
+        with pytest.raises(ValueError, match=rf"{next(iter(changes))}.*leave it at its default"):
+            jax_sft.train(cfg, tmp_path / "run")
+
+
+# ---- frozen weights ------------------------------------------------------------------------------
+
+
+def test_frozen_tensors_stay_and_the_others_train_as_in_torch(
+    make_strong_model, make_config, tmp_path
+):
+    folder = make_strong_model(**FAMILIES["qwen2"])  # tied: the head is frozen too
+    patterns = ("embed_tokens", r"layers\.[02]\.", "k_proj.bias$")
+    cfg = make_config(
+        folder,
+        **OPTIMIZER | {"train.freeze": patterns, "train.steps": 8, "train.export": True},
+        **{"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.sequence": 2, "checkpoint.every_steps": 5},
+    )
+    jax_sft.train(cfg, tmp_path / "run")
+    model = their_model(folder)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not any(re.search(one, name) for one in patterns)
+    moving = [p for p in model.parameters() if p.requires_grad]
+    options = cfg.optimizer
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in moving if p.ndim >= 2], "weight_decay": options.weight_decay},
+            {"params": [p for p in moving if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        betas=(options.b1, options.b2),
+        eps=options.eps,
+    )
+    losses = []
+    for step, rows in enumerate(packed_batches(cfg, 8)):
+        for group in adamw.param_groups:
+            group["lr"] = their_learning_rate(options, step, 8)
+        adamw.zero_grad()
+        loss = their_loss(model, rows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(moving, options.clip_norm)
+        losses.append(float(loss.detach()))
+        adamw.step()
+    np.testing.assert_allclose(losses_of(tmp_path / "run"), losses, rtol=1e-4)
+    before = load_file(folder / "model.safetensors")
+    after = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    assert after.keys() == before.keys()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            theirs = parameter.detach().numpy()
+            moved = np.linalg.norm(theirs - before[name])
+            assert 0 < np.linalg.norm(after[name] - theirs) < 1e-3 * moved, name
+        else:
+            np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+    # What is wholly frozen is not stored; the run goes on from what is.
+    stored = steps.params(tmp_path / "run" / "checkpoints", 8)
+    assert "embed.table" not in stored and "layers.attn.k.bias" not in stored
+    assert "layers.attn.q.kernel" in stored
+    with pytest.raises(ValueError, match="no adapters"):
+        jax_sft.export(tmp_path / "run" / "checkpoints", tmp_path / "merged", merge=True)

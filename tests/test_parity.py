@@ -87,19 +87,19 @@ def their_loss(model, rows: dict[str, np.ndarray]) -> torch.Tensor:
     return (losses * weights.reshape(-1)).sum() / weights.sum()
 
 
-def their_learning_rate(optimizer, step: int) -> float:
+def their_learning_rate(optimizer, step: int, num_steps: int = NUM_STEPS) -> float:
     """The rate of a step, 0 = first; `optimizer.warmup` is a number of steps here."""
     warmup, floor = int(optimizer.warmup), optimizer.final_ratio
     if step < warmup:
         factor = (step + 1) / (warmup + 1)
     elif optimizer.schedule == "cosine":
-        angle = math.pi * (step - warmup) / (NUM_STEPS - warmup)
+        angle = math.pi * (step - warmup) / (num_steps - warmup)
         factor = floor + (1 - floor) * (1 + math.cos(angle)) / 2
     elif optimizer.schedule == "linear":
-        factor = 1 + (floor - 1) * (step - warmup) / (NUM_STEPS - warmup)
+        factor = 1 + (floor - 1) * (step - warmup) / (num_steps - warmup)
     elif optimizer.schedule == "wsd":
-        decay_steps = optimizer.decay_fraction * NUM_STEPS
-        into_decay = max(step - (NUM_STEPS - decay_steps), 0)
+        decay_steps = optimizer.decay_fraction * num_steps
+        into_decay = max(step - (num_steps - decay_steps), 0)
         factor = 1 + (floor - 1) * into_decay / decay_steps
     else:
         assert optimizer.schedule == "constant"
