@@ -183,14 +183,14 @@ def load(
     family = models.find(str(config.get("model_type")))
     model_def = ModelDef.of(family, family.Config.from_hf(config), dtype=dtype, attention=attention)
     mesh = parallel.single_device_mesh() if mesh is None else mesh
-    dims, rows = model_def.dims, model_def.rows
-    arrays = {row.path: (row.axes, row.shape(dims)) for row in rows}
-    if problems := parallel.size_problems(arrays, mesh.shape):
-        raise ValueError("the mesh does not fit the model:\n  " + "\n  ".join(problems))
-    weights = pretrained.find(path, rows, dims, model_def.cfg.tied)
+    rows = model_def.rows
+    weights = pretrained.find(path, rows, model_def.dims, model_def.cfg.tied)
     if adapter:
         model_def = lora.add(model_def, peft.read_settings(Path(adapter)))
         peft.check(Path(adapter), model_def)
+    arrays = {row.path: (row.axes, row.shape(model_def.dims)) for row in model_def.rows}
+    if problems := parallel.size_problems(arrays, mesh.shape):
+        raise ValueError("the mesh does not fit the model:\n  " + "\n  ".join(problems))
     params = weights.load(state.param_shardings(rows, mesh), jnp.dtype(dtype), progress)
     if adapter:
         params |= peft.load(Path(adapter), model_def, mesh, jnp.dtype(dtype))

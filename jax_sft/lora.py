@@ -11,7 +11,7 @@ import functools
 import math
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,15 @@ class Settings:
         return any(_names(target, module) for target in self.targets)
 
 
+def _rank_axes(outputs: Iterable[str]) -> tuple[str, str]:
+    """Return the logical axis of the rank in A and in B.
+
+    Over `tensor` it is split in the one that has the model dimension, so that what each shard makes
+    is a part of a sum, as what the layer itself makes is, and both are reduced as one.
+    """
+    return ("whole_rank", "rank") if "embed" in outputs else ("rank", "whole_rank")
+
+
 def _names(target: str, module: str) -> bool:
     return target == ALL_LINEAR or bool(re.fullmatch(rf"(?:.*\.)?(?:{target})", module))
 
@@ -78,9 +87,9 @@ class Adapter(nnx.Module):
     ):
         self.axes, self.scale = (tuple(inputs), tuple(outputs)), settings.scale
         self.dropout = settings.dropout
-        rank = {"rank": settings.rank}
-        self.a = Linear(inputs, rank, key)
-        self.b = Linear(rank, outputs, key)
+        of_a, of_b = ({axis: settings.rank} for axis in _rank_axes(outputs))
+        self.a = Linear(inputs, of_a, key)
+        self.b = Linear(of_b, outputs, key)
         if settings.dora:
             self.magnitude = nnx.Param(jnp.ones(tuple(outputs.values())))
         if drops:
@@ -113,7 +122,7 @@ def lengths(kernel, a, b, scale: float, axes) -> jax.Array:
     |w + s u|^2 = |w|^2 + 2 s w.u + s^2 |u|^2 with u = A' b: the sum of both is never formed.
     """
     inputs, outputs = axes
-    letter = dict(zip((*inputs, *outputs), "ijklmn", strict=False)) | {"rank": "r"}
+    letter = dict(zip((*inputs, *outputs), "ijklmn", strict=False))
 
     def of(*names: str) -> str:
         return "".join(letter[name] for name in names)
@@ -167,7 +176,7 @@ def add(model_def: ModelDef, settings: Settings) -> ModelDef:
             rows += of_adapter
             if not chosen[row.path].all():
                 trained |= {one.path: chosen[row.path] for one in of_adapter}
-    dims = model_def.dims | {"rank": settings.rank}
+    dims = model_def.dims | {"rank": settings.rank, "whole_rank": settings.rank}
     compute = dataclasses.replace(
         model_def.compute, axes={row.path: row.axes for row in rows if row.is_matrix}
     )
@@ -208,10 +217,11 @@ def adapter_rows(row: Weight, settings: Settings) -> list[Weight]:
     (outputs, inputs), stem = row.factors, row.path.removesuffix(".kernel") + ".lora"
     hf = _HF + module_of(row.hf)
     ins, outs = " ".join(inputs), " ".join(outputs)
-    of_b = f"{outs} rank" if "embed" in outputs else f"rank {outs}"
+    r_a, r_b = _rank_axes(outputs)
+    of_b = f"{outs} {r_b}" if "embed" in outputs else f"{r_b} {outs}"
     rows = [
-        Weight(f"{stem}.a.kernel", f"{hf}.lora_A.weight", f"rank ({ins}) -> {ins} rank"),
-        Weight(f"{stem}.b.kernel", f"{hf}.lora_B.weight", f"({outs}) rank -> {of_b}"),
+        Weight(f"{stem}.a.kernel", f"{hf}.lora_A.weight", f"{r_a} ({ins}) -> {ins} {r_a}"),
+        Weight(f"{stem}.b.kernel", f"{hf}.lora_B.weight", f"({outs}) {r_b} -> {of_b}"),
     ]
     if settings.dora:
         outs = outs.replace("embed", "norm")  # as of a bias

@@ -37,7 +37,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
-    "rank": (),  # of adapters
+    "rank": ("tensor",),  # of adapters
+    "whole_rank": (),  # where another axis is split over `tensor`
 }
 
 

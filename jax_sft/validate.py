@@ -26,6 +26,7 @@ from jax_sft import (
 )
 from jax_sft.data import check
 from jax_sft.model import ModelDef
+from jax_sft.models.spec import Weight
 from jax_sft.ops.attention import BACKENDS, resolve
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -80,17 +81,26 @@ def validate(cfg, num_devices: int, planned_for: tuple[int, ...] | None = None) 
     micro_rows = cfg.batch.micro_rows or cfg.batch.rows
     if sizes and cfg.batch.rows > 0 and micro_rows > 0 and cfg.data.seq_len > 0:
         problems += _batch_problems(cfg, micro_rows, sizes)
-    if sizes and model_cfg:
-        arrays = {
-            row.path: (row.axes, row.shape(model_cfg.dims)) for row in family.weights(model_cfg)
-        }
-        problems += parallel.size_problems(arrays, sizes)
     if model_cfg and cfg.data.seq_len > model_cfg.max_positions:
         problems.append(
             f"data.seq_len = {cfg.data.seq_len} is over the model's max_position_embeddings = "
             f"{model_cfg.max_positions}: use at most that, or set a rope scaling in its config.json"
         )
-    adapters = attempt(_adapters, cfg, family, model_cfg)
+    before = len(problems)
+    adapters = attempt(_settings, cfg)
+    if model_cfg:
+        of_model = family.weights(model_cfg), model_cfg.dims
+        if len(problems) == before:
+            of_model = attempt(_trained, cfg, family, model_cfg, adapters) or of_model
+        if sizes:
+            rows, dims = of_model
+            arrays = {row.path: (row.axes, row.shape(dims)) for row in rows}
+            problems += parallel.size_problems(arrays, sizes)
+    if model_cfg and cfg.data.seq_len > model_cfg.max_positions:
+        problems.append(
+            f"data.seq_len = {cfg.data.seq_len} is over the model's max_position_embeddings = "
+            f"{model_cfg.max_positions}: use at most that, or set a rope scaling in its config.json"
+        )
     attention = None
     if sizes and model_cfg and cfg.model.attention in BACKENDS:
         attention = attempt(_attention, cfg, model_cfg, sizes, planned_for)
@@ -115,16 +125,16 @@ def _attention(cfg, model_cfg, sizes: dict[str, int], planned_for: tuple[int, ..
     )
 
 
-def _adapters(cfg, family, model_cfg) -> lora.Settings | None:
-    """The adapters that `lora.*` means, checked against the model if there is one."""
-    found = _settings(cfg)
-    if model_cfg:
-        dtype = cfg.model.dtype if cfg.model.dtype in DTYPES else "float32"
-        plain = ModelDef.of(family, model_cfg, dtype=dtype)
-        chosen = trainable.choose(plain, found, cfg.train.freeze)
-        if cfg.lora.path:
-            peft.check(Path(cfg.lora.path).expanduser(), chosen)
-    return found
+def _trained(
+    cfg, family, model_cfg, adapters: lora.Settings | None
+) -> tuple[tuple[Weight, ...], dict[str, int]]:
+    """(rows, dims) of the model as it is to be trained; stored adapters are checked against it."""
+    dtype = cfg.model.dtype if cfg.model.dtype in DTYPES else "float32"
+    plain = ModelDef.of(family, model_cfg, dtype=dtype)
+    chosen = trainable.choose(plain, adapters, () if adapters else cfg.train.freeze)
+    if adapters and cfg.lora.path:
+        peft.check(Path(cfg.lora.path).expanduser(), chosen)
+    return chosen.rows, chosen.dims
 
 
 def _settings(cfg) -> lora.Settings | None:

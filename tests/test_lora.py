@@ -53,7 +53,7 @@ def their_model(folder: Path):
 
 def make_adapter(model: Path, out: Path, **options) -> Path:
     """An adapter folder that PEFT saves, all of its parts random."""
-    options = {"r": 3, "lora_alpha": 5, "target_modules": ALL} | options
+    options = {"r": 4, "lora_alpha": 5, "target_modules": ALL} | options
     config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
     adapted = peft.get_peft_model(their_model(model), config)
     torch.manual_seed(7)
@@ -305,8 +305,8 @@ def test_settings_that_cannot_be_used_are_refused_before_the_data_are_read(
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),
-        ({"r": 5}, "lora_A.weight has shape (3, 48), not (5, 48)"),
-        ({"r": "3"}, "r = '3'"),
+        ({"r": 5}, "lora_A.weight has shape (4, 48), not (5, 48)"),
+        ({"r": "4"}, "r = '4'"),
         ({"target_modules": ["q_proj"]}, "belongs to no adapter"),
         ({"use_dora": True}, "lora_magnitude_vector"),
         ({"lora_alpha": None}, "lora_alpha"),
@@ -330,7 +330,7 @@ def test_settings_that_contradict_the_adapter_they_go_on_from_are_refused(
 ):
     folder = make_strong_model(**FAMILIES["qwen2"])
     adapter = make_adapter(folder, tmp_path / "adapter")
-    for changes in ({"lora.rank": 4}, {"lora.alpha": 8.0}, {"lora.targets": ("q_proj",)}):
+    for changes in ({"lora.rank": 3}, {"lora.alpha": 8.0}, {"lora.targets": ("q_proj",)}):
         cfg = make_config(folder, **{"lora.path": str(adapter)} | changes)
         with pytest.raises(ValueError, match=rf"{next(iter(changes))}.*leave it at its default"):
             jax_sft.train(cfg, tmp_path / "run")

@@ -285,10 +285,16 @@ def _warnings(
     lines += [f"involuntary full rematerialisation: {line}" for line in compiled.involuntary]
     # As large as the smallest matrix of a layer: norms, biases and adapters are all-reduced by
     # right.
-    matrices = [row for row in resolved.family.weights(resolved.model_cfg) if row.is_matrix]
-    of_one = min(math.prod(dims[axis] for axis in row.axes if axis != "layers") for row in matrices)
+    moving = [row for row in resolved.family.weights(resolved.model_cfg) if row.is_matrix]
+    moving = [row for row in moving if row.path not in compiled.program.model_def.frozen]
+    sizes_of_one = [
+        math.prod(dims[axis] for axis in row.axes if axis != "layers") for row in moving
+    ]
     for one in hlo_collectives.gradient_all_reduces(
-        found, sizes, of_one // sizes["tensor"] // 2, allowed=(("data",), ("tensor",))
+        found,
+        sizes,
+        min(sizes_of_one, default=2**62) // sizes["tensor"] // 2,
+        allowed=(("data",), ("tensor",)),
     ):
         if one.sliced:
             continue
