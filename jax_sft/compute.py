@@ -96,7 +96,11 @@ class Compute:
             if axes:
                 with jax.named_scope(f"part.{name}.{path}"):  # `plan` shows it
                     of_one = axes[-weight.ndim :]
-                    params[path] = gather(weight, of_one, self.dtype, self.grad_dtype)
+                    if jnp.issubdtype(weight.dtype, jnp.integer):  # packed: it travels as it is
+                        whole = parallel.constrain(weight, *parallel.gathered(of_one))
+                        params[path] = checkpoint_name(whole, _WEIGHT)
+                    else:
+                        params[path] = gather(weight, of_one, self.dtype, self.grad_dtype)
         return tree.from_dict(layer, params)
 
 

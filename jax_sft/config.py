@@ -103,6 +103,8 @@ def default() -> Config:
     lora.targets = ("all-linear",)
     lora.rslora = False  # the update is multiplied by alpha / sqrt(rank) instead
     lora.dora = False  # also learn the length of each output's weights
+    # "nf4": the weights of linear layers, which do not train, are held in 4 bits (QLoRA).
+    lora.quantize = ""
     # A PEFT adapter to go on from; rank, alpha and the others are then its own.
     lora.path = ""
 

@@ -20,6 +20,7 @@ from jax_sft import (
     lora,
     model_files,
     models,
+    nf4,
     peft,
     pretrained,
     steps,
@@ -30,6 +31,10 @@ from jax_sft.model import ModelDef
 from jax_sft.models.spec import Weight
 
 SHARD_BYTES = 5_000_000_000
+_OTHER = (
+    "{} did not train, and is not in the model what it was then: name the model of the run with "
+    "--base"
+)
 
 
 def export(
@@ -53,7 +58,8 @@ def export(
         shard_bytes: largest safetensors file.
         dtype: "float32", "bfloat16" or "float16" for all tensors; "" = each tensor's own dtype in
             the model that was fine-tuned. Adapters are float32.
-        merge: add adapters to the weights of their model, and write that.
+        merge: add adapters to the weights of their model, and write that. Of weights in 4 bits
+            these are the values that they were trained with.
         base: where the weights are that did not train; "" = where they were, model.path.
         overwrite: replace `out` if it exists and is not empty.
 
@@ -193,7 +199,7 @@ def plan(
     of_run = metadata.get("config") or {}
     frozen = of_run.get("train", {}).get("freeze", ())
     model_def = trainable.choose(model_def, settings, frozen)
-    rows = {row.path: row for row in model_def.rows if row.path not in model_def.frozen}
+    rows = {row.path: row for row in model_def.moving}
     shapes = {path: row.shape(model_def.dims) for path, row in rows.items()}
     if problems := steps.misfits(arrays, shapes):
         raise ValueError(f"{folder / str(step)} does not fit its config.json: {problems}")
@@ -259,8 +265,11 @@ class _Params(Mapping[str, Any]):
             # Of adapters of some layers only these are written: the others would never be read.
             return self._whole(path) if path in planned.model_def.trained else self._stored(path)
         assert planned.weights
-        noted = planned.metadata["frozen"][path]
-        still = _Checked(planned.weights.blocks(path), noted, path)
+        blocks, noted = planned.weights.blocks(path), planned.metadata["frozen"]
+        if path in planned.model_def.packed:
+            still = _Packed(blocks, planned.model_def, path, noted)
+        else:
+            still = _Checked(blocks, noted[path], path)
         stem = path.removesuffix(".kernel") + ".lora"
         if f"{stem}.a.kernel" not in planned.arrays:
             return still
@@ -312,10 +321,49 @@ class _Checked:
             Failed: the weights are others.
         """
         if fingerprint.problem(self._path, self._found % 2**32, self._noted["sum"]):
-            raise storage.Failed(
-                f"{self._path} did not train, and is not in the model what it was then: name the "
-                "model of the run with --base"
-            )
+            raise storage.Failed(_OTHER.format(self._path))
+
+
+class _Packed:
+    """Blocks of a kernel as it was in 4 bits, compared with what the run had; float32."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, blocks: Any, model_def: ModelDef, path: str, noted: Mapping[str, Any]):
+        self._blocks, self._model_def, self._path = blocks, model_def, path
+        self._noted = noted[f"{path}.codes"]["sum"]
+        self.shape = blocks.shape
+        self._layers: dict[tuple[int, ...], np.ndarray] = {}
+        self._found, self._lock = 0, threading.Lock()
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
+        codes, *_ = self._model_def.packed[self._path]
+        num_stacked = len(codes.stacked)
+        layer = tuple(part.start for part in slices[:num_stacked])
+        with self._lock:
+            if layer not in self._layers:
+                whole = (*slices[:num_stacked], *(slice(0, n) for n in self.shape[num_stacked:]))
+                kernel = self._blocks[whole].reshape(self.shape[num_stacked:])
+                packed, unpacked = nf4.both_ways(self._model_def, self._path, kernel)
+                start = (*layer, *(0 for _ in packed.shape))
+                packed = packed.reshape(*(1 for _ in layer), *packed.shape)
+                of_all = codes.shape(self._model_def.dims)
+                self._found += fingerprint.of_numpy(packed, start, of_all)
+                while len(self._layers) > 2:  # blocks of a layer come one after another
+                    self._layers.pop(next(iter(self._layers)))
+                self._layers[layer] = unpacked
+            unpacked = self._layers[layer]
+        block = unpacked[slices[num_stacked:]]
+        return block.reshape(*(1 for _ in layer), *block.shape)
+
+    def finish(self) -> None:
+        """Compare, now that each layer was packed once.
+
+        Raises:
+            Failed: the weights are others.
+        """
+        if self._found % 2**32 != self._noted:
+            raise storage.Failed(_OTHER.format(self._path))
 
 
 class _Merged:
@@ -323,7 +371,7 @@ class _Merged:
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, kernel: _Checked, row: Weight, adapter: tuple, settings: lora.Settings):
+    def __init__(self, kernel: Any, row: Weight, adapter: tuple, settings: lora.Settings):
         self._kernel, self._settings = kernel, settings
         self._a, self._b, self._magnitude = adapter
         self._num_stacked = len(row.stacked)

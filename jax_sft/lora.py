@@ -12,6 +12,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ class Settings:
     targets: tuple[str, ...] = (ALL_LINEAR,)
     rslora: bool = False
     dora: bool = False
+    quantize: str = ""
 
     @property
     def scale(self) -> float:
@@ -243,33 +245,37 @@ def init(
         dtype: of the adapters.
     """
     key = jax.random.key(seed)
-    rows = {row.path: row for row in model_def.rows if row.path not in frozen}
+    rows = {row.path: row for row in model_def.moving}
     shapes = {path: row.shape(model_def.dims) for path, row in rows.items()}
 
-    def make(kernels):
-        found = {}
+    def make(frozen):
+        found = {path: jnp.zeros(shape, dtype) for path, shape in shapes.items()}
         for path, row in rows.items():
-            num_stacked = len(row.stacked)
             if path.endswith(".a.kernel"):
-                bound = 1 / math.sqrt(math.prod(shapes[path][num_stacked:-1]))
+                bound = 1 / math.sqrt(math.prod(shapes[path][len(row.stacked) : -1]))
                 of_row = jax.random.fold_in(key, zlib.crc32(path.encode()))
                 found[path] = jax.random.uniform(of_row, shapes[path], dtype, -bound, bound)
-            elif path.endswith(".b.kernel"):
-                found[path] = jnp.zeros(shapes[path], dtype)
-            else:
-                stem = path.removesuffix(".lora.magnitude")
-                a, b = (found[f"{stem}.lora.{part}.kernel"] for part in "ab")
-                axes = _module(model_def.abstract, f"{stem}.kernel").axes
-                of_layer = functools.partial(lengths, scale=settings.scale, axes=axes)
-                for _ in range(num_stacked):
-                    of_layer = jax.vmap(of_layer)
-                found[path] = of_layer(kernels[f"{stem}.kernel"], a, b).astype(dtype)
+        if settings.dora:
+            model = model_def.bind(dict(frozen) | found)
+            for path, row in rows.items():
+                if path.endswith(".magnitude"):
+                    of_layer = _lengths
+                    for _ in row.stacked:
+                        of_layer = jax.vmap(of_layer)
+                    stem = path.removesuffix(".lora.magnitude")
+                    found[path] = of_layer(_module(model, f"{stem}.kernel")).astype(dtype)
         return found
 
     shardings = {path: parallel.sharding(mesh, *row.axes) for path, row in rows.items()}
-    kernels = frozen if settings.dora else {}
     with jax.set_mesh(mesh):
-        return jax.jit(make, out_shardings=shardings)(kernels)
+        return jax.jit(make, out_shardings=shardings)(frozen if settings.dora else {})
+
+
+def _lengths(linear: Linear) -> jax.Array:
+    """`lengths` of a layer with an adapter."""
+    adapter: Any = linear.lora
+    a, b = adapter.a.kernel[...], adapter.b.kernel[...]
+    return lengths(linear.kernel[...], a, b, adapter.scale, linear.axes)
 
 
 def _chosen(model_def: ModelDef, settings: Settings) -> dict[str, np.ndarray]:

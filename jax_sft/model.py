@@ -1,6 +1,7 @@
 """A model without its weights: bound to parameters, it turns tokens into hidden states."""
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ class ModelDef:
         frozen: {path: dtype in which it is held} of the parameters that do not train.
         trained: {path: bool array over the stacked axes}, which layers of a parameter train, where
             only some do.
+        packed: {path of a row: rows of the arrays that hold it in fewer bits}.
         dropping: `abstract` with a random key for each dropout; None = there is none.
     """
 
@@ -37,6 +39,7 @@ class ModelDef:
     compute: Compute
     frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     trained: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    packed: Mapping[str, tuple[Weight, ...]] = dataclasses.field(default_factory=dict)
     dropping: Any = None
 
     @classmethod
@@ -75,6 +78,27 @@ class ModelDef:
                 key = jax.random.fold_in(dropout_key, zlib.crc32(path.encode()))
                 keys[path] = jax.random.split(key, leaf.shape)
         return tree.from_dict(self.dropping, params | keys)
+
+    @property
+    def stored(self) -> tuple[Weight, ...]:
+        """The rows of the arrays that `bind` takes."""
+        return tuple(one for row in self.rows for one in self.packed.get(row.path, (row,)))
+
+    @property
+    def moving(self) -> tuple[Weight, ...]:
+        """The rows of what trains."""
+        return tuple(row for row in self.rows if row.path not in self.still)
+
+    @property
+    def still(self) -> dict[str, float]:
+        """{path of a row that does not train: bytes per element in which it is held}."""
+        found: dict[str, float] = {path: dtype.itemsize for path, dtype in self.frozen.items()}
+        for row in self.rows:
+            if row.path in self.packed:
+                parts = self.packed[row.path]
+                sizes = (math.prod(one.shape(self.dims)) * found.pop(one.path) for one in parts)
+                found[row.path] = sum(sizes) / math.prod(row.shape(self.dims))
+        return found
 
     def without_masters(self, paths: Iterable[str]) -> dict[str, np.dtype]:
         """Return {path: dtype} to hold what does not train: that in which matrices multiply."""

@@ -42,18 +42,27 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
+def rule(name: str) -> tuple[str, ...]:
+    """Return the mesh axes of a logical axis; "NAME/64", parts of 64 of it, goes as NAME does.
+
+    Raises:
+        ValueError: a name that is not in RULES.
+    """
+    found = RULES.get(name.partition("/")[0])
+    if found is None:
+        raise ValueError(
+            f"logical axis {name!r} has no rule: add it to parallel.RULES ({sorted(RULES)})"
+        )
+    return found
+
+
 def spec(*logical_axes: str) -> PartitionSpec:
     """Return the PartitionSpec of an array whose dimensions have these logical names.
 
     Raises:
         ValueError: a name that is not in RULES.
     """
-    for name in logical_axes:
-        if name not in RULES:
-            raise ValueError(
-                f"logical axis {name!r} has no rule: add it to parallel.RULES ({sorted(RULES)})"
-            )
-    mesh_axes = [RULES[name] for name in logical_axes]
+    mesh_axes = [rule(name) for name in logical_axes]
     return PartitionSpec(*(axes[0] if len(axes) == 1 else (axes or None) for axes in mesh_axes))
 
 
@@ -98,7 +107,7 @@ def stripe(x_BT: jax.Array) -> jax.Array:
 
 def gathered(logical_axes: Sequence[str]) -> tuple[str, ...]:
     """Return the logical axes of a weight once `embed` is gathered for use."""
-    return tuple("features" if axis == "embed" else axis for axis in logical_axes)
+    return tuple("features" if axis.partition("/")[0] == "embed" else axis for axis in logical_axes)
 
 
 def sum_over_tokens(local: jax.Array, logical_axes: Sequence[str]) -> jax.Array:
@@ -173,7 +182,7 @@ def size_problems(arrays: dict[str, tuple[tuple[str, ...], tuple[int, ...]]], si
     problems: dict[tuple[str, int], str] = {}
     for name, (logical_axes, shape) in arrays.items():
         for logical, size in zip(logical_axes, shape, strict=True):
-            axes = RULES[logical]
+            axes = rule(logical)
             shards = math.prod(sizes[axis] for axis in axes)
             if size % shards and (logical, size) not in problems:
                 fits = [n for n in range(1, shards + 1) if size % n == 0]

@@ -87,10 +87,9 @@ def load(folder: Path, model_def: ModelDef, mesh: Mesh, dtype) -> dict[str, jax.
         ValueError: tensors that are missing, unknown or misshapen; each is named.
     """
     check(folder, model_def)
-    rows = [row for row in model_def.rows if row.path not in model_def.frozen]
     params = {}
     with safe_open(folder / WEIGHTS, framework="numpy") as stored:
-        for row in rows:
+        for row in model_def.moving:
             array = np.zeros(row.shape(model_def.dims), dtype)
             for index, name in tensors(row, model_def):
                 array[index] = row.from_hf(stored.get_tensor(name), model_def.dims).astype(dtype)
@@ -112,8 +111,7 @@ def check(folder: Path, model_def: ModelDef) -> None:
     found, problems = hf.read_headers(folder)
     wanted = {
         name: row.hf_shape(model_def.dims)
-        for row in model_def.rows
-        if row.path not in model_def.frozen
+        for row in model_def.moving
         for _, name in tensors(row, model_def)
     }
     problems += [f"{name} belongs to no adapter" for name in found.keys() - wanted.keys()]

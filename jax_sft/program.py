@@ -67,10 +67,9 @@ def program(cfg, resolved: Resolved, mesh: Mesh, num_steps: int, num_sources: in
         num_sources: train sources whose loss is asked for, 0 = none.
     """
     model = model_def(cfg, resolved)
-    moving = [row for row in model.rows if row.path not in model.frozen]
-    tx = optim.make(cfg.optimizer, num_steps, moving)
+    tx = optim.make(cfg.optimizer, num_steps, model.moving)
     dtype = jnp.dtype(cfg.model.param_dtype)
-    abstract = state.abstract(tx, model.rows, model.dims, dtype, mesh, model.frozen)
+    abstract = state.abstract(tx, model.stored, model.dims, dtype, mesh, model.frozen)
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = None if on_cpu else gpu_options(resolved.attention)

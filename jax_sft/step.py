@@ -169,7 +169,7 @@ def make_eval_step(
         none = dict.fromkeys(("loss", "weight", "correct", "tokens", "pairs"), jnp.float32(0))
         return jax.lax.scan(add, none, batch)[0]
 
-    of_params = state.param_shardings(model_def.rows, mesh)
+    of_params = state.param_shardings(model_def.stored, mesh)
     return jax.jit(
         eval_step,
         in_shardings=(of_params, batch_shardings(mesh)),

@@ -189,12 +189,14 @@ def _train(
     if found:
         current, found = checkpoints.restore(found, compiled.state)
         say(f"resume  {workdir} from step {found.step} of {num_steps}")
-        current = dataclasses.replace(current, frozen=read(model_def.frozen))
+        current = dataclasses.replace(
+            current, frozen=read(row.path for row in rows if row.path not in compiled.state.params)
+        )
     else:
         weights = read([row.path for row in rows])
         if resolved.adapters:
             weights |= trainable.adapters(cfg, resolved.adapters, model_def, weights, mesh)
-        current = state.create(compiled.tx, weights, model_def.rows, mesh, model_def.frozen)
+        current = state.create(compiled.tx, weights, model_def.stored, mesh, model_def.frozen)
     checkpoints.keep_frozen(current.frozen, found)
     start = found.step if found else 0
     if start >= num_steps:
@@ -225,7 +227,7 @@ def _train(
         sources=source_names,
         flops=lambda sums: metrics.step_flops(
             *(model_def.rows, model_def.dims, model_cfg.tied),
-            *(sums["tokens"], sums["pairs"], model_def.frozen),
+            *(sums["tokens"], sums["pairs"], model_def.still),
         ),
         peak=metrics.peak_flops(jax.devices()),
         observe=health.note,

@@ -4,6 +4,7 @@ And what the weights are when training begins.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_sft import lora, peft, pretrained, state
+from jax_sft import lora, nf4, peft, pretrained, state
 from jax_sft.model import ModelDef
 
 
@@ -29,7 +30,10 @@ def choose(
     Raises:
         ValueError: a pattern names nothing, or nothing is left to train.
     """
-    return lora.add(model_def, adapters) if adapters else freeze(model_def, frozen)
+    if not adapters:
+        return freeze(model_def, frozen)
+    adapted = lora.add(model_def, adapters)
+    return nf4.pack(adapted) if adapters.quantize == "nf4" else adapted
 
 
 def freeze(model_def: ModelDef, patterns: Sequence[str]) -> ModelDef:
@@ -68,11 +72,10 @@ def freeze(model_def: ModelDef, patterns: Sequence[str]) -> ModelDef:
 def count(model_def: ModelDef) -> int:
     """Return how many parameters train."""
     total = 0
-    for row in model_def.rows:
-        if row.path not in model_def.frozen:
-            shape = row.shape(model_def.dims)
-            layers = model_def.trained.get(row.path, np.ones(shape[: len(row.stacked)], bool))
-            total += int(layers.sum()) * int(np.prod(shape[len(row.stacked) :]))
+    for row in model_def.moving:
+        shape = row.shape(model_def.dims)
+        layers = model_def.trained.get(row.path, np.ones(shape[: len(row.stacked)], bool))
+        total += int(layers.sum()) * math.prod(shape[len(row.stacked) :])
     return total
 
 
@@ -87,15 +90,19 @@ def read(
     """Read pretrained weights into their shards.
 
     Args:
-        paths: ours, of what is read.
+        paths: ours, of the rows that are read.
         dtype: of what trains; what is frozen has its own.
 
     Returns:
-        {our path: array}.
+        {our path: array}, of packed ones the parts.
     """
+    paths, found = list(paths), {}
     shardings = state.param_shardings(model_def.rows, mesh)
-    dtypes = {path: np.dtype(model_def.frozen.get(path, dtype)) for path in paths}
-    found = {}
+    for path in model_def.packed.keys() & paths:  # one after another: none stays whole
+        kernel = weights.load({path: shardings[path]}, weights.blocks(path).dtype, False)[path]
+        found |= nf4.packed_arrays(model_def, path, kernel, mesh)
+    rest = [path for path in paths if path not in model_def.packed]
+    dtypes = {path: np.dtype(model_def.frozen.get(path, dtype)) for path in rest}
     for one in sorted(set(dtypes.values()), key=str):
         wanted = {path: shardings[path] for path in dtypes if dtypes[path] == one}
         found |= weights.load(wanted, one, progress)

@@ -81,11 +81,6 @@ def validate(cfg, num_devices: int, planned_for: tuple[int, ...] | None = None) 
     micro_rows = cfg.batch.micro_rows or cfg.batch.rows
     if sizes and cfg.batch.rows > 0 and micro_rows > 0 and cfg.data.seq_len > 0:
         problems += _batch_problems(cfg, micro_rows, sizes)
-    if model_cfg and cfg.data.seq_len > model_cfg.max_positions:
-        problems.append(
-            f"data.seq_len = {cfg.data.seq_len} is over the model's max_position_embeddings = "
-            f"{model_cfg.max_positions}: use at most that, or set a rope scaling in its config.json"
-        )
     before = len(problems)
     adapters = attempt(_settings, cfg)
     if model_cfg:
@@ -134,13 +129,16 @@ def _trained(
     chosen = trainable.choose(plain, adapters, () if adapters else cfg.train.freeze)
     if adapters and cfg.lora.path:
         peft.check(Path(cfg.lora.path).expanduser(), chosen)
-    return chosen.rows, chosen.dims
+    return chosen.stored, chosen.dims
 
 
 def _settings(cfg) -> lora.Settings | None:
     """The adapters that `lora.*` means, or those of `lora.path`."""
     given = lora.Settings(
-        **{name: cfg.lora[name] for name in ("rank", "alpha", "dropout", "rslora", "dora")},
+        **{
+            name: cfg.lora[name]
+            for name in ("rank", "alpha", "dropout", "rslora", "dora", "quantize")
+        },
         targets=tuple(cfg.lora.targets),
     )
     if cfg.lora.rank < 0 or not 0 < cfg.lora.alpha < math.inf or not 0 <= cfg.lora.dropout < 1:
@@ -156,6 +154,8 @@ def _settings(cfg) -> lora.Settings | None:
             except (re.error, TypeError) as error:
                 raise ValueError(f"{key}: {pattern!r} is no regular expression: {error}") from None
     if not cfg.lora.path and not cfg.lora.rank:
+        if cfg.lora.quantize:
+            raise ValueError(f"lora.quantize = {cfg.lora.quantize!r} needs adapters: set lora.rank")
         return None
     if cfg.train.freeze:
         raise ValueError(
@@ -173,7 +173,8 @@ def _settings(cfg) -> lora.Settings | None:
                 f"lora.{name} = {here!r}, but the adapter {cfg.lora.path} has {there!r}: leave "
                 "it at its default"
             )
-    return dataclasses.replace(stored, dropout=given.dropout or stored.dropout)
+    dropout = given.dropout or stored.dropout
+    return dataclasses.replace(stored, dropout=dropout, quantize=given.quantize)
 
 
 def _model(cfg, attempt) -> tuple[Path | None, Any, Any]:
@@ -201,6 +202,7 @@ def _value_problems(cfg) -> list[str]:
         "model.param_dtype": DTYPES,
         "model.grad_dtype": DTYPES,
         "model.attention": BACKENDS,
+        "lora.quantize": ("", "nf4"),
         "train.on_nonfinite": health.ON_NONFINITE,
         "optimizer.name": optim.NAMES,
         "checkpoint.verify": ("sizes", "hashes"),

@@ -32,7 +32,7 @@ LEVELS = [
     "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf "
     "planning.flops planning.page",
     "models.layers data.chat data.check state model_files planning.roofline",
-    "data.worker data.loader resume pretrained lora planning.candidates",
+    "data.worker data.loader resume pretrained lora nf4 planning.candidates",
     f"{FAMILY} checkpoint data.store health hf_convert tiny peft",
     "data.cache inference step trainable",
     "hf_export validate",

@@ -189,7 +189,7 @@ def _cost(cfg, resolved: Resolved, compiled: Compiled, target: Target) -> flops.
         offload=cfg.model.offload,
         param_bytes=jax.numpy.dtype(cfg.model.param_dtype).itemsize,
         moment_bytes=jax.numpy.dtype(cfg.optimizer.moments_dtype).itemsize,
-        frozen=model_def.frozen,
+        frozen=model_def.still,
     )
 
 
@@ -286,7 +286,7 @@ def _warnings(
     # As large as the smallest matrix of a layer: norms, biases and adapters are all-reduced by
     # right.
     moving = [row for row in resolved.family.weights(resolved.model_cfg) if row.is_matrix]
-    moving = [row for row in moving if row.path not in compiled.program.model_def.frozen]
+    moving = [row for row in moving if row.path not in compiled.program.model_def.still]
     sizes_of_one = [
         math.prod(dims[axis] for axis in row.axes if axis != "layers") for row in moving
     ]

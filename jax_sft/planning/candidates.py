@@ -9,7 +9,6 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from jax_sft import parallel
 from jax_sft.models.spec import Weight
@@ -36,7 +35,7 @@ class Model:
     Attributes:
         param_bytes, moment_bytes: of a master weight, and of each of its two moments.
         grad_bytes: of a gradient while it is added up over devices.
-        frozen: {path: dtype} of what does not train.
+        frozen: {path: bytes per element} of what does not train.
     """
 
     rows: Sequence[Weight]
@@ -45,7 +44,7 @@ class Model:
     param_bytes: int = 4
     moment_bytes: int = 4
     grad_bytes: int = 4
-    frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    frozen: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +208,7 @@ def analytic_memory(model: Model, setting: Setting, num_rows: int, seq_len: int)
 
 
 def _shards(row: Weight, mesh: Mapping[str, int]) -> int:
-    return math.prod(mesh[axis] for logical in row.axes for axis in parallel.RULES[logical])
+    return math.prod(mesh[axis] for logical in row.axes for axis in parallel.rule(logical))
 
 
 def _matrix_elements(model: Model, prefix: str, trained: bool = False) -> int:
@@ -232,9 +231,7 @@ def _local_elements(model: Model, mesh: Mapping[str, int]) -> float:
 
 def _frozen_bytes(model: Model, mesh: Mapping[str, int]) -> float:
     return sum(
-        math.prod(row.shape(dict(model.dims)))
-        / _shards(row, mesh)
-        * model.frozen[row.path].itemsize
+        math.prod(row.shape(dict(model.dims))) / _shards(row, mesh) * model.frozen[row.path]
         for row in model.rows
         if row.path in model.frozen
     )

@@ -62,7 +62,7 @@ def _promising(cfg, target: Target) -> Iterator[candidates.Setting]:
         jnp.dtype(cfg.model.param_dtype).itemsize,
         jnp.dtype(cfg.optimizer.moments_dtype).itemsize,
         jnp.dtype(cfg.model.grad_dtype).itemsize,
-        model_def.frozen,
+        model_def.still,
     )
     ranked = candidates.candidates(
         model,
