@@ -34,9 +34,11 @@ class LoadedModel:
             model = model_def.bind(params)
             hidden_BTD = model_def.hidden(model, batch)
             head_VD = model.head_VD.astype(hidden_BTD.dtype)
-            return jnp.einsum(
+            logits_BTV = jnp.einsum(
                 "BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32
             )
+            cap = model_def.cfg.logit_soft_cap
+            return cap * jnp.tanh(logits_BTV / cap) if cap else logits_BTV
 
         def next_tokens(params, batch, last_B):
             model = model_def.bind(params)
@@ -46,7 +48,7 @@ class LoadedModel:
             logits_BV = jnp.einsum(
                 "BD,VD->BV", hidden_BD, head_VD, preferred_element_type=jnp.float32
             )
-            return logits_BV.argmax(axis=-1)
+            return logits_BV.argmax(axis=-1)  # a soft cap would not change their order
 
         replicated = parallel.sharding(mesh)
         self._logits = jax.jit(logits, out_shardings=replicated)

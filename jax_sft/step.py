@@ -49,6 +49,7 @@ def batch_sums(
         micro["weights"],
         micro.get("sources"),
         num_sources,
+        soft_cap=model_def.cfg.logit_soft_cap,
         **(objective or {}),
     )
     real = micro["segment_ids"] > 0

@@ -29,6 +29,7 @@ FAMILIES = {
     "qwen3": {"model_type": "qwen3", "head_dim": 20, "attention_bias": True},
     "olmo2": {"model_type": "olmo2", "head_dim": 20, "tie_word_embeddings": False},
     "mistral": {"model_type": "mistral", "head_dim": 20, "sliding_window": 7},
+    "gemma2": {"model_type": "gemma2", "head_dim": 20, "pad_token_id": None},
 }
 MESHES = {
     "one_device": {},

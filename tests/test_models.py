@@ -118,6 +118,10 @@ def assert_same_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
 # ---- logits equal transformers' ------------------------------------------------------------------
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
+GEMMA2 = {
+    **{"model_type": "gemma2", "head_dim": 12, "sliding_window": 7, "pad_token_id": None},
+    **{"query_pre_attn_scalar": 5, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
+}
 ARCHITECTURES = {
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2_untied": {"model_type": "qwen2", "tie_word_embeddings": False},
@@ -152,6 +156,18 @@ ARCHITECTURES = {
     "mistral_window": {"model_type": "mistral", "sliding_window": 7},
     "mistral_window_of_one": {"model_type": "mistral", "sliding_window": 1},
     "mistral_window_of_all_but_one": {"model_type": "mistral", "sliding_window": 39},
+    # The caps bite: scores and logits are of order 1 to 10.
+    "gemma2_tied": GEMMA2,
+    "gemma2_biased": {
+        **GEMMA2,
+        **{"head_dim": 20, "attention_bias": True, "vocab_size": 269, "num_key_value_heads": 1},
+        **{"tie_word_embeddings": False, "query_pre_attn_scalar": 7, "rms_norm_eps": 0.1},
+    },
+    "gemma2_uncapped": {
+        **{**GEMMA2, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+        "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+    },
+    "gemma2_without_windows": {**GEMMA2, "layer_types": ["full_attention"] * 3},
 }
 
 
@@ -170,12 +186,14 @@ def test_logits_equal_transformers(make_strong_model, name):
         *[("qwen3", variant) for variant in ("linear", "llama3", "yarn")],
         *[("olmo2", variant) for variant in ("linear", "llama3", "yarn_betas")],
         *[("mistral", variant) for variant in ("linear", "llama3", "yarn_mscale")],
+        ("gemma2", "yarn_mscale"),
     ],
 )
 def test_logits_with_scaled_rope_equal_transformers(make_strong_model, family, variant):
-    spelled = newer(variant) if family in ("qwen2", "qwen3", "mistral") else older(variant)
+    spelled = older(variant) if family in ("llama", "olmo2") else newer(variant)
     options = {"model_type": family, "head_dim": 32, "num_hidden_layers": 2, "rope_theta": THETA}
     options |= {"sliding_window": 90} if family == "mistral" else {}
+    options |= {**GEMMA2, "head_dim": 32, "sliding_window": 90} if family == "gemma2" else {}
     plain = make_strong_model("plain", **options)
     scaled = make_strong_model("scaled", **options | {"rope_theta": None} | spelled)
     logits = assert_same_logits(scaled, random_tokens())
@@ -188,6 +206,7 @@ def test_logits_with_scaled_rope_equal_transformers(make_strong_model, family, v
     [
         *[("llama", {}), ("olmo2", {}), ("mistral", {"sliding_window": None, "head_dim": 20})],
         *[("qwen3", {"head_dim": 20, "max_window_layers": 1}), ("mistral", {"sliding_window": 30})],
+        ("gemma2", {"sliding_window": 30, "head_dim": 20, "pad_token_id": 0}),
     ],
 )
 def test_logits_of_a_model_saved_by_transformers_equal_its_own(tmp_path, family, options):
@@ -267,6 +286,7 @@ FAMILIES = {
     "qwen3": {"model_type": "qwen3", "head_dim": 20, "tie_word_embeddings": False},
     "olmo2": {"model_type": "olmo2", "head_dim": 20, "attention_bias": True},
     "mistral": {"model_type": "mistral", "head_dim": 20, "sliding_window": 12},
+    "gemma2": GEMMA2 | {"head_dim": 20},
 }
 LENGTHS = (17, 1, 17, 9)  # of the examples that share a row; longer than mistral's window, or not
 
@@ -398,6 +418,7 @@ OPTIONS = {
     "qwen3": [{"head_dim": 12}, {"head_dim": 20, "attention_bias": True}],
     "olmo2": [{}, {"head_dim": 20, "attention_bias": True}],
     "mistral": [{"sliding_window": None}, {"head_dim": 20, "sliding_window": 7}],
+    "gemma2": [{}, {"head_dim": 20, "attention_bias": True}],
 }
 EVERY_FAMILY = pytest.mark.parametrize("name", models.families())
 
@@ -411,7 +432,7 @@ def variants(name: str):
 
 
 def test_every_family_is_found_and_its_logits_are_compared():
-    assert models.families() == ["llama", "mistral", "olmo2", "qwen2", "qwen3"] == sorted(FAMILIES)
+    assert models.families() == sorted(FAMILIES)
     assert {options["model_type"] for options in ARCHITECTURES.values()} == set(FAMILIES)
 
 
@@ -481,9 +502,16 @@ def test_every_config_field_is_read(name):
 
 
 def read_config(name: str, **changes):
-    # A mistral without sliding_window has one of 4096.
-    config = ODD_CONFIG | {"model_type": name, "sliding_window": None}
+    # A mistral or gemma without sliding_window has one of 4096; a gemma needs one.
+    window = 64 if name in OF_LAYER_TYPES else None
+    config = ODD_CONFIG | {"model_type": name, "sliding_window": window}
     return models.find(name).Config.from_hf(config | changes)
+
+
+ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh", "gemma3_text": "gelu_pytorch_tanh"}
+OF_LAYER_TYPES = ACTIVATIONS.keys() & set(
+    models.families()
+)  # families whose layers need not be equal
 
 
 @EVERY_FAMILY
@@ -509,6 +537,8 @@ def test_an_unknown_field_is_refused_by_name(name):
 )
 def test_a_field_that_changes_the_computation_is_refused_by_name(name, changes):
     (field,) = changes
+    if name in OF_LAYER_TYPES and field == "layer_types":
+        changes = {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}
     # of a rope dict the message names the type, which is what is not implemented
     with pytest.raises(ValueError, match="dynamic" if field == "rope_scaling" else field):
         read_config(name, **changes)
@@ -518,8 +548,9 @@ def test_a_field_that_changes_the_computation_is_refused_by_name(name, changes):
 def test_fields_that_change_nothing_are_accepted(name):
     plain = read_config(name)
     harmless = {
-        **{"hidden_act": "silu", "attention_dropout": 0.0, "pretraining_tp": 1, "use_cache": True},
-        **{"use_sliding_window": False, "layer_types": ["full_attention"] * 3, "_name": "x"},
+        **{"attention_dropout": 0.0, "pretraining_tp": 1, "use_cache": True, "_name": "x"},
+        **{"use_sliding_window": False, "hidden_act": ACTIVATIONS.get(name, "silu")},
+        **({} if name in OF_LAYER_TYPES else {"layer_types": ["full_attention"] * 3}),
         **{"torch_dtype": "bfloat16", "eos_token_id": [1, 2], "initializer_range": 0.02},
         **{"quantization_config": None, "logit_softcap": None, "transformers_version": "4.40.0"},
     }
@@ -575,7 +606,7 @@ def test_a_value_of_the_wrong_kind_is_a_value_error(name, changes):
 def test_a_bias_that_the_family_has_not_is_refused_by_name(name):
     with pytest.raises(ValueError, match="mlp_bias = True"):
         read_config(name, mlp_bias=True)
-    if name in ("qwen2", "mistral"):
+    if name in ("qwen2", "mistral", "phi3"):
         with pytest.raises(ValueError, match="attention_bias = True"):
             read_config(name, attention_bias=True)
 
@@ -625,6 +656,38 @@ def test_a_sliding_window_that_is_no_positive_integer_is_refused(window):
 def test_layer_types_that_contradict_the_sliding_window_are_refused(window, layer_types):
     with pytest.raises(ValueError, match=f"layer_types.* sliding_window = {window}"):
         read_config("mistral", sliding_window=window, layer_types=layer_types)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layer_types": FULL[:2]}, "layer_types has 2 entries for num_hidden_layers = 3"),
+        ({"sliding_window": None}, "sliding_window is null"),
+        ({"attn_logit_softcapping": 0}, "attn_logit_softcapping = 0 must be a positive number"),
+        ({"hidden_activation": "gelu"}, "hidden_activation"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ],
+    ids=lambda changes: next(iter(changes)) if isinstance(changes, dict) else "",
+)
+@pytest.mark.parametrize("name", sorted(OF_LAYER_TYPES))
+def test_a_gemma_that_is_not_implemented_is_refused_by_name(name, changes, words):
+    with pytest.raises(ValueError, match=words):
+        read_config(name, **changes)
+
+
+@pytest.mark.parametrize("name", sorted(OF_LAYER_TYPES))
+def test_the_defaults_of_a_gemma_are_those_of_transformers(name):
+    config = {key: ODD_CONFIG[key] for key in ODD_CONFIG if not key.startswith("r")}
+    config |= {"num_hidden_layers": 13}
+    theirs = transformers.AutoConfig.for_model(name, **config)
+    ours = models.find(name).Config.from_hf(config | {"model_type": name})
+    kinds = [("full_attention", "sliding_attention")[windowed] for windowed in ours.windowed]
+    assert kinds == theirs.layer_types and ours.window == theirs.sliding_window
+    assert ours.query_scale == theirs.query_pre_attn_scalar**-0.5
+    assert (ours.norm_eps, ours.head_dim) == (theirs.rms_norm_eps, theirs.head_dim)
+    assert ours.tied == theirs.tie_word_embeddings
+    assert ours.logit_soft_cap == (theirs.final_logit_softcapping or 0.0)
+    assert ours.attention_soft_cap == (theirs.attn_logit_softcapping or 0.0)
 
 
 @EVERY_FAMILY

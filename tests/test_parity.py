@@ -31,11 +31,17 @@ FAMILIES = {
     "olmo2": {"model_type": "olmo2", "tie_word_embeddings": True},
     # Shorter than most examples.
     "mistral": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": 9},
+    "gemma2": {
+        **{"model_type": "gemma2", "head_dim": 12, "sliding_window": 9, "pad_token_id": None},
+        **{"query_pre_attn_scalar": 7, "attn_logit_softcapping": 2.0},
+        "final_logit_softcapping": 8.0,
+    },
 }
 BIASES = {  # beside those that a family has anyway
     "llama": {"attention_bias": True, "mlp_bias": True},
     "qwen3": {"attention_bias": True},
     "olmo2": {"attention_bias": True},
+    "gemma2": {"attention_bias": True},
 }
 # Of the newer families: each axis is in use in one of the two.
 GRADIENT_MESH = {"fsdp": 2, "tensor": 2, "sequence": 2}
@@ -77,10 +83,16 @@ def their_loss(model, rows: dict[str, np.ndarray]) -> torch.Tensor:
     weights = torch.tensor(rows["weights"])
     order = torch.arange(tokens.shape[1])
     seen = (segments[:, :, None] == segments[:, None, :]) & (order[:, None] >= order[None, :])
-    if window := getattr(model.config, "sliding_window", None):
-        seen &= order[:, None] - window < order[None, :]
-    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    logits = model(tokens, attention_mask=mask[:, None], position_ids=positions).logits
+    near, window = seen, getattr(model.config, "sliding_window", None)
+    if window:
+        near = seen & (order[:, None] - window < order[None, :])
+    full, sliding = (
+        torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[:, None]
+        for sees in (seen, near)
+    )
+    of_each_kind = {"full_attention": full, "sliding_attention": sliding}
+    mask = of_each_kind if hasattr(model.config, "layer_types") else sliding
+    logits = model(tokens, attention_mask=mask, position_ids=positions).logits
     losses = torch.nn.functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none"
     )
@@ -235,7 +247,7 @@ def test_the_batches_exercise_packing_padding_and_masked_targets(make_config):
     ("family", "schedule", "sizes"),
     [
         *[("qwen2", "cosine", {}), ("llama", "wsd", {})],
-        *((family, "cosine", STEPS_MESH) for family in ("qwen3", "olmo2", "mistral")),
+        *((family, "cosine", STEPS_MESH) for family in ("qwen3", "olmo2", "mistral", "gemma2")),
     ],
 )
 def test_twenty_steps_equal_torch(make_strong_model, make_config, family, schedule, sizes):

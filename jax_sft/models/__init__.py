@@ -1,7 +1,8 @@
 """Model families: one file each, found by the `model_type` of config.json.
 
-A family file defines `Config` (with `from_hf`, `dims`, and `window`, the sliding window of those
-layers that have one), `weights(cfg)` and `Model(cfg, key)`.
+A family file defines `Config` (with `from_hf`, `dims`, `window`, the sliding window of those layers
+that have one, and `attention_soft_cap` and `logit_soft_cap`, 0 = none), `weights(cfg)` and
+`Model(cfg, key)`.
 """
 
 import importlib

@@ -185,12 +185,40 @@ class Fields:
             raise ValueError(f"config.json: {name} = {value!r} must be a positive number")
         return float(value)
 
-    def flag(self, name: str) -> bool:
-        """Return a boolean; absent is false."""
-        value = self.get(name, False)
+    def flag(self, name: str, default: bool = False) -> bool:
+        """Return a boolean."""
+        value = self.get(name, default)
         if not isinstance(value, bool):
             raise ValueError(f"config.json: {name} = {value!r} must be true or false")
         return value
+
+    def soft_cap(self, name: str, default: float = 0.0) -> float:
+        """Return the bound of a soft cap; 0 = none, which config.json writes as null."""
+        self.known(name)
+        if self._config.get(name, default or None) is None:
+            return 0.0
+        return self.number(name, default)
+
+    def windows(self, layer_types: list[str], window: int) -> tuple[tuple[bool, ...], int | None]:
+        """Return (for each layer, has it a sliding window; the window, None if no layer has one).
+
+        Args:
+            layer_types, window: where config.json has no layer_types or sliding_window.
+        """
+        kinds, num_layers = self.get("layer_types", layer_types), self.size("num_hidden_layers")
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
+            raise ValueError(f"config.json: layer_types = {kinds!r} must be a list of {known}")
+        if len(kinds) != num_layers:
+            raise ValueError(
+                f"config.json: layer_types has {len(kinds)} entries for num_hidden_layers = "
+                f"{num_layers}"
+            )
+        windowed = tuple(kind == known[1] for kind in kinds)
+        if any(windowed) and self._config.get("sliding_window", window) is None:
+            raise ValueError("config.json: sliding_window is null, yet some layer_types have one")
+        size = self.size("sliding_window", window)
+        return windowed, size if any(windowed) else None
 
     def heads(self, head_dim: int | None = None) -> tuple[int, int, int]:
         """Return (heads, kv heads, head dim), checked against each other.
