@@ -30,6 +30,7 @@ FAMILIES = {
     "olmo2": {"model_type": "olmo2", "head_dim": 20, "tie_word_embeddings": False},
     "mistral": {"model_type": "mistral", "head_dim": 20, "sliding_window": 7},
     "gemma2": {"model_type": "gemma2", "head_dim": 20, "pad_token_id": None},
+    "gemma3_text": {"model_type": "gemma3_text", "head_dim": 20, "pad_token_id": None},
 }
 MESHES = {
     "one_device": {},

@@ -122,6 +122,15 @@ GEMMA2 = {
     **{"model_type": "gemma2", "head_dim": 12, "sliding_window": 7, "pad_token_id": None},
     **{"query_pre_attn_scalar": 5, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
 }
+GEMMA3 = {
+    **{"model_type": "gemma3_text", "head_dim": 12, "sliding_window": 7, "pad_token_id": None},
+    **{"query_pre_attn_scalar": 5, "sliding_window_pattern": 2, "rope_theta": THETA},
+    "rope_local_base_freq": 70.0,
+}
+GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": THETA},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+}
 ARCHITECTURES = {
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2_untied": {"model_type": "qwen2", "tie_word_embeddings": False},
@@ -168,6 +177,16 @@ ARCHITECTURES = {
         "layer_types": ["full_attention", "full_attention", "sliding_attention"],
     },
     "gemma2_without_windows": {**GEMMA2, "layer_types": ["full_attention"] * 3},
+    "gemma3_tied": GEMMA3,
+    "gemma3_scaled": GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "gemma3_nested": {
+        **{**GEMMA3, "rope_theta": None, "rope_local_base_freq": None},
+        **{"rope_parameters": GEMMA3_ROPES, "final_logit_softcapping": 2.0, "head_dim": 20},
+        **{"attention_bias": True, "vocab_size": 269, "num_key_value_heads": 1},
+        **{"tie_word_embeddings": False, "query_pre_attn_scalar": 7, "rms_norm_eps": 0.1},
+        "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+    },
+    "gemma3_all_windows": {**GEMMA3, "layer_types": ["sliding_attention"] * 3},
 }
 
 
@@ -207,15 +226,15 @@ def test_logits_with_scaled_rope_equal_transformers(make_strong_model, family, v
         *[("llama", {}), ("olmo2", {}), ("mistral", {"sliding_window": None, "head_dim": 20})],
         *[("qwen3", {"head_dim": 20, "max_window_layers": 1}), ("mistral", {"sliding_window": 30})],
         ("gemma2", {"sliding_window": 30, "head_dim": 20, "pad_token_id": 0}),
+        ("gemma3_text", {"sliding_window": 30, "head_dim": 20, "rope_parameters": GEMMA3_ROPES}),
     ],
 )
 def test_logits_of_a_model_saved_by_transformers_equal_its_own(tmp_path, family, options):
     config = transformers.AutoConfig.for_model(
         family,
-        **options,
         **dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=2),
         **dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256),
-        **dict(rope_parameters=LLAMA3 | {"rope_theta": THETA}, initializer_range=0.2),
+        **dict(rope_parameters=LLAMA3 | {"rope_theta": THETA}, initializer_range=0.2) | options,
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert_same_logits(tmp_path, random_tokens())
@@ -287,6 +306,7 @@ FAMILIES = {
     "olmo2": {"model_type": "olmo2", "head_dim": 20, "attention_bias": True},
     "mistral": {"model_type": "mistral", "head_dim": 20, "sliding_window": 12},
     "gemma2": GEMMA2 | {"head_dim": 20},
+    "gemma3_text": GEMMA3 | {"head_dim": 20},
 }
 LENGTHS = (17, 1, 17, 9)  # of the examples that share a row; longer than mistral's window, or not
 
@@ -419,6 +439,7 @@ OPTIONS = {
     "olmo2": [{}, {"head_dim": 20, "attention_bias": True}],
     "mistral": [{"sliding_window": None}, {"head_dim": 20, "sliding_window": 7}],
     "gemma2": [{}, {"head_dim": 20, "attention_bias": True}],
+    "gemma3_text": [{}, {"head_dim": 20, "attention_bias": True}],
 }
 EVERY_FAMILY = pytest.mark.parametrize("name", models.families())
 
@@ -577,6 +598,11 @@ def test_an_unknown_model_type_names_the_known_ones(make_model):
         assert all(name in str(error.value) for name in models.families())
 
 
+def test_a_gemma3_that_takes_images_is_refused_with_the_family_of_its_language_model():
+    with pytest.raises(ValueError, match="'gemma3' is not supported: .*text_config.*'gemma3_text'"):
+        models.find("gemma3")
+
+
 @EVERY_FAMILY
 @pytest.mark.parametrize(
     "changes",
@@ -663,7 +689,7 @@ def test_layer_types_that_contradict_the_sliding_window_are_refused(window, laye
     [
         ({"layer_types": FULL[:2]}, "layer_types has 2 entries for num_hidden_layers = 3"),
         ({"sliding_window": None}, "sliding_window is null"),
-        ({"attn_logit_softcapping": 0}, "attn_logit_softcapping = 0 must be a positive number"),
+        ({"final_logit_softcapping": 0}, "final_logit_softcapping = 0 must be a positive number"),
         ({"hidden_activation": "gelu"}, "hidden_activation"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ],
@@ -688,6 +714,11 @@ def test_the_defaults_of_a_gemma_are_those_of_transformers(name):
     assert ours.tied == theirs.tie_word_embeddings
     assert ours.logit_soft_cap == (theirs.final_logit_softcapping or 0.0)
     assert ours.attention_soft_cap == (theirs.attn_logit_softcapping or 0.0)
+    if name == "gemma3_text":
+        ropes = {"full_attention": ours.rope, "sliding_attention": ours.window_rope}
+        for kind, rope in ropes.items():
+            theta = theirs.rope_parameters[kind]["rope_theta"]
+            assert rope.inv_freq[1] == pytest.approx(theta ** (-2 / ours.head_dim))
 
 
 @EVERY_FAMILY

@@ -36,12 +36,17 @@ FAMILIES = {
         **{"query_pre_attn_scalar": 7, "attn_logit_softcapping": 2.0},
         "final_logit_softcapping": 8.0,
     },
+    "gemma3_text": {
+        **{"model_type": "gemma3_text", "head_dim": 20, "sliding_window": 9, "pad_token_id": None},
+        **{"query_pre_attn_scalar": 7, "sliding_window_pattern": 2, "rope_local_base_freq": 70.0},
+    },
 }
 BIASES = {  # beside those that a family has anyway
     "llama": {"attention_bias": True, "mlp_bias": True},
     "qwen3": {"attention_bias": True},
     "olmo2": {"attention_bias": True},
     "gemma2": {"attention_bias": True},
+    "gemma3_text": {"attention_bias": True},
 }
 # Of the newer families: each axis is in use in one of the two.
 GRADIENT_MESH = {"fsdp": 2, "tensor": 2, "sequence": 2}
@@ -248,6 +253,8 @@ def test_the_batches_exercise_packing_padding_and_masked_targets(make_config):
     [
         *[("qwen2", "cosine", {}), ("llama", "wsd", {})],
         *((family, "cosine", STEPS_MESH) for family in ("qwen3", "olmo2", "mistral", "gemma2")),
+        # Its gradients are compared below; what a step makes of them does not depend on the family.
+        pytest.param("gemma3_text", "cosine", STEPS_MESH, marks=pytest.mark.slow),
     ],
 )
 def test_twenty_steps_equal_torch(make_strong_model, make_config, family, schedule, sizes):

@@ -99,6 +99,7 @@ FAMILIES = {
     "olmo2": {"tie_word_embeddings": False, "attention_bias": True},
     "mistral": {"tie_word_embeddings": True, "sliding_window": 9},  # shorter than most examples
     "gemma2": {"sliding_window": 9, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 7},
+    "gemma3_text": {"sliding_window": 9, "sliding_window_pattern": 2},
 }
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jax_sft.compute import Compute
 from jax_sft.models import layers
 from jax_sft.models.rope import Rope
-from jax_sft.models.spec import Fields, Weight, linear
+from jax_sft.models.spec import LAYER_TYPES, Fields, Weight, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Config:
         num_layers = fields.size("num_hidden_layers")
         windowed, window = fields.windows(
             # Every second layer sees whole segments.
-            [("sliding_attention", "full_attention")[n % 2] for n in range(num_layers)],
+            [LAYER_TYPES[(n + 1) % 2] for n in range(num_layers)],
             window=4096,
         )
         cfg = cls(

@@ -122,6 +122,7 @@ def linear(path: str, hf: str, layout: str, bias: bool = False) -> list[Weight]:
     return rows
 
 
+LAYER_TYPES = ("full_attention", "sliding_attention")  # of config.json
 # Fields of config.json that describe files, tokens, training or generation, not the computation.
 _IGNORED = {
     *("architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache"),
@@ -206,15 +207,16 @@ class Fields:
             layer_types, window: where config.json has no layer_types or sliding_window.
         """
         kinds, num_layers = self.get("layer_types", layer_types), self.size("num_hidden_layers")
-        known = ("full_attention", "sliding_attention")
-        if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
-            raise ValueError(f"config.json: layer_types = {kinds!r} must be a list of {known}")
+        if not isinstance(kinds, list) or any(kind not in LAYER_TYPES for kind in kinds):
+            raise ValueError(
+                f"config.json: layer_types = {kinds!r} must be a list of {LAYER_TYPES}"
+            )
         if len(kinds) != num_layers:
             raise ValueError(
                 f"config.json: layer_types has {len(kinds)} entries for num_hidden_layers = "
                 f"{num_layers}"
             )
-        windowed = tuple(kind == known[1] for kind in kinds)
+        windowed = tuple(kind == "sliding_attention" for kind in kinds)
         if any(windowed) and self._config.get("sliding_window", window) is None:
             raise ValueError("config.json: sliding_window is null, yet some layer_types have one")
         size = self.size("sliding_window", window)
