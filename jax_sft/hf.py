@@ -5,6 +5,7 @@ is called, what shape it has and how it is laid out; nothing here knows a family
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -253,7 +254,8 @@ def load(
         file: safe_open(file, framework="numpy") for file in {t.file for t in tensors.values()}
     }
     params = {}
-    bar = tqdm(total=len(tensors), desc="reading weights", unit="tensor", disable=not progress)
+    total = sum(1 for row in rows for _ in row.hf_tensors(dims))
+    bar = tqdm(total=total, desc="reading weights", unit="tensor", disable=not progress)
     with bar:
         for row in rows:
             num_stacked = len(row.stacked)
@@ -279,12 +281,17 @@ def to_tensors(
     params: Mapping[str, Any], rows: Iterable[Weight], dims: dict[str, int]
 ) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
     """Yield (HF name, function that returns the HF tensor) for every tensor of the rows."""
+    held: dict[str, list[tuple[Weight, tuple[int, ...]]]] = {}
     for row in rows:
         for index, name in row.hf_tensors(dims):
-            yield (
-                name,
-                lambda row=row, index=index: row.to_hf(np.asarray(params[row.path][index]), dims),
-            )
+            held.setdefault(name, []).append((row, index))
+
+    def tensor(parts) -> np.ndarray:
+        arrays = [row.to_hf(np.asarray(params[row.path][index]), dims) for row, index in parts]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    for name, parts in held.items():
+        yield name, functools.partial(tensor, sorted(parts, key=lambda part: part[0].place))
 
 
 def save(

@@ -87,8 +87,9 @@ class LoadedModel:
         if most > self._max_segments:
             raise ValueError(f"a row has {most} segments: use at most {self._max_segments}")
         rows, seq_len = tokens.shape
-        # Ids from 1 on: 0 is the padding that `_batch` may add.
-        segment_ids = segment_ids - segment_ids.min(initial=0) + 1
+        # Ids from 1 on without gaps: 0 is the padding that `_batch` may add.
+        nth = (np.unique(row, return_inverse=True)[1] for row in segment_ids)
+        segment_ids = 1 + np.stack([*nth]).reshape(tokens.shape)
         batch = self._batch(tokens=tokens, segment_ids=segment_ids, positions=positions)
         with jax.set_mesh(self._mesh):
             return self._logits(self.params, batch)[:rows, :seq_len]
@@ -122,7 +123,7 @@ class LoadedModel:
         ends = lengths.copy()
         for _ in range(max_new_tokens):
             batch = self._batch(
-                tokens=tokens, segment_ids=np.ones_like(tokens), positions=positions
+                tokens=tokens, segment_ids=positions < ends[:, None], positions=positions
             )
             last = np.pad(ends - 1, (0, batch["tokens"].shape[0] - len(prompts)))
             with jax.set_mesh(self._mesh):

@@ -40,6 +40,10 @@ FAMILIES = {
         **{"model_type": "gemma3_text", "head_dim": 20, "sliding_window": 9, "pad_token_id": None},
         **{"query_pre_attn_scalar": 7, "sliding_window_pattern": 2, "rope_local_base_freq": 70.0},
     },
+    "phi3": {
+        **{"model_type": "phi3", "tie_word_embeddings": False, "pad_token_id": None},
+        **{"sliding_window": 9, "partial_rotary_factor": 0.5},
+    },
 }
 BIASES = {  # beside those that a family has anyway
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -214,8 +218,12 @@ def our_training(cfg, sizes: dict[str, int], micro_rows: int = 0, num_steps: int
 
 def to_hf(model_def: ModelDef, params) -> dict[str, np.ndarray]:
     host = {path: np.asarray(array) for path, array in params.items()}
-    tensors = hf.to_tensors(host, model_def.rows, model_def.cfg.dims)
-    return {name: tensor() for name, tensor in tensors}
+    tensors: dict[str, list[np.ndarray]] = {}
+    for row in model_def.rows:
+        for index, name in row.hf_tensors(model_def.cfg.dims):
+            part = row.to_hf(host[row.path][index], model_def.cfg.dims)
+            tensors.setdefault(name, []).append(part)
+    return {name: np.concatenate(parts) for name, parts in tensors.items()}
 
 
 # ---- tests ---------------------------------------------------------------------------------------
@@ -253,8 +261,11 @@ def test_the_batches_exercise_packing_padding_and_masked_targets(make_config):
     [
         *[("qwen2", "cosine", {}), ("llama", "wsd", {})],
         *((family, "cosine", STEPS_MESH) for family in ("qwen3", "olmo2", "mistral", "gemma2")),
-        # Its gradients are compared below; what a step makes of them does not depend on the family.
-        pytest.param("gemma3_text", "cosine", STEPS_MESH, marks=pytest.mark.slow),
+        # Their gradients are compared below; what a step makes of them is the same for all.
+        *(
+            pytest.param(family, "cosine", STEPS_MESH, marks=pytest.mark.slow)
+            for family in ("gemma3_text", "phi3")
+        ),
     ],
 )
 def test_twenty_steps_equal_torch(make_strong_model, make_config, family, schedule, sizes):

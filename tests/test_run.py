@@ -100,6 +100,7 @@ FAMILIES = {
     "mistral": {"tie_word_embeddings": True, "sliding_window": 9},  # shorter than most examples
     "gemma2": {"sliding_window": 9, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 7},
     "gemma3_text": {"sliding_window": 9, "sliding_window_pattern": 2},
+    "phi3": {"sliding_window": 9, "partial_rotary_factor": 0.5},
 }
 
 

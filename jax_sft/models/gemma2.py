@@ -179,7 +179,8 @@ class Model(nnx.Module):
         x_BTD = self.embed(tokens_BT, compute.dtype)
         # The factor is rounded too, as in transformers: in bfloat16, sqrt(3584) = 59.87 is 59.75.
         x_BTD *= jnp.asarray(math.sqrt(self.cfg.features), compute.dtype)
-        context = (self.cfg.rope.angles(positions_BT), segment_ids_BT, positions_BT, compute)
+        angles = self.cfg.rope.angles(positions_BT, segment_ids_BT, compute.max_segments)
+        context = (angles, segment_ids_BT, positions_BT, compute)
         each = (jnp.array(self.cfg.windowed),)
         x_BTD = layers.run_stack(
             self.layers, x_BTD, *context, name="layers", compute=compute, each=each

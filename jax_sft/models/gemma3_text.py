@@ -212,7 +212,10 @@ class Model(nnx.Module):
         x_BTD = self.embed(tokens_BT, compute.dtype)
         # The factor is rounded too, as in transformers: in bfloat16, sqrt(3584) = 59.87 is 59.75.
         x_BTD *= jnp.asarray(math.sqrt(self.cfg.features), compute.dtype)
-        angles = self.cfg.rope.angles(positions_BT), self.cfg.window_rope.angles(positions_BT)
+        angles = (
+            rope.angles(positions_BT, segment_ids_BT, compute.max_segments)
+            for rope in (self.cfg.rope, self.cfg.window_rope)
+        )
         context = (*angles, segment_ids_BT, positions_BT, compute)
         each = (jnp.array(self.cfg.windowed),)
         x_BTD = layers.run_stack(

@@ -286,7 +286,7 @@ class Decoder(nnx.Module):
     def __call__(self, tokens_BT, segment_ids_BT, positions_BT, compute: Compute) -> jax.Array:
         """Return hidden states [B, T, D] in `compute.dtype`, normed and ready for the head."""
         x_BTD = self.embed(tokens_BT, compute.dtype)
-        angles = self.cfg.rope.angles(positions_BT)
+        angles = self.cfg.rope.angles(positions_BT, segment_ids_BT, compute.max_segments)
         context = (angles, segment_ids_BT, positions_BT, compute)
         x_BTD = run_stack(self.layers, x_BTD, *context, name="layers", compute=compute)
         return self.final_norm(x_BTD)

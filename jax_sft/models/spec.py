@@ -24,11 +24,16 @@ class Weight:
             that our array stacks one such tensor per index along a leading axis.
         layout: `"hf dims -> our dims"` over logical axes, parentheses joining the factors of one
             HF dimension: `"(heads head_dim) embed -> embed heads head_dim"`.
+        fused: where the HF tensor holds several parameters one after the other: the factors of the
+            first HF dimension of each, e.g. ("heads head_dim", "kv_heads head_dim", ...).
+        place: of this one among them.
     """
 
     path: str
     hf: str
     layout: str
+    fused: tuple[str, ...] = ()
+    place: int = 0
 
     @property
     def stacked(self) -> tuple[str, ...]:
@@ -64,8 +69,12 @@ class Weight:
         return tuple(dims[axis] for axis in self.axes)
 
     def hf_shape(self, dims: dict[str, int]) -> tuple[int, ...]:
-        """Shape of one tensor in the HF file."""
-        return tuple(math.prod(dims[axis] for axis in group) for group in self._groups)
+        """Shape of one tensor in the HF file, with all parameters that it holds."""
+        first, *rest = (math.prod(dims[axis] for axis in group) for group in self._groups)
+        return sum(self._fused_sizes(dims)) or first, *rest
+
+    def _fused_sizes(self, dims: dict[str, int]) -> list[int]:
+        return [math.prod(dims[axis] for axis in part.split()) for part in self.fused]
 
     def hf_tensors(self, dims: dict[str, int]) -> Iterator[tuple[tuple[int, ...], str]]:
         """Yield (index along the stacked axes, HF name) for each tensor of the row."""
@@ -89,7 +98,8 @@ class Weight:
                 raise ValueError(f"{self.path}: cannot read a part of {rest} from {self.hf}")
             unit = math.prod(dims[axis] for axis in rest)
             start, stop = ours[first]
-            parts.append(slice(start * unit, stop * unit))
+            before = 0 if parts else sum(self._fused_sizes(dims)[: self.place])
+            parts.append(slice(before + start * unit, before + stop * unit))
         return tuple(parts)
 
     def from_hf(self, block: np.ndarray, dims: dict[str, int]) -> np.ndarray:
@@ -101,9 +111,11 @@ class Weight:
         return block.reshape(factors).transpose([self._theirs.index(axis) for axis in self._ours])
 
     def to_hf(self, array: np.ndarray, dims: dict[str, int]) -> np.ndarray:
-        """Turn our whole unstacked array into the HF tensor: the exact inverse of `from_hf`."""
+        """Turn our whole unstacked array into the HF tensor, or our part of it: the exact inverse
+        of `from_hf`."""
         order = [self._ours.index(axis) for axis in self._theirs]
-        return np.ascontiguousarray(array.transpose(order)).reshape(self.hf_shape(dims))
+        shape = [math.prod(dims[axis] for axis in group) for group in self._groups]
+        return np.ascontiguousarray(array.transpose(order)).reshape(shape)
 
 
 def linear(path: str, hf: str, layout: str, bias: bool = False) -> list[Weight]:
@@ -120,6 +132,18 @@ def linear(path: str, hf: str, layout: str, bias: bool = False) -> list[Weight]:
         ours = " ".join(outputs)
         rows.append(Weight(f"{path}.bias", f"{hf}.bias", f"({ours}) -> {ours}"))
     return rows
+
+
+def fused(hf: str, layouts: dict[str, str]) -> list[Weight]:
+    """Return the rows of linear layers whose kernels lie one after the other in one HF tensor.
+
+    Args:
+        hf: of the tensor, without ".weight".
+        layouts: {path of a layer: layout of its kernel}, in their order there.
+    """
+    rows = [Weight(f"{path}.kernel", f"{hf}.weight", layout) for path, layout in layouts.items()]
+    firsts = tuple(" ".join(row._groups[0]) for row in rows)
+    return [dataclasses.replace(row, fused=firsts, place=place) for place, row in enumerate(rows)]
 
 
 LAYER_TYPES = ("full_attention", "sliding_attention")  # of config.json
