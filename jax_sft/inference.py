@@ -35,9 +35,11 @@ class LoadedModel:
             model = model_def.bind(params)
             hidden_BTD = model_def.hidden(model, batch)
             head_VD = model.head_VD.astype(hidden_BTD.dtype)
-            return jnp.einsum(
+            logits_BTV = jnp.einsum(
                 "BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32
             )
+            cap = model_def.cfg.logit_soft_cap
+            return cap * jnp.tanh(logits_BTV / cap) if cap else logits_BTV
 
         def next_tokens(params, batch, last_B):
             model = model_def.bind(params)
@@ -47,7 +49,7 @@ class LoadedModel:
             logits_BV = jnp.einsum(
                 "BD,VD->BV", hidden_BD, head_VD, preferred_element_type=jnp.float32
             )
-            return logits_BV.argmax(axis=-1)
+            return logits_BV.argmax(axis=-1)  # a soft cap would not change their order
 
         replicated = parallel.sharding(mesh)
         self._logits = jax.jit(logits, out_shardings=replicated)
@@ -86,8 +88,9 @@ class LoadedModel:
         if most > self._max_segments:
             raise ValueError(f"a row has {most} segments: use at most {self._max_segments}")
         rows, seq_len = tokens.shape
-        # Ids from 1 on: 0 is the padding that `_batch` may add.
-        segment_ids = segment_ids - segment_ids.min(initial=0) + 1
+        # Ids from 1 on without gaps: 0 is the padding that `_batch` may add.
+        nth = (np.unique(row, return_inverse=True)[1] for row in segment_ids)
+        segment_ids = 1 + np.stack([*nth]).reshape(tokens.shape)
         batch = self._batch(tokens=tokens, segment_ids=segment_ids, positions=positions)
         with jax.set_mesh(self.mesh):
             return self._logits(self.params, batch)[:rows, :seq_len]
@@ -121,7 +124,7 @@ class LoadedModel:
         ends = lengths.copy()
         for _ in range(max_new_tokens):
             batch = self._batch(
-                tokens=tokens, segment_ids=np.ones_like(tokens), positions=positions
+                tokens=tokens, segment_ids=positions < ends[:, None], positions=positions
             )
             last = np.pad(ends - 1, (0, batch["tokens"].shape[0] - len(prompts)))
             with jax.set_mesh(self.mesh):

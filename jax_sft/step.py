@@ -52,6 +52,7 @@ def batch_sums(
         micro.get("sources"),
         num_sources,
         head_trains=model_def.head_trains,
+        soft_cap=model_def.cfg.logit_soft_cap,
         **(objective or {}),
     )
     real = micro["segment_ids"] > 0

@@ -120,6 +120,7 @@ def _train(
         head_dim=dims["head_dim"],
         mesh=mesh,
         has_window=model_cfg.window is not None and model_cfg.window < cfg.data.seq_len,
+        has_soft_cap=model_cfg.attention_soft_cap > 0,
     )
     say(f"attend  {resolved.attention}: values and gradients right on a packed test batch")
 

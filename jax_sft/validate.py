@@ -117,6 +117,7 @@ def _attention(cfg, model_cfg, sizes: dict[str, int], planned_for: tuple[int, ..
         head_dim=model_cfg.head_dim,
         sequence=sizes["sequence"],
         capability=planned_for,
+        has_soft_cap=model_cfg.attention_soft_cap > 0,
     )
 
 

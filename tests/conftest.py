@@ -62,6 +62,8 @@ def make_strong_model(make_model):
     def make(name: str = "model", seed: int = 0, **changes) -> Path:
         folder = make_model(name, seed=seed, **changes)
         rng = np.random.default_rng(seed)
+        # Gemma's norms multiply by 1 + weight.
+        centre = 0 if changes.get("model_type", "").startswith("gemma") else 1
         strong = {}
         for key, weight in load_file(folder / "model.safetensors").items():
             noise = rng.standard_normal(weight.shape)
@@ -69,7 +71,7 @@ def make_strong_model(make_model):
                 gain = 1.2 if key.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
                 strong[key] = gain * noise / np.sqrt(weight.shape[1])
             else:
-                strong[key] = 0.3 * noise + key.endswith("norm.weight")
+                strong[key] = 0.3 * noise + centre * key.endswith("norm.weight")
         embedding = "model.embed_tokens.weight"
         strong[embedding] = strong[embedding] * 1.5
         strong = {key: np.float32(weight) for key, weight in strong.items()}

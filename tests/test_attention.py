@@ -3,9 +3,11 @@
 Shape suffixes: B rows, T query tokens, S key tokens, N heads, K kv heads, H head dim.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_sft import compute, parallel
-from jax_sft.ops import blockwise, reference
+from jax_sft.ops import attention, blockwise, reference
 from jax_sft.ops.attention import packed_attention
 
 BACKENDS = {"blockwise": blockwise.BACKEND, "reference": reference.BACKEND}
@@ -24,6 +26,7 @@ SOME = [(8, 1, 1, 1), (1, 1, 1, 8), (1, 1, 2, 4), (1, 2, 2, 2)]
 BLOCK = 5  # tokens of a block here: it divides no row, and a row has several
 B, N, K, H, T = 8, 8, 8, 6, 16
 SCALE = 0.37
+SOFT_CAP = 0.7  # scores have a deviation of 0.9
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -73,7 +76,9 @@ def attention_problem(num_kv_heads: int = K, seed: int = 0):
     return q, k, v, *packed_ids(rows, T)
 
 
-def naive_attention(q, k, v, query_ids, grad_out, key_ids=None, scale=SCALE, window=None):
+def naive_attention(
+    q, k, v, query_ids, grad_out, key_ids=None, scale=SCALE, window=None, soft_cap=0.0
+):
     """(out, gradients of q, k, v) in float64, one segment and head at a time; padding stays 0."""
     key_ids = query_ids if key_ids is None else key_ids
     q, k, v = (np.float64(x) for x in (q, k, v))
@@ -89,12 +94,17 @@ def naive_attention(q, k, v, query_ids, grad_out, key_ids=None, scale=SCALE, win
             for head in range(q.shape[2]):
                 at_q = row, queries, head
                 at_k = row, keys, head // (q.shape[2] // k.shape[2])
-                scores = np.where(visible, scale * q[at_q] @ k[at_k].T, -np.inf)
+                scores, slopes = scale * q[at_q] @ k[at_k].T, 1.0
+                if soft_cap:
+                    slopes = 1 / np.cosh(scores / soft_cap) ** 2
+                    scores = soft_cap * np.tanh(scores / soft_cap)
+                scores = np.where(visible, scores, -np.inf)
                 probs = np.exp(scores - scores.max(-1, keepdims=True))
                 probs /= probs.sum(-1, keepdims=True)
                 out[at_q] = probs @ v[at_k]
                 grad_probs = grad_out[at_q] @ v[at_k].T
                 grad_scores = probs * (grad_probs - (grad_probs * probs).sum(-1, keepdims=True))
+                grad_scores *= slopes
                 grads[0][at_q] += scale * grad_scores @ k[at_k]
                 grads[1][at_k] += scale * grad_scores.T @ q[at_q]
                 grads[2][at_k] += probs.T @ grad_out[at_q]
@@ -110,11 +120,12 @@ def output_gradient(segments, num_heads=N, size=H) -> np.ndarray:
 
 
 @functools.cache  # compiled once per backend, mesh and shapes
-def attention_and_gradients(backend, sizes, window=None):
+def attention_and_gradients(backend, sizes, window=None, soft_cap=0.0):
     @jax.jit
-    def run(q, k, v, segments, positions, grad_out):
+    def run(q, k, v, segments, positions, grad_out, windowed=None):
         def attend(q, k, v):
             options = {"scale": SCALE, "backend": backend, "window": window}
+            options |= {"windowed": windowed, "soft_cap": soft_cap}
             return packed_attention(q, k, v, segments, positions, **options)
 
         out, backward = jax.vjp(attend, q, k, v)
@@ -123,11 +134,11 @@ def attention_and_gradients(backend, sizes, window=None):
     return run
 
 
-def sharded_attention(backend, sizes, problem, grad_out, window=None):
+def sharded_attention(backend, sizes, problem, grad_out, window=None, windowed=None, soft_cap=0.0):
     """(out, gradients of q, k, v) of ours on a mesh."""
     with jax.set_mesh(make_mesh(sizes)):
-        run = attention_and_gradients(backend, sizes, window)
-        return jax.device_get(run(*problem, grad_out))
+        run = attention_and_gradients(backend, sizes, window, soft_cap)
+        return jax.device_get(run(*problem, grad_out, windowed))
 
 
 @functools.partial(jax.jit, static_argnames=("backend", "window"))
@@ -163,6 +174,28 @@ def test_a_window_and_its_gradients_equal_the_naive_ones(backend, window):
     assert_close(found, wanted, problem[3] > 0)
     narrower = naive_attention(*problem[:3], problem[3:], grad_out, window=window - 1)
     assert relative_error(wanted[0], narrower[0]) > 1e-2
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "branches"])
+def test_a_soft_cap_and_a_window_that_the_layer_decides_equal_the_naive_ones(backend, monkeypatch):
+    # One program for layers with and without the window; "branches": as for cuDNN, whose window is
+    # compiled in.
+    branches = dataclasses.replace(reference.BACKEND, takes_traced_window=False)
+    fake = types.SimpleNamespace(BACKEND=branches)
+    monkeypatch.setitem(attention._MODULES, "branches", fake)
+    problem = attention_problem(num_kv_heads=4)
+    grad_out = output_gradient(problem[3])
+    for window in (4, None):
+        wanted = naive_attention(
+            *problem[:3], problem[3:], grad_out, window=window, soft_cap=SOFT_CAP
+        )
+        windowed = np.array(window is not None)
+        found = sharded_attention(
+            *(backend, (1, 2, 2, 2), problem, grad_out), 4, windowed, SOFT_CAP
+        )
+        assert_close(found, wanted, problem[3] > 0)
+        uncapped = naive_attention(*problem[:3], problem[3:], grad_out, window=window)
+        assert min(map(relative_error, wanted, uncapped)) > 0.1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

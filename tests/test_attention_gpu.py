@@ -355,10 +355,13 @@ def test_offsets_beyond_32_bits_are_refused():
         jax.eval_shape(forward, *args)
 
 
-def self_test(backend: str, has_window: bool = False, **sizes: int) -> None:
+def self_test(
+    backend: str, has_window: bool = False, has_soft_cap: bool = False, **sizes: int
+) -> None:
     mesh = parallel.make_mesh(sizes, devices=jax.devices()[: math.prod(sizes.values())])
     attention.self_test.cache_clear()
-    options = dict(num_heads_per_kv=3, head_dim=8, has_window=has_window)
+    options = dict(num_heads_per_kv=3, head_dim=8)
+    options |= dict(has_window=has_window, has_soft_cap=has_soft_cap)
     attention.self_test(backend, dtype="float32", mesh=mesh, **options)
 
 
@@ -494,6 +497,21 @@ def test_the_compiled_step_tells_cudnn_the_window_where_segments_are_longer(wind
     assert re.findall(r"sliding_window_length\\22: (\d+)", text) == told * 2
 
 
+def test_the_compiled_step_has_cudnn_with_and_without_a_window_that_the_layer_decides():
+    def step(q, k, v, ids, windowed):
+        options = dict(scale=0.1, backend="cudnn", window=64, windowed=windowed)
+        return attention.packed_attention(q, k, v, *ids, **options)
+
+    q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    ids = (jax.ShapeDtypeStruct((1, 256), jnp.int32),) * 2
+    flag = jax.ShapeDtypeStruct((), jnp.bool)
+    with jax.set_mesh(parallel.single_device_mesh()):
+        traced = jax.jit(step).trace(q, q, q, ids, flag)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    found = re.findall(r"sliding_window_length\\22: (\d+)", text)
+    assert set(found) == {"64", "0"} and text.count('"stablehlo.case"') == 1
+
+
 def test_the_compiled_step_holds_no_square_of_the_row():
     shapes = set(re.findall(r"tensor<([0-9x]+)x(?:bf16|f32|i32|i1)>", lowered_for_cuda(8192, 256)))
     largest = max(np.prod([int(n) for n in shape.split("x")]) for shape in shapes)
@@ -573,6 +591,29 @@ def test_tokamax_takes_keys_in_stripes(on_cpu):
 @pytest.mark.parametrize("sizes", [dict(fsdp=2), dict(sequence=4), dict(sequence=2, tensor=2)])
 def test_tokamax_passes_the_self_test(on_cpu, sizes):
     self_test("tokamax", **sizes)
+
+
+@needs_tokamax
+@pytest.mark.parametrize("sizes", [dict(fsdp=2), dict(sequence=2)])
+def test_tokamax_passes_the_self_test_with_a_soft_cap(on_cpu, sizes):
+    self_test("tokamax", has_window=True, has_soft_cap=True, **sizes)
+
+
+@needs_tokamax
+@pytest.mark.parametrize("windowed", [True, False])
+def test_tokamax_takes_a_window_that_the_layer_decides(on_cpu, windowed):
+    ids = batch(row(40, 1, 70, size=128))
+    q, k, v, _ = random_batch(ids, ids)
+
+    @functools.partial(jax.jit, static_argnames="window")
+    def attend(windowed, window):
+        options = dict(scale=0.3, backend="tokamax", windowed=windowed, window=window)
+        return attention.packed_attention(q, k, v, *ids, **options)
+
+    with jax.set_mesh(parallel.single_device_mesh()):
+        found = attend(jnp.array(windowed), window=20)
+        wanted = attend(None, window=20 if windowed else None)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
 @needs_tokamax

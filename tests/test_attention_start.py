@@ -55,7 +55,7 @@ def test_auto_is_the_first_on_a_gpu_that_can_run(monkeypatch):
     able = {"cudnn", "tokamax"}
 
     def can_run(name, **situation):
-        assert situation == {**GPU, "capability": None}
+        assert situation == {**GPU, "capability": None, "has_soft_cap": False}
         return [] if name in able else ["not today"]
 
     for name, module in (("cudnn", cudnn), ("tokamax", tokamax)):
@@ -77,16 +77,33 @@ def test_auto_inside_a_model_is_told_by_the_devices_of_the_mesh(monkeypatch):
     with jax.set_mesh(make_mesh((2, 2, 1, 2))):
         jax.eval_shape(functools.partial(attention.packed_attention, scale=1.0), x, x, x, ids, ids)
     wanted = {"platform": "cpu", "dtype": "bfloat16", "head_dim": 6, "sequence": 2}
-    assert asked == [wanted]
+    assert asked == [wanted | {"has_soft_cap": False}]
+
+
+def test_a_soft_cap_is_not_for_cudnn(monkeypatch):
+    for module in (cudnn, tokamax):  # as on a GPU, whatever is installed here
+        monkeypatch.setattr(module, "_missing_names", lambda: [], raising=False)
+    planned = GPU | {"capability": (9, 0)}
+    assert attention.resolve("auto", **planned) == "cudnn"
+    assert attention.resolve("auto", **planned, has_soft_cap=True) == "blockwise"
+    with pytest.raises(ValueError, match='no soft cap.* Or use model.attention = "auto"'):
+        attention.resolve("cudnn", **planned, has_soft_cap=True)
 
 
 # ---- self-test -----------------------------------------------------------------------------------
 
 
 def self_test(
-    backend="blockwise", dtype="float32", group=2, head_dim=8, sizes=(1, 1, 1, 1), window=False
+    backend="blockwise",
+    dtype="float32",
+    group=2,
+    head_dim=8,
+    sizes=(1, 1, 1, 1),
+    window=False,
+    soft_cap=False,
 ):
     shape = {"num_heads_per_kv": group, "head_dim": head_dim, "has_window": window}
+    shape |= {"has_soft_cap": soft_cap}
     attention.self_test(backend, dtype=dtype, mesh=make_mesh(sizes), **shape)
 
 
@@ -107,6 +124,19 @@ def test_a_right_backend_passes(backend, dtype, group, sizes):
 @pytest.mark.parametrize("backend", ["blockwise", "reference"])
 def test_a_right_backend_passes_with_a_window(backend):
     self_test(backend, "bfloat16", window=True)
+
+
+def test_a_backend_that_does_not_heed_the_soft_cap_is_refused(monkeypatch):
+    self_test("reference", "bfloat16", soft_cap=True)
+    self_test("blockwise", "bfloat16", window=True, soft_cap=True)
+
+    def forward(*args, soft_cap, **options):
+        return reference.BACKEND.forward(*args, **options)
+
+    faulty = Backend(forward, reference.BACKEND.backward)
+    monkeypatch.setitem(attention._MODULES, "tokamax", types.SimpleNamespace(BACKEND=faulty))
+    with pytest.raises(ValueError, match="'tokamax' computes wrongly .* and a soft cap: out"):
+        self_test("tokamax", soft_cap=True)
 
 
 @pytest.mark.parametrize("change", [None, 1, -1])  # None: it knows no window

@@ -29,6 +29,9 @@ FAMILIES = {
     "qwen3": {"model_type": "qwen3", "head_dim": 20, "attention_bias": True},
     "olmo2": {"model_type": "olmo2", "head_dim": 20, "tie_word_embeddings": False},
     "mistral": {"model_type": "mistral", "head_dim": 20, "sliding_window": 7},
+    "gemma2": {"model_type": "gemma2", "head_dim": 20, "pad_token_id": None},
+    "gemma3_text": {"model_type": "gemma3_text", "head_dim": 20, "pad_token_id": None},
+    "phi3": {"model_type": "phi3", "head_dim": 20, "pad_token_id": None},
 }
 MESHES = {
     "one_device": {},
@@ -143,6 +146,15 @@ def test_every_dtype_returns_bit_for_bit(make_model, tmp_path, dtype):
 
     rewrite(folder, add_extremes)
     there_and_back(folder, tmp_path / "out", "fsdp_tensor")
+    assert_same_bits(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_tensors_that_hold_several_parameters_return_bit_for_bit(make_model, tmp_path, dtype):
+    folder = make_model(**FAMILIES["phi3"], dtype=dtype)
+    split(folder, 3)
+    files = there_and_back(folder, tmp_path / "out", "all_axes", shard_bytes=30_000)
+    assert len(files) > 3
     assert_same_bits(folder, tmp_path / "out")
 
 
@@ -383,6 +395,26 @@ def test_all_problems_of_a_folder_are_in_one_message(make_model):
         assert any(all(word in line for word in words) for line in lines), (words, lines)
     assert len(lines) == 1 + len(expected)
     assert str(folder) in lines[0]
+
+
+def test_a_tensor_of_several_parameters_is_reported_once_by_its_name(make_model):
+    folder = make_model(**FAMILIES["phi3"])
+    qkv, up = "model.layers.1.self_attn.qkv_proj.weight", "model.layers.0.mlp.gate_up_proj.weight"
+
+    def spoil(tensors):
+        tensors["model.layers.1.self_attn.q_proj.weight"] = tensors.pop(qkv)[:80]
+        tensors[up] = tensors[up][:80]
+
+    rewrite(folder, spoil)
+    _, *lines = refusal(folder).splitlines()
+    expected = [
+        ["model.layers.1.self_attn.q_proj.weight", "not part"],
+        [up, "(80, 48)", "(160, 48)"],
+        [qkv, "(160, 48)", "missing"],
+    ]
+    assert len(lines) == len(expected)
+    for words in expected:
+        assert any(all(word in line for word in words) for line in lines), (words, lines)
 
 
 def test_a_long_list_of_problems_is_cut_and_counted(make_model):

@@ -46,6 +46,10 @@ ROPES = {
     "yarn_untruncated": YARN | {"truncate": False},
     "yarn_betas": YARN | {"beta_fast": 4.0, "beta_slow": 0.25},
     "yarn_betas_untruncated": YARN | {"beta_fast": 4.0, "beta_slow": 0.25, "truncate": False},
+    "longrope": {
+        **{"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": ORIGINAL},
+        **{"short_factor": [1.0 + n / 9 for n in range(16)], "long_factor": [*range(1, 17)]},
+    },
 }
 # Other ways to write a variant: {name: (variant of ROPES, fields of config.json)}.
 SPELLINGS = {
@@ -118,6 +122,20 @@ def assert_same_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
 # ---- logits equal transformers' ------------------------------------------------------------------
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
+GEMMA2 = {
+    **{"model_type": "gemma2", "head_dim": 12, "sliding_window": 7, "pad_token_id": None},
+    **{"query_pre_attn_scalar": 5, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
+}
+GEMMA3 = {
+    **{"model_type": "gemma3_text", "head_dim": 12, "sliding_window": 7, "pad_token_id": None},
+    **{"query_pre_attn_scalar": 5, "sliding_window_pattern": 2, "rope_theta": THETA},
+    "rope_local_base_freq": 70.0,
+}
+PHI3 = {"model_type": "phi3", "tie_word_embeddings": False, "pad_token_id": None}
+GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": THETA},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+}
 ARCHITECTURES = {
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2_untied": {"model_type": "qwen2", "tie_word_embeddings": False},
@@ -152,6 +170,35 @@ ARCHITECTURES = {
     "mistral_window": {"model_type": "mistral", "sliding_window": 7},
     "mistral_window_of_one": {"model_type": "mistral", "sliding_window": 1},
     "mistral_window_of_all_but_one": {"model_type": "mistral", "sliding_window": 39},
+    # The caps bite: scores and logits are of order 1 to 10.
+    "gemma2_tied": GEMMA2,
+    "gemma2_biased": {
+        **GEMMA2,
+        **{"head_dim": 20, "attention_bias": True, "vocab_size": 269, "num_key_value_heads": 1},
+        **{"tie_word_embeddings": False, "query_pre_attn_scalar": 7, "rms_norm_eps": 0.1},
+    },
+    "gemma2_uncapped": {
+        **{**GEMMA2, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+        "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+    },
+    "gemma2_without_windows": {**GEMMA2, "layer_types": ["full_attention"] * 3},
+    "gemma3_tied": GEMMA3,
+    "gemma3_scaled": GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "gemma3_nested": {
+        **{**GEMMA3, "rope_theta": None, "rope_local_base_freq": None},
+        **{"rope_parameters": GEMMA3_ROPES, "final_logit_softcapping": 2.0, "head_dim": 20},
+        **{"attention_bias": True, "vocab_size": 269, "num_key_value_heads": 1},
+        **{"tie_word_embeddings": False, "query_pre_attn_scalar": 7, "rms_norm_eps": 0.1},
+        "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+    },
+    "gemma3_all_windows": {**GEMMA3, "layer_types": ["sliding_attention"] * 3},
+    "phi3_untied": PHI3,
+    "phi3_tied": {
+        **{**PHI3, "tie_word_embeddings": True, "vocab_size": 269, "num_key_value_heads": 1},
+        **{"sliding_window": 7, "rms_norm_eps": 0.1},
+    },
+    "phi3_head_dim": {**PHI3, "head_dim": 20, "num_key_value_heads": None},
+    "phi3_partial": {**PHI3, "head_dim": 20, "partial_rotary_factor": 0.72},  # 14 of 20
 }
 
 
@@ -170,12 +217,14 @@ def test_logits_equal_transformers(make_strong_model, name):
         *[("qwen3", variant) for variant in ("linear", "llama3", "yarn")],
         *[("olmo2", variant) for variant in ("linear", "llama3", "yarn_betas")],
         *[("mistral", variant) for variant in ("linear", "llama3", "yarn_mscale")],
+        ("gemma2", "yarn_mscale"),
     ],
 )
 def test_logits_with_scaled_rope_equal_transformers(make_strong_model, family, variant):
-    spelled = newer(variant) if family in ("qwen2", "qwen3", "mistral") else older(variant)
+    spelled = older(variant) if family in ("llama", "olmo2") else newer(variant)
     options = {"model_type": family, "head_dim": 32, "num_hidden_layers": 2, "rope_theta": THETA}
     options |= {"sliding_window": 90} if family == "mistral" else {}
+    options |= {**GEMMA2, "head_dim": 32, "sliding_window": 90} if family == "gemma2" else {}
     plain = make_strong_model("plain", **options)
     scaled = make_strong_model("scaled", **options | {"rope_theta": None} | spelled)
     logits = assert_same_logits(scaled, random_tokens())
@@ -183,20 +232,92 @@ def test_logits_with_scaled_rope_equal_transformers(make_strong_model, family, v
         assert np.abs(logits - their_logits(plain, random_tokens())).max() > 1
 
 
+SHORT, LONG = [1.0, 1.1, 1.3, 1.2, 1.5, 1.9], [1.0, 1.4, 2.5, 6.0, 15.0, 40.0]
+LONGROPE = {"type": "longrope", "short_factor": SHORT, "long_factor": LONG}
+LONGROPES = {
+    "older": {"rope_scaling": LONGROPE, "original_max_position_embeddings": ORIGINAL},
+    "su": {
+        # transformers wants the length within too, but takes the one beside.
+        "rope_scaling": LONGROPE | {"type": "su", "original_max_position_embeddings": 8},
+        "original_max_position_embeddings": ORIGINAL,
+    },
+    "newer": {
+        "rope_parameters": LONGROPE | {"rope_type": "longrope", "rope_theta": THETA, "factor": 2.0},
+        "original_max_position_embeddings": ORIGINAL,
+    },
+    "partial": {
+        "rope_scaling": LONGROPE | {"short_factor": SHORT[:4], "long_factor": LONG[:4]},
+        **{"original_max_position_embeddings": ORIGINAL, "partial_rotary_factor": 0.67},
+    },
+    "attention_factor": {
+        "rope_scaling": LONGROPE | {"attention_factor": 0.7},
+        "original_max_position_embeddings": ORIGINAL,
+    },
+}
+
+
+@pytest.mark.parametrize("spelling", LONGROPES)
+def test_longrope_logits_beyond_the_original_length_equal_transformers(make_strong_model, spelling):
+    folder = make_strong_model(**PHI3 | {"num_hidden_layers": 2} | LONGROPES[spelling])
+    assert_same_logits(folder, random_tokens(length=ORIGINAL + 1))
+
+
+@pytest.mark.parametrize("given", [{}, {"original_max_position_embeddings": 64}])
+def test_the_original_length_of_a_phi3_is_that_of_transformers(given):
+    fields = {"rope_scaling": LONGROPE | {"original_max_position_embeddings": 8}} | given
+    theirs = transformers.AutoConfig.for_model(
+        "phi3", **json.loads(json.dumps(ODD_CONFIG | fields))
+    )
+    original = theirs.rope_parameters["original_max_position_embeddings"]
+    assert (
+        read_config("phi3", **fields).rope.longest_short
+        == original
+        == max(given.values(), default=4096)
+    )
+
+
+def test_each_segment_decides_by_its_own_length_which_factors_of_longrope_it_takes(
+    make_strong_model,
+):
+    # transformers takes the longest of the batch for all: so each alone, here in one row.
+    folder = make_strong_model(**PHI3 | {"num_hidden_layers": 2} | LONGROPES["older"])
+    lengths = (ORIGINAL, ORIGINAL + 1, 9)
+    tokens = random_tokens(1, sum(lengths))
+    packed = jax_sft.load(folder).logits(tokens, np.repeat([[7, 3, 900]], lengths, axis=1))
+    ends = np.cumsum(lengths)
+    for end, length in zip(ends, lengths, strict=True):
+        part = slice(end - length, end)
+        alone = their_logits(folder, tokens[:, part])
+        np.testing.assert_allclose(packed[:, part], alone, rtol=0, atol=TOLERANCE)
+    together = their_logits(folder, tokens)
+    assert np.abs(packed - together)[:, :ORIGINAL].max() > 0.1
+
+
+def test_greedy_answers_take_the_factors_of_longrope_by_the_length_so_far(make_strong_model):
+    folder = make_strong_model(**PHI3 | {"num_hidden_layers": 2} | LONGROPES["older"])
+    model, prompt = jax_sft.load(folder), random_tokens(1, ORIGINAL - 2)[0].tolist()
+    answer = model.greedy([prompt], 4, [])[0]
+    for number, token in enumerate(answer):
+        logits = their_logits(folder, np.array([prompt + answer[:number]]))[0, -1]
+        assert token == logits.argmax()
+
+
 @pytest.mark.parametrize(
     ("family", "options"),
     [
         *[("llama", {}), ("olmo2", {}), ("mistral", {"sliding_window": None, "head_dim": 20})],
         *[("qwen3", {"head_dim": 20, "max_window_layers": 1}), ("mistral", {"sliding_window": 30})],
+        ("gemma2", {"sliding_window": 30, "head_dim": 20, "pad_token_id": 0}),
+        ("gemma3_text", {"sliding_window": 30, "head_dim": 20, "rope_parameters": GEMMA3_ROPES}),
+        ("phi3", {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | LONGROPES["newer"]),
     ],
 )
 def test_logits_of_a_model_saved_by_transformers_equal_its_own(tmp_path, family, options):
     config = transformers.AutoConfig.for_model(
         family,
-        **options,
         **dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=2),
         **dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256),
-        **dict(rope_parameters=LLAMA3 | {"rope_theta": THETA}, initializer_range=0.2),
+        **dict(rope_parameters=LLAMA3 | {"rope_theta": THETA}, initializer_range=0.2) | options,
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert_same_logits(tmp_path, random_tokens())
@@ -222,13 +343,14 @@ def test_angles_equal_transformers(spelling):
     config = transformers.LlamaConfig(**sizes, **json.loads(json.dumps(fields)))
     rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
     positions = np.array([[0, 1, 5, ORIGINAL, 255, 256, 1000]])
-    cos, sin = read_rope(fields).angles(jnp.array(positions))
+    cos, sin = read_rope(fields).angles(jnp.array(positions), jnp.ones(positions.shape, int), 1)
     their_cos, their_sin = rotary(torch.zeros(1), torch.tensor(positions))
     for ours, theirs in ((cos, their_cos), (sin, their_sin)):  # theirs: both halves, no head axis
         assert ours.shape == (1, 7, 1, 16)
         # A float32 frequency is exact to 6e-8; times position 1000 that is 6e-5 of an angle.
         np.testing.assert_allclose(ours[:, :, 0], theirs[..., :16], rtol=0, atol=2e-4)
-    np.testing.assert_allclose(read_rope(fields).inv_freq, rotary.inv_freq, rtol=5e-7)
+    rope = read_rope(fields)
+    np.testing.assert_allclose(rope.long_inv_freq or rope.inv_freq, rotary.inv_freq, rtol=5e-7)
 
 
 def test_rope_variants_all_differ_and_spellings_do_not():
@@ -242,7 +364,10 @@ def test_rope_variants_all_differ_and_spellings_do_not():
     ("scaling", "words"),
     [
         ({"rope_type": "dynamic", "factor": 2.0}, ["dynamic", "linear", "llama3", "yarn"]),
-        ({"type": "longrope", "factor": 2.0}, ["longrope"]),
+        ({"type": "longrope", "factor": 2.0}, ["longrope", "short_factor"]),
+        (LONGROPE, ["short_factor has 6 numbers", "32 rotated dimensions"]),
+        (LONGROPE | {"short_factor": [1] * 16, "long_factor": [1] * 15 + [0]}, ["long_factor"]),
+        (YARN | {"short_factor": [1] * 16}, ["yarn", "short_factor"]),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 32}, ["linear", "beta_fast"]),
         (YARN | {"extrapolation": 3}, ["yarn", "extrapolation"]),
         ({"rope_type": "linear"}, ["linear", "factor"]),
@@ -267,6 +392,9 @@ FAMILIES = {
     "qwen3": {"model_type": "qwen3", "head_dim": 20, "tie_word_embeddings": False},
     "olmo2": {"model_type": "olmo2", "head_dim": 20, "attention_bias": True},
     "mistral": {"model_type": "mistral", "head_dim": 20, "sliding_window": 12},
+    "gemma2": GEMMA2 | {"head_dim": 20},
+    "gemma3_text": GEMMA3 | {"head_dim": 20},
+    "phi3": PHI3 | LONGROPES["partial"] | {"original_max_position_embeddings": 12},
 }
 LENGTHS = (17, 1, 17, 9)  # of the examples that share a row; longer than mistral's window, or not
 
@@ -356,7 +484,8 @@ def test_bfloat16_logits_are_within_3_percent_of_float32(make_strong_model, fami
     assert 1e-4 < error < 0.03
 
 
-@pytest.mark.parametrize("family", ["qwen2", "olmo2"])  # one of them norms over all heads
+# One norms over all heads, one looks how long the segments are.
+@pytest.mark.parametrize("family", ["qwen2", "olmo2", "phi3"])
 def test_logits_do_not_depend_on_the_mesh(make_strong_model, family):
     folder = make_strong_model(**FAMILIES[family])
     tokens, segments, positions, parts = packed_row()
@@ -398,6 +527,8 @@ OPTIONS = {
     "qwen3": [{"head_dim": 12}, {"head_dim": 20, "attention_bias": True}],
     "olmo2": [{}, {"head_dim": 20, "attention_bias": True}],
     "mistral": [{"sliding_window": None}, {"head_dim": 20, "sliding_window": 7}],
+    "gemma2": [{}, {"head_dim": 20, "attention_bias": True}],
+    "gemma3_text": [{}, {"head_dim": 20, "attention_bias": True}],
 }
 EVERY_FAMILY = pytest.mark.parametrize("name", models.families())
 
@@ -411,7 +542,7 @@ def variants(name: str):
 
 
 def test_every_family_is_found_and_its_logits_are_compared():
-    assert models.families() == ["llama", "mistral", "olmo2", "qwen2", "qwen3"] == sorted(FAMILIES)
+    assert models.families() == sorted(FAMILIES)
     assert {options["model_type"] for options in ARCHITECTURES.values()} == set(FAMILIES)
 
 
@@ -429,7 +560,7 @@ def test_weight_rows_are_exactly_the_module_tree(name):
 def test_weight_rows_are_exactly_the_tensors_of_transformers(name):
     for family, cfg in variants(name):
         config = {"model_type": name, "tie_word_embeddings": cfg.tied} | ODD_CONFIG
-        config |= {"head_dim": cfg.head_dim}
+        config |= {"head_dim": cfg.head_dim, "pad_token_id": None}
         config |= {key: getattr(cfg, key) for key in BIASED if hasattr(cfg, key)}
         with torch.device("meta"):
             theirs = transformers.AutoModelForCausalLM.from_config(
@@ -455,6 +586,8 @@ def test_weight_rows_turn_tensors_into_parameters_and_back(name):
         for row in family.weights(cfg):
             shape = row.hf_shape(cfg.dims)
             theirs = np.arange(np.prod(shape)).reshape(shape)
+            whole = tuple((0, cfg.dims[axis]) for axis in row.axes[len(row.stacked) :])
+            theirs = theirs[row.hf_index(whole, cfg.dims)]
             ours = row.from_hf(theirs, cfg.dims)
             assert ours.shape == row.shape(cfg.dims)[len(row.stacked) :]
             np.testing.assert_array_equal(row.to_hf(ours, cfg.dims), theirs)
@@ -481,9 +614,16 @@ def test_every_config_field_is_read(name):
 
 
 def read_config(name: str, **changes):
-    # A mistral without sliding_window has one of 4096.
-    config = ODD_CONFIG | {"model_type": name, "sliding_window": None}
+    # A mistral or gemma without sliding_window has one of 4096; a gemma needs one.
+    window = 64 if name in OF_LAYER_TYPES else None
+    config = ODD_CONFIG | {"model_type": name, "sliding_window": window}
     return models.find(name).Config.from_hf(config | changes)
+
+
+ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh", "gemma3_text": "gelu_pytorch_tanh"}
+OF_LAYER_TYPES = ACTIVATIONS.keys() & set(
+    models.families()
+)  # families whose layers need not be equal
 
 
 @EVERY_FAMILY
@@ -509,6 +649,10 @@ def test_an_unknown_field_is_refused_by_name(name):
 )
 def test_a_field_that_changes_the_computation_is_refused_by_name(name, changes):
     (field,) = changes
+    if name == "phi3" and field == "partial_rotary_factor":
+        changes = {field: 0.6}  # not an even number of dimensions
+    if name in OF_LAYER_TYPES and field == "layer_types":
+        changes = {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}
     # of a rope dict the message names the type, which is what is not implemented
     with pytest.raises(ValueError, match="dynamic" if field == "rope_scaling" else field):
         read_config(name, **changes)
@@ -518,8 +662,9 @@ def test_a_field_that_changes_the_computation_is_refused_by_name(name, changes):
 def test_fields_that_change_nothing_are_accepted(name):
     plain = read_config(name)
     harmless = {
-        **{"hidden_act": "silu", "attention_dropout": 0.0, "pretraining_tp": 1, "use_cache": True},
-        **{"use_sliding_window": False, "layer_types": ["full_attention"] * 3, "_name": "x"},
+        **{"attention_dropout": 0.0, "pretraining_tp": 1, "use_cache": True, "_name": "x"},
+        **{"use_sliding_window": False, "hidden_act": ACTIVATIONS.get(name, "silu")},
+        **({} if name in OF_LAYER_TYPES else {"layer_types": ["full_attention"] * 3}),
         **{"torch_dtype": "bfloat16", "eos_token_id": [1, 2], "initializer_range": 0.02},
         **{"quantization_config": None, "logit_softcap": None, "transformers_version": "4.40.0"},
     }
@@ -544,6 +689,11 @@ def test_an_unknown_model_type_names_the_known_ones(make_model):
             jax_sft.load(folder)
         assert str(unknown) in str(error.value)
         assert all(name in str(error.value) for name in models.families())
+
+
+def test_a_gemma3_that_takes_images_is_refused_with_the_family_of_its_language_model():
+    with pytest.raises(ValueError, match="'gemma3' is not supported: .*text_config.*'gemma3_text'"):
+        models.find("gemma3")
 
 
 @EVERY_FAMILY
@@ -575,7 +725,7 @@ def test_a_value_of_the_wrong_kind_is_a_value_error(name, changes):
 def test_a_bias_that_the_family_has_not_is_refused_by_name(name):
     with pytest.raises(ValueError, match="mlp_bias = True"):
         read_config(name, mlp_bias=True)
-    if name in ("qwen2", "mistral"):
+    if name in ("qwen2", "mistral", "phi3"):
         with pytest.raises(ValueError, match="attention_bias = True"):
             read_config(name, attention_bias=True)
 
@@ -625,6 +775,43 @@ def test_a_sliding_window_that_is_no_positive_integer_is_refused(window):
 def test_layer_types_that_contradict_the_sliding_window_are_refused(window, layer_types):
     with pytest.raises(ValueError, match=f"layer_types.* sliding_window = {window}"):
         read_config("mistral", sliding_window=window, layer_types=layer_types)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layer_types": FULL[:2]}, "layer_types has 2 entries for num_hidden_layers = 3"),
+        ({"sliding_window": None}, "sliding_window is null"),
+        ({"final_logit_softcapping": 0}, "final_logit_softcapping = 0 must be a positive number"),
+        ({"hidden_activation": "gelu"}, "hidden_activation"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ],
+    ids=lambda changes: next(iter(changes)) if isinstance(changes, dict) else "",
+)
+@pytest.mark.parametrize("name", sorted(OF_LAYER_TYPES))
+def test_a_gemma_that_is_not_implemented_is_refused_by_name(name, changes, words):
+    with pytest.raises(ValueError, match=words):
+        read_config(name, **changes)
+
+
+@pytest.mark.parametrize("name", sorted(OF_LAYER_TYPES))
+def test_the_defaults_of_a_gemma_are_those_of_transformers(name):
+    config = {key: ODD_CONFIG[key] for key in ODD_CONFIG if not key.startswith("r")}
+    config |= {"num_hidden_layers": 13}
+    theirs = transformers.AutoConfig.for_model(name, **config)
+    ours = models.find(name).Config.from_hf(config | {"model_type": name})
+    kinds = [("full_attention", "sliding_attention")[windowed] for windowed in ours.windowed]
+    assert kinds == theirs.layer_types and ours.window == theirs.sliding_window
+    assert ours.query_scale == theirs.query_pre_attn_scalar**-0.5
+    assert (ours.norm_eps, ours.head_dim) == (theirs.rms_norm_eps, theirs.head_dim)
+    assert ours.tied == theirs.tie_word_embeddings
+    assert ours.logit_soft_cap == (theirs.final_logit_softcapping or 0.0)
+    assert ours.attention_soft_cap == (theirs.attn_logit_softcapping or 0.0)
+    if name == "gemma3_text":
+        ropes = {"full_attention": ours.rope, "sliding_attention": ours.window_rope}
+        for kind, rope in ropes.items():
+            theta = theirs.rope_parameters[kind]["rope_theta"]
+            assert rope.inv_freq[1] == pytest.approx(theta ** (-2 / ours.head_dim))
 
 
 @EVERY_FAMILY

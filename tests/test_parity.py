@@ -31,11 +31,26 @@ FAMILIES = {
     "olmo2": {"model_type": "olmo2", "tie_word_embeddings": True},
     # Shorter than most examples.
     "mistral": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": 9},
+    "gemma2": {
+        **{"model_type": "gemma2", "head_dim": 12, "sliding_window": 9, "pad_token_id": None},
+        **{"query_pre_attn_scalar": 7, "attn_logit_softcapping": 2.0},
+        "final_logit_softcapping": 8.0,
+    },
+    "gemma3_text": {
+        **{"model_type": "gemma3_text", "head_dim": 20, "sliding_window": 9, "pad_token_id": None},
+        **{"query_pre_attn_scalar": 7, "sliding_window_pattern": 2, "rope_local_base_freq": 70.0},
+    },
+    "phi3": {
+        **{"model_type": "phi3", "tie_word_embeddings": False, "pad_token_id": None},
+        **{"sliding_window": 9, "partial_rotary_factor": 0.5},
+    },
 }
 BIASES = {  # beside those that a family has anyway
     "llama": {"attention_bias": True, "mlp_bias": True},
     "qwen3": {"attention_bias": True},
     "olmo2": {"attention_bias": True},
+    "gemma2": {"attention_bias": True},
+    "gemma3_text": {"attention_bias": True},
 }
 # Of the newer families: each axis is in use in one of the two.
 GRADIENT_MESH = {"fsdp": 2, "tensor": 2, "sequence": 2}
@@ -77,10 +92,16 @@ def their_loss(model, rows: dict[str, np.ndarray]) -> torch.Tensor:
     weights = torch.tensor(rows["weights"])
     order = torch.arange(tokens.shape[1])
     seen = (segments[:, :, None] == segments[:, None, :]) & (order[:, None] >= order[None, :])
-    if window := getattr(model.config, "sliding_window", None):
-        seen &= order[:, None] - window < order[None, :]
-    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    logits = model(tokens, attention_mask=mask[:, None], position_ids=positions).logits
+    near, window = seen, getattr(model.config, "sliding_window", None)
+    if window:
+        near = seen & (order[:, None] - window < order[None, :])
+    full, sliding = (
+        torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[:, None]
+        for sees in (seen, near)
+    )
+    of_each_kind = {"full_attention": full, "sliding_attention": sliding}
+    mask = of_each_kind if hasattr(model.config, "layer_types") else sliding
+    logits = model(tokens, attention_mask=mask, position_ids=positions).logits
     losses = torch.nn.functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none"
     )
@@ -197,12 +218,12 @@ def our_training(cfg, sizes: dict[str, int], micro_rows: int = 0, num_steps: int
 
 def to_hf(model_def: ModelDef, params) -> dict[str, np.ndarray]:
     host = {path: np.asarray(array) for path, array in params.items()}
-    dims = model_def.cfg.dims
-    return {
-        name: row.to_hf(host[row.path][index], dims)
-        for row in model_def.rows
-        for index, name in row.hf_tensors(dims)
-    }
+    tensors: dict[str, list[np.ndarray]] = {}
+    for row in model_def.rows:
+        for index, name in row.hf_tensors(model_def.cfg.dims):
+            part = row.to_hf(host[row.path][index], model_def.cfg.dims)
+            tensors.setdefault(name, []).append(part)
+    return {name: np.concatenate(parts) for name, parts in tensors.items()}
 
 
 # ---- tests ---------------------------------------------------------------------------------------
@@ -240,6 +261,11 @@ def test_the_batches_exercise_packing_padding_and_masked_targets(make_config):
     [
         *[("qwen2", "cosine", {}), ("llama", "wsd", {})],
         *((family, "cosine", STEPS_MESH) for family in ("qwen3", "olmo2", "mistral")),
+        # Their gradients are compared below; what a step makes of them is the same for all.
+        *(
+            pytest.param(family, "cosine", STEPS_MESH, marks=pytest.mark.slow)
+            for family in ("gemma2", "gemma3_text", "phi3")
+        ),
     ],
 )
 def test_twenty_steps_equal_torch(make_strong_model, make_config, family, schedule, sizes):

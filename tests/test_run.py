@@ -98,6 +98,9 @@ FAMILIES = {
     "qwen3": {"tie_word_embeddings": False},
     "olmo2": {"tie_word_embeddings": False, "attention_bias": True},
     "mistral": {"tie_word_embeddings": True, "sliding_window": 9},  # shorter than most examples
+    "gemma2": {"sliding_window": 9, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 7},
+    "gemma3_text": {"sliding_window": 9, "sliding_window_pattern": 2},
+    "phi3": {"sliding_window": 9, "partial_rotary_factor": 0.5},
 }
 
 
@@ -124,24 +127,25 @@ def test_every_mesh_gives_the_single_device_loss_and_gradients(make_config, make
 
 
 @pytest.mark.parametrize(
-    ("family", "window", "is_tested"),
+    ("family", "window", "is_tested", "is_capped"),
     [
-        ("mistral", 127, True),
-        ("mistral", 128, False),
-        ("mistral", None, False),
-        ("qwen2", 9, False),
+        ("mistral", 127, True, False),
+        ("mistral", 128, False, False),
+        ("mistral", None, False, False),
+        ("qwen2", 9, False, False),
+        ("gemma2", 9, True, True),
     ],
 )
-def test_attention_is_tested_with_a_window_where_rows_are_longer(
-    make_config, make_model, monkeypatch, tmp_path, family, window, is_tested
+def test_attention_is_tested_with_the_window_and_soft_cap_that_the_model_has(
+    make_config, make_model, monkeypatch, tmp_path, family, window, is_tested, is_capped
 ):
-    def self_test(name, *, has_window, **shape):
-        raise InterruptedError(f"{has_window=}")
+    def self_test(name, *, has_window, has_soft_cap, **shape):
+        raise InterruptedError(f"{has_window=} {has_soft_cap=}")
 
     monkeypatch.setattr(attention, "self_test", self_test)
     cfg = make_config(make_model(model_type=family, sliding_window=window))
     assert cfg.data.seq_len == 128
-    with pytest.raises(InterruptedError, match=f"has_window={is_tested}"):
+    with pytest.raises(InterruptedError, match=f"={is_tested} has_soft_cap={is_capped}"):
         jax_sft.train(cfg, tmp_path / "run")
 
 

@@ -1,13 +1,15 @@
 """Model families: one file each, found by the `model_type` of config.json.
 
-A family file defines `Config` (with `from_hf`, `dims`, and `window`, the sliding window of those
-layers that have one), `weights(cfg)` and `Model(cfg, key)`.
+A family file defines `Config` (with `from_hf`, `dims`, `window`, the sliding window of those layers
+that have one, and `attention_soft_cap` and `logit_soft_cap`, 0 = none), `weights(cfg)` and
+`Model(cfg, key)`.
 """
 
 import importlib
 import pkgutil
 from types import ModuleType
 
+_TEXT_ONLY = {"gemma3": "gemma3_text"}  # a model of several kinds of input: its language model
 _PRIMITIVES = {"layers", "spec", "rope"}
 
 
@@ -23,5 +25,11 @@ def find(model_type: str) -> ModuleType:
         ValueError: no such family; the message names those there are.
     """
     if model_type not in families():
-        raise ValueError(f"model_type {model_type!r} is not supported: use one of {families()}")
+        remedy = f"use one of {families()}"
+        if text := _TEXT_ONLY.get(model_type):
+            remedy = (
+                f"it takes images. Use a folder of its language model alone, whose config.json is "
+                f"its text_config and whose model_type is {text!r}; or {remedy}"
+            )
+        raise ValueError(f"model_type {model_type!r} is not supported: {remedy}")
     return importlib.import_module(f"{__name__}.{model_type}")

@@ -147,6 +147,23 @@ class RMSNorm(nnx.Module):
         return (x32 * self.scale[...]).astype(x.dtype)
 
 
+class CenteredRMSNorm(nnx.Module):
+    """x / rms(x) * (1 + offset), in float32: how Gemma stores the scale of its norms.
+
+    Args:
+        size: of the last dimension.
+    """
+
+    def __init__(self, size: int, eps: float):
+        self.eps = eps
+        self.offset = nnx.Param(jnp.zeros(size))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * (1.0 + self.offset[...])).astype(x.dtype)
+
+
 class Embedding(nnx.Module):
     """A [V, D] table: looked up for tokens and, in tied models, the output head too."""
 
@@ -164,10 +181,19 @@ class Head(nnx.Module):
         self.table = nnx.Param(INIT_STD * jax.random.normal(key, (features, vocab)))
 
 
-class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020). Gate and up stay separate: less memory."""
+class GLU(nnx.Module):
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202). Gate and up stay
+    separate: less memory."""
 
-    def __init__(self, features: int, mlp: int, key, bias: bool = False):
+    def __init__(
+        self,
+        features: int,
+        mlp: int,
+        key,
+        activation: Callable[[jax.Array], jax.Array],
+        bias: bool = False,
+    ):
+        self.activation = activation
         gate, up, down = jax.random.split(key, 3)
         self.gate = Linear({"embed": features}, {"mlp": mlp}, gate, bias)
         self.up = Linear({"embed": features}, {"mlp": mlp}, up, bias)
@@ -176,8 +202,18 @@ class SwiGLU(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         gate_BTF = checkpoint_name(self.gate(x_BTD), "mlp")
         up_BTF = checkpoint_name(self.up(x_BTD), "mlp")
-        hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
+        hidden_BTF = self.activation(gate_BTF) * up_BTF
         return self.down(parallel.constrain(hidden_BTF, "batch", "token", "mlp"))
+
+
+def SwiGLU(features: int, mlp: int, key, bias: bool = False) -> GLU:
+    """Return a GLU with SiLU, as in Llama."""
+    return GLU(features, mlp, key, jax.nn.silu, bias)
+
+
+def GeGLU(features: int, mlp: int, key) -> GLU:
+    """Return a GLU with GELU, approximated by tanh, as in Gemma."""
+    return GLU(features, mlp, key, jax.nn.gelu)
 
 
 def attend(
@@ -189,11 +225,17 @@ def attend(
     positions_BT: jax.Array,
     compute: Compute,
     window: int | None = None,
+    windowed: jax.Array | None = None,
+    scale: float | None = None,
+    soft_cap: float = 0.0,
 ) -> jax.Array:
     """Rotate queries and keys, then attend causally within each segment. Returns [B, T, N, H].
 
     Args:
-        window: a token sees at most so many tokens, itself included; layers may differ in it.
+        window: a token sees at most so many tokens, itself included.
+        windowed: bool scalar, has this layer the window? None = it has.
+        scale: of the scores; None = 1 / sqrt(H).
+        soft_cap: bound of the scaled scores, see `packed_attention`; 0 = none.
     """
     q_BTNH, k_BTKH = rope.rotate(q_BTNH, angles), rope.rotate(k_BTKH, angles)
     q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(x, "qkv") for x in (q_BTNH, k_BTKH, v_BTKH))
@@ -203,10 +245,12 @@ def attend(
         v_BTKH,
         segment_ids_BT,
         positions_BT,
-        scale=1 / math.sqrt(q_BTNH.shape[-1]),
+        scale=1 / math.sqrt(q_BTNH.shape[-1]) if scale is None else scale,
         backend=compute.attention,
         max_segments=compute.max_segments,
         window=window,
+        windowed=windowed,
+        soft_cap=soft_cap,
     )
 
 
@@ -248,7 +292,7 @@ class Decoder(nnx.Module):
     def __call__(self, tokens_BT, segment_ids_BT, positions_BT, compute: Compute) -> jax.Array:
         """Return hidden states [B, T, D] in `compute.dtype`, normed and ready for the head."""
         x_BTD = self.embed(tokens_BT, compute.dtype)
-        angles = self.cfg.rope.angles(positions_BT)
+        angles = self.cfg.rope.angles(positions_BT, segment_ids_BT, compute.max_segments)
         context = (angles, segment_ids_BT, positions_BT, compute)
         x_BTD = run_stack(self.layers, x_BTD, *context, name="layers", compute=compute)
         return self.final_norm(x_BTD)
@@ -265,17 +309,24 @@ def stack(make_layer: Callable[[jax.Array], Any], num_layers: int, key) -> Any:
 
 
 def run_stack(
-    layers: Any, x_BTD: jax.Array, *inputs: Any, name: str, compute: Compute
+    layers: Any,
+    x_BTD: jax.Array,
+    *inputs: Any,
+    name: str,
+    compute: Compute,
+    each: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
-    """Apply stacked layers in turn, `x = layer(x, *inputs)`, as one compiled loop body.
+    """Apply stacked layers in turn, `x = layer(x, *of_each, *inputs)`, as one compiled loop body.
 
     Args:
         name: path of `layers` in the model, as the weight rows have it.
+        each: arrays [layers, ...] of which each layer gets its own element: in what layers differ.
     """
 
-    def body(x_BTD, layer):
+    def body(x_BTD, of_layer):
+        layer, *of_each = of_layer
         x_BTD = checkpoint_name(x_BTD, "residual")
-        return residual(compute.gathered(layer, name)(x_BTD, *inputs)), None
+        return residual(compute.gathered(layer, name)(x_BTD, *of_each, *inputs)), None
 
     body = jax.checkpoint(body, policy=compute.policy, prevent_cse=False)
-    return jax.lax.scan(body, x_BTD, layers)[0]
+    return jax.lax.scan(body, x_BTD, (layers, *each))[0]

@@ -29,6 +29,8 @@ class Config:
     max_positions: int
     rope: Rope
     window: ClassVar[None] = None  # every layer sees whole segments
+    attention_soft_cap: ClassVar[float] = 0.0
+    logit_soft_cap: ClassVar[float] = 0.0
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Config":

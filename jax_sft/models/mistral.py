@@ -1,7 +1,7 @@
 """Mistral 7B, Nemo and Small: no biases; the first ones see a sliding window only."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -27,6 +27,8 @@ class Config:
     max_positions: int
     rope: Rope
     window: int | None  # tokens that a token sees, itself included; None = its whole segment
+    attention_soft_cap: ClassVar[float] = 0.0
+    logit_soft_cap: ClassVar[float] = 0.0
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Config":

@@ -5,29 +5,50 @@ Formulas follow transformers' `modeling_rope_utils.py`; sources are named at eac
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-TYPES = ("default", "linear", "llama3", "yarn")
+_TABLES = ("short_factor", "long_factor")  # lists among the rope parameters
+TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Inverse frequencies [head_dim / 2] (as a tuple, so that it hashes) and the cos/sin factor."""
+    """Inverse frequencies (as tuples, so that it hashes) and the cos/sin factor.
+
+    Attributes:
+        inv_freq: [rotated dimensions of a head / 2].
+        long_inv_freq: for segments of more than `longest_short` tokens; empty = the same.
+    """
 
     inv_freq: tuple[float, ...]
     attention_factor: float = 1.0
+    long_inv_freq: tuple[float, ...] = ()
+    longest_short: int = 0
     FIELDS: ClassVar[tuple[str, ...]] = (  # of config.json
         *("rope_parameters", "rope_scaling", "rope_theta"),
         "original_max_position_embeddings",
     )
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any], head_dim: int) -> "Rope":
+    def from_hf(
+        cls,
+        config: dict[str, Any],
+        head_dim: int,
+        types: Mapping[str, str] = MappingProxyType({name: name for name in TYPES}),
+        partial_rotary_factor: Any = None,
+    ) -> "Rope":
         """Read `rope_parameters` (transformers 5) or `rope_scaling` with `rope_theta` (older).
+
+        Args:
+            types: {type as config.json writes it: one of TYPES}.
+            partial_rotary_factor: the share of a head's dimensions, its first ones, that is rotated
+                unless the rope parameters have another. None = only all of them is implemented.
 
         Raises:
             ValueError: an unknown rope type, or a field of it missing or unknown.
@@ -42,17 +63,26 @@ class Rope:
         theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
         older, kind = scaling.pop("type", None), scaling.pop("rope_type", None)
         kind = kind or older or "default"
-        if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
+        share = scaling.pop("partial_rotary_factor", partial_rotary_factor)
+        if partial_rotary_factor is not None:
+            head_dim = _rotated(head_dim, share)
+        elif share not in (None, 1.0):
             raise ValueError("config.json: partial_rotary_factor other than 1 is not implemented")
         for name, value in {"rope_theta": theta, **scaling}.items():
+            if name in _TABLES:
+                continue
             if isinstance(value, bool) != (name == "truncate") or not (
                 isinstance(value, int | float) and (value > 0 or name == "truncate")
             ):
                 raise ValueError(f"config.json: rope field {name} = {value!r} is not usable")
         inv_freq = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-        factor = 1.0
+        factor, long_inv_freq, longest_short = 1.0, np.array(()), 0
         max_positions = config["max_position_embeddings"]
-        if kind in ("llama3", "yarn"):  # a value beside rope_parameters goes first, as there
+        if kind not in types:
+            raise ValueError(f"config.json: rope type {kind!r} is not one of {[*types]}")
+        kind = types[kind]
+        # A value beside rope_parameters goes first, as there.
+        if kind in ("llama3", "yarn", "longrope"):
             original = config.get("original_max_position_embeddings")
             inside = scaling.get("original_max_position_embeddings")
             scaling["original_max_position_embeddings"] = original or inside or max_positions
@@ -63,20 +93,38 @@ class Rope:
                 inv_freq = _llama3(inv_freq, scaling)
             elif kind == "yarn":
                 inv_freq, factor = _yarn(inv_freq, scaling, theta, head_dim, max_positions)
-            elif kind == "default":
-                scaling.clear()  # transformers leaves the fields of no-op scalings in place
+            elif kind == "longrope":
+                longest_short = scaling["original_max_position_embeddings"]
+                short, long = (_divisors(name, scaling, head_dim) for name in _TABLES)
+                inv_freq, long_inv_freq = inv_freq / short, inv_freq / long
+                factor = _longrope_factor(scaling, max_positions)
             else:
-                raise ValueError(f"config.json: rope type {kind!r} is not one of {TYPES}")
+                scaling.clear()  # transformers leaves the fields of no-op scalings in place
         except KeyError as missing:
             raise ValueError(f"config.json: rope type {kind!r} needs the field {missing}") from None
         if scaling:
             raise ValueError(f"config.json: rope type {kind!r} does not implement {scaling}")
-        return cls(tuple(inv_freq.astype(np.float32).tolist()), factor)
+        short, long = (tuple(x.astype(np.float32).tolist()) for x in (inv_freq, long_inv_freq))
+        return cls(short, factor, long, longest_short)
 
-    def angles(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return (cos, sin), each float32 [B, T, 1, H/2], for int positions [B, T]."""
+    def angles(
+        self, positions_BT: jax.Array, segment_ids_BT: jax.Array, max_segments: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return (cos, sin), each float32 [B, T, 1, R/2] of R rotated dimensions.
+
+        transformers looks for the longest sequence of the whole batch; here each segment decides
+        for itself, as it would alone, so that nothing depends on what shares a row or a batch.
+
+        Args:
+            positions_BT: int, within the segments.
+            segment_ids_BT: int, in 0..max_segments.
+        """
+        inv_freq = jnp.array(self.inv_freq)
+        if self.long_inv_freq:
+            is_long_BT = _reaches(self.longest_short, positions_BT, segment_ids_BT, max_segments)
+            inv_freq = jnp.where(is_long_BT[..., None], jnp.array(self.long_inv_freq), inv_freq)
         # float32 whatever the compute dtype: bfloat16 rounds position 257 to 256.
-        angles_BTH = positions_BT[..., None].astype(jnp.float32) * jnp.array(self.inv_freq)
+        angles_BTH = positions_BT[..., None].astype(jnp.float32) * inv_freq
         cos, sin = jnp.cos(angles_BTH), jnp.sin(angles_BTH)
         return (cos * self.attention_factor)[:, :, None], (sin * self.attention_factor)[:, :, None]
 
@@ -84,12 +132,58 @@ class Rope:
 def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate each head's halves (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), in float32.
 
-    The halves are contiguous, as in Hugging Face's weights (not interleaved, as in Meta's).
+    The halves are contiguous, as in Hugging Face's weights (not interleaved, as in Meta's). They
+    are those of the first dimensions, as many as there are angles for; the others stay as they are.
     """
     cos, sin = angles
-    x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    half = cos.shape[-1]
+    x1, x2, rest = jnp.split(x_BTNH.astype(jnp.float32), [half, 2 * half], axis=-1)
+    rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)
     return rotated.astype(x_BTNH.dtype)
+
+
+def _reaches(position: int, positions_BT, segment_ids_BT, max_segments: int) -> jax.Array:
+    """Whether the segment of each token has a token at this position or behind it."""
+    is_there_BT = positions_BT >= position
+    # A comparison with every segment, which XLA fuses, not a scatter.
+    is_of_BST = segment_ids_BT[:, None] == jnp.arange(max_segments + 1)[:, None]
+    reaches_BS = (is_of_BST & is_there_BT[:, None]).any(axis=-1)
+    return jnp.take_along_axis(reaches_BS, segment_ids_BT, axis=1)
+
+
+def _rotated(head_dim: int, share: Any) -> int:
+    """Dimensions of a head that are rotated."""
+    is_number = isinstance(share, int | float) and not isinstance(share, bool)
+    rotated = int(head_dim * share) if is_number and 0 < share <= 1 else 0
+    if not rotated or rotated % 2:
+        raise ValueError(
+            f"config.json: partial_rotary_factor = {share!r} of head_dim = {head_dim} must be an "
+            "even number of dimensions"
+        )
+    return rotated
+
+
+def _divisors(name: str, scaling: dict[str, Any], rotated: int) -> np.ndarray:
+    """A table of LongRoPE, one positive number per frequency."""
+    table = scaling.pop(name)
+    if not isinstance(table, list) or not all(
+        isinstance(x, int | float) and not isinstance(x, bool) and x > 0 for x in table
+    ):
+        raise ValueError(f"config.json: {name} = {table!r} must be a list of positive numbers")
+    if len(table) != rotated // 2:
+        raise ValueError(
+            f"config.json: {name} has {len(table)} numbers, {rotated} rotated dimensions need "
+            f"{rotated // 2}"
+        )
+    return np.array(table, np.float64)
+
+
+def _longrope_factor(scaling: dict[str, Any], max_positions: int) -> float:
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): factor on cos and sin, long or not."""
+    context = scaling.pop("original_max_position_embeddings")
+    factor = scaling.pop("factor", max_positions / context)
+    default = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
+    return float(scaling.pop("attention_factor", default))
 
 
 def _llama3(inv_freq: np.ndarray, scaling: dict[str, Any]) -> np.ndarray:

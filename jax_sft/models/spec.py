@@ -24,11 +24,16 @@ class Weight:
             that our array stacks one such tensor per index along a leading axis.
         layout: `"hf dims -> our dims"` over logical axes, parentheses joining the factors of one
             HF dimension: `"(heads head_dim) embed -> embed heads head_dim"`.
+        fused: where the HF tensor holds several parameters one after the other: the factors of the
+            first HF dimension of each, e.g. ("heads head_dim", "kv_heads head_dim", ...).
+        place: of this one among them.
     """
 
     path: str
     hf: str
     layout: str
+    fused: tuple[str, ...] = ()
+    place: int = 0
 
     @property
     def stacked(self) -> tuple[str, ...]:
@@ -65,8 +70,12 @@ class Weight:
         return tuple(dims[axis] for axis in self.axes)
 
     def hf_shape(self, dims: dict[str, int]) -> tuple[int, ...]:
-        """Shape of one tensor in the HF file."""
-        return tuple(math.prod(dims[axis] for axis in group) for group in self.factors)
+        """Shape of one tensor in the HF file, with all parameters that it holds."""
+        first, *rest = (math.prod(dims[axis] for axis in group) for group in self.factors)
+        return sum(self._fused_sizes(dims)) or first, *rest
+
+    def _fused_sizes(self, dims: dict[str, int]) -> list[int]:
+        return [math.prod(dims[axis] for axis in part.split()) for part in self.fused]
 
     def hf_tensors(self, dims: dict[str, int]) -> Iterator[tuple[tuple[int, ...], str]]:
         """Yield (index along the stacked axes, HF name) for each tensor of the row."""
@@ -90,7 +99,8 @@ class Weight:
                 raise ValueError(f"{self.path}: cannot read a part of {rest} from {self.hf}")
             unit = math.prod(dims[axis] for axis in rest)
             start, stop = ours[first]
-            parts.append(slice(start * unit, stop * unit))
+            before = 0 if parts else sum(self._fused_sizes(dims)[: self.place])
+            parts.append(slice(before + start * unit, before + stop * unit))
         return tuple(parts)
 
     def parts(
@@ -178,6 +188,19 @@ def linear(path: str, hf: str, layout: str, bias: bool = False) -> list[Weight]:
     return rows
 
 
+def fused(hf: str, layouts: dict[str, str]) -> list[Weight]:
+    """Return the rows of linear layers whose kernels lie one after the other in one HF tensor.
+
+    Args:
+        hf: of the tensor, without ".weight".
+        layouts: {path of a layer: layout of its kernel}, in their order there.
+    """
+    rows = [Weight(f"{path}.kernel", f"{hf}.weight", layout) for path, layout in layouts.items()]
+    firsts = tuple(" ".join(row.factors[0]) for row in rows)
+    return [dataclasses.replace(row, fused=firsts, place=place) for place, row in enumerate(rows)]
+
+
+LAYER_TYPES = ("full_attention", "sliding_attention")  # of config.json
 # Fields of config.json that describe files, tokens, training or generation, not the computation.
 _IGNORED = {
     *("architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache"),
@@ -241,12 +264,41 @@ class Fields:
             raise ValueError(f"config.json: {name} = {value!r} must be a positive number")
         return float(value)
 
-    def flag(self, name: str) -> bool:
-        """Return a boolean; absent is false."""
-        value = self.get(name, False)
+    def flag(self, name: str, default: bool = False) -> bool:
+        """Return a boolean."""
+        value = self.get(name, default)
         if not isinstance(value, bool):
             raise ValueError(f"config.json: {name} = {value!r} must be true or false")
         return value
+
+    def soft_cap(self, name: str, default: float = 0.0) -> float:
+        """Return the bound of a soft cap; 0 = none, which config.json writes as null."""
+        self.known(name)
+        if self._config.get(name, default or None) is None:
+            return 0.0
+        return self.number(name, default)
+
+    def windows(self, layer_types: list[str], window: int) -> tuple[tuple[bool, ...], int | None]:
+        """Return (for each layer, has it a sliding window; the window, None if no layer has one).
+
+        Args:
+            layer_types, window: where config.json has no layer_types or sliding_window.
+        """
+        kinds, num_layers = self.get("layer_types", layer_types), self.size("num_hidden_layers")
+        if not isinstance(kinds, list) or any(kind not in LAYER_TYPES for kind in kinds):
+            raise ValueError(
+                f"config.json: layer_types = {kinds!r} must be a list of {LAYER_TYPES}"
+            )
+        if len(kinds) != num_layers:
+            raise ValueError(
+                f"config.json: layer_types has {len(kinds)} entries for num_hidden_layers = "
+                f"{num_layers}"
+            )
+        windowed = tuple(kind == "sliding_attention" for kind in kinds)
+        if any(windowed) and self._config.get("sliding_window", window) is None:
+            raise ValueError("config.json: sliding_window is null, yet some layer_types have one")
+        size = self.size("sliding_window", window)
+        return windowed, size if any(windowed) else None
 
     def heads(self, head_dim: int | None = None) -> tuple[int, int, int]:
         """Return (heads, kv heads, head dim), checked against each other.

@@ -5,6 +5,7 @@ Called by the models inside jit, under the mesh set by `jax.set_mesh`; `resolve`
 programs before they compile a step.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -35,6 +36,8 @@ TOLERANCE = {"float32": 5e-3, "float16": 5e-3, "bfloat16": 3e-2}
 _TEST_TOKENS = 384  # per device: several blocks of any backend
 _TEST_STRIPES = 2  # per device, in which the tokens of a split row lie
 _TEST_WINDOW = 24  # of a model that has one: shorter than most segments of the test
+_TEST_SOFT_CAP = 1.5  # of a model that has one: the scores of the test have a deviation of 1
+_NO_WINDOW = 2**30  # as a traced window: longer than any row, and no position overflows with it
 
 
 def resolve(
@@ -45,6 +48,7 @@ def resolve(
     head_dim: int,
     sequence: int,
     capability: tuple[int, ...] | None = None,
+    has_soft_cap: bool = False,
 ) -> str:
     """Return the backend that runs for this value of model.attention.
 
@@ -54,6 +58,7 @@ def resolve(
         dtype: of the activations, e.g. "bfloat16".
         sequence: devices that a row is split over, mesh.sequence.
         capability: CUDA compute capability of GPUs that are not at hand.
+        has_soft_cap: the model caps its attention scores.
 
     Raises:
         ValueError: not a backend, or one that cannot run here; with what to do.
@@ -68,6 +73,7 @@ def resolve(
             head_dim=head_dim,
             sequence=sequence,
             capability=capability,
+            has_soft_cap=has_soft_cap,
         )
 
     if name == "auto":
@@ -92,6 +98,8 @@ def packed_attention(
     backend: str = "auto",
     max_segments: int = 256,
     window: int | None = None,
+    windowed: jax.Array | None = None,
+    soft_cap: float = 0.0,
 ) -> jax.Array:
     """Attend within segments, causally by position. Returns [B, T, N, H] in the dtype of q.
 
@@ -111,8 +119,13 @@ def packed_attention(
         max_segments: no row has more; the packer sees to it.
         window: a token sees this many tokens of its segment at most, itself and those just before
             it (Beltagy et al. 2020, arXiv:2004.05150; as `sliding_window` of transformers counts).
+        windowed: bool scalar, does the window hold? So one loop runs layers with and without it.
+            None = it does.
+        soft_cap: above 0, a scaled score s becomes soft_cap tanh(s / soft_cap) (Gemma 2,
+            arXiv:2408.00118, section 2).
     """
     window = None if window is None or window >= q_BTNH.shape[1] else window
+    windowed = None if window is None else windowed
     if backend == "auto":
         mesh = jax.sharding.get_abstract_mesh()
         backend = resolve(
@@ -121,52 +134,75 @@ def packed_attention(
             dtype=q_BTNH.dtype.name,
             head_dim=q_BTNH.shape[-1],
             sequence=mesh.shape["sequence"],
+            has_soft_cap=soft_cap > 0,
         )
     ids = (segment_ids_BT, positions_BT)
+    options = _Options(backend, scale, max_segments, window, soft_cap)
     with jax.named_scope("part.attention"):
-        return _attention(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments, window)
+        return _attention(q_BTNH, k_BTKH, v_BTKH, ids, windowed, options)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _attention(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments, window):
-    return _attention_fwd(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments, window)[0]
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What is known when attention is compiled."""
+
+    backend: str
+    scale: float
+    max_segments: int
+    window: int | None
+    soft_cap: float
+
+    def call(self, name: str, *arrays, windowed: jax.Array | None):
+        """Call "forward" or "backward" of the backend."""
+        backend = _MODULES[self.backend].BACKEND
+        function = functools.partial(
+            getattr(backend, name),
+            scale=self.scale,
+            max_segments=self.max_segments,
+            soft_cap=self.soft_cap,
+        )
+        if self.window is None or windowed is None:
+            return function(*arrays, window=self.window)
+        if backend.takes_traced_window:
+            return function(*arrays, window=jnp.where(windowed, self.window, _NO_WINDOW))
+        branches = (functools.partial(function, window=w) for w in (self.window, None))
+        return jax.lax.cond(windowed, *branches, *arrays)
 
 
-def _attention_fwd(q_BTNH, k_BTKH, v_BTKH, ids, backend, scale, max_segments, window):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(q_BTNH, k_BTKH, v_BTKH, ids, windowed, options):
+    return _attention_fwd(q_BTNH, k_BTKH, v_BTKH, ids, windowed, options)[0]
+
+
+def _attention_fwd(q_BTNH, k_BTKH, v_BTKH, ids, windowed, options):
     heads, kv_heads, tokens, of_heads = _specs()
 
-    def local(q, k, v, ids):
+    def local(q, k, v, ids, windowed):
         all_k, all_v, all_ids = _gathered((k, v, ids))
-        return _MODULES[backend].BACKEND.forward(
-            *(q, all_k, all_v, ids, all_ids), scale=scale, max_segments=max_segments, window=window
-        )
+        return options.call("forward", q, all_k, all_v, ids, all_ids, windowed=windowed)
 
-    island = _island(local, (heads, kv_heads, kv_heads, tokens), (heads, of_heads))
-    out_BTNH, lse = island(q_BTNH, k_BTKH, v_BTKH, ids)
+    island = _island(local, (heads, kv_heads, kv_heads, tokens, jax.P()), (heads, of_heads))
+    out_BTNH, lse = island(q_BTNH, k_BTKH, v_BTKH, ids, windowed)
     # Named outside of the island, where the policies of `jax.checkpoint` see names.
     out_BTNH = checkpoint_name(out_BTNH, "attention")
     lse = checkpoint_name(lse, "attention_lse")
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, ids, out_BTNH, lse)
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, ids, windowed, out_BTNH, lse)
 
 
-def _attention_bwd(backend, scale, max_segments, window, residuals, grad_out_BTNH):
+def _attention_bwd(options, residuals, grad_out_BTNH):
     heads, kv_heads, tokens, of_heads = _specs()
 
-    def local(q, k, v, ids, out, lse, grad_out):
+    def local(q, k, v, ids, windowed, out, lse, grad_out):
         all_k, all_v, all_ids = _gathered((k, v, ids))
-        dq, *grads = _MODULES[backend].BACKEND.backward(
-            *(q, all_k, all_v, out, lse, grad_out, ids, all_ids),
-            scale=scale,
-            max_segments=max_segments,
-            window=window,
-        )
+        arrays = (q, all_k, all_v, out, lse, grad_out, ids, all_ids)
+        dq, *grads = options.call("backward", *arrays, windowed=windowed)
         if jax.lax.axis_size("sequence") > 1:
             grads = jax.lax.psum_scatter(grads, "sequence", scatter_dimension=1, tiled=True)
         return dq, *grads
 
-    specs = (heads, kv_heads, kv_heads, tokens, heads, of_heads, heads)
+    specs = (heads, kv_heads, kv_heads, tokens, jax.P(), heads, of_heads, heads)
     grads = _island(local, specs, (heads, kv_heads, kv_heads))(*residuals, grad_out_BTNH)
-    return *grads, None
+    return *grads, None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -205,6 +241,7 @@ def self_test(
     head_dim: int,
     mesh,
     has_window: bool = False,
+    has_soft_cap: bool = False,
 ) -> None:
     """Compare `packed_attention` on a small packed batch, values and gradients, with NumPy.
 
@@ -213,6 +250,7 @@ def self_test(
 
     Args:
         has_window: test with a sliding window, a short one, whatever the model's.
+        has_soft_cap: test with a soft cap of the scores, one that bites.
 
     Raises:
         ValueError: naming the backend, what differs and by how much, on all processes alike.
@@ -226,7 +264,8 @@ def self_test(
         dtype=dtype,
     )
     window = _TEST_WINDOW if has_window else None
-    errors = _errors(backend, batch, 1 / math.sqrt(head_dim), window, mesh)
+    soft_cap = _TEST_SOFT_CAP if has_soft_cap else 0.0
+    errors = _errors(backend, batch, 1 / math.sqrt(head_dim), window, soft_cap, mesh)
     wrong = [
         f"{name} by {error:.2g} of its largest value"
         for name, error in zip(("out", "dq", "dk", "dv"), errors, strict=True)
@@ -236,12 +275,13 @@ def self_test(
         raise ValueError(
             f"model.attention = {backend!r} computes wrongly on this machine, in {dtype} with "
             f"{num_heads_per_kv} heads of {head_dim} per kv head"
-            f"{' and a sliding window' * has_window}: {', '.join(wrong)}, where "
+            f"{' and a sliding window' * has_window}{' and a soft cap' * has_soft_cap}: "
+            f"{', '.join(wrong)}, where "
             f"{TOLERANCE[dtype]} is allowed. Nothing was trained: use another of {BACKENDS[1:]}"
         )
 
 
-def _errors(backend, batch, scale, window, mesh) -> np.ndarray:
+def _errors(backend, batch, scale, window, soft_cap, mesh) -> np.ndarray:
     """Largest errors of (out, dq, dk, dv) on all devices, against the largest values."""
     heads, kv_heads, ids, _ = jax.tree.map(functools.partial(jax.NamedSharding, mesh), _specs())
     num_rows = len(batch[0]) * mesh.shape["data"] * mesh.shape["fsdp"]
@@ -254,10 +294,12 @@ def _errors(backend, batch, scale, window, mesh) -> np.ndarray:
         shape = (num_rows, *array.shape[1:])
         return jax.make_array_from_callback(shape, sharding, functools.partial(part, array))
 
+    options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap)
+
     @functools.partial(jax.jit, out_shardings=(heads, heads, kv_heads, kv_heads))
     def run(q, k, v, grad_out, *ids):
         def attend(q, k, v):
-            return packed_attention(q, k, v, *ids, scale=scale, backend=backend, window=window)
+            return packed_attention(q, k, v, *ids, backend=backend, **options)
 
         out, backward = jax.vjp(attend, q, k, v)
         # Of padding the output must be finite, and 0 for this comparison.
@@ -267,7 +309,7 @@ def _errors(backend, batch, scale, window, mesh) -> np.ndarray:
     with jax.set_mesh(mesh):
         results = run(*map(spread, batch, (heads, kv_heads, kv_heads, heads, *ids)))
     errors = []
-    for found, wanted in zip(results, _expected(*batch, scale=scale, window=window), strict=True):
+    for found, wanted in zip(results, _expected(*batch, **options), strict=True):
         of_shards = [
             np.abs(np.asarray(shard.data, np.float32) - part(wanted, shard.index)).max()
             for shard in found.addressable_shards
@@ -302,7 +344,7 @@ def _test_batch(num_tokens, *, shards, num_kv_heads, num_heads_per_kv, head_dim,
     return q, k, v, np.where((segments > 0)[..., None, None], grad_out, 0), segments, positions
 
 
-def _expected(q, k, v, grad_out, segments, positions, *, scale, window):
+def _expected(q, k, v, grad_out, segments, positions, *, scale, window, soft_cap):
     """(out, dq, dk, dv) of `_test_batch` in float32, one segment of one row at a time."""
     q, k, v, grad_out = (np.moveaxis(np.asarray(x, np.float32), 2, 1) for x in (q, k, v, grad_out))
     results = [np.zeros_like(x) for x in (q, q, k, v)]  # [rows, heads, tokens, H]
@@ -315,12 +357,16 @@ def _expected(q, k, v, grad_out, segments, positions, *, scale, window):
         visible = np.tri(len(tokens), dtype=bool)
         if window is not None:
             visible &= ~np.tri(len(tokens), k=-window, dtype=bool)
-        scores = np.where(visible, scale * queries @ keys.swapaxes(1, 2), -np.inf)
+        scores, slopes = scale * queries @ keys.swapaxes(1, 2), 1.0
+        if soft_cap:
+            scores = soft_cap * np.tanh(scores / soft_cap)
+            slopes = 1.0 - (scores / soft_cap) ** 2
+        scores = np.where(visible, scores, -np.inf)
         probs = np.exp(scores - scores.max(axis=-1, keepdims=True))
         probs /= probs.sum(axis=-1, keepdims=True)
         grad_probs = grads @ values.swapaxes(1, 2)
         mean = (grad_probs * probs).sum(axis=-1, keepdims=True)
-        grad_scores = scale * probs * (grad_probs - mean)
+        grad_scores = scale * probs * (grad_probs - mean) * slopes
         of_heads = grad_scores.swapaxes(1, 2) @ queries, probs.swapaxes(1, 2) @ grads
         of_kv_heads = (x.reshape(-1, num_heads_per_kv, *x.shape[1:]).sum(axis=1) for x in of_heads)
         found = (probs @ values, grad_scores @ keys, *of_kv_heads)

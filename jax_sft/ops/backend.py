@@ -32,7 +32,8 @@ class Forward(Protocol):
         *,
         scale: float,
         max_segments: int,
-        window: int | None,
+        window: int | jax.Array | None,
+        soft_cap: float = 0.0,
     ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -53,7 +54,8 @@ class Backward(Protocol):
         *,
         scale: float,
         max_segments: int,
-        window: int | None,
+        window: int | jax.Array | None,
+        soft_cap: float = 0.0,
     ) -> tuple[jax.Array, jax.Array, jax.Array]: ...
 
 
@@ -62,7 +64,12 @@ class Backend:
     """`scale` multiplies the scores; `max_segments` bounds the segments of a row.
 
     With a `window`, a query at position p sees the keys of its segment at p - window < position.
+    With a `soft_cap` above 0, a scaled score s becomes soft_cap tanh(s / soft_cap).
+
+    Attributes:
+        takes_traced_window: `window` may be an int32 scalar that only the device knows.
     """
 
     forward: Forward
     backward: Backward
+    takes_traced_window: bool = True

@@ -27,18 +27,21 @@ def problems(
     head_dim: int,
     sequence: int,
     capability: tuple[int, ...] | None = None,
+    has_soft_cap: bool = False,
 ) -> list[str]:
     """It runs everywhere."""
     return []
 
 
-def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments, window):
+def _forward(
+    q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments, window, soft_cap=0.0
+):
     """`backend.Forward`. Rows run in turn: under vmap, a loop ends when that of all rows does."""
-    row = functools.partial(_forward_row, scale=scale, window=window)
+    row = functools.partial(_forward_row, scale=scale, window=window, soft_cap=soft_cap)
     return jax.lax.map(lambda x: row(*x), (q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids))
 
 
-def _forward_row(q_TNH, k_SKH, v_SKH, query_ids, key_ids, *, scale, window):
+def _forward_row(q_TNH, k_SKH, v_SKH, query_ids, key_ids, *, scale, window, soft_cap):
     T, K = len(q_TNH), k_SKH.shape[1]
     k_JKSH, v_JKSH = _kv_blocks(k_SKH), _kv_blocks(v_SKH)
     query_ids, key_ids = _id_blocks(query_ids), _id_blocks(key_ids)
@@ -50,7 +53,7 @@ def _forward_row(q_TNH, k_SKH, v_SKH, query_ids, key_ids, *, scale, window):
         def key_block(step, sums):
             max_KGT, sum_KGT, out_KGTH = sums
             k_KSH, v_KSH, other_ids = _at(order_J[step], (k_JKSH, v_JKSH, key_ids))
-            scores_KGTS = _scores(q_KGTH, k_KSH, ids, other_ids, scale, window)
+            scores_KGTS, _ = _scores(q_KGTH, k_KSH, ids, other_ids, scale, window, soft_cap)
             # Finite even where nothing is visible yet, so that -inf - max is never nan.
             new_KGT = jnp.maximum(max_KGT, scores_KGTS.max(-1))
             weights_KGTS = jnp.exp(scores_KGTS - new_KGT[..., None])
@@ -91,15 +94,16 @@ def _backward(
     scale,
     max_segments,
     window,
+    soft_cap=0.0,
 ):
     """`backend.Backward`, rows in turn."""
-    row = functools.partial(_backward_row, scale=scale, window=window)
+    row = functools.partial(_backward_row, scale=scale, window=window, soft_cap=soft_cap)
     inputs = (q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse, grad_out_BTNH, query_ids, key_ids)
     return jax.lax.map(lambda x: row(*x), inputs)
 
 
 def _backward_row(
-    q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, grad_TNH, query_ids, key_ids, *, scale, window
+    q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, grad_TNH, query_ids, key_ids, *, scale, window, soft_cap
 ):
     """Key blocks in turn, dq summed over them: each pair of blocks is computed once."""
     T, S, K = len(q_TNH), len(k_SKH), k_SKH.shape[1]
@@ -115,11 +119,13 @@ def _backward_row(
             dq_IKGTH, dk_KHS, dv_KHS = grads
             index = order_I[step]
             (q_KGTH, grad_KGTH, lse_KGT, delta_KGT), other_ids = _at(index, (of_queries, query_ids))
-            scores_KGTS = _scores(q_KGTH, k_KSH, other_ids, ids, scale, window)
+            scores_KGTS, slopes_KGTS = _scores(
+                q_KGTH, k_KSH, other_ids, ids, scale, window, soft_cap
+            )
             probs_KGTS = jnp.exp(scores_KGTS - lse_KGT[..., None])
             dv_KHS += _dot("KGTH,KGTS->KHS", grad_KGTH, probs_KGTS.astype(grad_KGTH.dtype))
             grad_probs_KGTS = _dot("KGTH,KSH->KGTS", grad_KGTH, v_KSH)
-            grad_scores_KGTS = probs_KGTS * (grad_probs_KGTS - delta_KGT[..., None])
+            grad_scores_KGTS = probs_KGTS * (grad_probs_KGTS - delta_KGT[..., None]) * slopes_KGTS
             grad_scores_KGTS = grad_scores_KGTS.astype(q_KGTH.dtype)
             dk_KHS += _dot("KGTH,KGTS->KHS", q_KGTH, grad_scores_KGTS)
             dq_KGTH = _dot("KGTS,KSH->KGTH", grad_scores_KGTS, k_KSH)
@@ -145,15 +151,19 @@ def _dot(equation, *operands):
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 
-def _scores(q_KGTH, k_KSH, query_ids, key_ids, scale, window):
-    """Scaled scores [K, G, T, S] of two blocks in float32, -inf where a query must not look."""
-    scores_KGTS = _dot("KGTH,KSH->KGTS", q_KGTH, k_KSH)
+def _scores(q_KGTH, k_KSH, query_ids, key_ids, scale, window, soft_cap):
+    """(scaled scores [K, G, T, S] of two blocks in float32, -inf where a query must not look;
+    derivatives of the soft cap there)."""
+    scores_KGTS, slopes_KGTS = scale * _dot("KGTH,KSH->KGTS", q_KGTH, k_KSH), 1.0
+    if soft_cap:
+        tanh_KGTS = jnp.tanh(scores_KGTS / soft_cap)
+        scores_KGTS, slopes_KGTS = soft_cap * tanh_KGTS, 1.0 - tanh_KGTS**2
     (query_segments, query_positions), (key_segments, key_positions) = query_ids, key_ids
     visible_TS = query_segments[:, None] == key_segments
     visible_TS &= (query_positions[:, None] >= key_positions) & (key_segments != 0)
     if window is not None:
         visible_TS &= query_positions[:, None] - window < key_positions
-    return jnp.where(visible_TS, scores_KGTS * scale, -jnp.inf)
+    return jnp.where(visible_TS, scores_KGTS, -jnp.inf), slopes_KGTS
 
 
 def _needed(query_ids, key_ids, window):

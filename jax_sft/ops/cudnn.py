@@ -100,6 +100,7 @@ def problems(
     head_dim: int,
     sequence: int,
     capability: tuple[int, ...] | None = None,
+    has_soft_cap: bool = False,
 ) -> list[str]:
     """Why cuDNN cannot be used; empty when it can.
 
@@ -124,6 +125,8 @@ def problems(
         found.append(
             f"cuDNN takes head dims that are multiples of 8 up to {largest}, here it is {head_dim}"
         )
+    if has_soft_cap:
+        found.append("cuDNN knows no soft cap of attention scores, which this model has")
     if sequence > 1:
         found.append(
             f"cuDNN cannot start in the middle of a segment, as mesh.sequence = {sequence} needs: "
@@ -191,12 +194,15 @@ def _device_problems(capability: tuple[int, ...], version: int) -> list[str]:
     return found
 
 
-def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments, window):
+def _forward(
+    q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments, window, soft_cap=0.0
+):
     """`backend.Forward` for rows in natural order, T = S: segments 1, 2.. each in one piece.
 
     A row in another order, or of more than `max_segments` segments, comes out as NaN, so that the
     run stops at its loss. The packer makes neither. Padding comes out as zero.
     """
+    assert not soft_cap, "see `problems`"
     multiple = _multiple(q_BTNH.shape[1], max_segments)
     (q, k, v), ids = pad_tokens((q_BTNH, k_BSKH, v_BSKH), query_ids, multiple)
     _check_size(q)
@@ -226,9 +232,11 @@ def _backward(
     scale,
     max_segments,
     window,
+    soft_cap=0.0,
 ):
     """`backend.Backward`. cuDNN adds to dq from many blocks in any order, unless XLA's options
     demand determinism, which is hardly affordable: see `workspace_bytes`."""
+    assert not soft_cap, "see `problems`"
     arrays = (q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse, grad_out_BTNH)
     multiple = _multiple(q_BTNH.shape[1], max_segments)
     (q, k, v, out, lse, grad_out), ids = pad_tokens(arrays, query_ids, multiple)
@@ -394,4 +402,4 @@ def _check_size(q_BTNH: jax.Array) -> None:
         )
 
 
-BACKEND = Backend(_forward, _backward)
+BACKEND = Backend(_forward, _backward, takes_traced_window=False)

@@ -19,12 +19,15 @@ def problems(
     head_dim: int,
     sequence: int,
     capability: tuple[int, ...] | None = None,
+    has_soft_cap: bool = False,
 ) -> list[str]:
     """It runs everywhere."""
     return []
 
 
-def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments, window):
+def _forward(
+    q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments, window, soft_cap=0.0
+):
     """`backend.Forward`. Padding attends to padding, so that no softmax is empty."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
@@ -37,7 +40,10 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments,
     visible_BTS &= query_positions[:, :, None] >= key_positions[:, None, :]
     if window is not None:
         visible_BTS &= query_positions[:, :, None] - window < key_positions[:, None, :]
-    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS * scale, -jnp.inf)
+    scores_BKGTS *= scale
+    if soft_cap:
+        scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
+    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, -jnp.inf)
     probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH)
     lse_BKGT = jax.nn.logsumexp(scores_BKGTS, axis=-1)

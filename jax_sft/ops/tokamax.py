@@ -30,6 +30,7 @@ def problems(
     head_dim: int,
     sequence: int,
     capability: tuple[int, ...] | None = None,
+    has_soft_cap: bool = False,
 ) -> list[str]:
     """Why tokamax cannot be used; empty when it can."""
     if platform != "gpu":
@@ -71,7 +72,9 @@ def _package() -> types.SimpleNamespace:
     )
 
 
-def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments, window):
+def _forward(
+    q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments, window, soft_cap=0.0
+):
     """`backend.Forward`; its second result holds the softmax' maxima and sums, [B, T, 2 N].
 
     Padding comes out as zero. With T = S the tokens must lie in their natural order: a row that
@@ -83,7 +86,9 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments,
     (k, v), key_ids = _ordered((k_BSKH, v_BSKH), key_ids, order_BS)
     mask = _mask(query_ids, key_ids, is_natural=order_BS is None, window=window)
     operation = _package().operations[IMPLEMENTATION]
-    out, residuals = operation(q, k, v, mask=mask, logits_scale=scale, return_residuals=True)
+    out, residuals = operation(
+        q, k, v, mask=mask, return_residuals=True, **_score_options(scale, soft_cap)
+    )
     out = jnp.where(query_ids[0][..., None, None] > 0, out, 0)
     out = jnp.where(ok_B[:, None, None, None], out, jnp.nan)
     lse_BTN = jnp.moveaxis(jnp.concatenate(residuals, axis=1), 1, 2)
@@ -103,6 +108,7 @@ def _backward(
     scale,
     max_segments,
     window,
+    soft_cap=0.0,
 ):
     """`backend.Backward`, by the operation that tokamax' own derivative calls."""
     num_tokens, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
@@ -116,7 +122,7 @@ def _backward(
     mask = _mask(query_ids, key_ids, is_natural=order_BS is None, window=window)
 
     operation = _package().operations[IMPLEMENTATION]
-    bound = operation.bind(q, k, v, mask=mask, logits_scale=scale)
+    bound = operation.bind(q, k, v, mask=mask, **_score_options(scale, soft_cap))
     options: dict[str, Any] = {**bound.kwargs}
     del options["return_residuals"]
     derivative = operation.vjp or _package().XlaVjp()
@@ -126,6 +132,10 @@ def _backward(
         back_BS = jnp.argsort(order_BS, axis=1)
         dk, dv = (_take(grad, back_BS) for grad in (dk, dv))
     return grads["q"][:, :num_tokens], dk, dv
+
+
+def _score_options(scale: float, soft_cap: float) -> dict[str, float]:
+    return {"logits_scale": scale} | ({"logits_soft_cap": soft_cap} if soft_cap else {})
 
 
 def _order(query_ids: Ids, key_ids: Ids) -> tuple[jax.Array | None, jax.Array]:
@@ -153,7 +163,7 @@ def _take(x, order_BS):
     return jnp.take_along_axis(x, order_BS.reshape(order_BS.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
-def _mask(query_ids: Ids, key_ids: Ids, is_natural: bool, window: int | None):
+def _mask(query_ids: Ids, key_ids: Ids, is_natural: bool, window: int | jax.Array | None):
     """Return the tokamax Mask by which each query sees its segment, or window, up to itself."""
     k_start_BT, k_end_BT = visible_keys(query_ids, key_ids, is_natural, window)
     if is_natural:
@@ -162,7 +172,7 @@ def _mask(query_ids: Ids, key_ids: Ids, is_natural: bool, window: int | None):
 
 
 def visible_keys(
-    query_ids: Ids, key_ids: Ids, is_natural: bool, window: int | None = None
+    query_ids: Ids, key_ids: Ids, is_natural: bool, window: int | jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Return the first key that each query sees, and the first one after it that it does not.
 
