@@ -162,6 +162,7 @@ def load(
     dtype: Any = "float32",
     *,
     revision: str = "",
+    step: int | None = None,
     attention: str = "auto",
     progress: bool = False,
 ) -> LoadedModel:
@@ -171,6 +172,7 @@ def load(
         folder: holds config.json and safetensors files; or a checkpoint folder.
         mesh: with the axes data, fsdp, tensor, sequence (`parallel.make_mesh`); None = one device.
         dtype: of weights and computation.
+        step: of a checkpoint folder; None = the newest.
 
     Raises:
         ValueError: an unsupported model, or tensors that do not fit its config.json.
@@ -184,7 +186,7 @@ def load(
     arrays = {row.path: (row.axes, row.shape(dims)) for row in model_def.rows}
     if problems := parallel.size_problems(arrays, mesh.shape):
         raise ValueError("the mesh does not fit the model:\n  " + "\n  ".join(problems))
-    weights = pretrained.find(path, model_def.rows, dims, model_def.cfg.tied)
+    weights = pretrained.find(path, model_def.rows, dims, model_def.cfg.tied, step)
     shardings = state.param_shardings(model_def.rows, mesh)
     params = weights.load(shardings, jnp.dtype(dtype), progress)
     return LoadedModel(model_def, params, mesh)
