@@ -85,11 +85,14 @@ def start_saving(
 
 def _chunks(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
     """Cut a large array into chunks that are within one layer, so that an export reads few."""
+    options = ocp.options.ArrayOptions.Saving.StorageOptions
     if value.nbytes <= BLOCK_BYTES:
         return None
-    return ocp.options.ArrayOptions.Saving.StorageOptions(
-        chunk_byte_size=BLOCK_BYTES, shard_axes=(0,) if value.ndim > 2 else None
-    )
+    if value.ndim > 2:
+        return options(chunk_byte_size=BLOCK_BYTES, shard_axes=(0,))
+    # A table over the vocabulary: an export reads rows, of which each shard has a part.
+    shard = math.prod(value.sharding.shard_shape(value.shape)) * value.dtype.itemsize
+    return options(chunk_byte_size=max(BLOCK_BYTES * shard // value.nbytes, BLOCK_BYTES >> 4))
 
 
 def is_saved(response: Response, wait_s: float) -> bool:
