@@ -85,14 +85,11 @@ def start_saving(
 
 def _chunks(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
     """Cut a large array into chunks that are within one layer, so that an export reads few."""
-    options = ocp.options.ArrayOptions.Saving.StorageOptions
-    if value.nbytes <= BLOCK_BYTES:
-        return None
-    if value.ndim > 2:
-        return options(chunk_byte_size=BLOCK_BYTES, shard_axes=(0,))
-    # A table over the vocabulary: an export reads rows, of which each shard has a part.
-    shard = math.prod(value.sharding.shard_shape(value.shape)) * value.dtype.itemsize
-    return options(chunk_byte_size=max(BLOCK_BYTES * shard // value.nbytes, BLOCK_BYTES >> 4))
+    if value.nbytes <= BLOCK_BYTES or value.ndim < 3:
+        return None  # Orbax would cut tables across their rows, which an export reads
+    return ocp.options.ArrayOptions.Saving.StorageOptions(
+        chunk_byte_size=BLOCK_BYTES, shard_axes=(0,)
+    )
 
 
 def is_saved(response: Response, wait_s: float) -> bool:
@@ -169,9 +166,13 @@ class Stored:
         self.chunk = tuple(size or 1 for size in store.chunk_layout.read_chunk.shape or ())
         if (store.shape, self.dtype) != (self.shape, np.dtype(manifest["dtype"])):
             raise Failed(f"tensor {name} is {self.dtype} {store.shape}, not as in the manifest")
-        if len(self.shape) > 2 and self.chunk[0] > 1:  # chunks of several layers: read once
+        across = [part == size for part, size in zip(self.chunk, self.shape, strict=True)]
+        is_table = len(self.shape) == 2 and any(across) and self.nbytes > BLOCK_BYTES
+        if is_table or (len(self.shape) > 2 and self.chunk[0] > 1):
+            # Every block needs many chunks, or a part of one: they are kept, so as to be read once.
             context = ts.Context({"cache_pool": {"total_bytes_limit": self.nbytes}})
             store = self._call(lambda: ts.open(spec, read=True, context=context).result())
+            self.chunk = (1,) * len(self.shape)
         self._store = store
 
     @property
