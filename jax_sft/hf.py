@@ -51,7 +51,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 KEPT = "model_files"
 
 _SPARE_BYTES = 100_000_000  # for tokenizer files and headers
-_MOST_THREADS = 4
+_MOST_THREADS = 4  # some wait for the disk
 _BLOCKS_BYTES = 1 << 29  # worked on at a time
 _PICKLES = ("bin", "pt", "pth", "pkl", "ckpt")
 # Buffers that old exports contain and the architecture computes.
@@ -518,7 +518,7 @@ def _save_row(
 
 def threads(block_bytes: int) -> int:
     """Return how many blocks to work on at a time: each is in memory about three times."""
-    return max(1, min(_MOST_THREADS, os.cpu_count() or 1, _BLOCKS_BYTES // block_bytes))
+    return max(1, min(_MOST_THREADS, _BLOCKS_BYTES // block_bytes))
 
 
 def write_at(descriptor: int, content: np.ndarray, offset: int) -> None:

@@ -100,10 +100,10 @@ def plan(model: str | Path, *, revision: str = "", dtype: str = "") -> Plan:
     dtypes = {}
     for row in rows:
         found = {np.dtype(hf.DTYPES[tensors[name].dtype]) for _, name in row.hf_tensors(cfg.dims)}
+        if any(each.itemsize > 4 for each in found) and not dtype:
+            raise ValueError(f"{row.path} is float64 in {folder}: choose a dtype")
         # Where layers differ, one that holds the values of all.
         dtypes[row.path] = np.dtype(dtype) if dtype else np.dtype(jnp.result_type(*found))
-        if dtypes[row.path].itemsize > 4:
-            raise ValueError(f"{row.path} is {dtypes[row.path]} in {folder}: choose a dtype")
     return Plan(folder, rows, cfg.dims, tensors, dtypes)
 
 

@@ -145,6 +145,21 @@ class Plan:
         """The files of the model."""
         return self.folder / model_files.NAME
 
+    def read(self, path: str) -> np.ndarray:
+        """Read one array of the step.
+
+        Raises:
+            Failed: it is damaged.
+        """
+        stored = self.stored(path)
+        array = stored[tuple(slice(0, size) for size in stored.shape)]
+        stored.finish()
+        return array
+
+    def stored(self, path: str) -> storage.Stored:
+        """Open one array of the step."""
+        return storage.Stored(self.folder / str(self.step), steps.PARAMS + path, self.arrays[path])
+
     def lines(self) -> Iterator[str]:
         """Say for every tensor where it comes from, what it is and which file gets it."""
         for row in self.rows:
@@ -263,7 +278,7 @@ class _Params(Mapping[str, Any]):
         planned = self._planned
         if path in planned.arrays:
             # Of adapters of some layers only these are written: the others would never be read.
-            return self._whole(path) if path in planned.model_def.trained else self._stored(path)
+            return planned.read(path) if path in planned.model_def.trained else planned.stored(path)
         assert planned.weights
         blocks, noted = planned.weights.blocks(path), planned.metadata["frozen"]
         if path in planned.model_def.packed:
@@ -273,22 +288,12 @@ class _Params(Mapping[str, Any]):
         stem = path.removesuffix(".kernel") + ".lora"
         if f"{stem}.a.kernel" not in planned.arrays:
             return still
-        parts = [self._whole(f"{stem}.{part}.kernel") for part in "ab"]
+        parts = [planned.read(f"{stem}.{part}.kernel") for part in "ab"]
         of_dora = f"{stem}.magnitude"
-        magnitude = self._whole(of_dora) if of_dora in planned.arrays else None
+        magnitude = planned.read(of_dora) if of_dora in planned.arrays else None
         row = next(row for row in planned.rows if row.path == path)
         assert planned.settings
         return _Merged(still, row, (*parts, magnitude), planned.settings)
-
-    def _stored(self, path: str) -> storage.Stored:
-        folder = self._planned.folder / str(self._planned.step)
-        return storage.Stored(folder, steps.PARAMS + path, self._planned.arrays[path])
-
-    def _whole(self, path: str) -> np.ndarray:
-        stored = self._stored(path)
-        array = stored[tuple(slice(0, size) for size in stored.shape)]
-        stored.finish()
-        return array
 
     def __iter__(self) -> Iterator[str]:
         return (row.path for row in self._planned.rows)

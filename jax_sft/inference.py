@@ -167,6 +167,7 @@ def load(
     *,
     adapter: str | Path = "",
     revision: str = "",
+    step: int | None = None,
     attention: str = "auto",
     progress: bool = False,
 ) -> LoadedModel:
@@ -177,6 +178,7 @@ def load(
         mesh: with the axes data, fsdp, tensor, sequence (`parallel.make_mesh`); None = one device.
         dtype: of weights and computation.
         adapter: a folder with LoRA adapters in PEFT's format; "" = none.
+        step: of a checkpoint folder; None = the newest.
 
     Raises:
         ValueError: an unsupported model, or tensors that do not fit its config.json.
@@ -187,7 +189,7 @@ def load(
     model_def = ModelDef.of(family, family.Config.from_hf(config), dtype=dtype, attention=attention)
     mesh = parallel.single_device_mesh() if mesh is None else mesh
     rows = model_def.rows
-    weights = pretrained.find(path, rows, model_def.dims, model_def.cfg.tied)
+    weights = pretrained.find(path, rows, model_def.dims, model_def.cfg.tied, step)
     if adapter:
         model_def = lora.add(model_def, peft.read_settings(Path(adapter)))
         peft.check(Path(adapter), model_def)

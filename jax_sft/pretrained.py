@@ -35,15 +35,24 @@ class Weights:
     blocks: Callable[[str], Any]
 
 
-def find(folder: Path, rows: Iterable[Weight], dims: dict[str, int], tied: bool) -> Weights:
+def find(
+    folder: Path,
+    rows: Iterable[Weight],
+    dims: dict[str, int],
+    tied: bool,
+    step: int | None = None,
+) -> Weights:
     """Return the weights of a folder that `hf.resolve` returned, reading only headers.
+
+    Args:
+        step: of a checkpoint folder; None = the newest.
 
     Raises:
         ValueError: they do not fit the rows: everything that is wrong at once.
     """
     rows = tuple(rows)
     if model_files.is_kept(folder):
-        return _of_checkpoint(folder.parent, rows, dims)
+        return _of_checkpoint(folder.parent, rows, dims, step)
     tensors = hf.check(folder, rows, dims, tied)
 
     def load(shardings, dtype, progress=True) -> dict[str, jax.Array]:
@@ -56,10 +65,12 @@ def find(folder: Path, rows: Iterable[Weight], dims: dict[str, int], tied: bool)
     return Weights({name: tensor.dtype for name, tensor in tensors.items()}, load, blocks)
 
 
-def _of_checkpoint(folder: Path, rows: tuple[Weight, ...], dims: dict[str, int]) -> Weights:
-    """The parameters of the newest step."""
+def _of_checkpoint(
+    folder: Path, rows: tuple[Weight, ...], dims: dict[str, int], step: int | None
+) -> Weights:
+    """The parameters of a step."""
     model_files.verify(folder)
-    step = steps.choose(folder)
+    step = steps.choose(folder, step)
     stored = steps.params(folder, step)
     if problems := steps.misfits(stored, {row.path: row.shape(dims) for row in rows}):
         raise ValueError(f"{folder / str(step)} does not fit its config.json: {problems}")

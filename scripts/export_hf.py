@@ -1,10 +1,14 @@
 """Write a checkpoint of a run as a Hugging Face folder.
 
     python scripts/export_hf.py --checkpoint=RUN/checkpoints --out=DIR [--step=N]
+        [--dry-run] [--verify] [--push-to-hub=NAMESPACE/NAME]
 
 The folder holds safetensors, config.json, generation config, tokenizer and chat template, and
 loads with transformers.AutoModelForCausalLM.from_pretrained. Of a run with adapters it holds these,
-for peft.PeftModel.from_pretrained, or with --merge the whole model. No GPU is used.
+for peft.PeftModel.from_pretrained, or with --merge the whole model. No GPU is used, and a few
+blocks of a tensor are in memory at a time: under 4 GiB for a model of 7B parameters. With --verify
+transformers loads the result, and its logits are compared with ours (needs PyTorch, and 4 bytes of
+memory per parameter); 65 = they differ, and nothing is uploaded.
 """
 
 import argparse
@@ -12,13 +16,14 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # JAX reads its platform, and Python finds the package, by the two lines above: hence E402.
-from jax_sft import hf  # noqa: E402
-from jax_sft.hf_export import export  # noqa: E402
+from jax_sft import exit_codes, hf, hf_export, hub  # noqa: E402
+from scripts import verify_export  # noqa: E402
 
 
 def parse_bytes(text: str) -> int:
@@ -29,12 +34,15 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match[2].upper()])
 
 
-def main() -> int:
+def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, help="the checkpoints folder of a run")
-    parser.add_argument("--out", required=True, help="the folder to write; must be empty or new")
+    parser.add_argument(
+        "--checkpoint", required=True, help="of a run, or made by scripts/convert_hf.py"
+    )
+    parser.add_argument("--out", default="", help="the folder to write; must be empty or new")
     parser.add_argument("--step", type=int, default=None, help="which step [the newest]")
     parser.add_argument(
         "--shard-size", type=parse_bytes, default="5GB", help="largest file [%(default)s]"
@@ -51,23 +59,67 @@ def main() -> int:
         help="folder of the weights that did not train [model.path of the run]",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be written")
+    parser.add_argument("--verify", action="store_true", help="compare with transformers")
+    parser.add_argument(
+        "--push-to-hub", default="", metavar="NAMESPACE/NAME", help="upload it when it is written"
+    )
+    parser.add_argument("--public", action="store_true", help="a new repository is not private")
     options = parser.parse_args()
-    try:
-        out = export(
-            options.checkpoint,
-            options.out,
-            step=options.step,
-            shard_bytes=options.shard_size,
-            dtype=options.dtype,
-            merge=options.merge,
-            base=options.base,
-            overwrite=options.overwrite,
+    if not options.out and not options.dry_run:
+        parser.error("--out is needed without --dry-run")
+    return options
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what was asked for; return the exit code.
+
+    Raises:
+        ValueError: something of it cannot be done.
+        hub.Failed: the upload failed.
+    """
+    chosen: dict[str, Any] = dict(
+        step=options.step,
+        shard_bytes=options.shard_size,
+        dtype=options.dtype,
+        merge=options.merge,
+        base=options.base,
+    )
+    planned = hf_export.plan(options.checkpoint, **chosen)
+    chosen["step"] = planned.step  # also if a newer one comes meanwhile
+    if options.dry_run:
+        print("\n".join(planned.lines()))
+        return exit_codes.DONE
+    if options.verify and (problem := verify_export.missing(planned)):
+        raise ValueError(problem)
+    if options.push_to_hub:
+        hub.check(options.push_to_hub)
+    out = hf_export.export(options.checkpoint, options.out, **chosen, overwrite=options.overwrite)
+    print(f"wrote {out}")
+    if options.verify:
+        difference, most = verify_export.compare(planned, out)
+        same = difference <= most  # false for NaN
+        print(
+            f"logits of transformers and ours differ by at most {difference:.2g}, "
+            f"{most:.2g} is allowed: {'the same' if same else 'NOT THE SAME'}"
         )
+        if not same:
+            return exit_codes.BAD_DATA
+    if options.push_to_hub:
+        print(f"uploaded {hub.push(out, options.push_to_hub, private=not options.public)}")
+    return exit_codes.DONE
+
+
+def main() -> int:
+    options = parse()
+    try:
+        return run(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 64
-    print(f"wrote {out}")
-    return 0
+        return exit_codes.USER_ERROR
+    except (OSError, hub.Failed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_codes.NOT_SAVED
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 LEVELS = [
     "config exit_codes tree parallel trackers models models.spec models.rope data.json_rows "
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables "
-    "manifest fingerprint "
+    "manifest fingerprint hub "
     "launching.coordinates launching.gpus launching.environment launching.output launching.tied "
     "launching.stop_requests",
     "launching.processes launching.leash launching.restarts "

@@ -1,0 +1,410 @@
+"""Big folders: conversion and export go through a model in blocks, and no bit is lost or added."""
+
+import json
+import math
+import shutil
+import sys
+import tracemalloc
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from huggingface_hub.errors import LocalTokenNotFoundError
+from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import load_file, save_file
+
+import jax_sft
+from jax_sft import (
+    fingerprint,
+    hf,
+    hf_convert,
+    hf_export,
+    hub,
+    manifest,
+    model_files,
+    parallel,
+    pretrained,
+    state,
+    steps,
+    storage,
+    tiny,
+)
+from scripts import convert_hf, export_hf, make_model, verify_checkpoint, verify_export
+
+UNTIED = {"tie_word_embeddings": False, "model_type": "llama", "attention_bias": True}
+WEIGHTS = "model.safetensors"
+GATE = "model.layers.1.mlp.gate_proj.weight"
+TEMPLATE = "additional_chat_templates/tool_use.jinja"
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks of 3000 bytes: even the tiny model's matrices are cut, and not at equal parts."""
+    monkeypatch.setattr(storage, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(hf_convert, "_ALIGNED", 4)
+    monkeypatch.setattr(hf_convert, "_LEAST_PIECE_BYTES", 500)
+
+
+def add_template(folder: Path) -> Path:
+    (folder / TEMPLATE).parent.mkdir()
+    (folder / TEMPLATE).write_text("{{ tools }}")
+    return folder
+
+
+def assert_same_folder(before: Path, after: Path) -> None:
+    """Every file the same to the last byte, but for the order in which tensors lie."""
+    names = {path.relative_to(before) for path in before.rglob("*") if path.is_file()}
+    assert names == {path.relative_to(after) for path in after.rglob("*") if path.is_file()}
+    for name in names - {Path(WEIGHTS)}:
+        assert (before / name).read_bytes() == (after / name).read_bytes(), name
+    theirs, ours = load_file(before / WEIGHTS), load_file(after / WEIGHTS)
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        assert (tensor.dtype, tensor.shape) == (ours[name].dtype, ours[name].shape), name
+        assert tensor.tobytes() == ours[name].tobytes(), name
+
+
+def rewrite(folder: Path, change) -> None:
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def run(script, monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+    code = script.main()
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("changes", [{}, UNTIED])
+def test_a_folder_returns_to_the_last_byte(make_model, tmp_path, monkeypatch, capsys, changes):
+    folder = add_template(make_model(dtype="BF16", **changes))
+    converted, out = tmp_path / "converted", tmp_path / "out"
+    done = run(convert_hf, monkeypatch, capsys, f"--model={folder}", f"--out={converted}")
+    assert done[:2] == (0, f"wrote {converted}\n")
+    assert verify_checkpoint.verify(converted, None, full=True) == 0
+    options = (f"--checkpoint={converted}", f"--out={out}", "--verify")
+    code, printed, _ = run(export_hf, monkeypatch, capsys, *options)
+    assert code == 0 and printed.endswith("is allowed: the same\n")
+    assert_same_folder(folder, out)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_plain_orbax_reads_what_was_converted_and_no_array_is_in_one_file(make_model, tmp_path):
+    folder = make_model(dtype="BF16", **UNTIED)
+    converted = hf_convert.convert(folder, tmp_path / "converted", progress=False)
+    planned = hf_convert.plan(folder)
+    params = ocp.load_checkpointables(str(converted / "0"))["params"]
+    tensors = load_file(folder / WEIGHTS)
+    for row in planned.rows:
+        for index, name in row.hf_tensors(planned.dims):
+            theirs = row.to_hf(np.asarray(params[row.path])[index], planned.dims)
+            assert theirs.tobytes() == tensors[name].tobytes(), name
+        if row.stacked:
+            files = [*(converted / "0/params" / row.path).rglob("c/**/*")]
+            assert sum(file.is_file() for file in files) >= planned.dims["layers"]
+
+
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 4, "tensor": 2}])
+def test_weights_load_alike_from_a_folder_and_from_what_was_converted(make_model, tmp_path, sizes):
+    folder = make_model(dtype="BF16", **UNTIED)
+    converted = hf_convert.convert(folder, tmp_path / "converted", progress=False)
+    planned = hf_convert.plan(folder)
+    mesh = parallel.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    shardings = state.param_shardings(planned.rows, mesh)
+    found = [
+        pretrained.find(hf.resolve(str(path)), planned.rows, planned.dims, False)
+        for path in (folder, converted)
+    ]
+    assert found[0].dtypes == found[1].dtypes
+    there, here = (weights.load(shardings, np.float32, False) for weights in found)
+    for path, array in there.items():
+        assert here[path].sharding == array.sharding and here[path].dtype == np.float32
+        np.testing.assert_array_equal(here[path], array)
+
+
+def test_training_starts_from_what_was_converted_and_its_export_loads(make_config, tmp_path):
+    cfg = make_config(**{"train.steps": 1, "train.export": True, "mesh.fsdp": 1, "mesh.data": 8})
+    folder = Path(cfg.model.path)
+    cfg.model.path = str(hf_convert.convert(folder, tmp_path / "converted", progress=False))
+    assert math.isfinite(jax_sft.train(cfg, tmp_path / "run")["loss"])
+    kept = [tmp_path / part / model_files.NAME for part in ("converted", "run/checkpoints")]
+    assert manifest.check(kept[0]).manifest == manifest.check(kept[1]).manifest
+    before, after = load_file(folder / WEIGHTS), load_file(tmp_path / "run/export" / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert all(np.abs(before[name] - after[name]).max() < 3e-3 for name in before)
+
+
+def test_layers_of_several_dtypes_are_kept_exactly_and_restored(make_model, tmp_path):
+    folder = make_model()
+    dtypes = [np.float32, np.float16, ml_dtypes.bfloat16]
+    rewrite(folder, lambda ts: {n: t.astype(dtypes[i % 3]) for i, (n, t) in enumerate(ts.items())})
+    converted = hf_convert.convert(folder, tmp_path / "converted", progress=False)
+    assert_same_folder(folder, hf_export.export(converted, tmp_path / "out", progress=False))
+
+
+def test_a_copied_head_of_a_tied_model_is_not_written_again(make_model, tmp_path):
+    folder = make_model()
+    tensors = load_file(folder / WEIGHTS)
+    copied = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    save_file(copied, folder / WEIGHTS)
+    converted = hf_convert.convert(folder, tmp_path / "converted", progress=False)
+    out = hf_export.export(converted, tmp_path / "out", progress=False)
+    assert load_file(out / WEIGHTS).keys() == tensors.keys()
+
+
+def test_a_chosen_dtype_is_that_of_all_arrays(make_model, tmp_path):
+    folder = make_model()
+    converted = hf_convert.convert(folder, tmp_path / "converted", dtype="bfloat16", progress=False)
+    assert {array["dtype"] for array in steps.params(converted, 0).values()} == {"bfloat16"}
+    out = hf_export.export(converted, tmp_path / "out", progress=False)
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        rounded = tensor.astype(ml_dtypes.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(load_file(out / WEIGHTS)[name], rounded)
+
+
+@pytest.mark.parametrize(
+    "why,message",
+    [
+        ("not empty", "is not empty: choose another folder, or overwrite it"),
+        ("file", "out is a file"),
+        ("no room", r"out will have 0\.00 GB, 0\.00 GB are free in"),
+        ("float64", "embed.table is float64 in .*: choose a dtype"),
+        ("converted", "is a checkpoint folder already"),
+        ("misfit", "does not fit its config.json"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_before_anything_is_written(
+    make_model, tmp_path, monkeypatch, capsys, why, message
+):
+    folder, out = make_model(), tmp_path / "out"
+    if why == "not empty":
+        out.mkdir()
+        (out / "mine").write_text("")
+    elif why == "file":
+        out.write_text("")
+    elif why == "no room":
+        usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    elif why == "float64":
+        rewrite(folder, lambda tensors: {n: t.astype(np.float64) for n, t in tensors.items()})
+    elif why == "converted":
+        folder = hf_convert.convert(folder, tmp_path / "converted", progress=False)
+    else:
+        rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if n != GATE})
+    before = sorted(tmp_path.rglob("*"))
+    code, _, said = run(convert_hf, monkeypatch, capsys, f"--model={folder}", f"--out={out}")
+    assert code == 64
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(said)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_conversion_that_fails_leaves_nothing_and_what_was_there(
+    make_model, tmp_path, monkeypatch, capsys
+):
+    folder, out = make_model(), tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.Blocks, "write", full)
+        options = (f"--model={folder}", f"--out={out}", "--overwrite")
+        code, _, said = run(convert_hf, monkeypatch, capsys, *options)
+    assert code == 74 and "No space left on device" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    assert run(convert_hf, monkeypatch, capsys, *options)[0] == 0
+    assert not (out / "mine").exists()
+
+
+def test_a_flipped_bit_is_named_by_export_and_by_training(make_model, tmp_path):
+    converted = hf_convert.convert(make_model(), tmp_path / "converted", progress=False)
+    file = next(path for path in (converted / "0/params/embed.table/c/1").rglob("*"))
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"c/1/0 is damaged: its sha256 is not that in"):
+        hf_export.export(converted, tmp_path / "out", progress=False)
+    for change in ("files", "arrays"):  # as if it had been flipped before it was hashed
+        if change == "files":
+            body = json.loads((converted / "0/manifest.0.json").read_text())
+            manifest.write(converted / "0", arrays=body["arrays"])
+        with pytest.raises(ValueError, match=r"embed\.table is damaged: its checksum is"):
+            if change == "files":
+                hf_export.export(converted, tmp_path / "out", progress=False)
+            else:
+                jax_sft.load(converted)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "converted"}
+
+
+def test_an_export_of_float32_masters_reads_blocks_within_a_layer(make_model, tmp_path):
+    folder = make_model(dtype="BF16", **UNTIED)
+    planned = hf_convert.plan(folder)
+    shardings = state.param_shardings(planned.rows, parallel.make_mesh({"fsdp": 4, "tensor": 2}))
+    find = pretrained.find(folder, planned.rows, planned.dims, False)
+    params = find.load(shardings, np.float32, False)
+    step = tmp_path / "checkpoints/7"
+    step.parent.mkdir()
+    storage.is_saved(storage.start_saving(step, params, {"count": np.ones(1)}, {"step": 7}, 60), 60)
+    sums = {path: jax_sft_sum(array) for path, array in params.items()}
+    arrays = {
+        f"params/{path}": {"shape": array.shape, "dtype": "float32", "sum": sums[path]}
+        for path, array in params.items()
+    }
+    manifest.write(step, arrays=arrays)
+    for name, array in arrays.items():
+        stored = storage.Stored(step, name, json.loads(json.dumps(array)))
+        if stored.nbytes > storage.BLOCK_BYTES and len(stored.shape) > 2:
+            assert math.prod(stored.chunk) * 4 <= storage.BLOCK_BYTES
+            assert stored.chunk[0] == 1
+    model_files.keep(step.parent, model_files.Model(folder, find.dtypes))
+    out = hf_export.export(step.parent, tmp_path / "out", progress=False)
+    assert_same_folder(folder, out)
+
+
+def jax_sft_sum(array) -> int:
+    return fingerprint.of_numpy(np.asarray(array))
+
+
+def test_memory_of_both_ways_does_not_grow_with_the_model(tmp_path, monkeypatch):
+    # Of a model of 9.5 MB whose largest stacked parameter takes 2 MB.
+    monkeypatch.setattr(storage, "BLOCK_BYTES", 1 << 15)
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tiny.write_tokenizer(folder)
+    tiny.write_model(folder, tiny.CONFIG | sizes | {"num_hidden_layers": 16})
+    converted = tmp_path / "converted"
+    tracemalloc.start()
+    hf_convert.convert(folder, converted, progress=False)
+    hf_export.export(converted, tmp_path / "out", progress=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000
+
+
+def test_a_dry_run_lists_every_tensor_of_a_folder_that_has_no_content(
+    tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "sparse"
+    make_model.make("72b", folder, headers_only=True)
+    assert sum(file.stat().st_size for file in folder.iterdir()) > 145e9
+    assert sum(512 * file.stat().st_blocks for file in folder.iterdir()) < 1e6
+    code, printed, _ = run(convert_hf, monkeypatch, capsys, f"--model={folder}", "--dry-run")
+    *lines, total = printed.splitlines()
+    assert code == 0 and len(lines) == 963 and "963 tensors, 145.412 GB" in total
+    assert (
+        "model.layers.79.mlp.up_proj.weight BF16 [29568, 8192] in model-00027-of-00038.safetensors"
+        " -> layers.mlp.up.kernel[79] bfloat16 [8192, 29568]" in lines
+    )
+    (folder / "config.json").write_text(
+        json.dumps(make_model.config_of("72b") | {"intermediate_size": 29_567})
+    )
+    code, _, said = run(convert_hf, monkeypatch, capsys, f"--model={folder}", "--dry-run")
+    assert code == 64 and "has shape (29568, 8192), config.json needs (29567, 8192)" in said
+
+
+def test_a_dry_run_of_an_export_lists_what_the_export_then_has(
+    make_model, tmp_path, monkeypatch, capsys
+):
+    converted = hf_convert.convert(make_model(), tmp_path / "converted", progress=False)
+    options = (f"--checkpoint={converted}", "--shard-size=40KB", "--dtype=float16")
+    code, printed, _ = run(export_hf, monkeypatch, capsys, *options, "--dry-run")
+    *lines, total = printed.splitlines()
+    assert code == 0 and total.startswith("step 0: 14 arrays -> 38 tensors, 0.000 GB in ")
+    out = hf_export.export(converted, tmp_path / "out", shard_bytes=40_000, dtype="float16")
+    listed = [line.split(" -> ")[1].split(" ")[0] + line.split(" in ")[1] for line in lines]
+    files = [*out.glob("*.safetensors")]
+    assert sorted(listed) == sorted(n + file.name for file in files for n in load_file(file))
+
+
+def test_verify_finds_an_export_that_is_not_the_checkpoint(
+    make_model, tmp_path, monkeypatch, capsys
+):
+    converted = hf_convert.convert(make_model(), tmp_path / "converted", progress=False)
+    real = hf_export.export
+
+    def wrong(*args, **options) -> Path:
+        out = real(*args, **options)
+        rewrite(out, lambda tensors: tensors | {GATE: 1.01 * tensors[GATE]})
+        return out
+
+    monkeypatch.setattr(hf_export, "export", wrong)
+    pushed = []
+    monkeypatch.setattr(hub, "check", lambda *_: None)
+    monkeypatch.setattr(hub, "push", lambda *args, **_: pushed.append(args))
+    options = (f"--checkpoint={converted}", f"--out={tmp_path / 'out'}", "--push-to-hub=a/b")
+    code, printed, _ = run(export_hf, monkeypatch, capsys, *options, "--verify")
+    assert code == 65 and "is allowed: NOT THE SAME" in printed and not pushed
+
+
+def test_verify_without_torch_is_refused_before_the_export(
+    make_model, tmp_path, monkeypatch, capsys
+):
+    converted = hf_convert.convert(make_model(), tmp_path / "converted", progress=False)
+    monkeypatch.setattr(verify_export.importlib.util, "find_spec", lambda _: None)
+    options = (f"--checkpoint={converted}", f"--out={tmp_path / 'out'}", "--verify")
+    code, _, said = run(export_hf, monkeypatch, capsys, *options)
+    assert code == 64 and "pip install torch" in said and not (tmp_path / "out").exists()
+
+
+class FakeHub:
+    """What huggingface_hub.HfApi does, noted."""
+
+    def __init__(self, error: OSError | None = None):
+        self.error, self.calls = error, []
+
+    def whoami(self):
+        if self.error:
+            raise self.error
+        return {"name": "me", "orgs": [{"name": "ours"}]}
+
+    def create_repo(self, repo, **options):
+        self.calls.append(("create", repo, options))
+
+    def upload_folder(self, **options):
+        if self.error:
+            raise self.error
+        self.calls.append(
+            ("upload", options["repo_id"], sorted(p.name for p in options["folder_path"].iterdir()))
+        )
+        return "https://hub/commit"
+
+
+def test_an_export_is_uploaded_as_it_is_to_a_private_repository(
+    make_model, tmp_path, monkeypatch, capsys
+):
+    converted = hf_convert.convert(make_model(), tmp_path / "converted", progress=False)
+    fake = FakeHub()
+    monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: fake)
+    out = tmp_path / "out"
+    options = (f"--checkpoint={converted}", f"--out={out}", "--push-to-hub=ours/model")
+    code, printed, _ = run(export_hf, monkeypatch, capsys, *options)
+    assert code == 0 and printed.endswith("uploaded https://hub/commit\n")
+    assert fake.calls == [
+        ("create", "ours/model", {"private": True, "exist_ok": True}),
+        ("upload", "ours/model", sorted(path.name for path in out.iterdir())),
+    ]
+
+
+@pytest.mark.parametrize(
+    "repo,error,message",
+    [
+        ("model", None, "is not NAMESPACE/NAME"),
+        ("not a name/x", None, "Repo id must use alphanumeric"),
+        ("theirs/model", None, r"me cannot write to theirs/model: use one of \['me', 'ours'\]"),
+        ("me/model", LocalTokenNotFoundError("no token"), "run `hf auth login`, or set HF_TOKEN"),
+    ],
+)
+def test_an_upload_that_cannot_succeed_is_refused_before_the_export(repo, error, message):
+    with pytest.raises(ValueError, match=message):
+        hub.check(repo, FakeHub(error))
+
+
+def test_an_upload_that_fails_says_that_the_export_is_there(tmp_path):
+    with pytest.raises(hub.Failed, match="out is complete, but me/x did not take it: cut off"):
+        hub.push(tmp_path / "out", "me/x", api=FakeHub(OSError("cut off")))
