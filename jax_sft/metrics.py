@@ -41,15 +41,16 @@ def step_flops(
 ) -> float:
     """Return the model FLOPs of a training step: forward and twice that backward.
 
-    Matrix products only, without the embedding lookup and without recomputation; attention counts
-    the query-key pairs that are visible (causal, within segments), not the padded square. A sliding
-    window is not counted: where segments are longer, model FLOPs and MFU come out too high.
+    Matrix products only, without the embedding lookup and without recomputation; of experts those
+    that a token takes; attention counts the query-key pairs that are visible (causal, within
+    segments), not the padded square. A sliding window is not counted: where segments are longer,
+    model FLOPs and MFU come out too high.
 
     Args:
         tokens: tokens that are not padding.
         pairs: visible query-key pairs.
     """
-    in_matrices = sum(math.prod(row.shape(dict(dims))) for row in rows if row.is_matrix)
+    in_matrices = sum(row.active_size(dict(dims)) for row in rows if row.is_matrix)
     if not tied:
         in_matrices -= dims["vocab"] * dims["embed"]  # the input table is only looked up
     attention = 4 * dims["layers"] * dims["heads"] * dims["head_dim"] * pairs

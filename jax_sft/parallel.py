@@ -37,6 +37,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "experts": (),
+    "chosen": (),  # the experts that a token takes
 }
 
 

@@ -1,14 +1,16 @@
 """Model families: one file each, found by the `model_type` of config.json.
 
 A family file defines `Config` (with `from_hf`, `dims`, and `window`, the sliding window of those
-layers that have one), `weights(cfg)` and `Model(cfg, key)`.
+layers that have one), `weights(cfg)` and `Model(cfg, key)`. One with experts has their numbers in
+`dims`, "experts" and "chosen" (those that a token takes), the weight of their balance in
+`Config.router_aux`, and a `Model` with `routed` (see `layers.Decoder`).
 """
 
 import importlib
 import pkgutil
 from types import ModuleType
 
-_PRIMITIVES = {"layers", "spec", "rope"}
+_PRIMITIVES = {"layers", "experts", "spec", "rope"}
 
 
 def families() -> list[str]:

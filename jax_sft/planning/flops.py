@@ -140,7 +140,7 @@ def model_flops(
     for row in rows:
         if row.is_matrix and (part := _part(row, tied)) != "embedding":
             applied = trained_tokens if part == "head" else tokens
-            flops = 6 * math.prod(row.shape(dict(dims))) * applied
+            flops = 6 * row.active_size(dict(dims)) * applied
             parts[part] = parts.get(part, 0.0) + flops
     return parts
 
