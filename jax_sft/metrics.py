@@ -158,6 +158,9 @@ class Meter:
             "step_time_s": seconds,
             "data/wait_ms": wait_ms,
         }
+        if "router_loss" in last:
+            router_loss = float(last["router_loss"]) / (float(last["weight"]) or 1.0)
+            metrics["router_loss"] = router_loss if applied else math.nan
         if by_source and applied:
             losses, weights = by_source["loss_by_source"], by_source["weight_by_source"]
             metrics |= {
@@ -176,6 +179,7 @@ class Meter:
             f"step {metrics['step']}/{self._num_steps}",
             f"epoch {metrics['epoch']:.2f}",
             f"loss {metrics['loss']:.4f}",
+            *([f"router {metrics['router_loss']:.4f}"] if "router_loss" in metrics else []),
             f"lr {metrics['learning_rate']:.2e}",
             f"grad {metrics['grad_norm']:.3f}",
             f"{count(metrics['tokens_per_s'])} tok/s",

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 LOOP = "grouped_rounds"  # name of the loops whose trips the data decides, for `plan`
+EXPECTED_ROUNDS = 4.0  # blocks being half the mean group: the largest group is twice the mean
 TILE = 128  # rows that a GPU's matrix product takes at once
 _SMALL_TILE = 8
 

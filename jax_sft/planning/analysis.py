@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jax_sft import parallel
-from jax_sft.ops import blockwise, cross_entropy, cudnn
+from jax_sft.ops import blockwise, cross_entropy, cudnn, grouped
 from jax_sft.planning import flops, hlo, hlo_collectives, hlo_groups, hlo_kernels, hlo_loops
 from jax_sft.planning.chips import Chip
 from jax_sft.planning.compiling import Compiled, compile_step, shard_bytes
@@ -118,6 +118,8 @@ class _Loops:
             needed = self._row.pairs / self._row.slots / blockwise.BLOCK
             is_backward = "transpose(" in loop.op_name and "rematted" not in loop.op_name
             return max(needed / (self._sizes["sequence"] if is_backward else 1), 1.0)
+        if grouped.LOOP in loop.op_name:
+            return grouped.EXPECTED_ROUNDS
         raise ValueError(f"{loop.name} ({loop.op_name}) runs as often as data decides: say how")
 
 
