@@ -53,7 +53,7 @@ class Config:
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            mlp=fields.size("moe_intermediate_size"),
+            mlp=fields.size("moe_intermediate_size", 768),
             num_experts=num_experts,
             num_chosen=num_chosen,
             normalise=fields.flag("norm_topk_prob"),

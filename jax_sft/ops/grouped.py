@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 LOOP = "grouped_rounds"  # name of the loops whose trips the data decides, for `plan`
-EXPECTED_ROUNDS = 4.0  # blocks being half the mean group: the largest group is twice the mean
+LARGEST_GROUP = 2.0  # over the mean group: what `plan` expects
+EXPECTED_ROUNDS = 2 * LARGEST_GROUP  # blocks are half the mean group
 TILE = 128  # rows that a GPU's matrix product takes at once
 _SMALL_TILE = 8
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from jax_sft.models.spec import Weight
+from jax_sft.ops import grouped
 
 # Attention's backward pass has five products for two of the forward pass: a flash kernel computes
 # the scores again. The model's own backward pass, which MFU counts, has four.
@@ -212,6 +213,8 @@ def step_cost(
     hardware = hardware_flops(padded, dims, remat, offload)
     for name, computed in zip(("attention_forward", "attention_backward"), visited, strict=True):
         hardware[name] *= computed / pairs if pairs else 1.0
+    if "experts" in dims:  # all advance with the busiest
+        hardware["mlp"] *= grouped.LARGEST_GROUP
     updated = param_bytes * 2 + moment_bytes * 4 + 4 * 2
     accumulated = 4 * 2 + param_bytes + 2  # and the weights' cast to bfloat16
     num_params = sum(math.prod(row.shape(dict(dims))) for row in rows)
@@ -308,12 +311,14 @@ def _elementwise_bytes(dims: Mapping[str, int], slots: float, trained: float, re
     """Bytes that all devices move between matrix products: norms, rotation, SwiGLU, sums, loss.
 
     Counted as one fused kernel each, in bfloat16: two norms of 2 D, two residual sums of 3 D, q and
-    k read and written, gate and up read and their product written. The backward pass moves twice
-    that, recomputation once more. A logit is written, read twice and its gradient written, 14
-    bytes; for each chunk of tokens the head's float32 gradient is read and written.
+    k read and written, gate and up read and their product written; the rows of experts read and
+    written when they are sorted, put into blocks (x for gate and for up), and summed. The backward
+    pass moves twice that, recomputation once more. A logit is written, read twice and its gradient
+    written, 14 bytes; for each chunk of tokens the head's float32 gradient is read and written.
     """
     heads = (dims["heads"] + dims["kv_heads"]) * dims["head_dim"]
-    elements = 10 * dims["embed"] + 2 * heads + 3 * dims["mlp"]
+    elements = 10 * dims["embed"] + 2 * heads + 3 * dims["mlp"] * dims.get("chosen", 1)
+    elements += 10 * dims["embed"] * dims.get("chosen", 0)
     passes = 3 if remat == "none" else 4
     per_logit = 14 + 8 * dims["embed"] / HEAD_CHUNK
     return passes * 2 * dims["layers"] * elements * slots + per_logit * dims["vocab"] * trained
