@@ -181,12 +181,11 @@ def _experts_fwd(x_BTD, weights_BTK, chosen_BTK, gate, up, down):
 
 def _experts_bwd(residuals, grad_BTD):
     (x_BTD, weights_BTK, chosen_BTK, *kernels), hidden = residuals
-    with jax.named_scope(".".join(("part.gradient", *_KERNEL))):
-        grad_x, grad_weights, *grad_kernels = _island(
-            _backward,
-            (_TOKENS, _TOKENS, _CHOSEN, _CHOSEN, *[parallel.gathered(_KERNEL)] * 3, *[_HIDDEN] * 2),
-            (_RESIDUAL, _CHOSEN, *[_KERNEL] * 3),
-        )(grad_BTD, x_BTD, weights_BTK, chosen_BTK, *kernels, *hidden)
+    grad_x, grad_weights, *grad_kernels = _island(
+        _backward,
+        (_TOKENS, _TOKENS, _CHOSEN, _CHOSEN, *[parallel.gathered(_KERNEL)] * 3, *[_HIDDEN] * 2),
+        (_RESIDUAL, _CHOSEN, *[_KERNEL] * 3),
+    )(grad_BTD, x_BTD, weights_BTK, chosen_BTK, *kernels, *hidden)
     return grad_x, grad_weights, None, *grad_kernels
 
 
@@ -232,10 +231,11 @@ def _backward(grad_BTD, x_BTD, weights_BTK, chosen_BTK, gate, up, down, gate_BRF
     grad_x_MD = grouped.matmul(grad_gate_MF, gate, rows.sizes_E, over=2)
     grad_x_MD += grouped.matmul(grad_up_MF, up, rows.sizes_E, over=2)
     weighted_MF = (weights_M1 * hidden_MF).astype(hidden_MF.dtype)
-    grad_kernels = (
-        parallel.sum_over_tokens(grouped.outer(*pair, rows.sizes_E, gate.dtype), _KERNEL)
-        for pair in ((x_MD, grad_gate_MF), (x_MD, grad_up_MF), (grad_MD, weighted_MF))
-    )
+    with jax.named_scope(".".join(("part.gradient", *_KERNEL))):  # `plan` shows it
+        grad_kernels = [
+            parallel.sum_over_tokens(grouped.outer(*pair, rows.sizes_E, gate.dtype), _KERNEL)
+            for pair in ((x_MD, grad_gate_MF), (x_MD, grad_up_MF), (grad_MD, weighted_MF))
+        ]
     ones_BTK = jnp.ones_like(weights_BTK)
     return _scatter_tokens(rows.collect(grad_x_MD, ones_BTK)), grad_weights_BTK, *grad_kernels
 

@@ -13,20 +13,19 @@ import jax
 import jax.numpy as jnp
 
 LOOP = "grouped_rounds"  # name of the loops whose trips the data decides, for `plan`
-LARGEST_GROUP = 2.0  # over the mean group: what `plan` expects
-EXPECTED_ROUNDS = 2 * LARGEST_GROUP  # blocks are half the mean group
+BLOCKS = 2  # of a group of mean size
 TILE = 128  # rows that a GPU's matrix product takes at once
 _SMALL_TILE = 8
 
 
 def block_rows(num_rows: int, num_groups: int) -> int:
-    """Return C: half the mean group, in whole tiles.
+    """Return C: a part of the mean group, in whole tiles.
 
     Smaller blocks follow uneven groups more closely, larger ones read the matrices less often.
     """
-    half = -(-num_rows // (2 * num_groups))
-    tile = TILE if half > TILE // 2 else _SMALL_TILE
-    return -(-half // tile) * tile
+    part = -(-num_rows // (BLOCKS * num_groups))
+    tile = TILE if part > TILE // 2 else _SMALL_TILE
+    return -(-part // tile) * tile
 
 
 def matmul(x_MK: jax.Array, kernel: jax.Array, sizes_G: jax.Array, over: int) -> jax.Array:

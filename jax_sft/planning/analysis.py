@@ -119,7 +119,7 @@ class _Loops:
             is_backward = "transpose(" in loop.op_name and "rematted" not in loop.op_name
             return max(needed / (self._sizes["sequence"] if is_backward else 1), 1.0)
         if grouped.LOOP in loop.op_name:
-            return grouped.EXPECTED_ROUNDS
+            return grouped.BLOCKS * flops.LARGEST_GROUP
         raise ValueError(f"{loop.name} ({loop.op_name}) runs as often as data decides: say how")
 
 

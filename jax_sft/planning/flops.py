@@ -9,12 +9,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from jax_sft.models.spec import Weight
-from jax_sft.ops import grouped
 
 # Attention's backward pass has five products for two of the forward pass: a flash kernel computes
 # the scores again. The model's own backward pass, which MFU counts, has four.
 _KERNEL_BACKWARD = 2.5
 HEAD_CHUNK = 1024  # tokens of a device whose logits live at a time: cross_entropy.MAX_CHUNK
+# Tokens of the busiest expert over the mean, with which all of them advance: ops.grouped.
+LARGEST_GROUP = 2.0
 # Names of compute.NAMES that the policies keep which are made of names.
 _KEPT = {"full": (), "attn": ("attention", "attention_lse"), "dots": ("dots",)}
 _NAMES = ("residual", "qkv", "attention", "attention_lse", "mlp", "dots")
@@ -214,7 +215,7 @@ def step_cost(
     for name, computed in zip(("attention_forward", "attention_backward"), visited, strict=True):
         hardware[name] *= computed / pairs if pairs else 1.0
     if "experts" in dims:  # all advance with the busiest
-        hardware["mlp"] *= grouped.LARGEST_GROUP
+        hardware["mlp"] *= LARGEST_GROUP
     updated = param_bytes * 2 + moment_bytes * 4 + 4 * 2
     accumulated = 4 * 2 + param_bytes + 2  # and the weights' cast to bfloat16
     num_params = sum(math.prod(row.shape(dict(dims))) for row in rows)
