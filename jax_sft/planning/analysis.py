@@ -284,8 +284,13 @@ def _warnings(
             "mesh.sequence above 1 install tokamax, else see model.attention"
         )
     lines += [f"involuntary full rematerialisation: {line}" for line in compiled.involuntary]
-    # As large as the smallest matrix of a layer: norms and biases are all-reduced by right.
-    matrices = [row for row in compiled.program.model_def.rows if row.is_matrix]
+    # As large as the smallest matrix of a layer: norms and biases are all-reduced by right. Routers
+    # are as small as these.
+    matrices = [
+        row
+        for row in compiled.program.model_def.rows
+        if row.is_matrix and ("experts" in row.stacked or "experts" not in row.axes)
+    ]
     of_one = min(math.prod(dims[axis] for axis in row.axes if axis != "layers") for row in matrices)
     for one in hlo_collectives.gradient_all_reduces(
         found, sizes, of_one // sizes["tensor"] // 2, allowed=(("data",), ("tensor",))
