@@ -18,7 +18,7 @@ from jax.extend.core import jaxprs_in_params
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import jax_sft
-from jax_sft import metrics, models, parallel, program
+from jax_sft import metrics, models, parallel, plan, program
 from jax_sft.model import ModelDef
 from jax_sft.models.experts import Routing, balance_loss
 from jax_sft.ops import grouped
@@ -212,6 +212,35 @@ def test_flops_are_those_of_the_experts_that_a_token_takes():
     assert metrics.step_flops(rows, cfg.dims, cfg.tied, 100, 700) == pytest.approx(
         3 * (2 * (3 * (attention + experts) + head) * 100 + scores)
     )
+
+
+STACK_A_GPU = 12 * 128 * 2048 * 768 // 16  # elements of one kernel of all experts and layers
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(targets.plugin_problem() is not None, reason=str(targets.plugin_problem()))
+def test_the_plan_of_a_30b_model_scatters_its_gradients_and_copies_no_stack_of_layers(
+    make_config, tmp_path
+):
+    folder = tmp_path / "qwen3-30b-a3b"
+    folder.mkdir()
+    sizes = {
+        "hidden_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 32,
+        "head_dim": 128,
+    }
+    sizes |= {"num_key_value_heads": 4, "vocab_size": 151_936, "max_position_embeddings": 40_960}
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", **sizes}))
+    cfg = make_config(folder, **{"data.seq_len": 4096, "batch.rows": 64, "model.dtype": "bfloat16"})
+    found = plan.plan(cfg, target="h200", hosts=2, gpus_per_host=8)
+    assert found["warnings"] == []
+    assert any("busiest expert" in line for line in found["predicted"]["assumptions"])
+    kernels = [one for one in found["communication"] if "gradient.experts" in one["what"]]
+    assert {(one["kind"], one["dtype"]) for one in kernels} == {("reduce-scatter", "f32")}
+    assert sum(one["count"] for one in kernels) == 3 * 12
+    stacks = [one["shape"] for one in found["memory"]["largest"] if one["bytes"] == 4 * STACK_A_GPU]
+    assert set(stacks) == {"f32[12, 128, 128, 768]"}  # another order of dimensions were a copy
 
 
 # ---- config.json ---------------------------------------------------------------------------------

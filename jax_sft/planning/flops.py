@@ -171,6 +171,7 @@ class StepCost:
         elementwise_bytes: read and written between matrix products.
         optimizer_bytes: read and written by accumulation, clipping and update.
         attention: name of the backend.
+        has_experts: whether the MLP is one of experts.
     """
 
     tokens: float
@@ -180,6 +181,7 @@ class StepCost:
     elementwise_bytes: float
     optimizer_bytes: float
     attention: str
+    has_experts: bool = False
 
 
 def step_cost(
@@ -227,6 +229,7 @@ def step_cost(
         elementwise_bytes=_elementwise_bytes(dims, slots, in_chunks, remat),
         optimizer_bytes=sizes["data"] * num_params * (updated + micro_batches * accumulated),
         attention=attention,
+        has_experts="experts" in dims,
     )
 
 
