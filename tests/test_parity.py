@@ -343,7 +343,7 @@ def test_micro_batches_give_the_losses_of_one_batch(make_strong_model, make_conf
 
 def test_experts_are_balanced_within_each_micro_batch(make_strong_model, make_config):
     cfg = make_config(make_strong_model(**FAMILIES["mixtral"]))
-    model_def, params, mesh = load(cfg, {"fsdp": 2})
+    model_def, params, mesh = load(cfg, {})
     with jax.set_mesh(mesh):
         batch = next(make_loader(cfg, mesh, micro_rows=2).batches(0, 1))
         trained = objective(cfg.loss, model_def.cfg)

@@ -3,8 +3,8 @@
 No token is dropped and no expert has a capacity: tokens are sorted by expert, and each expert
 multiplies as many rows as chose it. Padding chooses none. Called by the families that have experts.
 
-E experts, K experts that a token takes, M = B T K rows of one device, a row being a token at one of
-its experts; the other suffixes as in `layers`.
+E experts, K experts that a token takes, R = T K and M = B T K rows of one device, a row being a
+token at one of its experts; the other suffixes as in `layers`.
 """
 
 import dataclasses
@@ -92,7 +92,8 @@ def read(fields: Fields, default: tuple[int, int]) -> tuple[int, int, float]:
 class MoE(nnx.Module):
     """The weighted sum of a token's best experts, each a SwiGLU.
 
-    Weights are the router's probabilities: a softmax over all experts, in float32.
+    Weights are the router's probabilities, a softmax over all experts in float32; they multiply
+    what the experts return, and the sum is rounded once.
 
     Args:
         mlp: inner size of an expert.

@@ -1,10 +1,10 @@
 """Products of rows that are sorted by group, each group with a matrix of its own.
 
-What `jax.lax.ragged_dot` computes. On GPUs and CPUs XLA (jax 0.10.2) makes of that one product of
-every row with every group's matrix: with 128 experts of which a token takes 8, 16 times what the
-whole dense layer would cost, and 32 GiB for 65,536 rows of 2,048. Here the groups advance together,
-in rounds of equal blocks that are one batched product, as many as the largest group needs. Any
-sizes are exact, groups without rows and one with all of them too.
+What `jax.lax.ragged_dot` computes. On GPUs and CPUs XLA (jax 0.10.2) makes of that the product of
+every row with every group's matrix: for 128 experts 128 times what is needed, and a copy of the
+rows for each of them, 32 GiB for 65,536 rows of 2,048. Here the groups advance together, in rounds
+of equal blocks that are one batched product, as many as the largest group needs. Any sizes are
+exact, groups without rows and one with all of them too.
 
 M rows, G groups, C rows of each group in a round; D and F the dimensions of a matrix.
 """
