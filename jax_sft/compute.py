@@ -118,8 +118,7 @@ def gather(weight: jax.Array, axes: tuple[str, ...], dtype, grad_dtype) -> jax.A
         grad_dtype: of the result, hence of its gradient, which is formed and summed in it.
     """
     shard = parallel.constrain(weight.astype(dtype), *axes)  # cast first: half the bytes
-    whole = parallel.constrain(shard, *parallel.gathered(axes))
-    return checkpoint_name(whole, _WEIGHT).astype(grad_dtype)
+    return checkpoint_name(parallel.gather(shard, axes), _WEIGHT).astype(grad_dtype)
 
 
 def _gather_fwd(weight, axes, dtype, grad_dtype):

@@ -133,9 +133,13 @@ def default() -> Config:
     batch.micro_rows = 0  # rows per forward and backward pass; 0 = all rows at once
 
     loss: Config = ConfigDict()
-    cfg.loss = loss  # both change what is trained and reported, never what is evaluated
+    cfg.loss = loss  # these change what is trained, never what is evaluated
     loss.z_loss = 0.0  # weight of the squared log-partition; 1e-4 is usual where logits drift
     loss.label_smoothing = 0.0  # share of the target spread over the vocabulary
+    # Weight of the loss that keeps the experts of a model equally busy, reported as router_loss and
+    # not in the loss. -1 = the model's router_aux_loss_coef, which transformers applies only with
+    # output_router_logits: without it, fine-tuning may leave experts unused. 0 = off.
+    loss.router_aux = -1.0
 
     train: Config = ConfigDict()
     cfg.train = train

@@ -46,11 +46,11 @@ def step_flops(
 ) -> float:
     """Return the model FLOPs of a training step: forward and twice that backward.
 
-    Matrices that are frozen need no gradient of their own: forward and once that backward.
-
-    Matrix products only, without the embedding lookup and without recomputation; attention counts
-    the query-key pairs that are visible (causal, within segments), not the padded square. A sliding
-    window is not counted: where segments are longer, model FLOPs and MFU come out too high.
+    Matrix products only, without the embedding lookup and without recomputation; of experts those
+    that a token takes; attention counts the query-key pairs that are visible (causal, within
+    segments), not the padded square. A sliding window is not counted: where segments are longer,
+    model FLOPs and MFU come out too high. Matrices that are frozen need no gradient of their own:
+    forward and once that backward.
 
     Args:
         tokens: tokens that are not padding.
@@ -61,7 +61,7 @@ def step_flops(
     for row in rows:
         is_looked_up = row.path == "embed.table" and not tied
         if row.is_matrix and not is_looked_up:
-            products += (2 if row.path in frozen else 3) * math.prod(row.shape(dict(dims)))
+            products += (2 if row.path in frozen else 3) * row.active_size(dict(dims))
     attention = 4 * dims["layers"] * dims["heads"] * dims["head_dim"] * pairs
     return 2 * products * tokens + 3 * attention
 
@@ -167,6 +167,9 @@ class Meter:
             "step_time_s": seconds,
             "data/wait_ms": wait_ms,
         }
+        if "router_loss" in last:
+            router_loss = float(last["router_loss"]) / (float(last["weight"]) or 1.0)
+            metrics["router_loss"] = router_loss if applied else math.nan
         if by_source and applied:
             losses, weights = by_source["loss_by_source"], by_source["weight_by_source"]
             metrics |= {
@@ -185,6 +188,7 @@ class Meter:
             f"step {metrics['step']}/{self._num_steps}",
             f"epoch {metrics['epoch']:.2f}",
             f"loss {metrics['loss']:.4f}",
+            *([f"router {metrics['router_loss']:.4f}"] if "router_loss" in metrics else []),
             f"lr {metrics['learning_rate']:.2e}",
             f"grad {metrics['grad_norm']:.3f}",
             f"{count(metrics['tokens_per_s'])} tok/s",

@@ -68,6 +68,11 @@ class ModelDef:
         )
         return cls(cfg, rows, cfg.dims, abstract, compute)
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether layers have a router and experts."""
+        return "experts" in self.cfg.dims
+
     def bind(self, params: dict[str, jax.Array], dropout_key: jax.Array | None = None) -> Any:
         """Return the model with these parameters; with a key, one that drops what it should."""
         if dropout_key is None or self.dropping is None:
@@ -115,3 +120,8 @@ class ModelDef:
     def hidden(self, model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Return final hidden states [B, T, D] of a bound model."""
         return model(batch["tokens"], batch["segment_ids"], batch["positions"], self.compute)
+
+    def routed(self, model: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
+        """Return (final hidden states, Routing of all layers) of a bound model with experts."""
+        context = batch["segment_ids"], batch["positions"], self.compute
+        return model.routed(batch["tokens"], *context)

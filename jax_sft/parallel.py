@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -39,6 +40,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "rank": ("tensor",),  # of adapters
     "whole_rank": (),  # where another axis is split over `tensor`
+    "experts": (),
+    "chosen": (),  # the experts that a token takes
 }
 
 
@@ -110,6 +113,25 @@ def gathered(logical_axes: Sequence[str]) -> tuple[str, ...]:
     return tuple("features" if axis.partition("/")[0] == "embed" else axis for axis in logical_axes)
 
 
+def gather(weight: jax.Array, logical_axes: Sequence[str]) -> jax.Array:
+    """Gather a weight over the mesh axes of `embed`, inside a jitted function."""
+    dim = tuple(logical_axes).index("embed") if "embed" in logical_axes else 0
+    if dim == 0:
+        return constrain(weight, *gathered(logical_axes))
+    # The shards go first, and behind the gather to their place, by a copy of this layer. Gathered
+    # over `dim` itself, the parameter would need another layout, and XLA copy all layers of it.
+    shards = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in RULES["embed"])
+    parts = jnp.moveaxis(_split(weight, dim, shards), dim, 0)
+    parts = constrain(parts, "embed", *gathered(logical_axes))
+    parts = constrain(parts, "features", *gathered(logical_axes))
+    return jnp.moveaxis(parts, 0, dim).reshape(weight.shape)
+
+
+def _split(array: jax.Array, dim: int, parts: int) -> jax.Array:
+    """[..., N, ...] -> [..., parts, N / parts, ...]."""
+    return array.reshape(*array.shape[:dim], parts, -1, *array.shape[dim + 1 :])
+
+
 def sum_over_tokens(local: jax.Array, logical_axes: Sequence[str]) -> jax.Array:
     """Add up what each device has for its own tokens: a gradient of a weight, inside `shard_map`.
 
@@ -123,7 +145,13 @@ def sum_over_tokens(local: jax.Array, logical_axes: Sequence[str]) -> jax.Array:
     scattered = RULES["embed"] if "embed" in logical_axes else ()
     if scattered:
         dim = tuple(logical_axes).index("embed")
-        local = jax.lax.psum_scatter(local, scattered, scatter_dimension=dim, tiled=True)
+        if dim == 0:
+            local = jax.lax.psum_scatter(local, scattered, scatter_dimension=0, tiled=True)
+        else:
+            # As in `gather`: else all layers' gradient would be copied.
+            shards = math.prod(jax.lax.axis_size(axis) for axis in scattered)
+            parts = jnp.moveaxis(_split(local, dim, shards), dim, 0)
+            local = jax.lax.psum_scatter(parts, scattered, scatter_dimension=0)
     others = [axis for axis in (*RULES["batch"], *RULES["token"]) if axis not in scattered]
     return jax.lax.psum(local, others)
 

@@ -86,12 +86,20 @@ def program(cfg, resolved: Resolved, mesh: Mesh, num_steps: int, num_sources: in
             shardings,
             mesh,
             num_sources=num_sources,
-            objective=dict(cfg.loss),
+            objective=objective(cfg.loss, resolved.model_cfg),
             compiler_options=options,
             seed=cfg.seed,
         ),
         eval_step=make_eval_step(model, mesh, options),
     )
+
+
+def objective(loss, model_cfg) -> dict[str, float]:
+    """Return the `objective` of the step: cfg.loss, with the weight of the balance of experts."""
+    found = dict(loss)
+    if loss.router_aux < 0:
+        found["router_aux"] = model_cfg.router_aux if "experts" in model_cfg.dims else 0.0
+    return found
 
 
 def gpu_options(attention: str) -> dict[str, Any]:

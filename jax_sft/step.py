@@ -16,9 +16,11 @@ from jax.sharding import Mesh
 from jax_sft import parallel, state
 from jax_sft.data.loader import Batch, fields
 from jax_sft.model import ModelDef
+from jax_sft.models.experts import balance_loss
 from jax_sft.ops.cross_entropy import cross_entropy
 from jax_sft.state import TrainState
 
+ROUTER_AUX = "router_aux"  # key of an objective
 BY_SOURCE = ("loss_by_source", "weight_by_source")
 Sums = dict[str, jax.Array]  # float32 over the whole batch; scalars but for *_by_source
 
@@ -35,15 +37,23 @@ def batch_sums(
 
     loss, weight, correct (all weighted), tokens (not padding), pairs (query-key pairs that causal
     attention within segments computes). With `num_sources`, the batch having "sources", also
-    loss_by_source and weight_by_source [num_sources].
+    loss_by_source and weight_by_source [num_sources]. With `objective`, the model having experts,
+    also router_loss: their balance loss over all tokens of the micro-batch, times the weight.
 
     Args:
-        objective: z_loss and label_smoothing of `cross_entropy`; None = neither.
+        objective: what is trained beside the cross-entropy: z_loss and label_smoothing of
+            `cross_entropy`, router_aux of `value_and_grad`; None = nothing.
         dropout_key: random key of this micro-batch; None = nothing is dropped.
     """
     micro = {name: parallel.stripe(array) for name, array in micro.items()}
     model = model_def.bind(weights, dropout_key)
-    hidden_BTD = model_def.hidden(model, micro)
+    options = {name: value for name, value in (objective or {}).items() if name != ROUTER_AUX}
+    balance = None
+    if objective and model_def.has_experts:
+        hidden_BTD, routing = model_def.routed(model, micro)
+        balance = balance_loss(routing)
+    else:
+        hidden_BTD = model_def.hidden(model, micro)
     loss, weight, correct, *by_source = cross_entropy(
         hidden_BTD,
         model.head_VD,
@@ -53,7 +63,7 @@ def batch_sums(
         num_sources,
         head_trains=model_def.head_trains,
         soft_cap=model_def.cfg.logit_soft_cap,
-        **(objective or {}),
+        **options,
     )
     real = micro["segment_ids"] > 0
     pairs = jnp.where(real, micro["positions"] + 1, 0).astype(jnp.float32).sum()
@@ -61,6 +71,8 @@ def batch_sums(
     sums = dict(loss=loss, weight=weight, correct=correct, tokens=tokens, pairs=pairs)
     if num_sources:
         sums |= dict(zip(BY_SOURCE, by_source, strict=True))
+    if balance is not None:
+        sums["router_loss"] = balance * weight
     return sums
 
 
@@ -81,16 +93,20 @@ def value_and_grad(
         params: what trains: the weights that get a gradient.
         batch: arrays [micro-batches, rows, tokens].
         frozen: the other weights.
-        num_sources, objective: see `batch_sums`.
+        num_sources, objective: see `batch_sums`. Its router_aux is the weight of router_loss; the
+            balance is that within each micro-batch.
         dropout_key: of this step; each micro-batch has its own.
     """
     axes = {row.path: row.axes for row in model_def.rows}
     num_micros = batch["tokens"].shape[0]
+    router_aux = (objective or {}).get(ROUTER_AUX, 0.0)
 
     def loss(params, micro, key):
         weights = params | dict(frozen or {})
         sums = batch_sums(model_def, weights, micro, num_sources, objective, key)
         del sums["correct"]  # for evaluation only; the compiler drops its computation
+        if "router_loss" in sums:
+            return sums["loss"] + router_aux * sums["router_loss"], sums
         return sums["loss"], sums
 
     def gradient(micro, number):

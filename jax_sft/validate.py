@@ -96,6 +96,10 @@ def validate(cfg, num_devices: int, planned_for: tuple[int, ...] | None = None) 
             f"data.seq_len = {cfg.data.seq_len} is over the model's max_position_embeddings = "
             f"{model_cfg.max_positions}: use at most that, or set a rope scaling in its config.json"
         )
+    if model_cfg and cfg.loss.router_aux > 0 and "experts" not in model_cfg.dims:
+        problems.append(
+            f"loss.router_aux = {cfg.loss.router_aux} is for models with experts: use 0 or -1"
+        )
     attention = None
     if sizes and model_cfg and cfg.model.attention in BACKENDS:
         attention = attempt(_attention, cfg, model_cfg, sizes, planned_for)
@@ -255,6 +259,10 @@ def _value_problems(cfg) -> list[str]:
         for key in within
         if cfg.optimizer.moments_dtype == "bfloat16" and highest < _get(cfg, key) < 1
     ]
+    if cfg.loss.router_aux != -1 and not 0 <= cfg.loss.router_aux < math.inf:
+        problems.append(
+            f"loss.router_aux = {cfg.loss.router_aux}: use 0 or more, or -1 for the model's own"
+        )
     if not 0 < cfg.optimizer.eps < math.inf:
         problems.append(f"optimizer.eps = {cfg.optimizer.eps}: use a positive value such as 1e-8")
     if not cfg.train.steps and not 0 < cfg.train.epochs < math.inf:

@@ -340,8 +340,8 @@ def test_minus_one_is_what_is_left_of_the_devices(sizes, resolved):
 
 
 def test_an_unknown_logical_axis_raises():
-    with pytest.raises(ValueError, match="'experts' has no rule: add it to parallel.RULES"):
-        parallel.spec("layers", "experts")
+    with pytest.raises(ValueError, match="'nobody' has no rule: add it to parallel.RULES"):
+        parallel.spec("layers", "nobody")
 
 
 # ---- the command line, and config.json -----------------------------------------------------------

@@ -32,6 +32,8 @@ FAMILIES = {
     "gemma2": {"model_type": "gemma2", "head_dim": 20, "pad_token_id": None},
     "gemma3_text": {"model_type": "gemma3_text", "head_dim": 20, "pad_token_id": None},
     "phi3": {"model_type": "phi3", "head_dim": 20, "pad_token_id": None},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 5, "tie_word_embeddings": False},
+    "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 3, "num_experts_per_tok": 2},
 }
 MESHES = {
     "one_device": {},
@@ -146,6 +148,20 @@ def test_every_dtype_returns_bit_for_bit(make_model, tmp_path, dtype):
 
     rewrite(folder, add_extremes)
     there_and_back(folder, tmp_path / "out", "fsdp_tensor")
+    assert_same_bits(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_every_expert_returns_bit_for_bit_from_and_to_several_files(
+    make_model, tmp_path, family, dtype
+):
+    folder = make_model(dtype=dtype, **FAMILIES[family])
+    names = [name for name in all_tensors(folder) if ".experts." in name]
+    assert len(names) == 3 * 3 * (5 if family == "mixtral" else 3)  # layers, matrices, experts
+    split(folder, 3)
+    files = there_and_back(folder, tmp_path / "out", "all_axes", shard_bytes=30_000)
+    assert len(files) > 3
     assert_same_bits(folder, tmp_path / "out")
 
 

@@ -23,7 +23,7 @@ LEVELS = [
     "launching.stop_requests",
     "launching.processes launching.leash launching.restarts "
     "command cluster steps storage data.messages data.sandbox compute ops.segments ops.reference "
-    "ops.blockwise "
+    "ops.blockwise ops.grouped "
     "planning.targets planning.hlo_kernels planning.hlo_loops",
     "launching.child launching.fleet "
     "agree watchdog preemption preflight data.tables data.formats data.examples data.template "
@@ -32,7 +32,7 @@ LEVELS = [
     "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf "
     "planning.flops planning.page",
     "models.layers data.chat data.check state model_files planning.roofline",
-    "data.worker data.loader resume pretrained lora nf4 planning.candidates",
+    "models.experts data.worker data.loader resume pretrained lora nf4 planning.candidates",
     f"{FAMILY} checkpoint data.store health hf_convert tiny peft",
     "data.cache inference step trainable",
     "hf_export validate",

@@ -123,7 +123,7 @@ def their_training(cfg, adapter: Path, batches) -> tuple[np.ndarray, dict[str, n
         for group in adamw.param_groups:
             group["lr"] = their_learning_rate(options, step)
         adamw.zero_grad()
-        loss = their_loss(model, rows)
+        loss, _ = their_loss(model, rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(trained.values()), options.clip_norm)
         losses.append(float(loss.detach()))
@@ -368,7 +368,7 @@ def test_frozen_tensors_stay_and_the_others_train_as_in_torch(
         for group in adamw.param_groups:
             group["lr"] = their_learning_rate(options, step, 8)
         adamw.zero_grad()
-        loss = their_loss(model, rows)
+        loss, _ = their_loss(model, rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(moving, options.clip_norm)
         losses.append(float(loss.detach()))

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 import jax_sft
 from jax_sft import models, parallel, tree
@@ -136,6 +137,10 @@ GEMMA3_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": THETA},
     "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
 }
+EXPERTS = {
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 28},
+}
 ARCHITECTURES = {
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2_untied": {"model_type": "qwen2", "tie_word_embeddings": False},
@@ -199,6 +204,22 @@ ARCHITECTURES = {
     },
     "phi3_head_dim": {**PHI3, "head_dim": 20, "num_key_value_heads": None},
     "phi3_partial": {**PHI3, "head_dim": 20, "partial_rotary_factor": 0.72},  # 14 of 20
+    "mixtral_tied": {"model_type": "mixtral", "num_local_experts": 5},
+    "mixtral_window": {
+        **{"model_type": "mixtral", "num_local_experts": 7, "sliding_window": 7, "head_dim": 20},
+        **{"tie_word_embeddings": False, "vocab_size": 269, "num_key_value_heads": 1},
+    },
+    "mixtral_of_all_experts": {
+        **{"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 3},
+    },
+    "qwen3_moe_tied": {
+        **{"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "head_dim": 20},
+        **{"moe_intermediate_size": 28, "norm_topk_prob": True, "vocab_size": 269},
+    },
+    "qwen3_moe_biased": {
+        **{"model_type": "qwen3_moe", "num_local_experts": 5, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 28, "attention_bias": True, "tie_word_embeddings": False},
+    },
 }
 
 
@@ -206,6 +227,24 @@ ARCHITECTURES = {
 def test_logits_equal_transformers(make_strong_model, name):
     tokens = random_tokens(length=40) % ARCHITECTURES[name].get("vocab_size", VOCAB)
     assert_same_logits(make_strong_model(**ARCHITECTURES[name]), tokens)
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if "moe" in name or "mix" in name])
+def test_the_routing_that_is_compared_is_uneven(make_strong_model, name):
+    """An expert has no token, others more than their share; or each has all."""
+    options = ARCHITECTURES[name]
+    tokens = random_tokens(length=40) % options.get("vocab_size", VOCAB)
+    model = their_model(make_strong_model(**options))
+    with torch.no_grad():
+        routed = model(torch.tensor(tokens), output_router_logits=True).router_logits
+    num_chosen = model.config.num_experts_per_tok
+    for logits in routed:
+        chosen = logits.topk(num_chosen).indices
+        counts = chosen.flatten().bincount(minlength=logits.shape[-1]).tolist()
+        if num_chosen == logits.shape[-1]:
+            assert counts == [tokens.size] * num_chosen
+        else:
+            assert counts[-1] == 0 and max(counts) > 1.4 * np.mean(counts)
 
 
 @pytest.mark.parametrize(
@@ -218,13 +257,15 @@ def test_logits_equal_transformers(make_strong_model, name):
         *[("olmo2", variant) for variant in ("linear", "llama3", "yarn_betas")],
         *[("mistral", variant) for variant in ("linear", "llama3", "yarn_mscale")],
         ("gemma2", "yarn_mscale"),
+        *[("mixtral", "yarn"), ("qwen3_moe", "yarn")],
     ],
 )
 def test_logits_with_scaled_rope_equal_transformers(make_strong_model, family, variant):
-    spelled = older(variant) if family in ("llama", "olmo2") else newer(variant)
+    spelled = older(variant) if family in ("llama", "olmo2", "qwen3_moe") else newer(variant)
     options = {"model_type": family, "head_dim": 32, "num_hidden_layers": 2, "rope_theta": THETA}
     options |= {"sliding_window": 90} if family == "mistral" else {}
     options |= {**GEMMA2, "head_dim": 32, "sliding_window": 90} if family == "gemma2" else {}
+    options |= EXPERTS.get(family, {})
     plain = make_strong_model("plain", **options)
     scaled = make_strong_model("scaled", **options | {"rope_theta": None} | spelled)
     logits = assert_same_logits(scaled, random_tokens())
@@ -310,6 +351,7 @@ def test_greedy_answers_take_the_factors_of_longrope_by_the_length_so_far(make_s
         ("gemma2", {"sliding_window": 30, "head_dim": 20, "pad_token_id": 0}),
         ("gemma3_text", {"sliding_window": 30, "head_dim": 20, "rope_parameters": GEMMA3_ROPES}),
         ("phi3", {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | LONGROPES["newer"]),
+        *[("mixtral", {"num_local_experts": 5}), ("qwen3_moe", EXPERTS["qwen3_moe"])],
     ],
 )
 def test_logits_of_a_model_saved_by_transformers_equal_its_own(tmp_path, family, options):
@@ -395,6 +437,11 @@ FAMILIES = {
     "gemma2": GEMMA2 | {"head_dim": 20},
     "gemma3_text": GEMMA3 | {"head_dim": 20},
     "phi3": PHI3 | LONGROPES["partial"] | {"original_max_position_embeddings": 12},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 5, "sliding_window": 12},
+    "qwen3_moe": {
+        **{"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 28, "head_dim": 20, "tie_word_embeddings": False},
+    },
 }
 LENGTHS = (17, 1, 17, 9)  # of the examples that share a row; longer than mistral's window, or not
 
@@ -529,6 +576,8 @@ OPTIONS = {
     "mistral": [{"sliding_window": None}, {"head_dim": 20, "sliding_window": 7}],
     "gemma2": [{}, {"head_dim": 20, "attention_bias": True}],
     "gemma3_text": [{}, {"head_dim": 20, "attention_bias": True}],
+    "mixtral": [EXPERTS["mixtral"]],
+    "qwen3_moe": [EXPERTS["qwen3_moe"] | {"attention_bias": True}],
 }
 EVERY_FAMILY = pytest.mark.parametrize("name", models.families())
 
@@ -557,16 +606,18 @@ def test_weight_rows_are_exactly_the_module_tree(name):
 
 
 @EVERY_FAMILY
-def test_weight_rows_are_exactly_the_tensors_of_transformers(name):
+def test_weight_rows_are_exactly_the_tensors_of_transformers(name, tmp_path):
     for family, cfg in variants(name):
         config = {"model_type": name, "tie_word_embeddings": cfg.tied} | ODD_CONFIG
         config |= {"head_dim": cfg.head_dim, "pad_token_id": None}
         config |= {key: getattr(cfg, key) for key in BIASED if hasattr(cfg, key)}
-        with torch.device("meta"):
-            theirs = transformers.AutoModelForCausalLM.from_config(
-                transformers.AutoConfig.for_model(**config)
-            )
-        shapes = {key: tuple(parameter.shape) for key, parameter in theirs.named_parameters()}
+        config |= EXPERTS.get(name, {})
+        theirs = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**config)
+        )
+        theirs.save_pretrained(tmp_path)  # which takes the experts apart
+        written = load_file(tmp_path / "model.safetensors")
+        shapes = {key: tensor.shape for key, tensor in written.items()}
         rows = family.weights(cfg)
         ours = {key: row.hf_shape(cfg.dims) for row in rows for _, key in row.hf_tensors(cfg.dims)}
         assert ours == shapes
@@ -725,7 +776,7 @@ def test_a_value_of_the_wrong_kind_is_a_value_error(name, changes):
 def test_a_bias_that_the_family_has_not_is_refused_by_name(name):
     with pytest.raises(ValueError, match="mlp_bias = True"):
         read_config(name, mlp_bias=True)
-    if name in ("qwen2", "mistral", "phi3"):
+    if name in ("qwen2", "mistral", "mixtral", "phi3"):
         with pytest.raises(ValueError, match="attention_bias = True"):
             read_config(name, attention_bias=True)
 
@@ -736,7 +787,7 @@ def test_a_sliding_window_that_the_family_has_not_is_refused_by_name(name):
         read_config(name, sliding_window=64)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_moe"])
 def test_a_sliding_window_that_is_not_used_changes_nothing(name):
     unused = {"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 1}
     assert read_config(name, **unused) == read_config(name)

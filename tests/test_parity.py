@@ -7,20 +7,24 @@ a matrix, its optimizer and clipping are torch's, its schedule is written from t
 
 import json
 import math
+import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import jax_sft
 from jax_sft import hf, models, optim, parallel, state
 from jax_sft.data.loader import Loader
 from jax_sft.data.prepare import prepare
 from jax_sft.model import ModelDef
+from jax_sft.program import objective
 from jax_sft.step import make_train_step, value_and_grad
 
 NUM_STEPS = 20
@@ -44,6 +48,15 @@ FAMILIES = {
         **{"model_type": "phi3", "tie_word_embeddings": False, "pad_token_id": None},
         **{"sliding_window": 9, "partial_rotary_factor": 0.5},
     },
+    # The weight of the balance is large enough that a wrong one would show.
+    "mixtral": {
+        **{"model_type": "mixtral", "tie_word_embeddings": True, "sliding_window": 9},
+        **{"num_local_experts": 5, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3},
+    },
+    "qwen3_moe": {
+        **{"model_type": "qwen3_moe", "tie_word_embeddings": False, "num_experts": 6},
+        **{"num_experts_per_tok": 2, "moe_intermediate_size": 28, "router_aux_loss_coef": 0.3},
+    },
 }
 BIASES = {  # beside those that a family has anyway
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -51,6 +64,7 @@ BIASES = {  # beside those that a family has anyway
     "olmo2": {"attention_bias": True},
     "gemma2": {"attention_bias": True},
     "gemma3_text": {"attention_bias": True},
+    "qwen3_moe": {"attention_bias": True},
 }
 # Of the newer families: each axis is in use in one of the two.
 GRADIENT_MESH = {"fsdp": 2, "tensor": 2, "sequence": 2}
@@ -83,8 +97,10 @@ def their_model(folder: Path):
     )
 
 
-def their_loss(model, rows: dict[str, np.ndarray]) -> torch.Tensor:
-    """Mean cross-entropy over weighted targets of packed rows, arrays [B, T]."""
+def their_loss(model, rows: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean cross-entropy over weighted targets of packed rows, arrays [B, T]; and what else is
+    trained: the balance of experts, or 0.
+    """
     tokens, targets, segments, positions = (
         torch.tensor(rows[name], dtype=torch.long)
         for name in ("tokens", "targets", "segment_ids", "positions")
@@ -100,12 +116,22 @@ def their_loss(model, rows: dict[str, np.ndarray]) -> torch.Tensor:
         for sees in (seen, near)
     )
     of_each_kind = {"full_attention": full, "sliding_attention": sliding}
-    mask = of_each_kind if hasattr(model.config, "layer_types") else sliding
-    logits = model(tokens, attention_mask=mask, position_ids=positions).logits
+    coefficient, balance = getattr(model, "router_aux_loss_coef", 0.0), torch.tensor(0.0)
+    has_kinds = hasattr(model.config, "layer_types") and not coefficient
+    options = {"attention_mask": of_each_kind if has_kinds else sliding, "position_ids": positions}
+    if coefficient:  # not of the whole model: its balance would take the mask for one of tokens
+        found = model.model(tokens, **options, output_router_logits=True)
+        logits, experts = model.lm_head(found.last_hidden_state), model.num_experts
+        balance = load_balancing_loss_func(
+            found.router_logits, experts, model.num_experts_per_tok, segments > 0
+        )
+    else:
+        logits = model(tokens, **options).logits
     losses = torch.nn.functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none"
     )
-    return (losses * weights.reshape(-1)).sum() / weights.sum()
+    loss = (losses * weights.reshape(-1)).sum() / weights.sum()
+    return loss, coefficient * balance
 
 
 def their_learning_rate(optimizer, step: int, num_steps: int = NUM_STEPS) -> float:
@@ -149,13 +175,19 @@ def their_training(cfg, batches: list[dict[str, np.ndarray]]):
         for group in adamw.param_groups:
             group["lr"] = their_learning_rate(options, step)
         adamw.zero_grad()
-        loss = their_loss(model, rows)
-        loss.backward()
+        loss, balance = their_loss(model, rows)
+        (loss + balance).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)))
         losses.append(float(loss.detach()))
         adamw.step()
-    weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
-    return np.array(losses), np.array(norms), weights
+    return np.array(losses), np.array(norms), saved(model)
+
+
+def saved(model) -> dict[str, np.ndarray]:
+    """The tensors of a model as transformers writes them, one for each expert."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
 
 
 # ---- ours ----------------------------------------------------------------------------------------
@@ -206,7 +238,8 @@ def our_training(cfg, sizes: dict[str, int], micro_rows: int = 0, num_steps: int
     current = state.create(tx, params, model_def.rows, mesh)
     shardings = state.shardings(tx, params, model_def.rows, mesh)
     rate = optim.schedule(cfg.optimizer, NUM_STEPS)
-    step = make_train_step(model_def, tx, rate, shardings, mesh)
+    trained = objective(cfg.loss, model_def.cfg)
+    step = make_train_step(model_def, tx, rate, shardings, mesh, objective=trained)
     found = []
     with jax.set_mesh(mesh):
         for batch in make_loader(cfg, mesh, micro_rows).batches(0, num_steps):
@@ -260,12 +293,14 @@ def test_the_batches_exercise_packing_padding_and_masked_targets(make_config):
     ("family", "schedule", "sizes"),
     [
         *[("qwen2", "cosine", {}), ("llama", "wsd", {})],
-        *((family, "cosine", STEPS_MESH) for family in ("qwen3", "olmo2", "mistral")),
+        *((family, "cosine", STEPS_MESH) for family in ("qwen3", "olmo2", "mistral", "qwen3_moe")),
         # Their gradients are compared below; what a step makes of them is the same for all.
         *(
             pytest.param(family, "cosine", STEPS_MESH, marks=pytest.mark.slow)
             for family in ("gemma2", "gemma3_text", "phi3")
         ),
+        # With "cosine" its norms move too little for this test.
+        pytest.param("mixtral", "constant", STEPS_MESH, marks=pytest.mark.slow),
     ],
 )
 def test_twenty_steps_equal_torch(make_strong_model, make_config, family, schedule, sizes):
@@ -298,18 +333,28 @@ def test_the_gradient_of_every_tensor_equals_torch(make_strong_model, make_confi
     model_def, params, mesh = load(cfg, {"fsdp": 2} if is_older else GRADIENT_MESH)
     with jax.set_mesh(mesh):
         batch = next(make_loader(cfg, mesh).batches(0, 1))
-        sums, grads = jax.jit(lambda p, b: value_and_grad(model_def, p, b))(params, batch)
+        trained = objective(cfg.loss, model_def.cfg)
+        step = jax.jit(lambda p, b: value_and_grad(model_def, p, b, objective=trained))
+        sums, grads = step(params, batch)
     ours = to_hf(model_def, grads)
 
     model = their_model(Path(cfg.model.path))
-    loss = their_loss(model, packed_batches(cfg, 1)[0])
-    loss.backward()
-    assert float(sums["loss"] / sums["weight"]) == pytest.approx(float(loss.detach()), rel=1e-5)
-    theirs = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    loss, balance = their_loss(model, packed_batches(cfg, 1)[0])
+    (loss + balance).backward()
+    mean = {name: float(sums.get(name, 0.0) / sums["weight"]) for name in ("loss", "router_loss")}
+    assert mean["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    router_aux = trained["router_aux"]
+    assert router_aux * mean["router_loss"] == pytest.approx(float(balance.detach()), rel=1e-5)
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.data = parameter.grad
+    theirs = saved(model)
     assert ours.keys() == theirs.keys()
+    idle = {name for name, grad in theirs.items() if not grad.any()}
+    assert bool(idle) == ("experts" in model_def.cfg.dims)  # conftest.uneven sees to it
     for name, grad in theirs.items():
         size = np.linalg.norm(grad)
-        assert size > 1e-3, name
+        assert size > 1e-3 or (name in idle and ".experts." in name), name
         assert np.linalg.norm(ours[name] - grad) <= 1e-4 * size, name
 
 
@@ -323,3 +368,30 @@ def test_micro_batches_give_the_losses_of_one_batch(make_strong_model, make_conf
     parts = our_training(cfg, {"fsdp": 2}, micro_rows=2, num_steps=5)
     np.testing.assert_allclose(parts[0], whole[0], rtol=1e-5)
     np.testing.assert_allclose(parts[1], whole[1], rtol=1e-5)
+
+
+def test_experts_are_balanced_within_each_micro_batch(make_strong_model, make_config):
+    cfg = make_config(make_strong_model(**FAMILIES["mixtral"]))
+    model_def, params, mesh = load(cfg, {})
+    with jax.set_mesh(mesh):
+        batch = next(make_loader(cfg, mesh, micro_rows=2).batches(0, 1))
+        trained = objective(cfg.loss, model_def.cfg)
+        step = jax.jit(lambda p, b: value_and_grad(model_def, p, b, objective=trained))
+        sums, grads = step(params, batch)
+
+    model = their_model(Path(cfg.model.path))
+    whole = {name: np.asarray(array) for name, array in batch.items()}
+    parts = [{name: array[n] for name, array in whole.items()} for n in range(4)]
+    rows = {name: array.reshape(8, -1) for name, array in whole.items()}
+    weights = [float(part["weights"].sum()) for part in parts]
+    found = [their_loss(model, part) for part in parts if part["weights"].any()]
+    weights = [weight for weight in weights if weight]
+    mean = sum(w * (loss + balance) for w, (loss, balance) in zip(weights, found, strict=True))
+    (mean / sum(weights)).backward()
+    theirs = sum(w * balance.item() for w, (_, balance) in zip(weights, found, strict=True))
+    ours = trained["router_aux"] * float(sums["router_loss"])
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    of_all_rows = sum(weights) * their_loss(model, rows)[1].item()
+    assert abs(ours - of_all_rows) > 1e-4 * of_all_rows
+    norm = math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters()))
+    assert float(optax.tree.norm(grads)) == pytest.approx(norm, rel=1e-5)

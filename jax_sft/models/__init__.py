@@ -2,7 +2,9 @@
 
 A family file defines `Config` (with `from_hf`, `dims`, `window`, the sliding window of those layers
 that have one, and `attention_soft_cap` and `logit_soft_cap`, 0 = none), `weights(cfg)` and
-`Model(cfg, key)`.
+`Model(cfg, key)`. One with experts has their numbers in `dims`, "experts" and "chosen" (those that
+a token takes), the weight of their balance in `Config.router_aux`, and a `Model` with `routed` (see
+`layers.Decoder`).
 """
 
 import importlib
@@ -10,7 +12,7 @@ import pkgutil
 from types import ModuleType
 
 _TEXT_ONLY = {"gemma3": "gemma3_text"}  # a model of several kinds of input: its language model
-_PRIMITIVES = {"layers", "spec", "rope"}
+_PRIMITIVES = {"layers", "experts", "spec", "rope"}
 
 
 def families() -> list[str]:

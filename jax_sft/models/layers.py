@@ -276,7 +276,8 @@ class Decoder(nnx.Module):
 
     Args:
         make_layer: (cfg, key) -> a module, which is called with (x_BTD, angles, segment_ids_BT,
-            positions_BT, compute) and returns the next x_BTD.
+            positions_BT, compute) and returns the next x_BTD; a layer of experts returns
+            (x_BTD, Routing).
         cfg: a family's Config.
     """
 
@@ -291,11 +292,17 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens_BT, segment_ids_BT, positions_BT, compute: Compute) -> jax.Array:
         """Return hidden states [B, T, D] in `compute.dtype`, normed and ready for the head."""
+        return self.routed(tokens_BT, segment_ids_BT, positions_BT, compute)[0]
+
+    def routed(self, tokens_BT, segment_ids_BT, positions_BT, compute: Compute):
+        """Return (hidden states, the Routing of all layers; None without experts)."""
         x_BTD = self.embed(tokens_BT, compute.dtype)
         angles = self.cfg.rope.angles(positions_BT, segment_ids_BT, compute.max_segments)
         context = (angles, segment_ids_BT, positions_BT, compute)
-        x_BTD = run_stack(self.layers, x_BTD, *context, name="layers", compute=compute)
-        return self.final_norm(x_BTD)
+        x_BTD, routing = run_routed_stack(
+            self.layers, x_BTD, *context, name="layers", compute=compute
+        )
+        return self.final_norm(x_BTD), routing
 
     @property
     def head_VD(self) -> jax.Array:
@@ -322,11 +329,29 @@ def run_stack(
         name: path of `layers` in the model, as the weight rows have it.
         each: arrays [layers, ...] of which each layer gets its own element: in what layers differ.
     """
+    return run_routed_stack(layers, x_BTD, *inputs, name=name, compute=compute, each=each)[0]
+
+
+def run_routed_stack(
+    layers: Any,
+    x_BTD: jax.Array,
+    *inputs: Any,
+    name: str,
+    compute: Compute,
+    each: tuple[jax.Array, ...] = (),
+) -> tuple[jax.Array, Any]:
+    """The same for layers that may return (x, Routing) instead of x: also return each one's.
+
+    Returns:
+        (x, Routing with a leading layer dimension), or (x, None).
+    """
 
     def body(x_BTD, of_layer):
         layer, *of_each = of_layer
         x_BTD = checkpoint_name(x_BTD, "residual")
-        return residual(compute.gathered(layer, name)(x_BTD, *of_each, *inputs)), None
+        found = compute.gathered(layer, name)(x_BTD, *of_each, *inputs)
+        x_BTD, routing = found if isinstance(found, tuple) else (found, None)
+        return residual(x_BTD), routing
 
     body = jax.checkpoint(body, policy=compute.policy, prevent_cse=False)
-    return jax.lax.scan(body, x_BTD, (layers, *each))[0]
+    return jax.lax.scan(body, x_BTD, (layers, *each))

@@ -69,6 +69,11 @@ class Weight:
         """Shape of our array, stacked."""
         return tuple(dims[axis] for axis in self.axes)
 
+    def active_size(self, dims: dict[str, int]) -> float:
+        """Elements that a token meets: of one matrix per expert, those that it takes."""
+        size = math.prod(self.shape(dims))
+        return size * dims["chosen"] / dims["experts"] if "experts" in self.stacked else size
+
     def hf_shape(self, dims: dict[str, int]) -> tuple[int, ...]:
         """Shape of one tensor in the HF file, with all parameters that it holds."""
         first, *rest = (math.prod(dims[axis] for axis in group) for group in self.factors)

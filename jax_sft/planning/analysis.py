@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jax_sft import parallel
-from jax_sft.ops import blockwise, cross_entropy, cudnn
+from jax_sft.ops import blockwise, cross_entropy, cudnn, grouped
 from jax_sft.planning import flops, hlo, hlo_collectives, hlo_groups, hlo_kernels, hlo_loops
 from jax_sft.planning.chips import Chip
 from jax_sft.planning.compiling import Compiled, compile_step, shard_bytes
@@ -118,6 +118,8 @@ class _Loops:
             needed = self._row.pairs / self._row.slots / blockwise.BLOCK
             is_backward = "transpose(" in loop.op_name and "rematted" not in loop.op_name
             return max(needed / (self._sizes["sequence"] if is_backward else 1), 1.0)
+        if grouped.LOOP in loop.op_name:
+            return grouped.BLOCKS * flops.LARGEST_GROUP
         raise ValueError(f"{loop.name} ({loop.op_name}) runs as often as data decides: say how")
 
 
@@ -284,9 +286,13 @@ def _warnings(
         )
     lines += [f"involuntary full rematerialisation: {line}" for line in compiled.involuntary]
     # As large as the smallest matrix of a layer: norms, biases and adapters are all-reduced by
-    # right.
-    moving = [row for row in resolved.family.weights(resolved.model_cfg) if row.is_matrix]
-    moving = [row for row in moving if row.path not in compiled.program.model_def.still]
+    # right. Routers are as small as these.
+    moving = [
+        row
+        for row in resolved.family.weights(resolved.model_cfg)
+        if row.is_matrix and row.path not in compiled.program.model_def.still
+        if "experts" in row.stacked or "experts" not in row.axes
+    ]
     sizes_of_one = [
         math.prod(dims[axis] for axis in row.axes if axis != "layers") for row in moving
     ]

@@ -243,7 +243,7 @@ def _head_trains(model: Model) -> bool:
 
 def _elements_per_token(dims: Mapping[str, int], remat: str, tensor: int) -> tuple[float, float]:
     """Return the bfloat16 elements per token that (a policy keeps of a layer, a layer makes)."""
-    features, mlp = dims["embed"], dims["mlp"] / tensor
+    features, mlp = dims["embed"], dims["mlp"] * dims.get("chosen", 1) / tensor
     q = dims["heads"] * dims["head_dim"] / tensor
     kv = 2 * dims["kv_heads"] * dims["head_dim"] / tensor
     lse = 2 * dims["heads"] / tensor  # float32
@@ -251,6 +251,7 @@ def _elements_per_token(dims: Mapping[str, int], remat: str, tensor: int) -> tup
     # them: two norms, q, k and v before and after rotation, the context and its lse, attention's
     # output; gate, up, silu(gate) and the product.
     made = 6 * features / tensor + 3 * features + 3 * q + 2 * kv + lse + 4 * mlp
+    made += 3 * features * dims.get("chosen", 0)  # the rows of experts: x, in blocks, and y
     if remat == "none":  # compiled: float32 intermediates, and named values twice
         return 2.5 * made, made
     kept = features / tensor  # a layer's input is always kept

@@ -14,6 +14,8 @@ from jax_sft.models.spec import Weight
 # the scores again. The model's own backward pass, which MFU counts, has four.
 _KERNEL_BACKWARD = 2.5
 HEAD_CHUNK = 1024  # tokens of a device whose logits live at a time: cross_entropy.MAX_CHUNK
+# Tokens of the busiest expert over the mean, with which all of them advance: ops.grouped.
+LARGEST_GROUP = 2.0
 # Names of compute.NAMES that the policies keep which are made of names.
 _KEPT = {"full": (), "attn": ("attention", "attention_lse"), "dots": ("dots",)}
 _NAMES = ("residual", "qkv", "attention", "attention_lse", "mlp", "dots")
@@ -148,7 +150,7 @@ def model_flops(
         if row.is_matrix and (part := _part(row, tied)) != "embedding":
             applied = trained_tokens if part == "head" else tokens
             products = 1 if forward_only else 2 if row.path in frozen else 3
-            flops = 2 * products * math.prod(row.shape(dict(dims))) * applied
+            flops = 2 * products * row.active_size(dict(dims)) * applied
             parts[part] = parts.get(part, 0.0) + flops
     return parts
 
@@ -177,6 +179,7 @@ class StepCost:
         elementwise_bytes: read and written between matrix products.
         optimizer_bytes: read and written by accumulation, clipping and update.
         attention: name of the backend.
+        has_experts: whether the MLP is one of experts.
     """
 
     tokens: float
@@ -186,6 +189,7 @@ class StepCost:
     elementwise_bytes: float
     optimizer_bytes: float
     attention: str
+    has_experts: bool = False
 
 
 def step_cost(
@@ -225,6 +229,8 @@ def step_cost(
     hardware = hardware_flops(padded, forward, dims, remat, offload)
     for name, computed in zip(("attention_forward", "attention_backward"), visited, strict=True):
         hardware[name] *= computed / pairs if pairs else 1.0
+    if "experts" in dims:  # all advance with the busiest
+        hardware["mlp"] *= LARGEST_GROUP
     updated = param_bytes * 2 + moment_bytes * 4 + 4 * 2
     accumulated = 4 * 2 + param_bytes + 2  # and the weights' cast to bfloat16
     num_params = sum(math.prod(row.shape(dict(dims))) for row in rows if row.path not in frozen)
@@ -236,6 +242,7 @@ def step_cost(
         elementwise_bytes=_elementwise_bytes(dims, slots, in_chunks, remat),
         optimizer_bytes=sizes["data"] * num_params * (updated + micro_batches * accumulated),
         attention=attention,
+        has_experts="experts" in dims,
     )
 
 
@@ -328,12 +335,14 @@ def _elementwise_bytes(dims: Mapping[str, int], slots: float, trained: float, re
     """Bytes that all devices move between matrix products: norms, rotation, SwiGLU, sums, loss.
 
     Counted as one fused kernel each, in bfloat16: two norms of 2 D, two residual sums of 3 D, q and
-    k read and written, gate and up read and their product written. The backward pass moves twice
-    that, recomputation once more. A logit is written, read twice and its gradient written, 14
-    bytes; for each chunk of tokens the head's float32 gradient is read and written.
+    k read and written, gate and up read and their product written; the rows of experts read and
+    written when they are sorted, put into blocks (x for gate and for up), and summed. The backward
+    pass moves twice that, recomputation once more. A logit is written, read twice and its gradient
+    written, 14 bytes; for each chunk of tokens the head's float32 gradient is read and written.
     """
     heads = (dims["heads"] + dims["kv_heads"]) * dims["head_dim"]
-    elements = 10 * dims["embed"] + 2 * heads + 3 * dims["mlp"]
+    elements = 10 * dims["embed"] + 2 * heads + 3 * dims["mlp"] * dims.get("chosen", 1)
+    elements += 10 * dims["embed"] * dims.get("chosen", 0)
     passes = 3 if remat == "none" else 4
     per_logit = 14 + 8 * dims["embed"] / HEAD_CHUNK
     return passes * 2 * dims["layers"] * elements * slots + per_logit * dims["vocab"] * trained

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from jax_sft.planning.chips import Chip
-from jax_sft.planning.flops import StepCost
+from jax_sft.planning.flops import LARGEST_GROUP, StepCost
 
 # Shares of the dense bfloat16 peak. The best shapes of cuBLAS reach 0.80 on an H100 and 0.87 on an
 # A100 (ml-engineering's table of maximum achievable matmul FLOPS); a model's shapes reach less.
@@ -181,6 +181,11 @@ def _assumptions(cost: StepCost, chip: Chip, hosts: int) -> tuple[str, ...]:
         "no waiting for data, for the host or for slower devices; equal work on every device",
         "mfu counts the head for trained tokens, mfu_causal for all, as published figures do",
     ]
+    if cost.has_experts:
+        lines.append(
+            f"the busiest expert of a layer has {LARGEST_GROUP:.0f} times the mean of tokens on "
+            "each device, and all experts compute as much as it does"
+        )
     if hosts > 1:
         lines.insert(
             4,
