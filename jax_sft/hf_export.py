@@ -221,7 +221,8 @@ def plan(
     weights = None
     if settings and not merge:
         names = [name for row in rows.values() for _, name in peft.tensors(row, model_def)]
-        dtypes, written, single = dict.fromkeys(names, "F32"), tuple(rows.values()), peft.WEIGHTS
+        written = tuple(peft.joined(row) for row in rows.values())
+        dtypes, single = dict.fromkeys(names, "F32"), peft.WEIGHTS
     else:
         dtypes, written, single = model_files.dtypes(folder), model_rows, hf.SINGLE
         if dtype:
@@ -276,6 +277,9 @@ class _Params(Mapping[str, Any]):
 
     def __getitem__(self, path: str) -> Any:
         planned = self._planned
+        row = next(row for row in planned.model_def.rows if row.path == path)
+        if peft.joined(row) != row:
+            return peft.widened(planned.read(path), row)
         if path in planned.arrays:
             # Of adapters of some layers only these are written: the others would never be read.
             return planned.read(path) if path in planned.model_def.trained else planned.stored(path)
@@ -291,7 +295,6 @@ class _Params(Mapping[str, Any]):
         parts = [planned.read(f"{stem}.{part}.kernel") for part in "ab"]
         of_dora = f"{stem}.magnitude"
         magnitude = planned.read(of_dora) if of_dora in planned.arrays else None
-        row = next(row for row in planned.rows if row.path == path)
         assert planned.settings
         return _Merged(still, row, (*parts, magnitude), planned.settings)
 

@@ -179,6 +179,7 @@ def add(model_def: ModelDef, settings: Settings) -> ModelDef:
             if not chosen[row.path].all():
                 trained |= {one.path: chosen[row.path] for one in of_adapter}
     dims = model_def.dims | {"rank": settings.rank, "whole_rank": settings.rank}
+    dims |= {f"ranks_of_{n}": n * settings.rank for n in {len(row.fused) for row in rows}}
     compute = dataclasses.replace(
         model_def.compute, axes={row.path: row.axes for row in rows if row.is_matrix}
     )
@@ -201,6 +202,7 @@ def modules(model_def: ModelDef) -> dict[str, list[str]]:
         for row in model_def.rows
         if isinstance(_module(model_def.abstract, row.path), Linear)
         and row.path.endswith(".kernel")
+        and "experts" not in row.axes  # PEFT has no adapters for routers
     }
 
 
@@ -215,21 +217,28 @@ def target_of(hf_name: str) -> str:
 
 
 def adapter_rows(row: Weight, settings: Settings) -> list[Weight]:
-    """Return the rows of the adapter of a linear layer, from the row of its kernel."""
+    """Return the rows of the adapter of a linear layer, from the row of its kernel.
+
+    Where a tensor of the files holds several kernels, each has an A and a B of its own. In files
+    the A stand one below the other, and the B, see `peft.joined`, along the diagonal.
+    """
     (outputs, inputs), stem = row.factors, row.path.removesuffix(".kernel") + ".lora"
     hf = _HF + module_of(row.hf)
     ins, outs = " ".join(inputs), " ".join(outputs)
     r_a, r_b = _rank_axes(outputs)
     of_b = f"{outs} {r_b}" if "embed" in outputs else f"{r_b} {outs}"
+    each = tuple(r_a for _ in row.fused)
+
+    def part(path: str, name: str, layout: str, fused: tuple[str, ...] = row.fused) -> Weight:
+        return Weight(f"{stem}.{path}", f"{hf}.{name}", layout, fused, row.place)
+
     rows = [
-        Weight(f"{stem}.a.kernel", f"{hf}.lora_A.weight", f"{r_a} ({ins}) -> {ins} {r_a}"),
-        Weight(f"{stem}.b.kernel", f"{hf}.lora_B.weight", f"({outs}) {r_b} -> {of_b}"),
+        part("a.kernel", "lora_A.weight", f"{r_a} ({ins}) -> {ins} {r_a}", each),
+        part("b.kernel", "lora_B.weight", f"({outs}) {r_b} -> {of_b}"),
     ]
     if settings.dora:
         outs = outs.replace("embed", "norm")  # as of a bias
-        rows.append(
-            Weight(f"{stem}.magnitude", f"{hf}.lora_magnitude_vector", f"({outs}) -> {outs}")
-        )
+        rows.append(part("magnitude", "lora_magnitude_vector", f"({outs}) -> {outs}"))
     return rows
 
 

@@ -133,7 +133,8 @@ def pack(model_def: ModelDef) -> ModelDef:
     packed, dims, frozen = {}, dict(model_def.dims), dict(model_def.frozen)
     for row in model_def.rows:
         linear = functools.reduce(getattr, row.path.split(".")[:-1], model)
-        if not (isinstance(linear, Linear) and row.path in frozen and row.path.endswith("kernel")):
+        is_kernel = isinstance(linear, Linear) and row.path.endswith(".kernel")
+        if not is_kernel or row.path not in frozen or "experts" in row.axes:  # a router is small
             continue
         inputs, outputs = linear.axes
         num_inputs = math.prod(dims[axis] for axis in inputs)

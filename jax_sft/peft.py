@@ -1,6 +1,9 @@
 """Adapters as files, in the format of PEFT: `adapter_config.json`, `adapter_model.safetensors`."""
 
+import dataclasses
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +59,14 @@ def read_settings(folder: Path) -> lora.Settings:
         problems.append(f"target_modules = {targets!r} must be names of modules")
     read = {"init_lora_weights", "bias", "r", "target_modules", "lora_alpha", "lora_dropout"}
     read |= {"use_rslora", "use_dora"}
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    if not problems and ranks.keys() == alphas.keys():
+        # As `write_config` has them: what a tensor for several kernels needs.
+        power = 0.5 if config.get("use_rslora") else 1.0
+        if all(
+            math.isclose(alphas[name] / ranks[name] ** power, alpha / rank**power) for name in ranks
+        ):
+            read |= {"rank_pattern", "alpha_pattern"}
     problems += [
         f"{name} = {value!r} is not implemented"
         for name, value in config.items()
@@ -92,7 +103,8 @@ def load(folder: Path, model_def: ModelDef, mesh: Mesh, dtype) -> dict[str, jax.
         for row in model_def.moving:
             array = np.zeros(row.shape(model_def.dims), dtype)
             for index, name in tensors(row, model_def):
-                array[index] = row.from_hf(stored.get_tensor(name), model_def.dims).astype(dtype)
+                part = _part(stored.get_tensor(name), row, name, model_def.dims)
+                array[index] = row.from_hf(part, model_def.dims).astype(dtype)
             sharding = parallel.sharding(mesh, *row.axes)
             params[row.path] = jax.make_array_from_callback(
                 array.shape, sharding, lambda block, array=array: array[block]
@@ -110,16 +122,16 @@ def check(folder: Path, model_def: ModelDef) -> None:
         raise ValueError(f"{folder} has no {WEIGHTS}: it is not a PEFT adapter")
     found, problems = hf.read_headers(folder)
     wanted = {
-        name: row.hf_shape(model_def.dims)
+        name: _shapes(row, model_def.dims)
         for row in model_def.moving
         for _, name in tensors(row, model_def)
     }
     problems += [f"{name} belongs to no adapter" for name in found.keys() - wanted.keys()]
-    for name, shape in wanted.items():
+    for name, shapes in wanted.items():
         if name not in found:
-            problems.append(f"{name} {shape} is missing")
-        elif found[name].shape != shape:
-            problems.append(f"{name} has shape {found[name].shape}, not {shape}")
+            problems.append(f"{name} {shapes[0]} is missing")
+        elif found[name].shape not in shapes:
+            problems.append(f"{name} has shape {found[name].shape}, not {shapes[0]}")
         elif found[name].dtype not in hf.DTYPES:
             problems.append(f"{name} has dtype {found[name].dtype}: not one of {[*hf.DTYPES]}")
     if problems:
@@ -133,6 +145,64 @@ def tensors(row: Weight, model_def: ModelDef) -> Iterator[tuple[tuple[int, ...],
     for index, name in row.hf_tensors(model_def.dims):
         if chosen is None or chosen[index]:
             yield index, name
+
+
+# ---- tensors that hold several kernels -----------------------------------------------------------
+
+
+def joined(row: Weight) -> Weight:
+    """Return the row of the tensor that a file has for an adapter.
+
+    It is the same, but for the B of one of several kernels in a tensor: there it stands in the
+    columns of its own A, with zeros beside it.
+    """
+    if not row.fused or not row.path.endswith(".b.kernel"):
+        return row
+    return dataclasses.replace(
+        row, layout=re.sub(r"\b(whole_)?rank\b", f"ranks_of_{len(row.fused)}", row.layout)
+    )
+
+
+def widened(array: np.ndarray, row: Weight) -> np.ndarray:
+    """Return the array of a row as one of `joined(row)`, with the zeros."""
+    (axis,) = [n for n, name in enumerate(row.axes) if name in ("rank", "whole_rank")]
+    rank = array.shape[axis]
+    padding = [(0, 0)] * array.ndim
+    padding[axis] = (row.place * rank, (len(row.fused) - 1 - row.place) * rank)
+    return np.pad(array, padding)
+
+
+def _shapes(row: Weight, dims: dict[str, int]) -> list[tuple[int, ...]]:
+    """The shapes that a file's tensor may have; the first is what we write."""
+    found = [joined(row).hf_shape(dims)]
+    if row.path.endswith(".a.kernel") and row.fused:
+        found.append((dims["rank"], found[0][1]))
+    elif row.fused:
+        found.append(row.hf_shape(dims))
+    return found
+
+
+def _part(tensor: np.ndarray, row: Weight, name: str, dims: dict[str, int]) -> np.ndarray:
+    """What a tensor of a file holds of a row.
+
+    Adapters of PEFT have one A for all kernels of a tensor: each here gets a copy.
+    """
+    whole = [(0, size) for size in row.shape(dims)[len(row.stacked) :]]
+    rank = dims["rank"]
+    if row.fused and row.path.endswith(".a.kernel"):
+        is_shared = len(tensor) == rank
+        return tensor if is_shared else tensor[rank * row.place :][:rank]
+    first, *rest = row.hf_index(tuple(whole), dims)
+    part = tensor[first]
+    if rest and part.shape[1] != rest[0].stop:
+        mine = slice(rank * row.place, rank * (row.place + 1))
+        if np.any(np.delete(part, mine, axis=1)):
+            raise ValueError(
+                f"{name} has other values than zero beside its diagonal of {len(row.fused)} parts: "
+                f"its rank is not {rank} for each"
+            )
+        return part[:, mine]
+    return part
 
 
 def write_config(
@@ -149,6 +219,11 @@ def write_config(
         if row.path.endswith(".lora.a.kernel")
         for _, name in tensors(row, model_def)
     ]
+    counts = {
+        lora.target_of(row.hf).rpartition(".")[2]: len(row.fused)
+        for row in model_def.moving
+        if row.fused
+    }
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -162,6 +237,11 @@ def write_config(
         "use_rslora": settings.rslora,
         "use_dora": settings.dora,
         "bias": "none",
+        "rank_pattern": {name: count * settings.rank for name, count in counts.items()},
+        "alpha_pattern": {
+            name: settings.alpha * (math.sqrt(count) if settings.rslora else count)
+            for name, count in counts.items()
+        },
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
@@ -174,4 +254,4 @@ def _shortest(chosen: list[str], known: Mapping[str, list[str]]) -> list[str]:
     endings = {name.rpartition(".")[2] for name in chosen}
     every = [name for names in known.values() for name in names]
     same = {name for name in every if name.rpartition(".")[2] in endings}
-    return sorted(endings) if same == set(chosen) else chosen
+    return sorted(endings) if same == set(chosen) else sorted(set(chosen))

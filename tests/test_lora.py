@@ -390,3 +390,36 @@ def test_frozen_tensors_stay_and_the_others_train_as_in_torch(
     assert "layers.attn.q.kernel" in stored
     with pytest.raises(ValueError, match="no adapters"):
         jax_sft.export(tmp_path / "run" / "checkpoints", tmp_path / "merged", merge=True)
+
+
+# ---- tensors that hold several kernels -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_of_kernels_that_share_a_tensor(make_strong_model, make_config, tmp_path, dora):
+    folder = make_strong_model(model_type="phi3", pad_token_id=None, tie_word_embeddings=False)
+    fused = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    options = {"target_modules": fused, "use_dora": dora, "use_rslora": not dora}
+    adapter = make_adapter(folder, tmp_path / "adapter", **options)
+    theirs = peft_logits(folder, adapter, TOKENS)
+    ours = jax_sft.load(folder, adapter=adapter).logits(TOKENS)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    # From PEFT's one A for all of a tensor each kernel gets its own.
+    cfg = make_config(
+        folder,
+        **{"lora.path": str(adapter), "train.steps": 3, "optimizer.learning_rate": 5e-3},
+        **{"train.export": True, "mesh.fsdp": 2, "mesh.tensor": 2, "mesh.data": 2},
+    )
+    jax_sft.train(cfg, tmp_path / "run")
+    assert_same_logits(folder, tmp_path)
+    stored = load_file(tmp_path / "run" / "export" / "adapter_model.safetensors")
+    layer = "base_model.model.model.layers.1.self_attn.qkv_proj."
+    assert stored[layer + "lora_A.weight"].shape == (12, 48)
+    b = stored[layer + "lora_B.weight"]
+    assert b.shape == (96, 12) and b[:48, :4].all() and not b[:48, 4:].any()
+    # An adapter whose B has something beside its diagonal cannot be taken apart.
+    stored[layer + "lora_B.weight"][0, 11] = 1.0
+    file = tmp_path / "run" / "export" / "adapter_model.safetensors"
+    save_file(stored, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="beside its diagonal"):
+        jax_sft.load(folder, adapter=file.parent)
