@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from jax_sft import lora, nf4, peft, pretrained, state
 from jax_sft.model import ModelDef
@@ -98,9 +99,13 @@ def read(
     """
     paths, found = list(paths), {}
     shardings = state.param_shardings(model_def.rows, mesh)
-    for path in model_def.packed.keys() & paths:  # one after another: none stays whole
-        kernel = weights.load({path: shardings[path]}, weights.blocks(path).dtype, False)[path]
+    # One after another, so that none stays whole; on all processes in the same order.
+    packed = [path for path in paths if path in model_def.packed]
+    for path in tqdm(packed, "packing weights", unit="array", disable=not (progress and packed)):
+        dtype_there = weights.blocks(path).dtype
+        kernel = weights.load({path: shardings[path]}, dtype_there, False).pop(path)
         found |= nf4.packed_arrays(model_def, path, kernel, mesh)
+        del kernel
     rest = [path for path in paths if path not in model_def.packed]
     dtypes = {path: np.dtype(model_def.frozen.get(path, dtype)) for path in rest}
     for one in sorted(set(dtypes.values()), key=str):
