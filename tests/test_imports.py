@@ -22,6 +22,7 @@ LEVELS = [
     "launching.coordinates launching.gpus launching.environment launching.output launching.tied "
     "launching.stop_requests",
     "launching.processes launching.leash launching.restarts "
+    "models.sizes "
     "command cluster steps storage data.messages data.sandbox compute ops.segments ops.reference "
     "ops.blockwise ops.grouped "
     "planning.targets planning.hlo_kernels planning.hlo_loops",

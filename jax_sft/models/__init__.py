@@ -12,7 +12,7 @@ import pkgutil
 from types import ModuleType
 
 _TEXT_ONLY = {"gemma3": "gemma3_text"}  # a model of several kinds of input: its language model
-_PRIMITIVES = {"layers", "experts", "spec", "rope"}
+_PRIMITIVES = {"layers", "experts", "spec", "sizes", "rope"}
 
 
 def families() -> list[str]:

@@ -137,6 +137,16 @@ class MoE(nnx.Module):
         return _experts(x_BTD, weights_BTK, chosen_BTK, *kernels), routing
 
 
+class Layer(layers.PreNorm):
+    """Residual block: attention, then experts, the input of each normed; returns Routing too."""
+
+    def __call__(self, x_BTD, angles, segment_ids_BT, *context):
+        context = angles, segment_ids_BT, *context
+        x_BTD += layers.residual(self.attn(layers.whole(self.attn_norm(x_BTD)), *context))
+        y_BTD, routing = self.mlp(layers.whole(self.mlp_norm(x_BTD)), segment_ids_BT)
+        return x_BTD + layers.residual(y_BTD), routing
+
+
 class ExpertKernel(nnx.Module):
     """One matrix per expert, [E, D, F] whichever way it multiplies: see `layers.Linear`."""
 

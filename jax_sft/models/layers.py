@@ -7,7 +7,7 @@ Parameters multiply in the dtype of the activation; what loses precision runs in
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -254,6 +254,49 @@ def attend(
     )
 
 
+class Attention(nnx.Module):
+    """Grouped-query attention.
+
+    Args:
+        cfg: a family's Config.
+        bias, out_bias: have q, k and v one, and has the output projection?
+        norms: of q and of k, before they are rotated; empty = there are none.
+        scale: of the scores; None = 1 / sqrt(H).
+    """
+
+    def __init__(
+        self,
+        cfg: Any,
+        key,
+        *,
+        bias: bool = False,
+        out_bias: bool = False,
+        norms: Sequence[Any] = (),
+        scale: float | None = None,
+    ):
+        q, k, v, out = jax.random.split(key, 4)
+        features = {"embed": cfg.features}
+        heads = {"heads": cfg.num_heads, "head_dim": cfg.head_dim}
+        kv_heads = {"kv_heads": cfg.num_kv_heads, "head_dim": cfg.head_dim}
+        self.q = Linear(features, heads, q, bias)
+        self.k = Linear(features, kv_heads, k, bias)
+        self.v = Linear(features, kv_heads, v, bias)
+        self.out = Linear(heads, features, out, out_bias)
+        if norms:
+            self.q_norm, self.k_norm = norms
+        self.scale, self.soft_cap, self.window = scale, cfg.attention_soft_cap, cfg.window
+
+    def __call__(self, x_BTD: jax.Array, *context, windowed: jax.Array | None = None) -> jax.Array:
+        """Return [B, T, D]; the arguments are those of `attend` from `angles` on."""
+        q_BTNH, k_BTKH = self.q(x_BTD), self.k(x_BTD)
+        if hasattr(self, "q_norm"):
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        options: dict[str, Any] = dict(scale=self.scale, soft_cap=self.soft_cap, window=self.window)
+        return self.out(
+            attend(q_BTNH, k_BTKH, self.v(x_BTD), *context, windowed=windowed, **options)
+        )
+
+
 def whole(x_BTD: jax.Array) -> jax.Array:
     """Gather what a block reads over `tensor`: every shard of heads or mlp needs all tokens."""
     # Pinned before too, so that what is gathered is the compute dtype and not a norm's float32.
@@ -268,6 +311,37 @@ def residual(x_BTD: jax.Array) -> jax.Array:
     norms included, takes 1/tensor of the memory (Korthikanti et al. 2022, arXiv:2205.05198).
     """
     return parallel.constrain(x_BTD, "batch", "residual", "features")
+
+
+class PreNorm(nnx.Module):
+    """Residual block: attention, then an MLP, the input of each normed."""
+
+    def __init__(self, cfg: Any, attn: Any, mlp: Any):
+        self.attn_norm = RMSNorm(cfg.features, eps=cfg.norm_eps)
+        self.attn = attn
+        self.mlp_norm = RMSNorm(cfg.features, eps=cfg.norm_eps)
+        self.mlp = mlp
+
+    def __call__(self, x_BTD, *context):
+        x_BTD += residual(self.attn(whole(self.attn_norm(x_BTD)), *context))
+        return x_BTD + residual(self.mlp(whole(self.mlp_norm(x_BTD))))
+
+
+class PrePostNorm(nnx.Module):
+    """Residual block: attention, then an MLP, the input and the output of each normed."""
+
+    def __init__(self, cfg: Any, attn: Any, mlp: Any):
+        self.attn_norm = CenteredRMSNorm(cfg.features, eps=cfg.norm_eps)
+        self.attn = attn
+        self.attn_out_norm = CenteredRMSNorm(cfg.features, eps=cfg.norm_eps)
+        self.mlp_norm = CenteredRMSNorm(cfg.features, eps=cfg.norm_eps)
+        self.mlp = mlp
+        self.mlp_out_norm = CenteredRMSNorm(cfg.features, eps=cfg.norm_eps)
+
+    def __call__(self, x_BTD, windowed, *context):
+        attended_BTD = self.attn(whole(self.attn_norm(x_BTD)), *context, windowed=windowed)
+        x_BTD += self.attn_out_norm(residual(attended_BTD))
+        return x_BTD + self.mlp_out_norm(residual(self.mlp(whole(self.mlp_norm(x_BTD)))))
 
 
 class Decoder(nnx.Module):
@@ -308,6 +382,34 @@ class Decoder(nnx.Module):
     def head_VD(self) -> jax.Array:
         """The output head [V, D], the master weight: the embedding table when tied."""
         return self.embed.table[...] if self.cfg.tied else self.head.table[...].T
+
+
+class GemmaDecoder(Decoder):
+    """A Decoder with embeddings of norm sqrt(D), centred norms and layers of two kinds.
+
+    Args:
+        make_layer: its module is called with (x_BTD, windowed, *angles, segment_ids_BT,
+            positions_BT, compute): whether the layer has the window, and the angles of each of
+            `cfg.ropes`.
+        cfg: a family's Config, with `windowed`, a bool for each layer, and `ropes`.
+    """
+
+    def __init__(self, make_layer: Callable[[Any, jax.Array], Any], cfg: Any, key):
+        super().__init__(make_layer, cfg, key)
+        self.final_norm = CenteredRMSNorm(cfg.features, eps=cfg.norm_eps)
+
+    def routed(self, tokens_BT, segment_ids_BT, positions_BT, compute: Compute):
+        x_BTD = self.embed(tokens_BT, compute.dtype)
+        # The factor is rounded too, as in transformers: in bfloat16, sqrt(3584) = 59.87 is 59.75.
+        x_BTD *= jnp.asarray(math.sqrt(self.cfg.features), compute.dtype)
+        angles = [
+            rope.angles(positions_BT, segment_ids_BT, compute.max_segments)
+            for rope in self.cfg.ropes
+        ]
+        context = (*angles, segment_ids_BT, positions_BT, compute)
+        each = (jnp.array(self.cfg.windowed),)
+        x_BTD = run_stack(self.layers, x_BTD, *context, name="layers", compute=compute, each=each)
+        return self.final_norm(x_BTD), None
 
 
 def stack(make_layer: Callable[[jax.Array], Any], num_layers: int, key) -> Any:

@@ -1,0 +1,79 @@
+"""What every family's Config has: the sizes of a decoder, read from config.json."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+from jax_sft.models.rope import Rope
+from jax_sft.models.spec import Fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sizes and constants of one model; a family's Config adds its own.
+
+    Attributes:
+        window: tokens that a token sees, itself included, in those layers that have a sliding
+            window; None = every layer sees whole segments.
+        attention_soft_cap, logit_soft_cap: bounds of attention scores and logits; 0 = none.
+    """
+
+    vocab: int
+    features: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp: int
+    norm_eps: float
+    tied: bool
+    max_positions: int
+    rope: Rope
+    window: ClassVar[Any] = None
+    attention_soft_cap: ClassVar[Any] = 0.0
+    logit_soft_cap: ClassVar[Any] = 0.0
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Size of each logical axis."""
+        return {
+            "vocab": self.vocab,
+            "embed": self.features,
+            "norm": self.features,
+            "layers": self.num_layers,
+            "heads": self.num_heads,
+            "kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "mlp": self.mlp,
+        }
+
+
+def read(
+    fields: Fields,
+    *,
+    head_dim: int | None = None,
+    norm_eps: float = 1e-6,
+    tied: bool = False,
+    act: str = "silu",
+    mlp: tuple[str, int | None] = ("intermediate_size", None),
+) -> dict[str, Any]:
+    """Return the arguments of `Sizes`, but for `rope`.
+
+    Args:
+        head_dim, norm_eps, tied: where config.json has none, as transformers has them.
+        act: the activation of the MLP; another one is refused.
+        mlp: field of its inner size, and the value where config.json has none.
+    """
+    fields.only("hidden_act", act)
+    num_heads, num_kv_heads, head_dim = fields.heads(head_dim)
+    return {
+        "vocab": fields.size("vocab_size"),
+        "features": fields.size("hidden_size"),
+        "num_layers": fields.size("num_hidden_layers"),
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "mlp": fields.size(*mlp),
+        "norm_eps": fields.number("rms_norm_eps", norm_eps),
+        "tied": fields.flag("tie_word_embeddings", tied),
+        "max_positions": fields.size("max_position_embeddings"),
+    }
