@@ -271,9 +271,9 @@ def jax_sft_sum(array) -> int:
 
 
 def test_memory_of_both_ways_does_not_grow_with_the_model(tmp_path, monkeypatch):
-    # Of a model of 9.5 MB whose largest stacked parameter takes 2 MB.
-    monkeypatch.setattr(storage, "BLOCK_BYTES", 1 << 15)
-    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256}
+    # Of a model of 68 MB whose largest stacked parameter takes 17 MB; tracing it takes some 3 MB.
+    monkeypatch.setattr(storage, "BLOCK_BYTES", 1 << 19)
+    sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 1024}
     folder = tmp_path / "model"
     folder.mkdir()
     tiny.write_tokenizer(folder)
@@ -284,7 +284,7 @@ def test_memory_of_both_ways_does_not_grow_with_the_model(tmp_path, monkeypatch)
     hf_export.export(converted, tmp_path / "out", progress=False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2_000_000
+    assert peak < 8_000_000
 
 
 def test_a_dry_run_lists_every_tensor_of_a_folder_that_has_no_content(

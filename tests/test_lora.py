@@ -133,7 +133,12 @@ def their_training(cfg, adapter: Path, batches) -> tuple[np.ndarray, dict[str, n
 
 
 @pytest.mark.parametrize(
-    ("family", "variant"), [("llama", "dora"), ("qwen3", "lora"), ("olmo2", "regex")]
+    ("family", "variant"),
+    [
+        ("llama", "dora"),
+        pytest.param("qwen3", "lora", marks=pytest.mark.slow),
+        pytest.param("olmo2", "regex", marks=pytest.mark.slow),
+    ],
 )
 def test_twenty_steps_equal_peft_and_torch(
     make_strong_model, make_config, tmp_path, family, variant
@@ -395,7 +400,7 @@ def test_frozen_tensors_stay_and_the_others_train_as_in_torch(
 # ---- tensors that hold several kernels -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_adapters_of_kernels_that_share_a_tensor(make_strong_model, make_config, tmp_path, dora):
     folder = make_strong_model(model_type="phi3", pad_token_id=None, tie_word_embeddings=False)
     fused = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
