@@ -272,7 +272,7 @@ def jax_sft_sum(array) -> int:
 
 def test_memory_of_both_ways_does_not_grow_with_the_model(tmp_path, monkeypatch):
     # Of a model of 68 MB whose largest stacked parameter takes 17 MB; tracing it takes some 3 MB.
-    monkeypatch.setattr(storage, "BLOCK_BYTES", 1 << 19)
+    monkeypatch.setattr(storage, "BLOCK_BYTES", 1 << 17)
     sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 1024}
     folder = tmp_path / "model"
     folder.mkdir()
