@@ -75,7 +75,7 @@ def resolve(path: str, revision: str = "", weights: bool = True) -> Path:
     if folder.is_dir():
         if (folder / KEPT).is_dir() and not (folder / "config.json").exists():
             folder = folder / KEPT
-        _refuse_links(folder)
+        refuse_links(folder)
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
         raise ValueError(f"model.path = {path!r} is not a folder")
@@ -93,7 +93,7 @@ def resolve(path: str, revision: str = "", weights: bool = True) -> Path:
     return Path(found)
 
 
-def _refuse_links(folder: Path) -> None:
+def refuse_links(folder: Path) -> None:
     """Refuse links to files elsewhere: they would be read, and copied into every export.
 
     Raises:

@@ -33,8 +33,10 @@ def read_settings(folder: Path) -> lora.Settings:
     """Read what adapters a folder holds.
 
     Raises:
-        ValueError: it is no LoRA adapter, or uses something that is not implemented here.
+        ValueError: it is no LoRA adapter, uses something that is not implemented here, or has a
+            link out of it.
     """
+    hf.refuse_links(folder)
     config = hf.read_json(folder / CONFIG)
     problems = []
     if config.get("peft_type") != "LORA":

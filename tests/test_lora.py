@@ -330,6 +330,17 @@ def test_an_adapter_that_is_not_understood_is_refused_by_name(
     assert word in str(error.value)
 
 
+def test_a_link_out_of_an_adapter_is_refused(make_strong_model, tmp_path):
+    folder = make_strong_model(**FAMILIES["qwen2"])
+    adapter = make_adapter(folder, tmp_path / "adapter")
+    (tmp_path / "elsewhere").mkdir()
+    file = adapter / "adapter_model.safetensors"
+    file.rename(tmp_path / "elsewhere" / file.name)
+    file.symlink_to(tmp_path / "elsewhere" / file.name)
+    with pytest.raises(ValueError, match=r"links out of the folder: adapter_model.safetensors"):
+        jax_sft.load(folder, adapter=adapter)
+
+
 def test_settings_that_contradict_the_adapter_they_go_on_from_are_refused(
     make_strong_model, make_config, tmp_path
 ):
