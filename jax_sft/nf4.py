@@ -201,10 +201,7 @@ def packed_arrays(
 ) -> dict[str, jax.Array]:
     """Return {path of a part: array} of a whole kernel, sharded; one layer at a time."""
     rows = model_def.packed[path]
-    flatten, inputs_last = _flattened(model_def, path)
-
-    def of_layer(kernel: jax.Array) -> dict[str, jax.Array]:
-        return quantise(flatten(kernel), inputs_last)
+    of_layer = functools.partial(_packed_layer, **_form(model_def, path))
 
     def of_all(kernel: jax.Array) -> dict[str, jax.Array]:
         do: Callable[[Any], Any] = of_layer
@@ -218,15 +215,22 @@ def packed_arrays(
 
 def both_ways(model_def: ModelDef, path: str, kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (codes, what they unpack to in float32) of the kernel of one layer."""
-    flatten, inputs_last = _flattened(model_def, path)
-    parts = jax.jit(lambda kernel: quantise(flatten(kernel), inputs_last))(kernel)
-    unpacked = np.asarray(dequantise(parts, inputs_last)).reshape(kernel.shape)
-    return np.asarray(parts["codes"]), unpacked
+    codes, unpacked = _both_ways(kernel, **_form(model_def, path))
+    return np.asarray(codes), np.asarray(unpacked)
 
 
-def _flattened(model_def: ModelDef, path: str) -> tuple[Callable[[jax.Array], jax.Array], bool]:
-    """(what gives a kernel one dimension of inputs, whether this is the last)."""
+@functools.partial(jax.jit, static_argnames=("num_inputs", "inputs_last"))
+def _both_ways(kernel, num_inputs: int, inputs_last: bool) -> tuple[jax.Array, jax.Array]:
+    parts = _packed_layer(kernel, num_inputs, inputs_last)
+    return parts["codes"], dequantise(parts, inputs_last).reshape(kernel.shape)
+
+
+def _packed_layer(kernel, num_inputs: int, inputs_last: bool) -> dict[str, jax.Array]:
+    return quantise(kernel.reshape(_flat(kernel.shape, num_inputs, inputs_last)), inputs_last)
+
+
+def _form(model_def: ModelDef, path: str) -> dict[str, Any]:
+    """How many dimensions of a layer's kernel are inputs, and whether these are the last."""
     linear = functools.reduce(getattr, path.split(".")[:-1], model_def.abstract)
     inputs, outputs = linear.axes
-    inputs_last = "embed" in outputs
-    return lambda kernel: kernel.reshape(_flat(kernel.shape, len(inputs), inputs_last)), inputs_last
+    return {"num_inputs": len(inputs), "inputs_last": "embed" in outputs}
