@@ -29,6 +29,7 @@ from jax_sft import (
 )
 from jax_sft.resume import FORMAT_VERSION, Found, Resume, named, nested
 from jax_sft.state import TrainState
+from jax_sft.vocabulary import Vocabulary
 
 PAUSES_S = (0, 2, 5)  # before each try of a save that is waited for
 LEAST_BOUND_S = 120  # that a save may take, and at least 5 times what the slowest one took
@@ -75,6 +76,7 @@ class Checkpoints:
         model: its files are kept beside the steps.
         data: fingerprint of the training data.
         adapters: what `lora.*` means, stored with each step.
+        vocabulary: of the model, which each mesh may pad otherwise; None = no mesh does.
         say: prints a line; called on the first process only, also from a thread.
 
     Attributes:
@@ -90,14 +92,16 @@ class Checkpoints:
         model: model_files.Model | None = None,
         data: str = "",
         adapters: Mapping[str, Any] | None = None,
+        vocabulary: Vocabulary | None = None,
         say: Callable[[str], None] = print,
     ):
         self._folder, self._options, self._model = folder.absolute(), options, model
         self._data, self._adapters = data, dict(adapters or {})
+        self._vocabulary = vocabulary or Vocabulary(0, {})
         self._frozen: dict[str, dict[str, Any]] = {}
         self._versions = preflight.versions()
         self._say = say if cluster.process_id() == 0 else _silent
-        self._resume = Resume(self._folder, options, model, data, self._say)
+        self._resume = Resume(self._folder, options, model, data, self._vocabulary, self._say)
         self.saved_step: int | None = None
         self.failures = 0
         self._num_saves = 0
@@ -125,7 +129,8 @@ class Checkpoints:
         """
         if not frozen:
             return
-        sums = fingerprint.read(frozen, fingerprint.start(frozen))
+        shapes = {path: self._vocabulary.cut(path, array.shape) for path, array in frozen.items()}
+        sums = fingerprint.read(frozen, fingerprint.start(frozen, shapes))
         self._frozen = {
             path: {"dtype": str(array.dtype), "sum": sums[path]} for path, array in frozen.items()
         }
@@ -172,6 +177,7 @@ class Checkpoints:
             "metrics": dict(metrics or {}),
             "extra": dict(extra or {}),
             "lora": self._adapters,
+            "vocab": self._vocabulary.size,
             "frozen": self._frozen,  # dtypes and checksums of what is only in the model folder
             "num_processes": cluster.num_processes(),
             "versions": self._versions,

@@ -178,7 +178,7 @@ def default() -> Config:
     cfg.mesh = mesh
     mesh.data = 1  # copies of the model; one of the four may be -1 = the devices that are left
     mesh.fsdp = -1  # shards of parameters and moments; also splits the batch
-    mesh.tensor = 1  # shards of heads, mlp and vocabulary
+    mesh.tensor = 1  # shards of heads, mlp and vocabulary, which is padded for it
     mesh.sequence = 1  # shards of the tokens of a row
     mesh.cpu_devices = 0  # on the CPU platform: simulate this many devices in all; 0 = real ones
 

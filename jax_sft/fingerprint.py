@@ -27,10 +27,15 @@ _BITS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 _CHUNK = 1 << 17  # elements that NumPy mixes at once: 512 KB stay in a core's cache
 
 
-def start(arrays: Mapping[str, jax.Array]) -> jax.Array:
+def start(
+    arrays: Mapping[str, jax.Array], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> jax.Array:
     """Start computing the checksums of arrays that may be donated right after.
 
     All processes of a mesh call it at the same point.
+
+    Args:
+        shapes: of the parts, at the beginning of each array, that are looked at; None = all.
 
     Returns:
         [number of arrays] uint32, in the order of `arrays`, readable on every process.
@@ -39,7 +44,8 @@ def start(arrays: Mapping[str, jax.Array]) -> jax.Array:
     whole = None
     if isinstance(sharding, NamedSharding):
         whole = NamedSharding(sharding.mesh, PartitionSpec())
-    return _sums(tuple(arrays.values()), whole)
+    looked_at = tuple((shapes or {}).get(name, array.shape) for name, array in arrays.items())
+    return _sums(tuple(arrays.values()), looked_at, whole)
 
 
 def read(names: Iterable[str], sums: jax.Array) -> dict[str, int]:
@@ -47,22 +53,26 @@ def read(names: Iterable[str], sums: jax.Array) -> dict[str, int]:
     return dict(zip(names, np.asarray(sums).tolist(), strict=True))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _sums(arrays: Sequence[jax.Array], whole: NamedSharding | None) -> jax.Array:
-    sums = jnp.stack([_sum(array) for array in arrays])
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _sums(
+    arrays: Sequence[jax.Array], shapes: tuple[tuple[int, ...], ...], whole: NamedSharding | None
+) -> jax.Array:
+    sums = jnp.stack([_sum(*each) for each in zip(arrays, shapes, strict=True)])
     return sums if whole is None else jax.lax.with_sharding_constraint(sums, whole)
 
 
-def _sum(array: jax.Array) -> jax.Array:
+def _sum(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if array.dtype == bool:
         array = array.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(array, _bits_dtype(array.dtype)).astype(jnp.uint32)
-    place, stride = jnp.zeros((), jnp.uint32), 1
+    place, stride, counts = jnp.zeros((), jnp.uint32), 1, np.uint32(1)
     for dim in reversed(range(array.ndim)):
         iota = jax.lax.broadcasted_iota(jnp.uint32, array.shape, dim)
         place = place + iota * np.uint32(stride * _PLACE % 2**32)
-        stride *= array.shape[dim]
-    return jnp.sum(_mixed(bits ^ place), dtype=jnp.uint32)
+        stride *= shape[dim]
+        if shape[dim] < array.shape[dim]:
+            counts = counts * (iota < shape[dim]).astype(jnp.uint32)
+    return jnp.sum(_mixed(bits ^ place) * counts, dtype=jnp.uint32)
 
 
 def of_numpy(

@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from jax_sft import parallel, storage
+from jax_sft import parallel, storage, vocabulary
 from jax_sft.models.spec import Weight
 
 DTYPES: dict[str, Any] = {
@@ -255,6 +255,7 @@ def load(
     shardings: Mapping[str, NamedSharding],
     dtype: Any,
     progress: bool = True,
+    vocab_shards: int = 1,
 ) -> dict[str, jax.Array]:
     """Read every weight straight into its shards.
 
@@ -265,11 +266,12 @@ def load(
         tensors: as returned by `check`.
         shardings: {our path: sharding}.
         dtype: of the returned arrays.
+        vocab_shards: the vocabulary is padded to a multiple.
 
     Returns:
         {our path: array}.
     """
-    rows = list(rows)
+    rows, padded = list(rows), vocabulary.padded(dims, vocab_shards)
     opened = {
         file: safe_open(file, framework="numpy") for file in {t.file for t in tensors.values()}
     }
@@ -279,17 +281,26 @@ def load(
     with bar:
         for row in rows:
             num_stacked = len(row.stacked)
-            shape, sharding = row.shape(dims), shardings[row.path]
+            shape, sharding = row.shape(padded), shardings[row.path]
+            ends = row.shape(dims)
             names = dict(row.hf_tensors(dims))
             arrays: dict[parallel.Block, np.ndarray] = {}
             shards = []
             for device, block in parallel.local_blocks(sharding, shape).items():
                 if block not in arrays:  # devices that hold copies share one read
                     array = np.empty([stop - start for start, stop in block], dtype)
-                    hf_block = row.hf_index(block[num_stacked:], dims)
-                    for stack_index, name in names.items():
+                    there = tuple(
+                        (min(start, end), min(stop, end))
+                        for (start, stop), end in zip(block, ends, strict=True)
+                    )
+                    filled = tuple(slice(0, stop - start) for start, stop in there)[num_stacked:]
+                    if there != block:
+                        array[...] = 0
+                    is_padding = any(start == stop for start, stop in there)
+                    hf_block = row.hf_index(there[num_stacked:], dims)
+                    for stack_index, name in () if is_padding else names.items():
                         part = opened[tensors[name].file].get_slice(name)[hf_block]
-                        array[stack_index] = row.from_hf(part, dims).astype(dtype)
+                        array[*stack_index, *filled] = row.from_hf(part, dims).astype(dtype)
                     arrays[block] = array
                 shards.append(jax.device_put(arrays[block], device))
             params[row.path] = jax.make_array_from_single_device_arrays(shape, sharding, shards)

@@ -158,7 +158,9 @@ class Plan:
 
     def stored(self, path: str) -> storage.Stored:
         """Open one array of the step."""
-        return storage.Stored(self.folder / str(self.step), steps.PARAMS + path, self.arrays[path])
+        array = self.arrays[path]
+        shape = self.model_def.vocabulary.cut(path, array["shape"])
+        return storage.Stored(self.folder / str(self.step), steps.PARAMS + path, array, shape)
 
     def lines(self) -> Iterator[str]:
         """Say for every tensor where it comes from, what it is and which file gets it."""
@@ -216,7 +218,7 @@ def plan(
     model_def = trainable.choose(model_def, settings, frozen)
     rows = {row.path: row for row in model_def.moving}
     shapes = {path: row.shape(model_def.dims) for path, row in rows.items()}
-    if problems := steps.misfits(arrays, shapes):
+    if problems := steps.misfits(arrays, shapes, model_def.vocabulary.cut):
         raise ValueError(f"{folder / str(step)} does not fit its config.json: {problems}")
     weights = None
     if settings and not merge:

@@ -38,6 +38,7 @@ class LoadedModel:
             logits_BTV = jnp.einsum(
                 "BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32
             )
+            logits_BTV = logits_BTV[..., : model_def.cfg.vocab]
             cap = model_def.cfg.logit_soft_cap
             return cap * jnp.tanh(logits_BTV / cap) if cap else logits_BTV
 
@@ -49,6 +50,7 @@ class LoadedModel:
             logits_BV = jnp.einsum(
                 "BD,VD->BV", hidden_BD, head_VD, preferred_element_type=jnp.float32
             )
+            logits_BV = logits_BV[:, : model_def.cfg.vocab]
             return logits_BV.argmax(axis=-1)  # a soft cap would not change their order
 
         replicated = parallel.sharding(mesh)
@@ -186,10 +188,12 @@ def load(
     path = hf.resolve(str(folder), revision)
     config = hf.read_json(path / "config.json")
     family = models.find(str(config.get("model_type")))
-    model_def = ModelDef.of(family, family.Config.from_hf(config), dtype=dtype, attention=attention)
     mesh = parallel.single_device_mesh() if mesh is None else mesh
+    shards = mesh.shape["tensor"]
+    cfg = family.Config.from_hf(config)
+    model_def = ModelDef.of(family, cfg, dtype=dtype, attention=attention, vocab_shards=shards)
     rows = model_def.rows
-    weights = pretrained.find(path, rows, model_def.dims, model_def.cfg.tied, step)
+    weights = pretrained.find(path, rows, cfg.dims, cfg.tied, step, vocab_shards=shards)
     if adapter:
         model_def = lora.add(model_def, peft.read_settings(Path(adapter)))
         peft.check(Path(adapter), model_def)

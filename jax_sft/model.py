@@ -13,6 +13,7 @@ import numpy as np
 from jax_sft import tree
 from jax_sft.compute import Compute, policy
 from jax_sft.models.spec import Weight
+from jax_sft.vocabulary import Vocabulary, padded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class ModelDef:
     Attributes:
         cfg: the family's Config.
         rows: its weight rows, and those of its adapters.
-        dims: size of each logical axis.
+        dims: size of each logical axis; that of the vocabulary is padded, `cfg.vocab` is not.
         abstract: the NNX model with ShapeDtypeStructs as parameters.
         compute: how it computes.
         frozen: {path: dtype in which it is held} of the parameters that do not train.
@@ -54,9 +55,16 @@ class ModelDef:
         max_segments: int = 256,
         remat: str = "none",
         offload: Sequence[str] = (),
+        vocab_shards: int = 1,
     ) -> "ModelDef":
-        """Build from a family module and its Config, allocating nothing."""
-        abstract = jax.eval_shape(lambda key: family.Model(cfg, key), jax.random.key(0))
+        """Build from a family module and its Config, allocating nothing.
+
+        Args:
+            vocab_shards: size of mesh.tensor; the vocabulary is padded to a multiple.
+        """
+        dims = padded(cfg.dims, vocab_shards)
+        stored = dataclasses.replace(cfg, vocab=dims["vocab"])
+        abstract = jax.eval_shape(lambda key: family.Model(stored, key), jax.random.key(0))
         rows = family.weights(cfg)
         compute = Compute(
             dtype=jnp.dtype(dtype),
@@ -66,7 +74,7 @@ class ModelDef:
             policy=policy(remat, tuple(offload)),
             axes={row.path: row.axes for row in rows if row.is_matrix},
         )
-        return cls(cfg, rows, cfg.dims, abstract, compute)
+        return cls(cfg, rows, dims, abstract, compute)
 
     @property
     def has_experts(self) -> bool:
@@ -83,6 +91,11 @@ class ModelDef:
                 key = jax.random.fold_in(dropout_key, zlib.crc32(path.encode()))
                 keys[path] = jax.random.split(key, leaf.shape)
         return tree.from_dict(self.dropping, params | keys)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Its token ids, and the arrays that have a row or a column for each."""
+        return Vocabulary.of(self.rows, self.cfg.vocab)
 
     @property
     def stored(self) -> tuple[Weight, ...]:

@@ -201,7 +201,7 @@ def single_device_mesh() -> Mesh:
 
 
 def size_problems(arrays: dict[str, tuple[tuple[str, ...], tuple[int, ...]]], sizes) -> list[str]:
-    """List the dimensions that the mesh does not divide.
+    """List the dimensions that the mesh does not divide; a vocabulary is padded instead.
 
     Args:
         arrays: {name: (logical axes, shape)}.
@@ -212,7 +212,7 @@ def size_problems(arrays: dict[str, tuple[tuple[str, ...], tuple[int, ...]]], si
         for logical, size in zip(logical_axes, shape, strict=True):
             axes = rule(logical)
             shards = math.prod(sizes[axis] for axis in axes)
-            if size % shards and (logical, size) not in problems:
+            if size % shards and (logical, size) not in problems and logical != "vocab":
                 fits = [n for n in range(1, shards + 1) if size % n == 0]
                 what = " x ".join(f"mesh.{axis}" for axis in axes if sizes[axis] > 1)
                 problems[logical, size] = (

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from jax_sft import fingerprint, hf, model_files, steps, storage
+from jax_sft import fingerprint, hf, model_files, steps, storage, vocabulary
 from jax_sft.models.spec import Weight
 
 Load = Callable[[Mapping[str, NamedSharding], Any, bool], dict[str, jax.Array]]
@@ -41,23 +41,26 @@ def find(
     dims: dict[str, int],
     tied: bool,
     step: int | None = None,
+    vocab_shards: int = 1,
 ) -> Weights:
     """Return the weights of a folder that `hf.resolve` returned, reading only headers.
 
     Args:
+        dims: of the model, without padding.
         step: of a checkpoint folder; None = the newest.
+        vocab_shards: `load` pads the vocabulary to a multiple.
 
     Raises:
         ValueError: they do not fit the rows: everything that is wrong at once.
     """
     rows = tuple(rows)
     if model_files.is_kept(folder):
-        return _of_checkpoint(folder.parent, rows, dims, step)
+        return _of_checkpoint(folder.parent, rows, dims, step, vocab_shards)
     tensors = hf.check(folder, rows, dims, tied)
 
     def load(shardings, dtype, progress=True) -> dict[str, jax.Array]:
         wanted = [row for row in rows if row.path in shardings]
-        return hf.load(tensors, wanted, dims, shardings, dtype, progress)
+        return hf.load(tensors, wanted, dims, shardings, dtype, progress, vocab_shards)
 
     def blocks(path: str) -> hf.Blocks:
         return hf.Blocks(tensors, next(row for row in rows if row.path == path), dims)
@@ -66,13 +69,19 @@ def find(
 
 
 def _of_checkpoint(
-    folder: Path, rows: tuple[Weight, ...], dims: dict[str, int], step: int | None
+    folder: Path,
+    rows: tuple[Weight, ...],
+    dims: dict[str, int],
+    step: int | None,
+    vocab_shards: int,
 ) -> Weights:
     """The parameters of a step."""
     model_files.verify(folder)
     step = steps.choose(folder, step)
     stored = steps.params(folder, step)
-    if problems := steps.misfits(stored, {row.path: row.shape(dims) for row in rows}):
+    shapes = {row.path: row.shape(dims) for row in rows}
+    vocab = vocabulary.Vocabulary.of(rows, dims["vocab"])
+    if problems := steps.misfits(stored, shapes, vocab.cut):
         raise ValueError(f"{folder / str(step)} does not fit its config.json: {problems}")
 
     def load(shardings, dtype, progress=True) -> dict[str, jax.Array]:
@@ -80,21 +89,25 @@ def _of_checkpoint(
         wanted = [row for row in rows if row.path in shardings]
         for row in tqdm(wanted, "reading weights", unit="array", disable=not progress):
             path, array = row.path, stored[row.path]
-            shape = jax.ShapeDtypeStruct(
-                tuple(array["shape"]), np.dtype(array["dtype"]), sharding=shardings[path]
+            as_stored = vocabulary.as_stored(
+                array["shape"], np.dtype(array["dtype"]), shardings[path]
             )
             try:
-                part = {"params": {path: shape}}
+                part = {"params": {path: as_stored}}
                 found = storage.load(folder / str(step), part, some=True)["params"][path]
             except storage.Failed as error:
                 raise ValueError(f"{folder / str(step)} cannot be read: {error}") from error
             sums = fingerprint.read([path], fingerprint.start({path: found}))
             if problem := fingerprint.problem(path, sums[path], array["sum"]):
                 raise ValueError(f"{folder / str(step)}: {problem}")
+            shape = row.shape(vocabulary.padded(dims, vocab_shards))
+            if found.shape != shape:
+                found = vocabulary.resized(found, shape, shardings[path])
             params[path] = found.astype(dtype)
         return params
 
     def blocks(path: str) -> storage.Stored:
-        return storage.Stored(folder / str(step), steps.PARAMS + path, stored[path])
+        name = steps.PARAMS + path
+        return storage.Stored(folder / str(step), name, stored[path], shapes[path])
 
     return Weights(model_files.dtypes(folder), load, blocks)

@@ -55,6 +55,7 @@ def model_def(cfg, resolved: Resolved) -> ModelDef:
         max_segments=cfg.data.max_segments,
         remat=cfg.model.remat,
         offload=cfg.model.offload,
+        vocab_shards=resolved.mesh_shape["tensor"],
     )
     return trainable.choose(plain, resolved.adapters, cfg.train.freeze)
 

@@ -11,7 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_sft import agree, cluster, config, fingerprint, manifest, model_files, steps, storage
+from jax_sft import (
+    agree,
+    cluster,
+    config,
+    fingerprint,
+    manifest,
+    model_files,
+    steps,
+    storage,
+    vocabulary,
+)
 from jax_sft.state import TrainState
 
 FORMAT_VERSION = 2
@@ -48,10 +58,11 @@ class Resume:
         options,
         model: model_files.Model | None,
         data: str,
+        vocab: vocabulary.Vocabulary,
         say: Callable[[str], None],
     ):
         self._folder, self._options, self._model = folder, options, model
-        self._data, self._say = data, say
+        self._data, self._vocabulary, self._say = data, vocab, say
         self._untried: list[int] = []
         self._bad: list[str] = []
 
@@ -79,8 +90,9 @@ class Resume:
         """Return the state of the step that was found; of an older one if its arrays are damaged.
 
         Args:
-            abstract: dtypes, shapes and shardings to restore to. Stored arrays of other dtypes are
-                converted after they were checked.
+            abstract: dtypes, shapes and shardings to restore to. Stored arrays of other dtypes, or
+                with a vocabulary that was padded for another mesh, are converted after they were
+                checked.
 
         Raises:
             ValueError: the step is of another model or optimizer, or no step is good.
@@ -188,13 +200,11 @@ class Resume:
     def _load(self, found: Found, abstract: TrainState) -> tuple[TrainState | None, list[str]]:
         """Return (the state, []) or (None, what is wrong with the step)."""
         wanted = named(abstract)
-        _check_shapes(found, wanted)
-        stored = {
-            name: jax.ShapeDtypeStruct(
-                array.shape, np.dtype(found.arrays[name]["dtype"]), sharding=array.sharding
-            )
-            for name, array in wanted.items()
-        }
+        self._check_shapes(found, wanted)
+        stored = {}
+        for name, array in wanted.items():
+            shape, dtype = found.arrays[name]["shape"], np.dtype(found.arrays[name]["dtype"])
+            stored[name] = vocabulary.as_stored(shape, dtype, array.sharding)
         arrays, problems = {}, []
         try:
             arrays = _flat(storage.load(self._folder / str(found.step), nested(stored)))
@@ -207,6 +217,8 @@ class Resume:
         if problems := [problem for problem in problems if problem]:
             return None, problems + self._named_files(found.step)
         for name, array in wanted.items():
+            if arrays[name].shape != array.shape:
+                arrays[name] = vocabulary.resized(arrays[name], array.shape, array.sharding)
             if arrays[name].dtype != array.dtype:
                 arrays[name] = arrays[name].astype(array.dtype)
         leaves = [arrays[name] for name in wanted]
@@ -216,6 +228,22 @@ class Resume:
         )
         step = jax.device_put(np.int32(found.step), abstract.step.sharding)
         return TrainState(step=step, params=params, opt_state=opt_state), []
+
+    def _check_shapes(self, found: Found, wanted: Mapping[str, Any]) -> None:
+        """Refuse a step of another model or optimizer.
+
+        Raises:
+            ValueError: it is.
+        """
+        vocab = self._vocabulary
+        shapes = {name: vocab.cut(name, array.shape) for name, array in wanted.items()}
+        same = found.metadata.get("vocab") == vocab.size  # else what was stored had no padding
+        cut = (vocab.cut,) if same else ()
+        if problems := steps.misfits(found.arrays, shapes, *cut):
+            raise ValueError(
+                f"checkpoint step {found.step} is of another model or optimizer than the config's: "
+                + problems
+            )
 
 
 def named(state: TrainState) -> dict[str, Any]:
@@ -238,17 +266,3 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _flat(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {f"{kind}/{path}": leaf for kind, part in tree.items() for path, leaf in part.items()}
-
-
-def _check_shapes(found: Found, wanted: Mapping[str, Any]) -> None:
-    """Refuse a step of another model or optimizer.
-
-    Raises:
-        ValueError: it is.
-    """
-    shapes = {name: array.shape for name, array in wanted.items()}
-    if problems := steps.misfits(found.arrays, shapes):
-        raise ValueError(
-            f"checkpoint step {found.step} is of another model or optimizer than the config's: "
-            + problems
-        )

@@ -61,6 +61,7 @@ def batch_sums(
         micro["weights"],
         micro.get("sources"),
         num_sources,
+        num_ids=model_def.cfg.vocab,
         head_trains=model_def.head_trains,
         soft_cap=model_def.cfg.logit_soft_cap,
         **options,

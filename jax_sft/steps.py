@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,14 +151,22 @@ def params(folder: Path, step: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def misfits(arrays: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, Sequence[int]]) -> str:
-    """Say which stored arrays are missing, too many or of another shape; "" = none."""
+def misfits(
+    arrays: Mapping[str, Mapping[str, Any]],
+    wanted: Mapping[str, Sequence[int]],
+    cut: Callable[[str, Sequence[int]], tuple[int, ...]] = lambda _, shape: tuple(shape),
+) -> str:
+    """Say which stored arrays are missing, too many or of another shape; "" = none.
+
+    Args:
+        cut: (name, stored shape) -> the shape that is compared.
+    """
     problems = [f"{name} is not in it" for name in wanted.keys() - arrays.keys()]
     problems += [f"{name} is only in it" for name in arrays.keys() - wanted.keys()]
     problems += [
         f"{name} has shape {tuple(arrays[name]['shape'])}, not {tuple(shape)}"
         for name, shape in wanted.items()
-        if name in arrays and tuple(arrays[name]["shape"]) != tuple(shape)
+        if name in arrays and cut(name, arrays[name]["shape"]) != tuple(shape)
     ]
     return "; ".join(manifest.shown(sorted(problems)))
 

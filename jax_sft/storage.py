@@ -141,6 +141,7 @@ class Stored:
     Args:
         name: "params/PATH" or "optimizer/PATH".
         manifest: its `shape`, `dtype` and `sum`, as in the manifest of the step.
+        shape: of what is asked for; the rest, at the end of one dimension, is padding.
 
     Attributes:
         chunk: its shape; what is read whole if a part of it is needed.
@@ -149,8 +150,15 @@ class Stored:
         Failed: it cannot be read; or it is not what the manifest says.
     """
 
-    def __init__(self, folder: Path, name: str, manifest: Mapping[str, Any]):
-        self.name, self.shape = name, tuple(manifest["shape"])
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        manifest: Mapping[str, Any],
+        shape: Sequence[int] | None = None,
+    ):
+        self.name, self._whole = name, tuple(manifest["shape"])
+        self.shape = self._whole if shape is None else tuple(shape)
         self._sum, self._found = manifest["sum"], 0
         self._size = 0
         self._lock = threading.Lock()
@@ -164,9 +172,9 @@ class Stored:
         store = self._call(lambda: ts.open(spec, read=True).result())
         self.dtype = store.dtype.numpy_dtype
         self.chunk = tuple(size or 1 for size in store.chunk_layout.read_chunk.shape or ())
-        if (store.shape, self.dtype) != (self.shape, np.dtype(manifest["dtype"])):
+        if (store.shape, self.dtype) != (self._whole, np.dtype(manifest["dtype"])):
             raise Failed(f"tensor {name} is {self.dtype} {store.shape}, not as in the manifest")
-        across = [part == size for part, size in zip(self.chunk, self.shape, strict=True)]
+        across = [part == size for part, size in zip(self.chunk, self._whole, strict=True)]
         is_table = len(self.shape) == 2 and any(across) and self.nbytes > BLOCK_BYTES
         if is_table or (len(self.shape) > 2 and self.chunk[0] > 1):
             # Every block needs many chunks, or a part of one: they are kept, so as to be read once.
@@ -177,23 +185,26 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self._whole) * self.dtype.itemsize
 
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
         block = np.asarray(self._call(lambda: self._store[slices].read().result()))
-        start = [part.indices(size)[0] for part, size in zip(slices, self.shape, strict=True)]
-        found = fingerprint.of_numpy(block, start, self.shape)
+        start = [part.indices(size)[0] for part, size in zip(slices, self._whole, strict=True)]
+        found = fingerprint.of_numpy(block, start, self._whole)
         with self._lock:
             self._found, self._size = self._found + found, self._size + block.size
         return block
 
     def finish(self) -> None:
-        """Compare the checksum, now that each element was read once.
+        """Compare the checksum, now that each element that was asked for was read once.
 
         Raises:
             Failed: it is another one.
         """
-        assert self._size == math.prod(self.shape), f"{self._size} elements of {self.name} read"
+        if self.shape != self._whole:
+            ends = zip(self.shape, self._whole, strict=True)
+            self[tuple(slice(size if size < whole else 0, whole) for size, whole in ends)]
+        assert self._size == math.prod(self._whole), f"{self._size} elements of {self.name} read"
         if problem := fingerprint.problem(self.name, self._found % 2**32, self._sum):
             raise Failed(problem)
 

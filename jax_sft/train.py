@@ -41,6 +41,7 @@ from jax_sft import (
     state,
     trackers,
     trainable,
+    vocabulary,
 )
 from jax_sft.data import chat, prepare
 from jax_sft.data.examples import Examples
@@ -106,13 +107,17 @@ def _train(
     rows, dims = family.weights(model_cfg), model_cfg.dims
     num_params = sum(math.prod(row.shape(dims)) for row in rows)
     folder = hf.resolve(cfg.model.path, cfg.model.revision)
-    pretrained_weights = pretrained.find(folder, rows, dims, model_cfg.tied)
+    shards = resolved.mesh_shape["tensor"]
+    pretrained_weights = pretrained.find(folder, rows, dims, model_cfg.tied, vocab_shards=shards)
     tokenizer = chat.load_tokenizer(folder, needs_template=False)
     axes = " ".join(f"{axis}={size}" for axis, size in resolved.mesh_shape.items())
     say(f"model   {cfg.model.path}: {model_cfg.__module__}, {metrics.count(num_params)} parameters")
     if pickles := hf.pickles(folder):
         say(f"WARNING {', '.join(pickles)} in the model's folder: pickle files are never read")
     say(f"mesh    {axes} on {jax.device_count()} x {jax.devices()[0].device_kind}")
+    if (padded := vocabulary.padded(dims, shards)["vocab"]) > model_cfg.vocab:
+        of_mesh = f"mesh.tensor = {shards}"
+        say(f"padded  vocabulary {model_cfg.vocab:,} -> {padded:,} for {of_mesh}")
     attention.self_test(
         resolved.attention,
         dtype=cfg.model.dtype,
@@ -173,6 +178,7 @@ def _train(
         model=model_files.Model(folder, pretrained_weights.dtypes),
         data=prepare.fingerprint(train_examples),
         adapters=dataclasses.asdict(resolved.adapters) if resolved.adapters else None,
+        vocabulary=vocabulary.Vocabulary.of(rows, model_cfg.vocab),
         say=say,
     )
     found = checkpoints.start(as_dict, num_steps)

@@ -74,7 +74,7 @@ def count(model_def: ModelDef) -> int:
     """Return how many parameters train."""
     total = 0
     for row in model_def.moving:
-        shape = row.shape(model_def.dims)
+        shape = model_def.vocabulary.cut(row.path, row.shape(model_def.dims))
         layers = model_def.trained.get(row.path, np.ones(shape[: len(row.stacked)], bool))
         total += int(layers.sum()) * math.prod(shape[len(row.stacked) :])
     return total

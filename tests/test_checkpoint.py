@@ -1,6 +1,7 @@
 """Checkpoints: what is stored comes back bitwise or not at all, whatever happens to the files."""
 
 import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -13,10 +14,23 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from jax_sft import checkpoint, config, exit_codes, hf_export, model_files, steps, storage
+from jax_sft import (
+    checkpoint,
+    config,
+    exit_codes,
+    hf_export,
+    model_files,
+    parallel,
+    state,
+    steps,
+    storage,
+    vocabulary,
+)
+from jax_sft.models.spec import Weight
 from scripts import verify_checkpoint
 from scripts.faults import damage
 
@@ -74,6 +88,48 @@ def test_what_is_saved_comes_back_bitwise_with_all_that_was_stored_beside(tmp_pa
     assert step == NEW and damage.same(STATE, state)
     for before, after in zip(jax.tree.leaves(STATE), jax.tree.leaves(state), strict=True):
         assert before.sharding == after.sharding
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 4), (4, 2), (4, 1)])
+def test_a_vocabulary_is_padded_anew_for_each_mesh(tmp_path, before, after):
+    rows = [
+        Weight("embed.table", "embed", "vocab embed -> vocab embed"),
+        Weight("head.table", "head", "vocab embed -> embed vocab"),
+    ]
+    tx, dims = optax.adam(1e-3), {"vocab": 269, "embed": 16}
+
+    def abstract(shards: int, dims=dims) -> state.TrainState:
+        mesh = parallel.make_mesh({"fsdp": 8 // shards, "tensor": shards})
+        return state.abstract(tx, rows, vocabulary.padded(dims, shards), np.float32, mesh)
+
+    def filled(like: jax.ShapeDtypeStruct) -> jax.Array:
+        real = [min(size, 269) for size in like.shape]
+        array = np.random.default_rng(sum(real)).standard_normal(real)
+        wider = np.zeros(like.shape, like.dtype)
+        wider[tuple(slice(0, n) for n in real)] = array
+        return jax.device_put(wider, like.sharding)
+
+    def checkpoints(vocab: int = 269) -> checkpoint.Checkpoints:
+        known = vocabulary.Vocabulary.of(rows, vocab)
+        return checkpoint.Checkpoints(tmp_path, config.default().checkpoint, vocabulary=known)
+
+    current = jax.tree.map(filled, abstract(before))
+    current = dataclasses.replace(current, step=jax.device_put(np.int32(3), current.step.sharding))
+    writer = checkpoints()
+    writer.start(CONFIG, 10)
+    writer.save(current, CONFIG, wait=True)
+    assert writer.saved_step == 3
+    reader = checkpoints()
+    found = reader.start(CONFIG, 10)
+    assert found
+    wanted = jax.tree.map(filled, abstract(after))
+    read, _ = reader.restore(found, abstract(after))
+    assert damage.same(dataclasses.replace(wanted, step=read.step), read)
+    for ours, theirs in zip(jax.tree.leaves(read), jax.tree.leaves(wanted), strict=True):
+        assert ours.sharding == theirs.sharding
+    # Of another model, tokens are not taken for padding.
+    with pytest.raises(ValueError, match="of another model"):
+        checkpoints(267).restore(found, abstract(after, {"vocab": 267, "embed": 16}))
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")

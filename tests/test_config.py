@@ -217,7 +217,6 @@ def test_a_problem_names_its_key_and_the_remedy(make_config, changes, message):
             r"heads = 6 \(of .*q\.\w+\) .* mesh\.tensor = 4: .* \[1, 2",
         ),
         ({}, 4, r"kv_heads = 2 \(of .*k\.\w+\) .* mesh\.tensor = 4: use one of \[1, 2\]"),
-        ({"vocab_size": 271}, 2, r"vocab = 271 \(of embed\.table\) .* mesh\.tensor = 2: .* \[1\]"),
         ({"intermediate_size": 81}, 2, r"mlp = 81 \(of .*\) .* mesh\.tensor = 2: use one of \[1\]"),
         (
             {"hidden_size": 44, "head_dim": 12},
@@ -232,6 +231,11 @@ def test_a_dimension_that_the_mesh_does_not_divide_is_named(
     cfg = make_config(make_model(**model), **{"mesh.tensor": tensor})
     found = [text for text in problems(cfg) if re.match(message.split()[0] + " = ", text)]
     assert len(found) == 1 and re.search(message, found[0]), found
+
+
+def test_a_vocabulary_that_the_mesh_does_not_divide_is_no_problem(make_config, make_model):
+    cfg = make_config(make_model(vocab_size=271), **{"mesh.tensor": 2, "mesh.fsdp": 4})
+    assert validate(cfg, 8).model_cfg.vocab == 271
 
 
 @pytest.mark.parametrize(

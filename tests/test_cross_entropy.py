@@ -94,9 +94,10 @@ def dense_loss_with_options(problem, z_loss=0.0, label_smoothing=0.0, soft_cap=m
 def papers_loss_and_gradients(hidden_BTD, head_VD, targets_BT, weights_BT, options):
     z_loss, label_smoothing, soft_cap = options
     logits_BTV = soft_cap * jnp.tanh(hidden_BTD @ head_VD.T / soft_cap)
-    wanted_BTV = jax.nn.one_hot(targets_BT, V, dtype=jnp.float64) * (1 - label_smoothing)
+    num_ids = len(head_VD)
+    wanted_BTV = jax.nn.one_hot(targets_BT, num_ids, dtype=jnp.float64) * (1 - label_smoothing)
     log_probs_BTV = jax.nn.log_softmax(logits_BTV)
-    losses_BT = -((wanted_BTV + label_smoothing / V) * log_probs_BTV).sum(-1)
+    losses_BT = -((wanted_BTV + label_smoothing / num_ids) * log_probs_BTV).sum(-1)
     losses_BT += z_loss * jnp.log(jnp.exp(logits_BTV).sum(-1)) ** 2
     return (losses_BT * weights_BT).sum()
 
@@ -194,6 +195,21 @@ def test_the_loss_without_gradients_is_the_same(options):
     problem = loss_problem()
     found = on_mesh(MIXED, problem, gradients=False, **options)
     np.testing.assert_array_equal(found, on_mesh(MIXED, problem, **options)[:3])
+
+
+@pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all options"])
+@pytest.mark.parametrize("sizes", [TENSOR, MIXED])
+def test_padding_of_the_vocabulary_changes_nothing(sizes, options):
+    num_ids = 33  # of 40: on TENSOR one device has padding alone
+    hidden_BTD, head_VD, *of_tokens = loss_problem(shape=(B, T, D, num_ids))
+    wanted = dense_loss_with_options((hidden_BTD, head_VD, *of_tokens), **options)
+    correct = dense_loss(hidden_BTD, head_VD, *of_tokens)[2]
+    stored_VD = np.pad(head_VD, [(0, V - num_ids), (0, 0)])
+    found = on_mesh(sizes, (hidden_BTD, stored_VD, *of_tokens), num_ids=num_ids, **options)
+    assert relative_error(found[0], wanted[0]) < 1e-6 and found[2] == correct
+    assert relative_error(found[3], wanted[1]) < 1e-5
+    assert relative_error(found[4][:num_ids], wanted[2]) < 1e-5
+    assert not found[4][num_ids:].any()
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1, 1), MIXED])

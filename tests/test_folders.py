@@ -17,6 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 import jax_sft
 from jax_sft import (
+    checkpoint,
+    config,
     fingerprint,
     hf,
     hf_convert,
@@ -30,6 +32,7 @@ from jax_sft import (
     steps,
     storage,
     tiny,
+    vocabulary,
 )
 from scripts import convert_hf, export_hf, make_model, verify_checkpoint, verify_export
 
@@ -105,22 +108,52 @@ def test_plain_orbax_reads_what_was_converted_and_no_array_is_in_one_file(make_m
             assert sum(file.is_file() for file in files) >= planned.dims["layers"]
 
 
-@pytest.mark.parametrize("sizes", [{}, {"fsdp": 4, "tensor": 2}])
-def test_weights_load_alike_from_a_folder_and_from_what_was_converted(make_model, tmp_path, sizes):
-    folder = make_model(dtype="BF16", **UNTIED)
+@pytest.mark.parametrize(
+    ("vocab", "sizes"),
+    [(272, {}), (269, {"fsdp": 4, "tensor": 2}), (269, {"fsdp": 2, "tensor": 4})],
+)
+def test_weights_load_alike_from_a_folder_and_from_checkpoints_and_return(
+    make_model, tmp_path, vocab, sizes
+):
+    folder = make_model(dtype="BF16", **UNTIED, num_key_value_heads=4, vocab_size=vocab)
     converted = hf_convert.convert(folder, tmp_path / "converted", progress=False)
     planned = hf_convert.plan(folder)
     mesh = parallel.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     shardings = state.param_shardings(planned.rows, mesh)
-    found = [
-        pretrained.find(hf.resolve(str(path)), planned.rows, planned.dims, False)
-        for path in (folder, converted)
-    ]
+    shards = sizes.get("tensor", 1)
+    what = planned.rows, planned.dims, False
+
+    def find(path: Path, shards: int) -> pretrained.Weights:
+        return pretrained.find(hf.resolve(str(path)), *what, vocab_shards=shards)
+
+    found = [find(path, shards) for path in (folder, converted)]
     assert found[0].dtypes == found[1].dtypes
     there, here = (weights.load(shardings, np.float32, False) for weights in found)
-    for path, array in there.items():
-        assert here[path].sharding == array.sharding and here[path].dtype == np.float32
-        np.testing.assert_array_equal(here[path], array)
+    padded = vocabulary.padded(planned.dims, shards)
+    for row in planned.rows:
+        array, of_converted = there[row.path], here[row.path]
+        assert array.shape == row.shape(padded) and array.sharding == shardings[row.path]
+        assert of_converted.sharding == array.sharding and of_converted.dtype == np.float32
+        np.testing.assert_array_equal(of_converted, array)
+    assert not np.asarray(there["embed.table"])[vocab:].any()
+    assert not np.asarray(there["head.table"])[:, vocab:].any()
+    # A run that stores them with their padding gives them back without.
+    checkpoints = checkpoint.Checkpoints(
+        tmp_path / "run",
+        config.default().checkpoint,
+        model=model_files.Model(folder, found[0].dtypes),
+        vocabulary=vocabulary.Vocabulary.of(planned.rows, vocab),
+    )
+    as_dict = config.to_dict(config.default())
+    checkpoints.start(as_dict, 10)
+    step = jax.device_put(np.int32(1), parallel.sharding(mesh))
+    checkpoints.save(state.TrainState(step, there, {"count": step}), as_dict, wait=True)
+    out = hf_export.export(tmp_path / "run", tmp_path / "out", progress=False)
+    assert_same_folder(folder, out)
+    one = state.param_shardings(planned.rows, parallel.single_device_mesh())
+    again, before = (find(p, 1).load(one, np.float32, False) for p in (tmp_path / "run", folder))
+    for path, array in before.items():
+        np.testing.assert_array_equal(again[path], array)
 
 
 def test_training_starts_from_what_was_converted_and_its_export_loads(make_config, tmp_path):

@@ -218,11 +218,8 @@ def test_a_stopped_run_goes_on_with_bitwise_the_same_losses(make_config, tmp_pat
     assert [m["step"] for m in found] == list(range(1, 21))
 
 
-def test_a_run_resumes_on_another_mesh_to_rounding(make_config, tmp_path):
-    model = make_config().model.path
-    whole = make_config(model, **{"mesh.fsdp": 8})
-    jax_sft.train(whole, tmp_path / "whole")
-    half = make_config(model, **{"mesh.fsdp": 8, "checkpoint.every_steps": 7})
+def train_until_saved(cfg, workdir: Path) -> None:
+    """Train until the first checkpoint is there."""
     with pytest.MonkeyPatch.context() as patch:
         real_save = jax_sft.train.checkpoint.Checkpoints.save
 
@@ -233,7 +230,15 @@ def test_a_run_resumes_on_another_mesh_to_rounding(make_config, tmp_path):
 
         patch.setattr(jax_sft.train.checkpoint.Checkpoints, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
-            jax_sft.train(half, tmp_path / "parts")
+            jax_sft.train(cfg, workdir)
+
+
+def test_a_run_resumes_on_another_mesh_to_rounding(make_config, tmp_path):
+    model = make_config().model.path
+    whole = make_config(model, **{"mesh.fsdp": 8})
+    jax_sft.train(whole, tmp_path / "whole")
+    half = make_config(model, **{"mesh.fsdp": 8, "checkpoint.every_steps": 7})
+    train_until_saved(half, tmp_path / "parts")
     other = make_config(model, **{"mesh.data": 2, "mesh.fsdp": 1, "mesh.tensor": 2})
     other.mesh.sequence = 2
     jax_sft.train(other, tmp_path / "parts")
@@ -241,6 +246,43 @@ def test_a_run_resumes_on_another_mesh_to_rounding(make_config, tmp_path):
     found = {m["step"]: m["loss"] for m in read_metrics(tmp_path / "parts")}
     assert found.keys() == expected.keys()
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("tied", [SLOW(True), False])
+def test_a_vocabulary_that_the_mesh_does_not_divide_changes_nothing(
+    make_config, make_model, tmp_path, capsys, tied
+):
+    model = make_model(
+        **{"model_type": "gemma2", "vocab_size": 269, "tie_word_embeddings": tied},
+        **{"num_hidden_layers": 1, "num_key_value_heads": 4, "final_logit_softcapping": 2.0},
+    )
+
+    def cfg(tensor: int, **changes):
+        changes |= {"mesh.tensor": tensor, "mesh.fsdp": 8 // tensor, "train.export": True}
+        changes |= {"loss.label_smoothing": 0.1, "loss.z_loss": 1e-2, "train.steps": 6}
+        made = make_config(model, **changes, **{"eval.at_start": False})
+        made.data.eval.held = config.source(made.data.train.main.path, limit=10)
+        return made
+
+    expected = jax_sft.train(cfg(1), tmp_path / "whole")
+    parts = tmp_path / "parts"
+    assert "padded" not in capsys.readouterr().out
+    if not tied:
+        train_until_saved(cfg(4, **{"checkpoint.every_steps": 3}), parts)
+        assert "padded  vocabulary 269 -> 272 for mesh.tensor = 4" in capsys.readouterr().out
+    found = jax_sft.train(cfg(2), parts)
+    assert "padded  vocabulary 269 -> 270 for mesh.tensor = 2" in capsys.readouterr().out
+    for key in ("loss", "grad_norm", "eval/loss", "eval/accuracy"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-5), key
+    losses = ([m["loss"] for m in read_metrics(folder)] for folder in (tmp_path / "whole", parts))
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    # What was exported has no padding, and gives the same on every mesh.
+    tokens, prompts = np.arange(40).reshape(2, 20), [[3, 1, 4], [260]]
+    one = jax_sft.load(parts / "export")
+    two = jax_sft.load(parts / "export", parallel.make_mesh({"fsdp": 2, "tensor": 4}))
+    assert one.logits(tokens).shape == two.logits(tokens).shape == (2, 20, 269)
+    np.testing.assert_allclose(one.logits(tokens), two.logits(tokens), rtol=0, atol=1e-5)
+    assert one.greedy(prompts, 4, []) == two.greedy(prompts, 4, [])
 
 
 def test_a_run_leaves_what_it_promises_and_its_export_loads(make_config, tmp_path, capsys):

@@ -38,6 +38,7 @@ class Objective:
     label_smoothing: float
     soft_cap: float
     head_trains: bool
+    num_ids: int
 
 
 def cross_entropy(
@@ -52,6 +53,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     soft_cap: float = 0.0,
     head_trains: bool = True,
+    num_ids: int = 0,
 ) -> Sums:
     """Return (sum of weighted losses, sum of weights, weighted correct predictions), all devices'.
 
@@ -80,6 +82,8 @@ def cross_entropy(
         weights_BT: float32, 0 where a token does not train, never negative.
         sources_BT: int, in 0..num_sources-1; read only with `num_sources`.
         head_trains: whether `head_VD` gets a gradient: one is as much work as the logits.
+        num_ids: of the vocabulary; what `head_VD` has beyond them is padding, see `vocabulary`, and
+            gets a gradient of zero. 0 = all of it.
         num_sources: when above 0, two more results: the first two sums of each source, float32
             [num_sources].
     """
@@ -87,7 +91,8 @@ def cross_entropy(
     if num_sources:
         assert sources_BT is not None, "num_sources needs sources_BT"
         of_tokens += (sources_BT,)
-    objective = Objective(z_loss, label_smoothing, soft_cap, head_trains)
+    num_ids = num_ids or head_VD.shape[0]
+    objective = Objective(z_loss, label_smoothing, soft_cap, head_trains, num_ids)
     with jax.named_scope("part.head"):
         return _sums(objective, num_sources, hidden_BTD, head_VD, of_tokens)
 
@@ -229,18 +234,23 @@ def _chunk(hidden_CD, head_DV, targets_C, weights_C, objective: Objective):
     logits_CV = jnp.einsum("CD,DV->CV", hidden_CD, head_DV, preferred_element_type=jnp.float32)
     if cap := objective.soft_cap:
         logits_CV = cap * jnp.tanh(logits_CV / cap)
-    num_local = head_DV.shape[1]
-    num_ids = num_local * jax.lax.axis_size("tensor")
+    num_local, num_ids = head_DV.shape[1], objective.num_ids
     ids_V = jax.lax.axis_index("tensor") * num_local + jnp.arange(num_local)
+    is_padded = num_ids < num_local * jax.lax.axis_size("tensor")
+
+    def of_ids(x_CV, elsewhere):
+        return jnp.where(ids_V < num_ids, x_CV, elsewhere) if is_padded else x_CV
+
     is_target_CV = ids_V == targets_C[:, None]
-    max_C = jax.lax.pmax(logits_CV.max(axis=-1), "tensor")
-    shifted_CV = logits_CV - max_C[:, None]
+    real_CV = of_ids(logits_CV, -jnp.inf)
+    max_C = jax.lax.pmax(real_CV.max(axis=-1), "tensor")
+    shifted_CV = real_CV - max_C[:, None]
     exp_CV = jnp.exp(shifted_CV)
     # The prediction is the first token with the highest logit, so that ties count once.
     is_better_CV = (shifted_CV == 0) & (ids_V < targets_C[:, None])
     sums_CV = [exp_CV, jnp.where(is_target_CV, shifted_CV, 0.0)]
     if objective.label_smoothing:
-        sums_CV.append(shifted_CV)
+        sums_CV.append(of_ids(shifted_CV, 0.0))
     # Stacked: one collective per chunk, not one per sum.
     sum_exp_C, target_C, *sum_C = jax.lax.psum(jnp.stack([x.sum(-1) for x in sums_CV]), "tensor")
     # Apart: the compiler drops it where nobody asks.
@@ -256,7 +266,7 @@ def _chunk(hidden_CD, head_DV, targets_C, weights_C, objective: Objective):
         losses_C += z_loss * log_z_C**2
         slope_C = 1.0 + 2.0 * z_loss * log_z_C
     softmax_CV = exp_CV * (weights_C * slope_C / sum_exp_C)[:, None]
-    target_CV = jnp.where(is_target_CV, at_target, 0.0) + elsewhere
+    target_CV = jnp.where(is_target_CV, at_target, 0.0) + of_ids(elsewhere, 0.0)
     grad_CV = softmax_CV - weights_C[:, None] * target_CV
     if cap:
         grad_CV *= 1.0 - (logits_CV / cap) ** 2

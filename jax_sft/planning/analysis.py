@@ -106,7 +106,7 @@ class _Loops:
         self._row, self._sizes = row, resolved.mesh_shape
         ranks = self._sizes["data"] * self._sizes["fsdp"]
         self._tokens = resolved.micro_rows // ranks * cfg.data.seq_len // self._sizes["sequence"]
-        self._vocab = resolved.model_cfg.dims["vocab"] // self._sizes["tensor"]
+        self._vocab = -(-resolved.model_cfg.vocab // self._sizes["tensor"])
 
     def __call__(self, loop: hlo.Instruction) -> float:
         if cross_entropy.LOOP in loop.op_name:
@@ -311,7 +311,7 @@ def _warnings(
         for one in gemms:
             if one.is_float32 and min(one.m * one.k, one.k * one.n) * 4 >= LARGE_BYTES:
                 lines.append(f"float32 product [{one.m} x {one.k} x {one.n}]: {one.op_name}")
-    seq_len, vocab = cfg.data.seq_len, dims["vocab"] // sizes["tensor"]
+    seq_len, vocab = cfg.data.seq_len, -(-dims["vocab"] // sizes["tensor"])
     local = seq_len // sizes["sequence"]
     heads = dims["heads"] // sizes["tensor"]
     for name, shape, least in (
