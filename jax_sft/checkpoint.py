@@ -135,7 +135,7 @@ class Checkpoints:
             path: {"dtype": str(array.dtype), "sum": sums[path]} for path, array in frozen.items()
         }
         stored = found.metadata.get("frozen") if found else None
-        changed = [path for path in self._frozen if stored and stored[path] != self._frozen[path]]
+        changed = [path for path in self._frozen if stored and stored.get(path) != self._frozen[path]]
         if changed:
             raise ValueError(
                 f"the checkpoints in {self._folder} belong to other weights than model.path has: "
