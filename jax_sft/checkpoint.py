@@ -134,8 +134,8 @@ class Checkpoints:
         self._frozen = {
             path: {"dtype": str(array.dtype), "sum": sums[path]} for path, array in frozen.items()
         }
-        stored = found.metadata.get("frozen") if found else None
-        changed = [path for path in self._frozen if stored and stored.get(path) != self._frozen[path]]
+        stored = (found.metadata.get("frozen") if found else None) or self._frozen
+        changed = [path for path, noted in self._frozen.items() if stored.get(path) != noted]
         if changed:
             raise ValueError(
                 f"the checkpoints in {self._folder} belong to other weights than model.path has: "
