@@ -95,6 +95,7 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
+@pytest.mark.slow
 def test_rounding_each_device_in_bfloat16_is_what_float32_sums_avoid(kept_all):
     exact, errors = kept_all[3], {}
     for grad_dtype in ("float32", "bfloat16"):

@@ -142,6 +142,7 @@ def test_a_stopped_process_is_named_by_the_other_within_the_bound(launch, tmp_pa
     assert f"STOPPED: process {victim} (host " in told and "running step" in told
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_for_data_is_named_by_both(launch, tmp_path):
     fault = "time.sleep(1000 if (process, step) == (1, 6) else 0)"
     limit = ("--config.train.stall_timeout_s=4",)
@@ -166,6 +167,7 @@ def test_different_compiler_flags_on_a_host_are_found_before_the_first_collectiv
     assert "the processes differ in environment: XLA_FLAGS of process 1" in said(tmp_path, 0)
 
 
+@pytest.mark.slow
 def test_an_unexpected_exception_on_one_host_ends_both_soon(launch, tmp_path):
     began = time.monotonic()
     found = codes(launch(fault="assert (process, step) != (1, 4), 'surprise'"))
@@ -173,6 +175,7 @@ def test_an_unexpected_exception_on_one_host_ends_both_soon(launch, tmp_path):
     assert "process 1 (host" in said(tmp_path, 0) and "surprise" in said(tmp_path, 0)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(launch, tmp_path):
     fault = "step == 6 and (print('it hangs', flush=True), time.sleep(1000))"
     (process,) = launch(count=1, fault=fault, options=((),))

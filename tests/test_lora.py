@@ -413,6 +413,7 @@ def test_frozen_tensors_stay_and_the_others_train_as_in_torch(
 # ---- tensors that hold several kernels -----------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_adapters_of_kernels_that_share_a_tensor(make_strong_model, make_config, tmp_path, dora):
     folder = make_strong_model(model_type="phi3", pad_token_id=None, tie_word_embeddings=False)

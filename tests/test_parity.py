@@ -293,11 +293,11 @@ def test_the_batches_exercise_packing_padding_and_masked_targets(make_config):
     ("family", "schedule", "sizes"),
     [
         *[("qwen2", "cosine", {}), ("llama", "wsd", {})],
-        *((family, "cosine", STEPS_MESH) for family in ("qwen3", "olmo2", "mistral", "qwen3_moe")),
+        ("mistral", "cosine", STEPS_MESH),
         # Their gradients are compared below; what a step makes of them is the same for all.
         *(
             pytest.param(family, "cosine", STEPS_MESH, marks=pytest.mark.slow)
-            for family in ("gemma2", "gemma3_text", "phi3")
+            for family in ("qwen3", "olmo2", "qwen3_moe", "gemma2", "gemma3_text", "phi3")
         ),
         # With "cosine" its norms move too little for this test.
         pytest.param("mixtral", "constant", STEPS_MESH, marks=pytest.mark.slow),

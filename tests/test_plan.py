@@ -243,6 +243,7 @@ def test_the_products_that_were_compiled_are_those_of_the_formula(planned):
     )
 
 
+@pytest.mark.slow
 @needs_plugin
 def test_the_program_grows_neither_with_depth_nor_with_devices(folder):
     shallow = plan_of(CASES["7b on 8"], folder)
@@ -257,6 +258,7 @@ def test_the_program_grows_neither_with_depth_nor_with_devices(folder):
         assert slow["cpu_s"] < 2 * fast["cpu_s"]  # of all threads: the clock tells of other work
 
 
+@pytest.mark.slow
 @needs_plugin
 def test_what_does_not_fit_exits_with_1_and_says_what_would(folder):
     # 32B on one GPU cannot; 7B with all activations kept cannot, with recomputation it does.
@@ -338,6 +340,7 @@ def test_float32_is_predicted_to_be_slower_than_bfloat16(folder):
     assert plan_module.plan(cfg, "h200", hosts=1)["predicted"]["compute"]["mlp"] > 1.9 * fast
 
 
+@pytest.mark.slow
 @needs_plugin
 def test_the_data_report_of_a_run_lowers_what_is_predicted(folder):
     cfg = small_config(folder, {"hidden_size": 256, "num_hidden_layers": 2})

@@ -248,6 +248,7 @@ def test_a_run_resumes_on_another_mesh_to_rounding(make_config, tmp_path):
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [SLOW(True), False])
 def test_a_vocabulary_that_the_mesh_does_not_divide_changes_nothing(
     make_config, make_model, tmp_path, capsys, tied
@@ -389,6 +390,7 @@ def test_the_command_line_trains_overrides_keys_and_exports(make_config, tmp_pat
     assert again.returncode == 64 and "not empty" in again.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(make_config, tmp_path):
     cfg = make_config(**{"train.steps": 4})
     file = tmp_path / "two.py"

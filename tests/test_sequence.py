@@ -100,6 +100,7 @@ def long_batch(vocab: int, seq_len: int) -> dict[str, np.ndarray]:
     return {name: array[None, None] for name, array in row.items()}
 
 
+@pytest.mark.slow
 def test_a_row_of_16384_tokens_split_in_four_equals_the_unsplit_one(make_model):
     folder = make_model(
         num_hidden_layers=1, max_position_embeddings=16_384, hidden_size=32, intermediate_size=48
