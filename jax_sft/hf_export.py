@@ -284,7 +284,8 @@ class _Params(Mapping[str, Any]):
             return peft.widened(planned.read(path), row)
         if path in planned.arrays:
             # Of adapters of some layers only these are written: the others would never be read.
-            return planned.read(path) if path in planned.model_def.trained else planned.stored(path)
+            is_partly_written = planned.is_adapter and path in planned.model_def.trained
+            return planned.read(path) if is_partly_written else planned.stored(path)
         assert planned.weights
         blocks, noted = planned.weights.blocks(path), planned.metadata["frozen"]
         if path in planned.model_def.packed:

@@ -10,7 +10,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-import transformers
 from safetensors.numpy import load_file, save_file
 
 import jax_sft
@@ -22,6 +21,7 @@ from tests.test_parity import (
     packed_batches,
     their_learning_rate,
     their_loss,
+    their_model,
 )
 
 # PEFT asks transformers for a property by its old name.
@@ -43,12 +43,6 @@ def one_torch_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def their_model(folder: Path):
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
 
 
 def make_adapter(model: Path, out: Path, **options) -> Path:
