@@ -303,6 +303,8 @@ def load(
                         array[*stack_index, *filled] = row.from_hf(part, dims).astype(dtype)
                     arrays[block] = array
                 shards.append(jax.device_put(arrays[block], device))
+            # A copy to a device goes on by itself, and holds its block until it is done.
+            jax.block_until_ready(shards)
             params[row.path] = jax.make_array_from_single_device_arrays(shape, sharding, shards)
             bar.update(len(names))
     return params
