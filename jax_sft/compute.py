@@ -25,10 +25,20 @@ NAMES = {
 }
 _WEIGHT = "weight"  # a gathered weight; it is never kept
 
+
+def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    """The policy "none": JAX asks whether to keep what an operation of a layer returned.
+
+    JAX's policies of names do not look into a custom derivative, so `gather` is known by what is
+    in it; and what a sharding constraint returned can be had again from what it was given.
+    """
+    inside = params["call_jaxpr"].eqns if primitive.name == "custom_vjp_call" else ()
+    is_weight = any(each.get("name") == _WEIGHT for each in (params, *(e.params for e in inside)))
+    return not is_weight and primitive.name != "sharding_constraint"
+
+
 # model.remat: what the backward pass keeps of a layer instead of computing it again.
-REMAT: dict[str, Callable[..., Any]] = {
-    "none": jax.checkpoint_policies.save_anything_except_these_names(_WEIGHT),
-}
+REMAT: dict[str, Callable[..., Any]] = {"none": _all_but_gathered}
 _NAMED = {"full": (), "attn": ("attention", "attention_lse"), "dots": ("dots",)}
 
 

@@ -15,10 +15,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Block = tuple[tuple[int, int], ...]  # (start, stop) of each dimension
 
-# Share of a GPU's memory that arrays may take; the rest is for the CUDA context, NCCL's buffers
-# and cuBLAS's workspace.
-GPU_MEMORY = 0.92
-
 AXES = ("data", "fsdp", "tensor", "sequence")
 
 # logical axis -> mesh axes it is split over; () = not split.
@@ -127,6 +123,27 @@ def gather(weight: jax.Array, logical_axes: Sequence[str]) -> jax.Array:
     return jnp.moveaxis(parts, 0, dim).reshape(weight.shape)
 
 
+def all_gather(local: jax.Array, axes: str | Sequence[str], **options: Any) -> jax.Array:
+    """`jax.lax.all_gather`, inside `shard_map`, that leaves alone what is whole already.
+
+    With one shard there is nothing to gather, yet XLA copies the array on CPUs, and wants its
+    memory in order for it: a second copy of a transposed head.
+    """
+    shards = jax.lax.axis_size(axes)
+    if shards > 1:
+        return jax.lax.all_gather(local, axes, **options)
+    return local if options.get("tiled") else local[None]
+
+
+def psum_scatter(local: jax.Array, axes: str | Sequence[str], **options: Any) -> jax.Array:
+    """`jax.lax.psum_scatter`, inside `shard_map`, that leaves alone what one shard has."""
+    if jax.lax.axis_size(axes) > 1:
+        return jax.lax.psum_scatter(local, axes, **options)
+    if options.get("tiled"):
+        return local
+    return jax.lax.squeeze(local, [options.get("scatter_dimension", 0)])
+
+
 def _split(array: jax.Array, dim: int, parts: int) -> jax.Array:
     """[..., N, ...] -> [..., parts, N / parts, ...]."""
     return array.reshape(*array.shape[:dim], parts, -1, *array.shape[dim + 1 :])
@@ -146,12 +163,12 @@ def sum_over_tokens(local: jax.Array, logical_axes: Sequence[str]) -> jax.Array:
     if scattered:
         dim = tuple(logical_axes).index("embed")
         if dim == 0:
-            local = jax.lax.psum_scatter(local, scattered, scatter_dimension=0, tiled=True)
+            local = psum_scatter(local, scattered, scatter_dimension=0, tiled=True)
         else:
             # As in `gather`: else all layers' gradient would be copied.
             shards = math.prod(jax.lax.axis_size(axis) for axis in scattered)
             parts = jnp.moveaxis(_split(local, dim, shards), dim, 0)
-            local = jax.lax.psum_scatter(parts, scattered, scatter_dimension=0)
+            local = psum_scatter(parts, scattered, scatter_dimension=0)
     others = [axis for axis in (*RULES["batch"], *RULES["token"]) if axis not in scattered]
     return jax.lax.psum(local, others)
 
@@ -220,14 +237,6 @@ def size_problems(arrays: dict[str, tuple[tuple[str, ...], tuple[int, ...]]], si
                     f"use one of {fits}"
                 )
     return list(problems.values())
-
-
-def use_gpu_memory() -> None:
-    """Let JAX have GPU_MEMORY of each GPU, unless the environment says how much; 75% otherwise.
-
-    Called before the first device is asked for.
-    """
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY))
 
 
 def simulate_cpu_devices(total: int) -> None:

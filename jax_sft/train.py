@@ -33,6 +33,7 @@ from jax_sft import (
     exit_codes,
     hf,
     hf_export,
+    memory,
     metrics,
     model_files,
     parallel,
@@ -89,7 +90,7 @@ def _train(
 ) -> dict[str, float]:
     # ---- processes, devices and config ---------------------------------------------------------
     parallel.simulate_cpu_devices(cfg.mesh.cpu_devices)
-    parallel.use_gpu_memory()
+    memory.prepare()
     watch.at("joining")
     cluster.initialize()
     watch.joined()
@@ -106,6 +107,7 @@ def _train(
     family, model_cfg = resolved.family, resolved.model_cfg
     rows, dims = family.weights(model_cfg), model_cfg.dims
     num_params = sum(math.prod(row.shape(dims)) for row in rows)
+    memory.keep_freed(num_params)
     folder = hf.resolve(cfg.model.path, cfg.model.revision)
     shards = resolved.mesh_shape["tensor"]
     pretrained_weights = pretrained.find(folder, rows, dims, model_cfg.tied, vocab_shards=shards)

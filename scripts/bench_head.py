@@ -47,7 +47,8 @@ def main() -> None:
     device = jax.local_devices()[0]
     print(f"{device.device_kind} ({platform.machine()}), jax {version('jax')}, {vars(options)}")
     num_tokens = options.rows * options.seq_len
-    print(f"{num_tokens} tokens in chunks of {chunk_size(options.vocab, num_tokens)}\n")
+    chunk = chunk_size(options.vocab, num_tokens, device.platform)
+    print(f"{num_tokens} tokens in chunks of {chunk}\n")
 
     model_def, params = random_model(options)
     with jax.set_mesh(parallel.single_device_mesh()):

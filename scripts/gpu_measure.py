@@ -28,7 +28,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 # Python finds the package by the line above: hence E402.
-from jax_sft import parallel  # noqa: E402
+from jax_sft import memory, parallel  # noqa: E402
 from jax_sft.models.layers import INIT_STD  # noqa: E402
 from jax_sft.ops import attention, cudnn  # noqa: E402
 from jax_sft.ops.cross_entropy import cross_entropy  # noqa: E402
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="of the results")
     parser.add_argument("--smoke", action="store_true", help="toy sizes")
     options = parser.parse_args(argv)
-    parallel.use_gpu_memory()
+    memory.prepare()
     check, _, argument = options.task.partition("/")
     passed = True
     for row in CHECKS[check](argument, SMOKE if options.smoke else H200):

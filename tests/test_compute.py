@@ -68,6 +68,14 @@ def test_policies_trade_products_for_memory_and_change_no_gradient(kept_all):
             np.testing.assert_allclose(grad, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
 
 
+def test_no_gathered_weight_is_kept_where_everything_else_is(kept_all):
+    loops = [e for e in kept_all[4].jaxpr.eqns if e.primitive.name == "scan"]
+    kept = {variable.aval.shape for variable in loops[0].outvars}  # of the forward pass
+    layers, features, wide = 3, 64, 96
+    assert (layers, ROWS, TOKENS, wide) in kept  # gate and up
+    assert not {(layers, features, wide), (layers, wide, features)} & kept
+
+
 def test_offloaded_values_go_to_the_host_and_come_back_the_same(kept_all):
     _, _, loss, grads, jaxpr = run(remat="attn", offload=("residual", "attention"))
     assert "Host" in str(jaxpr) and "Host" not in str(kept_all[4])

@@ -126,7 +126,7 @@ def on_mesh(
     """(loss, weight, correct[, two more by source], gradients of hidden and head) of ours."""
     hidden_BTD, head_VD, targets_BT, weights_BT = problem
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh(sizes)):
-        patch.setattr(ce, "MAX_CHUNK", chunk)
+        patch.setitem(ce.MAX_CHUNK, "cpu", chunk)
         run = compiled(sizes, chunk, bool(sources_BT), gradients, **settings)
         found = run(hidden_BTD, head_VD, weights_BT, targets_BT, *sources_BT)
         (value, others), grads = jax.device_get(found if gradients else (found, ()))
@@ -148,6 +148,16 @@ def test_sums_and_gradients_equal_the_dense_ones(sizes):
         assert found[3][source] == pytest.approx(wanted_loss, rel=1e-6)
         assert found[4][source] == wanted_weight
     assert found[3].tolist()[3] == 0.0 and found[3].dtype == found[4].dtype == np.float32
+
+
+def test_one_device_gathers_and_scatters_nothing():
+    hidden_BTD, head_VD, targets_BT, weights_BT = loss_problem()
+    found = {}
+    for axis, mesh in (("none", parallel.single_device_mesh()), ("fsdp", make_mesh((1, 8, 1, 1)))):
+        with jax.set_mesh(mesh):
+            lowered = compiled((), CHUNK).lower(hidden_BTD, head_VD, weights_BT, targets_BT)
+        found[axis] = [name in lowered.as_text() for name in ("all_gather", "reduce_scatter")]
+    assert found == {"none": [False, False], "fsdp": [True, True]}
 
 
 def test_every_mesh_of_eight_devices_is_tried():
@@ -331,7 +341,7 @@ def test_the_size_of_chunks_changes_rounding_alone(chunk):
     [(152_064, 8192, 1024), (19_008, 131_072, 1024), (152_064, 300, 300), (600_000, 8192, 384)],
 )
 def test_the_logits_of_a_chunk_stay_below_a_gibibyte(num_ids, num_tokens, chunk):
-    assert ce.chunk_size(num_ids, num_tokens) == chunk
+    assert ce.chunk_size(num_ids, num_tokens, "gpu") == chunk
     assert 4 * num_ids * chunk <= 2**30
 
 
@@ -385,7 +395,7 @@ def traced(sizes, dtype=jnp.float32, shape=LARGE, **settings):
         array(of_tokens[0], kind, *of_tokens[1]) for kind in (jnp.float32, jnp.int32, jnp.int32)
     )
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
-        patch.setattr(ce, "MAX_CHUNK", CHUNK)
+        patch.setitem(ce.MAX_CHUNK, "cpu", CHUNK)
         run = compiled(sizes, CHUNK, **settings)
         sources = (sources_BT,) if settings.get("sources") else ()
         return run.trace(hidden_BTD, head_VD, weights_BT, targets_BT, *sources)

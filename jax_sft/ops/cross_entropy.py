@@ -20,8 +20,10 @@ from jax_sft import parallel
 # about 650 TFLOP/s) that is 180 / C of their time, whatever V and D are: 18% at 1024 if nothing of
 # it is hidden, 70% at 256. And the last chunk of a device is half empty on average: of 2000 trained
 # tokens 26% are wasted at 1024, 51% at 2048. The sum is lowest at C = sqrt(360 trained tokens):
-# 600 to 1700 for 1000 to 8000 of them, which is what packed rows of chats have.
-MAX_CHUNK = 1024
+# 600 to 1700 for 1000 to 8000 of them, which is what packed rows of chats have. A CPU core
+# multiplies slowly beside its memory (100 GFLOP/s, 5 GB/s): 27 / C, lowest at sqrt(54 tokens), 130
+# to 330 for 300 to 2000 of them.
+MAX_CHUNK = {"gpu": 1024, "cpu": 256}
 MAX_LOGITS_BYTES = 2**30  # of a chunk on a device: binds above 262,144 ids per device
 MIN_CHUNK = 128  # tokens; one tile of a matrix product
 
@@ -142,18 +144,19 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
     """The sums over all devices and, with `gradients`, those of this device's blocks."""
     token_axes = (*parallel.RULES["batch"], *parallel.RULES["token"])
     # D first: a collective over the last dimension makes XLA transpose the whole, not the shard.
-    head_DV = jax.lax.all_gather(
+    head_DV = parallel.all_gather(
         head_VD.astype(hidden_BTD.dtype).T, parallel.RULES["embed"], tiled=True
     )
     # Tokens are in the order in which the shards of `tensor`, S of them, hold their hidden states.
-    hidden_SBTD = jax.lax.all_gather(hidden_BTD, "tensor")
+    hidden_SBTD = parallel.all_gather(hidden_BTD, "tensor")
     hidden_ND = hidden_SBTD.reshape(-1, hidden_BTD.shape[-1])
     shards = hidden_SBTD.shape[0]
     of_tokens_N = [
         x_BT.reshape(len(x_BT), shards, -1).swapaxes(0, 1).reshape(-1) for x_BT in of_tokens
     ]
     weights_N = of_tokens_N[1]
-    chunk = chunk_size(head_DV.shape[1], len(weights_N))
+    platform = jax.sharding.get_abstract_mesh().abstract_device.platform
+    chunk = chunk_size(head_DV.shape[1], len(weights_N), platform)
     index_M = trained_first(weights_N, chunk)
     targets_M, weights_M, *sources_M = (
         x_N.at[index_M].get(mode="fill", fill_value=0) for x_N in of_tokens_N
@@ -197,15 +200,15 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
     if not gradients:
         return sums
     grad_hidden_ND, *of_head = grads
-    grad_hidden_BTD = jax.lax.psum_scatter(grad_hidden_ND.reshape(hidden_SBTD.shape), "tensor")
+    grad_hidden_BTD = parallel.psum_scatter(grad_hidden_ND.reshape(hidden_SBTD.shape), "tensor")
     of_head = [parallel.sum_over_tokens(grad_DV, ("embed", "vocab")) for grad_DV in of_head]
     return sums, grad_hidden_BTD, *(grad_DV.T.astype(head_VD.dtype) for grad_DV in of_head)
 
 
-def chunk_size(num_ids: int, num_tokens: int) -> int:
-    """Tokens per chunk on a device that has so many tokens and ids of the vocabulary."""
+def chunk_size(num_ids: int, num_tokens: int, platform: str) -> int:
+    """Tokens per chunk on a "gpu" or "cpu" that has so many tokens and ids of the vocabulary."""
     of_memory = MAX_LOGITS_BYTES // (4 * num_ids) // MIN_CHUNK * MIN_CHUNK
-    return min(max(of_memory, MIN_CHUNK), MAX_CHUNK, num_tokens)
+    return min(max(of_memory, MIN_CHUNK), MAX_CHUNK[platform], num_tokens)
 
 
 def num_chunks(weights_N: jax.Array, chunk: int) -> jax.Array:

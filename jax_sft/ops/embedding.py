@@ -66,7 +66,7 @@ def _island(local, out_spec, *in_specs):
 
 def _local_ids(tokens_BT, num_local):
     """Ids of the tokens of all shards [S, B, T] within this device's part of the vocabulary."""
-    tokens_SBT = jax.lax.all_gather(tokens_BT, _EMBED)
+    tokens_SBT = parallel.all_gather(tokens_BT, _EMBED)
     return tokens_SBT - jax.lax.axis_index("tensor") * num_local
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jax_sft import parallel
+from jax_sft.memory import GPU_MEMORY
 from jax_sft.ops import blockwise, cross_entropy, cudnn, grouped
 from jax_sft.planning import flops, hlo, hlo_collectives, hlo_groups, hlo_kernels, hlo_loops
 from jax_sft.planning.chips import Chip
@@ -111,7 +112,7 @@ class _Loops:
     def __call__(self, loop: hlo.Instruction) -> float:
         if cross_entropy.LOOP in loop.op_name:
             trained = self._tokens * self._row.trained / self._row.slots
-            return math.ceil(trained / cross_entropy.chunk_size(self._vocab, self._tokens))
+            return math.ceil(trained / cross_entropy.chunk_size(self._vocab, self._tokens, "gpu"))
         if blockwise.LOOP in loop.op_name:
             # A block of queries meets the blocks of keys that hold its visible pairs; in the
             # backward pass, a block of keys the device's blocks of queries.
@@ -218,7 +219,7 @@ def _memory(compiled: Compiled, chip: Chip, module: hlo.Module, workspace: int) 
         shard_bytes(jax.ShapeDtypeStruct(p.shape, np.float32, sharding=p.sharding))
         for p in state.params.values()
     )
-    headroom = round((1 - parallel.GPU_MEMORY) * chip.memory_bytes)
+    headroom = round((1 - GPU_MEMORY) * chip.memory_bytes)
     memory = compiled.memory
     peak = memory["peak"] + workspace
     return {

@@ -13,7 +13,7 @@ from jax_sft.models.spec import Weight
 # Attention's backward pass has five products for two of the forward pass: a flash kernel computes
 # the scores again. The model's own backward pass, which MFU counts, has four.
 _KERNEL_BACKWARD = 2.5
-HEAD_CHUNK = 1024  # tokens of a device whose logits live at a time: cross_entropy.MAX_CHUNK
+HEAD_CHUNK = 1024  # tokens of a device whose logits live at a time: cross_entropy.MAX_CHUNK["gpu"]
 # Tokens of the busiest expert over the mean, with which all of them advance: ops.grouped.
 LARGEST_GROUP = 2.0
 # Names of compute.NAMES that the policies keep which are made of names.
