@@ -119,9 +119,9 @@ def measured(case: Case, setting: Setting, device: torch.device) -> Row:
 def packed(positions: np.ndarray, vocab: int, device: torch.device) -> dict[str, Any]:
     """Arguments of the model: all rows in a batch of one, and where their segments begin."""
     flat = positions.reshape(-1)
-    starts = np.flatnonzero(flat == 0)
-    bounds = torch.tensor([*starts, len(flat)], dtype=torch.int32, device=device)
-    longest = int(np.diff([*starts, len(flat)]).max())
+    ends = np.append(np.flatnonzero(flat == 0), len(flat))
+    bounds = torch.tensor(ends, dtype=torch.int32, device=device)
+    longest = int(np.diff(ends).max())
     tokens = torch.randint(vocab, (1, len(flat)), device=device)
     return {
         "input_ids": tokens,
@@ -199,7 +199,8 @@ def on_gpu(query, key, value, bounds, longest):
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, heads, H]
-    return varlen.varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)[None]
+    attended: Any = varlen.varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+    return attended[None]
 
 
 def on_cpu(query, key, value, bounds, longest):
@@ -223,7 +224,7 @@ def profiled(step: Callable[[], Any], device: torch.device) -> Row:
     events = [
         gpu_profile.Event(1e3 * event.time_range.start, 1e3 * event.time_range.end, event.name, "")
         for event in profile.events() or ()
-        if device.type == "cpu" or event.device_type == torch.autograd.DeviceType.CUDA
+        if device.type == "cpu" or str(event.device_type).endswith("CUDA")
     ]
     if not events:
         return {"profile_problem": "the trace has no kernels"}

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,8 @@ import pytest
 import torch
 import transformers
 
-from jax_sft import metrics, models
+from jax_sft import metrics, models, validate
+from jax_sft.planning import analysis, chips, flops, targets
 from scripts import gpu_case, gpu_cases, gpu_checks, gpu_profile, gpu_step, gpu_torch, stand_ins
 from scripts.gpu_cases import Case, Setting
 
@@ -153,3 +156,19 @@ def test_tasks_run_their_own_scripts(tmp_path, monkeypatch):
         gpu_cases.CASE,
         gpu_cases.TORCH,
     }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(targets.plugin_problem() is not None, reason=str(targets.plugin_problem()))
+def test_xla_computes_nothing_twice_where_memory_is_short(tmp_path):
+    """120 of 140 GiB: with XLA's own pass fusions appear as NAME.remat and NAME.remat2."""
+    case = gpu_cases.find("ours/7b/4096")
+    cfg = runpy.run_path(str(gpu_case.config_of(case, case.settings[0], tmp_path)))["get_config"]()
+    cfg.batch.rows = case.settings[0].rows
+    chip = chips.find("h200")
+    resolved = validate.validate(cfg, 1, planned_for=chip.capability)
+    devices = targets.topology(chip, 1, 1)
+    where = analysis.Target(chip, 1, 1, devices, flops.full_row(case.length))
+    found = analysis.analyse(cfg, resolved, where, hlo_file=tmp_path / "step.hlo")
+    assert "memory" in found and found["memory"]["peak_bytes"] < 121 * 2**30
+    assert not re.search(r"%[\w.\-]+\.remat", (tmp_path / "step.hlo").read_text())

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +25,8 @@ def packed(num_rows: int, vocab: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     total = sum(SEGMENTS)
     shape = (num_rows, 32)
-    found = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids")}
-    found["positions"] = np.zeros(shape, np.int32)
+    names = ("tokens", "targets", "segment_ids", "positions")
+    found: dict[str, Any] = {name: np.zeros(shape, np.int32) for name in names}
     found["weights"] = np.zeros(shape, np.float32)
     tokens = rng.integers(1, vocab, (num_rows, total + 1))
     found["tokens"][:, :total], found["targets"][:, :total] = tokens[:, :-1], tokens[:, 1:]
@@ -103,7 +104,8 @@ def test_random_weights_have_the_shapes_of_loaded_ones(make_model):
 def test_the_subject_prints_its_result(tmp_path, make_model):
     folder = make_model()
     rows = packed(3, 272)
-    np.savez(tmp_path / "rows.npz", **{name: array[:, None] for name, array in rows.items()})
+    arrays: Any = {name: array[:, None] for name, array in rows.items()}
+    np.savez(tmp_path / "rows.npz", **arrays)
     examples = [{"ids": [5, 6, 7, 8], "mask": [0, 0, 1, 1]}, {"ids": [9, 3, 4], "mask": [0, 1, 1]}]
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("".join(json.dumps(one) + "\n" for one in examples))

@@ -127,13 +127,14 @@ def layer(cfg: Config, batch: Batch, x_BTD: jax.Array, w: Params) -> jax.Array:
 
     x = norm(x_BTD, w["attn_norm"], cfg.eps)
     segments_BT = batch["segment_ids"]
-    attended_BTNH = jax.nn.dot_product_attention(
+    attend: Any = jax.nn.dot_product_attention
+    attended_BTNH = attend(
         rotate(heads(x, "q"), batch["positions"], cfg.theta),
         rotate(heads(x, "k"), batch["positions"], cfg.theta),
         heads(x, "v"),
         mask=segments_BT[:, None, :, None] == segments_BT[:, None, None, :],
         is_causal=True,
-        implementation=cfg.implementation,  # pyright: ignore[reportArgumentType]
+        implementation=cfg.implementation,
     )
     x_BTD += linear(attended_BTNH.reshape(*x.shape[:2], -1), "o")
     x = norm(x_BTD, w["mlp_norm"], cfg.eps)
@@ -210,8 +211,12 @@ def random(cfg: Config) -> Params:
         key = jax.random.fold_in(jax.random.key(0), hash(str(path)) % 2**31)
         return 0.02 * jax.random.normal(key, shape)
 
-    is_shape = {"is_leaf": lambda node: isinstance(node, tuple)}
-    return jax.jit(lambda: jax.tree_util.tree_map_with_path(make, shapes(cfg), **is_shape))()
+    def make_all() -> Params:
+        return jax.tree_util.tree_map_with_path(
+            make, shapes(cfg), is_leaf=lambda node: isinstance(node, tuple)
+        )
+
+    return jax.jit(make_all)()
 
 
 # ---- step ----------------------------------------------------------------------------------------
@@ -298,7 +303,7 @@ def nll(params: Params, cfg: Config, ids: Sequence[int], mask: Sequence[int]) ->
     batch = {
         "tokens": np.pad(ids[:-1], pad),
         "targets": np.pad(ids[1:], pad),
-        "weights": np.pad(np.float32(mask[1:]), pad),
+        "weights": np.pad(np.asarray(mask[1:], np.float32), pad),
         "segment_ids": np.pad(np.ones(num_tokens, np.int32), pad),
         "positions": np.pad(np.arange(num_tokens), pad),
     }
