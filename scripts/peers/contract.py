@@ -43,7 +43,7 @@ class Spec:
         started: seconds since the epoch when the process was started.
         workdir: an empty folder for whatever the subject writes.
         ours: what only our own trainer takes: {"data": path, "source": {...}, "cache_dir": path,
-            "changes": {key of the config: value}}.
+            "rows": of a batch, "changes": {key of the config: value}}.
     """
 
     model: str
