@@ -65,7 +65,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def measured(case: Case, setting: Setting, device: torch.device) -> Row:
     """Train a few steps and return what was measured."""
     dtype = torch.bfloat16 if case.size in PURE else torch.float32
-    attention = attention_here(device)
+    attention, reason = attention_here(device)
     config = transformers.AutoConfig.for_model(**case.raw(setting))
     torch.manual_seed(0)
     with device:
@@ -104,6 +104,7 @@ def measured(case: Case, setting: Setting, device: torch.device) -> Row:
     return {
         "layers": config.num_hidden_layers,
         "attention": attention,
+        "attention_because": reason,
         "dtype": str(dtype),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "all_steps_s": time.perf_counter() - began,
@@ -132,24 +133,22 @@ def packed(positions: np.ndarray, vocab: int, device: torch.device) -> dict[str,
     }
 
 
-def attention_here(device: torch.device) -> str:
-    """The name of the fastest attention on packed rows that works here.
+def attention_here(device: torch.device) -> tuple[str, str]:
+    """The name of the fastest attention on packed rows that works here, and why not a faster one.
 
     FlashAttention's own package, else the kernel in PyTorch, tried on a small packed row; else
     PyTorch's attention with a mask of whole rows, which transformers makes from the positions.
     """
     if device.type == "cuda" and importlib.util.find_spec("flash_attn"):
-        return "flash_attention_2"
+        return "flash_attention_2", ""
     try:
         wrong = error_of_attend(device)
     except (RuntimeError, TypeError, ValueError) as error:
-        print(f"PyTorch's FlashAttention does not run: {error}", file=sys.stderr)
-        return "sdpa"
+        return "sdpa", f"PyTorch's FlashAttention does not run: {str(error)[:300]}"
     if wrong > 0.03:  # of bfloat16; a wrong mask gives 0.3 and more
-        print(f"PyTorch's FlashAttention is wrong by {wrong:.2g}", file=sys.stderr)
-        return "sdpa"
+        return "sdpa", f"PyTorch's FlashAttention is wrong by {wrong:.2g}"
     ALL_ATTENTION_FUNCTIONS.register(OWN, attend)
-    return OWN
+    return OWN, "the package flash_attn is not installed" if device.type == "cuda" else ""
 
 
 def error_of_attend(device: torch.device) -> float:

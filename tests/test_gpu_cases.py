@@ -99,7 +99,8 @@ def test_torch_attends_within_segments():
     raw = gpu_cases.SHAPES["toy"]
     device = torch.device("cpu")
     assert gpu_torch.error_of_attend(device) == 0.0
-    attention = gpu_torch.attention_here(device)
+    attention, reason = gpu_torch.attention_here(device)
+    assert (attention, reason) == (gpu_torch.OWN, "")
     config = transformers.AutoConfig.for_model(**raw)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
