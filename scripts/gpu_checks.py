@@ -37,18 +37,22 @@ FLAGS = {
     "--xla_gpu_reduce_scatter_combine_threshold_bytes=268435456",
     "no command buffers": "--xla_gpu_enable_command_buffer=",
     "no triton products": "--xla_gpu_enable_triton_gemm=false",
+    "recomputation by XLA": "--xla_disable_hlo_passes=",
+    "products write into loops' results": "--xla_gpu_enable_dynamic_slice_fusion=true",
     "double buffered loops": "--xla_gpu_enable_while_loop_double_buffering=true",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One process: `check(argument)`, a time limit, and additions to its environment."""
+    """One process: `check(argument)` of a script (None = gpu_measure.py), a time limit, and
+    additions to its environment."""
 
     check: str
     argument: str
     limit_s: float
     env: dict[str, str]
+    script: Path | None = None
 
     @property
     def name(self) -> str:
@@ -105,7 +109,7 @@ def run_all(chosen: list[Task], out: Path, budget_s: float, *, smoke: bool) -> i
 
 def run_task(task: Task, out: Path, limit_s: float, *, smoke: bool) -> str:
     """Run one task in a new process; return "ok", or what went wrong in a line."""
-    command = [sys.executable, str(MEASURE), task.name, "--out", str(out)]
+    command = [sys.executable, str(task.script or MEASURE), task.name, "--out", str(out)]
     command += ["--smoke"] if smoke else []
     env = os.environ | task.env
     env["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {task.env.get('XLA_FLAGS', '')}".strip()

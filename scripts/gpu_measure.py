@@ -28,6 +28,10 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 # Python finds the package by the line above: hence E402.
+from scripts import stand_ins  # noqa: E402
+
+stand_ins.install()
+
 from jax_sft import memory, parallel  # noqa: E402
 from jax_sft.models.layers import INIT_STD  # noqa: E402
 from jax_sft.ops import attention, cudnn  # noqa: E402

@@ -12,7 +12,7 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,9 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 
 REPO = Path(__file__).resolve().parent.parent
+PLAN = """
+import runpy
+from scripts import stand_ins
+stand_ins.install()
+runpy.run_module("jax_sft.plan", run_name="__main__", alter_sys=True)
+"""
 sys.path.insert(0, str(REPO))
 
 # Python finds the package by the line above: hence E402.
+from scripts import stand_ins  # noqa: E402
+
+stand_ins.install()
+
 from jax_sft import parallel, program, state  # noqa: E402
 from jax_sft.models.layers import INIT_STD  # noqa: E402
 from jax_sft.models.spec import Weight  # noqa: E402
@@ -67,13 +77,7 @@ def predicted(config_file: Path, folder: Path) -> dict[str, Any]:
     """{"peak_bytes", "step_time_s"} as `plan` predicts them, or {"problem"}."""
     kind = jax.local_devices()[0].device_kind
     target = next((chip.name for chip in CHIPS.values() if chip.kind == kind), "h200")
-    command = [
-        sys.executable,
-        "-m",
-        "jax_sft.plan",
-        f"--config={config_file}",
-        f"--target={target}",
-    ]
+    command = [sys.executable, "-c", PLAN, f"--config={config_file}", f"--target={target}"]
     command += ["--hosts=1", f"--gpus-per-host={jax.local_device_count()}", f"--workdir={folder}"]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPO)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=REPO)
@@ -90,38 +94,80 @@ def predicted(config_file: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def measured_step(config_file: Path, num_steps: int) -> dict[str, Any]:
-    """Run the trainer's step of this config, on rows of one segment."""
+def measured_step(
+    config_file: Path,
+    num_steps: int,
+    *,
+    max_segments: int = 1,
+    median: int = 0,
+    finish: Callable[[Callable[[], Any], str], dict[str, Any]] = lambda step, text: {},
+) -> dict[str, Any]:
+    """Run the trainer's step of this config.
+
+    Args:
+        max_segments, median: of the rows, see `rows_of_segments`.
+        finish: called at the end with a function that makes one more step and with the compiled
+            program; what it returns is added.
+    """
     cfg = runpy.run_path(str(config_file))["get_config"]()
     resolved = validate(cfg, jax.device_count())
     mesh = parallel.make_mesh(resolved.mesh_shape)
     with mock.patch.object(program, "gpu_options", options_left):
-        compiled = program.program(cfg, resolved, mesh, num_steps=1000)
-    rows, dims = compiled.model_def.rows, resolved.model_cfg.dims
+        planned = program.program(cfg, resolved, mesh, num_steps=1000)
+    rows, dims = planned.model_def.rows, resolved.model_cfg.dims
+    dtype = jnp.dtype(cfg.model.param_dtype)
     with jax.set_mesh(mesh):
-        current = state.create(compiled.tx, random_params(rows, dims, mesh), rows, mesh)
-        batch = random_batch(cfg.batch.rows, cfg.data.seq_len, dims["vocab"], mesh)
+        current = state.create(planned.tx, random_params(rows, dims, mesh, dtype), rows, mesh)
+        batch = random_batch(cfg, dims["vocab"], mesh, max_segments, median)
         before = peak_bytes()
-        times = []
-        for _ in range(1 + num_steps):
-            began = time.perf_counter()
-            current, sums = compiled.train_step(current, batch)
-            loss = float(sums["loss"] / sums["weight"])  # waits for the step
-            times.append(time.perf_counter() - began)
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} with attention {resolved.attention}")
-    seconds = float(np.median(times[1:]))
+        began = time.perf_counter()
+        compiled = planned.train_step.lower(current, batch).compile()
+        compile_s = time.perf_counter() - began
+
+        def step() -> float:
+            nonlocal current
+            current, sums = compiled(current, batch)
+            return float(sums["loss"] / sums["weight"])  # waits for the step
+
+        found = timed(step, num_steps, f"with attention {resolved.attention}")
+        peak = peak_bytes()
+        ended = finish(step, compiled.as_text() or "")
+    tokens = int((batch["segment_ids"] > 0).sum())
     return {
         "layers": dims["layers"],
         "attention": resolved.attention,
         "options": options_left(resolved.attention),
-        "first_step_s": times[0],
-        "step_time_s": seconds,
-        "slowest_s": max(times[1:]),
-        "tokens_per_s": batch["tokens"].size / seconds,
-        "peak_bytes": peak_bytes(),
+        "compile_s": compile_s,
+        **found,
+        "tokens": tokens,
+        "pairs": int((batch["positions"] + 1).astype(jnp.float32).sum()),
+        "tokens_per_s": tokens / found["step_time_s"],
+        "peak_bytes": peak,
         "peak_bytes_before": before,
-        "loss": loss,
+        **ended,
+    }
+
+
+def timed(step: Callable[[], float], num_steps: int, of: str = "") -> dict[str, Any]:
+    """Call a step, which returns its loss when the device is done, once and then so many times.
+
+    Raises:
+        FloatingPointError: a loss that is not finite.
+    """
+    times, losses = [], []
+    for _ in range(1 + num_steps):
+        began = time.perf_counter()
+        losses.append(step())
+        times.append(time.perf_counter() - began)
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"the loss is {losses[-1]} {of}".strip())
+    return {
+        "first_step_s": times[0],
+        "step_time_s": float(np.median(times[1:])),
+        "slowest_s": max(times[1:]),
+        "fastest_s": min(times[1:]),
+        "first_loss": losses[0],
+        "loss": losses[-1],
     }
 
 
@@ -134,21 +180,22 @@ def options_left(attention: str) -> dict[str, Any]:
     return {name: v for name, v in _trainer_options(attention).items() if name not in named}
 
 
-def random_params(rows: Iterable[Weight], dims: dict[str, int], mesh) -> dict[str, jax.Array]:
-    """Float32 weights as a model from scratch has them, each made where it stays."""
+def random_params(
+    rows: Iterable[Weight], dims: dict[str, int], mesh, dtype=jnp.float32
+) -> dict[str, jax.Array]:
+    """Weights as a model from scratch has them, each made where it stays."""
     rows = list(rows)
     params = {}
     for number, (row, sharding) in enumerate(
         zip(rows, state.param_shardings(rows, mesh).values(), strict=True)
     ):
-        make = functools.partial(
-            hashed, row.shape(dims), number, float(row.path.endswith(".scale"))
-        )
+        mean = float(row.path.endswith(".scale"))
+        make = functools.partial(hashed, row.shape(dims), number, mean, dtype)
         params[row.path] = jax.jit(make, out_shardings=sharding)()
     return params
 
 
-def hashed(shape: tuple[int, ...], seed: int, mean: float) -> jax.Array:
+def hashed(shape: tuple[int, ...], seed: int, mean: float, dtype=jnp.float32) -> jax.Array:
     """Numbers without a pattern and with a standard deviation of INIT_STD.
 
     Of the elements' indices: jax.random takes a second to compile for each shape.
@@ -160,23 +207,35 @@ def hashed(shape: tuple[int, ...], seed: int, mean: float) -> jax.Array:
     for multiplier, shift in ((2654435761, 15), (2246822519, 13), (3266489917, 16)):
         x *= jnp.uint32(multiplier)
         x ^= x >> shift
-    return mean + INIT_STD * math.sqrt(12) * (x.astype(jnp.float32) / 2.0**32 - 0.5)
+    spread = INIT_STD * math.sqrt(12) * (x.astype(jnp.float32) / 2.0**32 - 0.5)
+    return (mean + spread).astype(dtype)
 
 
-def random_batch(num_rows: int, num_tokens: int, vocab: int, mesh) -> dict[str, jax.Array]:
-    """Rows of one segment of random tokens, all of them trained."""
+def random_batch(
+    cfg, vocab: int, mesh, max_segments: int = 1, median: int = 0
+) -> dict[str, jax.Array]:
+    """One batch of random tokens, all of them trained, in micro-batches as the config wants them.
+
+    Args:
+        max_segments, median: see `rows_of_segments`.
+    """
+    num_rows, num_tokens = cfg.batch.rows, cfg.data.seq_len
+    micro_rows = cfg.batch.micro_rows or num_rows
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, vocab, (1, num_rows, num_tokens + 1), np.int32)
-    segments, positions = rows_of_segments(num_rows, num_tokens)
+    tokens = rng.integers(0, vocab, (num_rows, num_tokens + 1), np.int32)
+    segments, positions = rows_of_segments(num_rows, num_tokens, max_segments, median)
     arrays = {
-        "tokens": tokens[..., :-1],
-        "targets": tokens[..., 1:],
-        "weights": np.ones((1, num_rows, num_tokens), np.float32),
-        "segment_ids": segments[None],
-        "positions": positions[None],
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": np.ones((num_rows, num_tokens), np.float32),
+        "segment_ids": segments,
+        "positions": positions,
     }
     sharding = parallel.sharding(mesh, "micro_batch", "batch", "token")
-    return {name: jax.device_put(array, sharding) for name, array in arrays.items()}
+    return {
+        name: jax.device_put(array.reshape(-1, micro_rows, num_tokens), sharding)
+        for name, array in arrays.items()
+    }
 
 
 def peak_bytes() -> int | None:

@@ -149,7 +149,10 @@ def test_the_step_is_compared_with_its_prediction(tmp_path, monkeypatch):
 
 def test_flags_of_the_environment_win(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_other=1 --xla_gpu_exclude_nondeterministic_ops=true")
-    assert gpu_step.options_left("cudnn") == {"xla_gpu_enable_latency_hiding_scheduler": True}
+    assert gpu_step.options_left("cudnn") == {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_disable_hlo_passes": "rematerialization",
+    }
     known = {name for flags in gpu_checks.FLAGS.values() for name in re.findall(r"--(\w+)", flags)}
     monkeypatch.setenv("XLA_FLAGS", "")
     assert set(gpu_step.options_left("cudnn")) <= known  # else the sweep leaves one of them out

@@ -1,0 +1,241 @@
+"""How the cost of a step grows: measured here factor by factor, and predicted for many GPUs.
+
+    python scripts/bench_growth.py step [--smoke]
+    python scripts/bench_growth.py gpus [--sizes 7b 32b 72b]
+
+`step` measures the trainer's step on this machine, one device and random weights, and changes one
+factor at a time. `gpus` compiles the step for 8, 64 and 512 H200s that need not be there (see
+requirements-plan.txt) at the same rows per GPU; nothing of it is measured. Both print Markdown.
+"""
+
+import argparse
+import dataclasses
+import os
+import runpy
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# JAX reads its platform, and Python finds the package, by the two lines above: hence E402.
+from jax_sft.planning import chips, targets  # noqa: E402
+from jax_sft.planning.analysis import Target, analyse  # noqa: E402
+from jax_sft.planning.flops import full_row  # noqa: E402
+from jax_sft.planning.tables import Plan  # noqa: E402
+from jax_sft.validate import validate  # noqa: E402
+from scripts import gpu_step  # noqa: E402
+from scripts.gpu_cases import SHAPES, shape  # noqa: E402
+
+# ---- measured here -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What is measured: a model, and one row of equal segments."""
+
+    tokens: int = 512
+    segments: int = 2
+    layers: int = 4
+    vocab: int = 8192
+    features: int = 256
+
+    def raw(self) -> dict[str, Any]:
+        """The config.json: heads of 64, two per kv head, an MLP of 2.75 times the features."""
+        heads = self.features // 64
+        mlp = 11 * self.features // 4
+        return shape(self.features, mlp, self.layers, heads, heads // 2, self.vocab, True)
+
+
+BASE = Size()
+TINY = Size(tokens=64, segments=2, layers=1, vocab=256, features=128)  # of --smoke
+# {what grows: sizes}, each in steps of four.
+FACTORS = {
+    "tokens of a row, segments of 256": [
+        dataclasses.replace(BASE, tokens=n, segments=n // 256) for n in (256, 1024, 4096)
+    ],
+    "tokens of a row, one segment": [
+        dataclasses.replace(BASE, tokens=n, segments=1) for n in (256, 1024, 4096)
+    ],
+    "layers": [dataclasses.replace(BASE, layers=n) for n in (1, 4, 16)],
+    "vocabulary": [dataclasses.replace(BASE, vocab=n) for n in (4096, 16384, 65536)],
+    "segments of a row of 2048": [
+        dataclasses.replace(BASE, tokens=2048, segments=n) for n in (1, 4, 16, 64)
+    ],
+}
+SMOKE_FACTORS = {"layers": [dataclasses.replace(TINY, layers=n) for n in (1, 2)]}
+
+
+def measured(size: Size, num_steps: int) -> dict[str, Any]:
+    """Run the trainer's step of this size."""
+    changes = {
+        "model.dtype": "float32",
+        "model.remat": "none",
+        "data.seq_len": size.tokens,
+        "data.max_segments": 256,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = gpu_step.write_config(Path(folder), size.raw(), 1, changes)
+        return gpu_step.measured_step(file, num_steps, max_segments=size.segments)
+
+
+def growth(factors: Mapping[str, Sequence[Size]], num_steps: int) -> Iterator[list[str]]:
+    """Yield a line of the table for every size."""
+    for name, sizes in factors.items():
+        first = None
+        for size in sizes:
+            found = measured(size, num_steps)
+            amount = amount_of(size, sizes)
+            seconds = found["fastest_s"]  # what else runs here only adds
+            first = first or (amount, seconds)
+            grown, slower = amount / first[0], seconds / first[1]
+            yield [
+                name,
+                f"{amount:,}",
+                f"{seconds * 1e3:,.1f} ms",
+                f"{found['tokens'] / seconds:,.0f}",
+                f"{slower:.2f}",
+                f"{slower / grown:.2f}",
+                f"{found['compile_s']:.1f} s",
+            ]
+
+
+def amount_of(size: Size, sizes: Sequence[Size]) -> int:
+    """The value of what differs between the sizes, the tokens where segments differ with them."""
+    differs = [
+        field.name
+        for field in dataclasses.fields(Size)
+        if len({getattr(one, field.name) for one in sizes}) > 1
+    ]
+    return getattr(size, "tokens" if "tokens" in differs else differs[0])
+
+
+GROWTH_HEAD = ["grows", "to", "step", "tokens/s", "times the first", "over linear", "compiled in"]
+
+
+# ---- predicted for many GPUs ---------------------------------------------------------------------
+
+GPUS_PER_HOST = 8
+SEQ_LEN = 4096
+KEPT = "qkv,attention,attention_lse"
+ALL_KEPT = f"{KEPT},mlp"
+LARGE = {
+    "7b": SHAPES["7b"],
+    "32b": shape(5120, 27_648, 64, 40, 8, 152_064, False),
+    "72b": shape(8192, 29_568, 80, 64, 8, 152_064, False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run to plan, rows of one segment of SEQ_LEN tokens."""
+
+    size: str
+    data: int
+    fsdp: int
+    rows_per_gpu: int
+    remat: str
+
+    @property
+    def num_gpus(self) -> int:
+        return self.data * self.fsdp
+
+
+# Of each size the same rows per GPU everywhere; of the meshes those that were predicted fastest,
+# and for 7B what they were compared with.
+RUNS = (
+    Run("7b", 1, 8, 4, ALL_KEPT),
+    Run("7b", 1, 64, 4, ALL_KEPT),
+    Run("7b", 8, 8, 4, ALL_KEPT),
+    Run("7b", 8, 64, 4, ALL_KEPT),
+    Run("7b", 64, 8, 4, ALL_KEPT),
+    Run("7b", 1, 8, 1, ALL_KEPT),
+    Run("7b", 1, 64, 1, ALL_KEPT),
+    Run("7b", 8, 64, 1, ALL_KEPT),
+    Run("32b", 1, 8, 2, KEPT),
+    Run("32b", 1, 64, 2, KEPT),
+    Run("32b", 8, 64, 2, KEPT),
+    Run("72b", 1, 64, 2, KEPT),
+    Run("72b", 8, 64, 2, KEPT),
+)
+
+
+def planned(run: Run) -> Plan:
+    """Compile the step of a run and return its plan."""
+    chip = chips.find("h200")
+    hosts = run.num_gpus // GPUS_PER_HOST
+    changes = {
+        "model.remat": run.remat,
+        "data.seq_len": SEQ_LEN,
+        "mesh.data": run.data,
+        "mesh.fsdp": run.fsdp,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = gpu_step.write_config(Path(folder), LARGE[run.size], 1, changes)
+        cfg = runpy.run_path(str(file))["get_config"]()
+        cfg.batch.rows = run.rows_per_gpu * run.num_gpus
+        resolved = validate(cfg, run.num_gpus, planned_for=chip.capability)
+        devices = targets.topology(chip, hosts, GPUS_PER_HOST)
+        where = Target(chip, hosts, GPUS_PER_HOST, devices, full_row(SEQ_LEN))
+        return analyse(cfg, resolved, where)
+
+
+GPUS_HEAD = [
+    *("model", "GPUs", "data x fsdp", "rows per GPU", "kept", "peak GiB", "slow GiB"),
+    *("waits for network", "step", "MFU_c", "of 8 or first"),
+]
+
+
+def many_gpus(runs: Sequence[Run]) -> Iterator[list[str]]:
+    """Yield a line of the table for every run."""
+    first: dict[tuple[str, int], float] = {}
+    for run in runs:
+        found = planned(run)
+        assert "memory" in found and "predicted" in found
+        memory, predicted = found["memory"], found["predicted"]
+        step, mfu = predicted["step_time_s"], predicted["mfu_causal"]
+        waits = predicted["time"]["exposed_communication_s"]
+        base = first.setdefault((run.size, run.rows_per_gpu), mfu)
+        yield [
+            *(run.size, f"{run.num_gpus}", f"{run.data} x {run.fsdp}", f"{run.rows_per_gpu}"),
+            "all" if run.remat == ALL_KEPT else "attention",
+            f"{memory['peak_bytes'] / 2**30:.1f}" + ("" if memory["fits"] else " DOES NOT FIT"),
+            f"{found['communication_total']['slow_bytes'] / 2**30:.1f}",
+            f"{waits / step:.1%}",
+            f"{step:.3f} s",
+            f"{mfu:.1%}",
+            f"{mfu / base:.2f}",
+        ]
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["step", "gpus"])
+    parser.add_argument("--sizes", nargs="+", choices=[*LARGE], default=[*LARGE])
+    parser.add_argument("--steps", type=int, default=3, help="that are timed")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes")
+    options = parser.parse_args(argv)
+    if options.what == "step":
+        factors = SMOKE_FACTORS if options.smoke else FACTORS
+        head, rows = GROWTH_HEAD, growth(factors, options.steps)
+    else:
+        if problem := targets.plugin_problem():
+            parser.error(problem)
+        runs = [run for run in RUNS if run.size in options.sizes]
+        head, rows = GPUS_HEAD, many_gpus(runs[:1] if options.smoke else runs)
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
