@@ -28,6 +28,7 @@ from jax_sft import (
     checkpoint,
     cluster,
     command,
+    compilation_cache,
     config,
     evaluate,
     exit_codes,
@@ -101,6 +102,7 @@ def _train(
     preflight.clocks(say)
     resolved = validate(cfg, jax.device_count())
     preflight.shared_folder(workdir)
+    compilation_cache.use(cfg.train.compilation_cache, workdir, say)
     checkpoint.check_folder(workdir / "checkpoints")
     mesh = parallel.make_mesh(resolved.mesh_shape)
     family, model_cfg = resolved.family, resolved.model_cfg

@@ -29,6 +29,7 @@ LEVELS = [
     "launching.child launching.fleet "
     "agree watchdog preemption preflight data.tables data.formats data.examples data.template "
     "data.packing data.mixture data.show ops.cudnn ops.tokamax planning.hlo_collectives",
+    "compilation_cache "
     "launching.supervisor launching.ssh launching.ray_cluster "
     "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf "
     "planning.flops planning.page",
