@@ -1,20 +1,25 @@
 """From the command to the first step: what is imported, and what is compiled again."""
 
+import dataclasses
+import importlib
 import json
 import os
 import re
 import resource
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.array import ArrayImpl  # where all that brings an array to the host ends up
 
 import jax_sft
 from jax_sft import compilation_cache
+from jax_sft.data.loader import Loader
 
 REPO = Path(__file__).resolve().parent.parent
 # What the program does without until it needs it, and PyTorch for good.
@@ -133,3 +138,85 @@ def test_the_entries_used_longest_ago_go_first(tmp_path):
     compilation_cache.thin_out(tmp_path, 200)
     left = {file.name for file in tmp_path.iterdir()}
     assert left == {"new-cache", "old-cache", "other"}
+
+
+@pytest.fixture
+def in_loop(monkeypatch):
+    """Run `steps(step, old)` in the place of the compiled step of `jax_sft.train`."""
+    train = importlib.import_module("jax_sft.train")  # not the function of that name
+    program = train.program
+
+    def install(around):
+        def changed(*args, **options):
+            found = program(*args, **options)
+            return dataclasses.replace(found, train_step=around(found.train_step))
+
+        monkeypatch.setattr(train, "program", changed)
+
+    return install
+
+
+HOST_MS = 1.0  # of Python between two steps
+
+
+@pytest.mark.parametrize(
+    "planted, found",
+    [("", ""), ("read", "{"), ("send", "host-to-device"), ("think", "at least")],
+)
+def test_the_loop_neither_waits_nor_sends_nor_takes_a_millisecond(
+    make_config, in_loop, monkeypatch, tmp_path, planted, found
+):
+    """Between steps: nothing but the loader sends (transfer guard), nothing is read but by the
+    meter where it logs (a CPU's guard lets reads pass: they copy nothing), 1 ms of processor time.
+    """
+    reads: list[int] = []  # the step before each
+    left: list[float] = []
+    outside: list[float] = []  # ms
+    read = ArrayImpl._value.fget
+
+    def noted(array):
+        reads.append(len(left))
+        return read(array)
+
+    def around(step):
+        def run(state, batch):
+            if left:
+                outside.append(1000 * (time.thread_time() - left[-1]))
+            if len(left) == 2:  # compiled, and its line is printed
+                jax.config.update("jax_transfer_guard_host_to_device", "disallow")
+            state, sums = step(state, batch)
+            left.append(time.thread_time())
+            if len(left) > 2 and planted == "read":
+                float(sums["loss"])
+            if len(left) > 2 and planted == "send":
+                sums["loss"] + 1.0
+            while planted == "think" and time.thread_time() - left[-1] < 2 * HOST_MS / 1000:
+                pass
+            return state, sums
+
+        return run
+
+    def send(loader, local):
+        with jax.transfer_guard_host_to_device("allow"):
+            return to_devices(loader, local)
+
+    to_devices = Loader._to_devices
+    monkeypatch.setattr(Loader, "_to_devices", send)
+    monkeypatch.setattr(ArrayImpl, "_value", property(noted))
+    in_loop(around)
+    cfg = make_config(**{"train.steps": 14, "log.every_steps": 5})
+
+    def check():
+        try:
+            jax_sft.train(cfg, tmp_path / "run")
+        finally:
+            jax.config.update("jax_transfer_guard_host_to_device", "allow")
+        assert {n for n in reads if 2 < n < 14} <= {5, 10}
+        least = min(outside[2:])  # other work on the machine only adds
+        assert least < HOST_MS, f"at least {least} ms"
+
+    if planted:
+        with pytest.raises((AssertionError, jax.errors.JaxRuntimeError), match=found):
+            check()
+    else:
+        check()
