@@ -75,13 +75,18 @@ def _obstacle(folder: Path) -> str:
 def _set(folder: Path | None) -> None:
     """Point JAX there; a process that trained before may have used another folder."""
     text = str(folder) if folder else None
-    if jax.config.jax_compilation_cache_dir == text:
+    if _folder() == text:
         return
     jax.config.update("jax_compilation_cache_dir", text)
     # All programs of a start, also those that compile within JAX's default of a second.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()
+
+
+def _folder() -> str | None:
+    """Where JAX keeps what it compiles."""
+    return jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
 
 
 def thin_out(root: Path, most_bytes: int) -> None:
@@ -113,7 +118,7 @@ def _mend_damaged() -> None:
 
     def mend(message, *arguments, **options):
         damaged = _UNREADABLE.search(str(message))
-        if damaged and (folder := jax.config.jax_compilation_cache_dir):
+        if damaged and (folder := _folder()):
             for entry in Path(folder).glob(f"{damaged[1]}-*-cache"):
                 _remove(entry)
         show(message, *arguments, **options)

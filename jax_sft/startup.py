@@ -8,7 +8,7 @@ import jax
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _FOUND = "/jax/compilation_cache/cache_hits"
-_seconds: collections.Counter[str] = collections.Counter()
+_seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
 _counts: collections.Counter[str] = collections.Counter()
 
 
@@ -47,8 +47,8 @@ class Startup:
 def _listen() -> None:
     """Count what JAX tells, from now on and for good: it takes no listener back."""
 
-    def compiled(event: str, seconds: float, **_) -> None:
-        _seconds[event] += seconds
+    def compiled(event: str, duration_secs: float, **_) -> None:
+        _seconds[event] += duration_secs
         _counts[event] += 1
 
     def found(event: str, **_) -> None:
