@@ -9,7 +9,10 @@ Three functions, the same that the commands run:
 
 import importlib
 import os
+import time
 from typing import Any
+
+BEGAN_S = time.perf_counter()  # about when the process began, where one of our programs is run
 
 # transformers is used for its tokenizers, which do not need the PyTorch that it would ask for.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -255,7 +255,8 @@ class Checkpoints:
         sums = fingerprint.start(leaves)
         # Orbax begins with collectives of its own. A CPU would run them beside ours, in any order,
         # and gloo mix them up; on a GPU they wait for ours, as the copies to the host do.
-        jax.block_until_ready(sums)
+        if cluster.num_processes() > 1:
+            jax.block_until_ready(sums)
         parts = nested(leaves)
         try:
             response = storage.start_saving(

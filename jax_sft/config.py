@@ -6,6 +6,7 @@ invents a default. `validate.py` checks the values; a test fails on a key that n
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -30,7 +31,15 @@ FREE = {
     "train.on_nonfinite": "whether a step that is never applied ends the run",
     "train.max_nonfinite": "as above",
     "train.stall_timeout_s": "when a run that hangs is ended",
+    "train.compilation_cache": "the place of a copy",
 }
+
+
+def cache_home() -> Path:
+    """Return $XDG_CACHE_HOME/jax_sft, or ~/.cache/jax_sft."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path is to be ignored.
+    return (Path(given) if os.path.isabs(given) else Path("~/.cache").expanduser()) / "jax_sft"
 
 
 def source(path: str | os.PathLike, **changes) -> Config:
@@ -155,6 +164,10 @@ def default() -> Config:
     # Regular expressions: tensors in whose Hugging Face names one is found do not train, e.g.
     # ("embed_tokens", r"layers\.[0-7]\.").
     train.freeze = ()
+    # Folder of compiled programs, for the next start: at best one that all hosts share, as the one
+    # in the workdir that takes its place otherwise; "" = `compiled` beside tokenized data, see
+    # data.cache_dir; "none" = none. JAX_COMPILATION_CACHE_DIR, where it is set, goes before.
+    train.compilation_cache = ""
     train.export = False  # also write the result as a Hugging Face folder to WORKDIR/export
 
     optimizer: Config = ConfigDict()

@@ -20,8 +20,12 @@ import jax
 from jax_sft import cluster
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
-# They change what is compiled; different programs on two hosts wait for each other for ever.
-VARIABLES = ("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_PLATFORMS")
+# They change what is compiled, or found so; different programs on two hosts wait for each other
+# for ever.
+VARIABLES = (
+    *("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_PLATFORMS"),
+    *("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"),
+)
 CLOCK_SKEW_S = 5.0
 SHARED_S = 30.0  # for a file to show up on all hosts; NFS keeps folder listings for some seconds
 
@@ -84,31 +88,49 @@ def shared_folder(folder: Path) -> None:
     Raises:
         ValueError: process 0 cannot write to it, or other hosts do not see what it wrote.
     """
+    try:
+        problem = unseen(folder, "workdir")
+    except OSError as error:
+        raise ValueError(f"--workdir={folder} cannot be written: {error}") from error
+    if problem:
+        raise ValueError(f"--workdir={folder}: {problem}. Use a folder on shared storage")
+
+
+def unseen(folder: Path, what: str, wait_s: float = SHARED_S) -> str:
+    """Say which processes do not see the folder that process 0 writes to; "" = all do.
+
+    It is created.
+
+    Args:
+        what: it is.
+        wait_s: for a file to show up.
+
+    Raises:
+        OSError: process 0 cannot write to it.
+    """
     nonce = ""
     probe = folder / f".seen-by-all-{uuid.uuid4().hex}"
     if cluster.process_id() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe.write_text(probe.name)
-        except OSError as error:
-            raise ValueError(f"--workdir={folder} cannot be written: {error}") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text(probe.name)
         nonce = probe.name
     try:
-        nonce = cluster.exchange("workdir, nonce", nonce)[0]
-        seen = _appears(folder / nonce)
-        answers = cluster.exchange("workdir, seen", str(int(seen)), timeout_s=2 * SHARED_S)
+        nonce = cluster.exchange(f"{what}, nonce", nonce)[0]
+        seen = _appears(folder / nonce, wait_s)
+        answers = cluster.exchange(f"{what}, seen", str(int(seen)), timeout_s=2 * SHARED_S)
     finally:
         if cluster.process_id() == 0:
             probe.unlink(missing_ok=True)
     if blind := [n for n, answer in enumerate(answers) if answer == "0"]:
-        raise ValueError(
-            f"--workdir={folder} is not the same folder on all hosts: {cluster.names(blind)} did "
-            "not see a file that process 0 wrote there. Use a folder on shared storage"
+        return (
+            f"it is not the same folder on all hosts: {cluster.names(blind)} did not see a file "
+            "that process 0 wrote there"
         )
+    return ""
 
 
-def _appears(file: Path) -> bool:
-    deadline = time.monotonic() + SHARED_S
+def _appears(file: Path, wait_s: float) -> bool:
+    deadline = time.monotonic() + wait_s
     while not file.exists():
         if time.monotonic() > deadline:
             return False

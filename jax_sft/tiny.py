@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-import transformers
 
 from jax_sft import hf, models
 from jax_sft.models.layers import INIT_STD
@@ -76,6 +75,8 @@ def write_tokenizer(folder: Path) -> None:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(special)
+    import transformers  # not for those who only make a model
+
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )

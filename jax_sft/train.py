@@ -24,10 +24,12 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+import jax_sft
 from jax_sft import (
     checkpoint,
     cluster,
     command,
+    compilation_cache,
     config,
     evaluate,
     exit_codes,
@@ -52,6 +54,7 @@ from jax_sft.inference import LoadedModel
 from jax_sft.ops import attention
 from jax_sft.preemption import Preempted, Preemption
 from jax_sft.program import program
+from jax_sft.startup import Startup
 from jax_sft.validate import validate
 from jax_sft.watchdog import SLOW_PHASE_S, Watchdog
 
@@ -62,12 +65,13 @@ ENDS = (
 )
 
 
-def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
+def train(cfg: config.Config, workdir: str | Path, began: float | None = None) -> dict[str, float]:
     """Fine-tune as the config says; the same as the command `python -m jax_sft.train`.
 
     Args:
         cfg: from `jax_sft.config.default()`.
         workdir: the run's folder; a checkpoint in it is resumed.
+        began: when the start that is timed began, by `time.perf_counter`; None = now.
 
     Returns:
         The metrics of the last step and the last evaluation (empty if nothing was left to do).
@@ -81,12 +85,19 @@ def train(cfg: config.Config, workdir: str | Path) -> dict[str, float]:
 
     A process that hangs, or that another one leaves waiting, is ended by the watchdog.
     """
+    startup = Startup(time.perf_counter() if began is None else began)
+    if began is not None:
+        startup.end("imports")
     with Preemption() as preemption, Watchdog(cfg.train.stall_timeout_s, preemption.beat) as watch:
-        return _train(cfg, Path(workdir).absolute(), preemption, watch)
+        return _train(cfg, Path(workdir).absolute(), preemption, watch, startup)
 
 
 def _train(
-    cfg: config.Config, workdir: Path, preemption: Preemption, watch: Watchdog
+    cfg: config.Config,
+    workdir: Path,
+    preemption: Preemption,
+    watch: Watchdog,
+    startup: Startup,
 ) -> dict[str, float]:
     # ---- processes, devices and config ---------------------------------------------------------
     parallel.simulate_cpu_devices(cfg.mesh.cpu_devices)
@@ -100,6 +111,7 @@ def _train(
     watch.at("comparing hosts")
     preflight.same_programs(as_dict | {"workdir": str(workdir)})
     preflight.clocks(say)
+    compilation_cache.use(cfg.train.compilation_cache, workdir, say)
     resolved = validate(cfg, jax.device_count())
     preflight.shared_folder(workdir)
     checkpoint.check_folder(workdir / "checkpoints")
@@ -130,6 +142,7 @@ def _train(
         has_soft_cap=model_cfg.attention_soft_cap > 0,
     )
     say(f"attend  {resolved.attention}: values and gradients right on a packed test batch")
+    startup.end("checks")
 
     # ---- data --------------------------------------------------------------------------------
     watch.at("reading the data")
@@ -169,6 +182,8 @@ def _train(
         f"packed  {loader.num_rows} rows, {loader.fill:.1%} full; "
         f"{loader.steps_per_epoch} steps per epoch"
     )
+
+    startup.end("data")
 
     # ---- state: a checkpoint of this run, or the pretrained weights ----------------------------
     watch.at("loading the weights")
@@ -213,6 +228,8 @@ def _train(
     if first_process:
         (workdir / "config.json").write_text(json.dumps(as_dict, indent=2) + "\n")
     logs = trackers.start(cfg.log.trackers, workdir, as_dict, start) if first_process else []
+
+    startup.end("weights")
 
     # ---- what logs and evaluates ---------------------------------------------------------------
     def dump(found: Mapping[int, Mapping[str, float]]) -> Path:
@@ -289,6 +306,7 @@ def _train(
         owed = found.extra.get("owes_evaluation") if found else cfg.eval.at_start
         if eval_sets and owed:
             run_evaluation(start, current.weights)
+            startup.end("evaluation")
         began = time.perf_counter()
         meter.start_clock()
         for packed in watch.batches(loader.batches(start, num_steps), start + 1):
@@ -304,6 +322,8 @@ def _train(
             if done == start + 1:
                 jax.block_until_ready(sums)
                 say(f"compiled and ran the first step in {time.perf_counter() - began:.1f} s")
+                startup.end("first step")
+                say(startup.line())
                 meter.start_clock()
                 preemption.saves_from_here()
             is_last = done == num_steps
@@ -390,7 +410,7 @@ def main(_: list[str]) -> None:
     workdir = flags.FLAGS.workdir or Path("runs") / config_file.stem
     sys.excepthook = end_at_once
     try:
-        train(flags.FLAGS.config, workdir)
+        train(flags.FLAGS.config, workdir, jax_sft.BEGAN_S)
         if jax.distributed.is_initialized():
             # Before Python waits for threads: after a save that failed on another process, Orbax's
             # hang in a barrier for minutes, which this ends.

@@ -16,7 +16,8 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 
 # A file imports only from levels below its own.
 LEVELS = [
-    "config exit_codes tree parallel trackers models models.spec models.rope data.json_rows "
+    "config exit_codes startup tree parallel trackers models models.spec models.rope "
+    "data.json_rows "
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables "
     "manifest fingerprint hub "
     "launching.coordinates launching.gpus launching.environment launching.output launching.tied "
@@ -29,6 +30,7 @@ LEVELS = [
     "launching.child launching.fleet "
     "agree watchdog preemption preflight data.tables data.formats data.examples data.template "
     "data.packing data.mixture data.show ops.cudnn ops.tokamax planning.hlo_collectives",
+    "compilation_cache "
     "launching.supervisor launching.ssh launching.ray_cluster "
     "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf "
     "planning.flops planning.page",

@@ -23,6 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jax_sft import config
 from jax_sft.data import chat, formats, read, worker
 from jax_sft.data.store import Store, Writer, open_store, publish
 
@@ -37,13 +38,6 @@ PLAIN = (".jsonl", ".json", ".ndjson")  # files whose chunks say how many bytes 
 SHOW_HASHING = 1_000_000_000  # bytes from which hashing shows a progress bar
 RACY_NS = 2_000_000_000  # the coarsest time stamp of a file system: FAT's 2 s
 LEFTOVER_S = 24 * 3600  # a build that wrote nothing for so long is dead
-
-
-def default_folder() -> Path:
-    """Return $XDG_CACHE_HOME/jax_sft, or ~/.cache/jax_sft."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: a relative path is to be ignored.
-    return (Path(given) if os.path.isabs(given) else Path("~/.cache").expanduser()) / "jax_sft"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +77,7 @@ def open_or_build(
     Args:
         source: from `config.source`.
         tokenizer_folder: local.
-        cache_dir: `data.cache_dir`; "" = `default_folder()`.
+        cache_dir: `data.cache_dir`; "" = `config.cache_home()`.
         num_workers: processes; 0 = one per core.
         stop_at_bad_row: raise at the first row that cannot be used; otherwise it is left out and
             listed in `Store.errors`.
@@ -103,7 +97,7 @@ def open_or_build(
         root=Path(os.path.commonpath([file.parent for file in files])),
         tokenizer_folder=Path(tokenizer_folder),
         options=options,
-        cache=Path(cache_dir).expanduser().absolute() if str(cache_dir) else default_folder(),
+        cache=Path(cache_dir).expanduser().absolute() if str(cache_dir) else config.cache_home(),
         num_workers=num_workers or worker.cores(),
         stop_at_bad_row=stop_at_bad_row,
         progress=progress,

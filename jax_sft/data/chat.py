@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-import transformers
 
 from jax_sft.data import turns
 from jax_sft.data.examples import Encoded
@@ -49,6 +48,9 @@ def load_tokenizer(folder: Path, needs_template: bool = True):
     Raises:
         ValueError: no usable fast tokenizer, or no chat template where one is needed.
     """
+    # Imported only here: a program first decides whether it may bring PyTorch along, see command.
+    import transformers
+
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

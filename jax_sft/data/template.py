@@ -16,10 +16,6 @@ from typing import Any
 import jinja2
 import jinja2.meta
 from jinja2.runtime import new_context
-from transformers.utils.chat_template_utils import (
-    _compile_jinja_template,
-    _render_with_assistant_indices,
-)
 
 from jax_sft.data import sandbox
 
@@ -98,6 +94,9 @@ class ChatTemplate:
         transformers', which must not see the source: jinja2 computes constants when it compiles.
         """
         source = self._tokenizer.get_chat_template(tools=[{}] if with_tools else None)
+        # Imported with the tokenizer: see `chat.load_tokenizer`.
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
         hardened = _compile_jinja_template("").environment
         compiled = sandbox.Sandbox(hardened).from_string(source)
         return compiled, {**compiled.globals, **self._variables}
@@ -131,6 +130,8 @@ class ChatTemplate:
 
     def tagged(self, messages: Sequence[dict], tools: Sequence[dict] | None) -> list[Span]:
         """Return the {% generation %} spans of the rendered messages."""
+        from transformers.utils.chat_template_utils import _render_with_assistant_indices
+
         compiled = self._compiled(bool(tools))[0]
         sandbox.begin(compiled)
         try:

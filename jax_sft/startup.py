@@ -1,0 +1,58 @@
+"""How the time from the command to the first finished step divides; `train` prints it."""
+
+import collections
+import functools
+import time
+
+import jax
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_FOUND = "/jax/compilation_cache/cache_hits"
+_seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
+_counts: collections.Counter[str] = collections.Counter()
+
+
+class Startup:
+    """A clock of parts that follow one another.
+
+    Args:
+        began: of the first part, by `time.perf_counter`.
+    """
+
+    def __init__(self, began: float):
+        _listen()
+        self._began = self._last = began
+        self._parts: dict[str, float] = {}
+        self._seconds, self._counts = _seconds.copy(), _counts.copy()
+
+    def end(self, part: str) -> None:
+        """Note that a part ends here; what began where the one before it ended."""
+        now = time.perf_counter()
+        self._parts[part] = self._parts.get(part, 0.0) + now - self._last
+        self._last = now
+
+    def line(self) -> str:
+        """Return the parts in one line; programs that were compiled within them are counted."""
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self._parts.items())
+        programs = _counts[_COMPILED] - self._counts[_COMPILED]
+        found = _counts[_FOUND] - self._counts[_FOUND]
+        took = _seconds[_COMPILED] - self._seconds[_COMPILED]
+        return (
+            f"started in {self._last - self._began:.1f} s: {parts}; of this {took:.1f} for "
+            f"{programs} compiled programs, {found} of them found on disk"
+        )
+
+
+@functools.cache
+def _listen() -> None:
+    """Count what JAX tells, from now on and for good: it takes no listener back."""
+
+    def compiled(event: str, duration_secs: float, **_) -> None:
+        _seconds[event] += duration_secs
+        _counts[event] += 1
+
+    def found(event: str, **_) -> None:
+        _counts[event] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(compiled)
+    jax.monitoring.register_event_listener(found)

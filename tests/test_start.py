@@ -1,0 +1,222 @@
+"""From the command to the first step: what is imported, and what is compiled again."""
+
+import dataclasses
+import importlib
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src.array import ArrayImpl  # where all that brings an array to the host ends up
+
+import jax_sft
+from jax_sft import compilation_cache
+from jax_sft.data.loader import Loader
+
+REPO = Path(__file__).resolve().parent.parent
+# What the program does without until it needs it, and PyTorch for good.
+NOT_IMPORTED = (
+    "torch",
+    "transformers",
+    "datasets",
+    "tensorflow",
+    "pandas",
+    "wandb",
+    "tensorboardX",
+)
+IMPORTS_S = 3.0  # processor seconds
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A cache folder of this test alone; afterwards JAX has the one that it had before."""
+    before = jax.config.jax_compilation_cache_dir
+    yield tmp_path / "programs"
+    compilation_cache._set(Path(before) if before else None)
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*-cache"))
+
+
+def compile_anew(factor: int) -> float:
+    """Compile a program that the process does not remember; return its result."""
+    jax.clear_caches()
+    return float(jax.jit(lambda x: jnp.sin(x) * factor)(jnp.float32(1.0)))
+
+
+def test_imports_take_little_and_leave_heavy_packages_out():
+    code = "import sys, jax_sft.train; print([n for n in sys.argv[1:] if n in sys.modules])"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = subprocess.run(
+        [sys.executable, "-c", code, *NOT_IMPORTED],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert found.stdout.strip() == "[]"
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < IMPORTS_S
+
+
+def test_the_second_start_compiles_nothing_and_trains_bitwise_the_same(
+    make_config, folder, tmp_path, capfd
+):
+    changes = {"train.steps": 2, "train.compilation_cache": str(folder)}
+    cfg = make_config(**changes)
+    shown, losses = [], []
+    for name in ("first", "second"):
+        jax.clear_caches()
+        jax_sft.train(cfg, tmp_path / name)
+        found = re.search(r"(\d+) compiled programs, (\d+) of them", capfd.readouterr().out)
+        assert found
+        shown.append((*map(int, found.groups()), len(entries(folder))))
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([(m["loss"], m["grad_norm"]) for m in map(json.loads, lines)])
+    (programs, found_first, stored), second = shown
+    assert found_first == 0 and stored >= programs > 3
+    assert second[0] == second[1] > 3 and second[2] == stored
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_a_folder_that_cannot_be_used_is_replaced_with_a_warning(folder, tmp_path, monkeypatch):
+    said: list[str] = []
+    folder.write_text("a file")
+    compilation_cache.use(str(folder), tmp_path / "run", said.append)
+    assert "WARNING" in said.pop() and not said
+    used = Path(str(jax.config.jax_compilation_cache_dir))
+    assert used.is_relative_to(tmp_path / "run")
+    assert compile_anew(2) == compile_anew(2) and len(entries(used)) > 0
+    (tmp_path / "run2").write_text("a file too")
+    compilation_cache.use(str(folder), tmp_path / "run2", said.append)
+    assert len(said) == 2 and jax.config.jax_compilation_cache_dir is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    compilation_cache.use("", tmp_path / "run", said.append)
+    used = Path(str(jax.config.jax_compilation_cache_dir))
+    assert used.is_relative_to(tmp_path / "home" / "jax_sft")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    compilation_cache.use("none", tmp_path / "run", said.append)
+    assert jax.config.jax_compilation_cache_dir == str(used)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    compilation_cache.use("none", tmp_path / "run", said.append)
+    assert jax.config.jax_compilation_cache_dir is None and len(said) == 2
+
+
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_an_entry_that_was_cut_off_is_compiled_and_stored_again(folder, tmp_path, kept):
+    compilation_cache.use(str(folder), tmp_path, print)
+    expected = compile_anew(3)
+    whole = {entry: entry.stat().st_size for entry in entries(folder)}
+    assert whole
+    for entry, size in whole.items():
+        os.truncate(entry, int(kept * size))
+    seen: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_, **__: seen.append(str(message))
+        compilation_cache._mend_damaged.__wrapped__()
+        assert compile_anew(3) == expected
+    assert len(seen) == len(whole)
+    assert {entry.name for entry in entries(folder)} == {entry.name for entry in whole}
+    assert compile_anew(3) == expected  # without a warning: it would be an error here
+
+
+def test_the_entries_used_longest_ago_go_first(tmp_path):
+    for age, name in enumerate(("new-cache", "middle-cache", "old-cache", "other")):
+        (tmp_path / name).write_bytes(bytes(100))
+        os.utime(tmp_path / name, (10**9 - age, 10**9 - age))
+    os.utime(tmp_path / "old-cache", (10**9 + 1, 10**9 - 5))  # read again since
+    compilation_cache.thin_out(tmp_path, 200)
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == {"new-cache", "old-cache", "other"}
+
+
+@pytest.fixture
+def in_loop(monkeypatch):
+    """Run `steps(step, old)` in the place of the compiled step of `jax_sft.train`."""
+    train = importlib.import_module("jax_sft.train")  # not the function of that name
+    program = train.program
+
+    def install(around):
+        def changed(*args, **options):
+            found = program(*args, **options)
+            return dataclasses.replace(found, train_step=around(found.train_step))
+
+        monkeypatch.setattr(train, "program", changed)
+
+    return install
+
+
+HOST_MS = 1.0  # of Python between two steps
+
+
+@pytest.mark.parametrize(
+    "planted, found",
+    [("", ""), ("read", "{"), ("send", "host-to-device"), ("think", "at least")],
+)
+def test_the_loop_neither_waits_nor_sends_nor_takes_a_millisecond(
+    make_config, in_loop, monkeypatch, tmp_path, planted, found
+):
+    """Between steps: nothing but the loader sends (transfer guard), nothing is read but by the
+    meter where it logs (a CPU's guard lets reads pass: they copy nothing), 1 ms of processor time.
+    """
+    reads: list[int] = []  # the step before each
+    left: list[float] = []
+    outside: list[float] = []  # ms
+    read = ArrayImpl._value.fget
+
+    def noted(array):
+        reads.append(len(left))
+        return read(array)
+
+    def around(step):
+        def run(state, batch):
+            if left:
+                outside.append(1000 * (time.thread_time() - left[-1]))
+            if len(left) == 2:  # compiled, and its line is printed
+                jax.config.update("jax_transfer_guard_host_to_device", "disallow")
+            state, sums = step(state, batch)
+            left.append(time.thread_time())
+            if len(left) > 2 and planted == "read":
+                float(sums["loss"])
+            if len(left) > 2 and planted == "send":
+                sums["loss"] + 1.0
+            while planted == "think" and time.thread_time() - left[-1] < 2 * HOST_MS / 1000:
+                pass
+            return state, sums
+
+        return run
+
+    def send(loader, local):
+        with jax.transfer_guard_host_to_device("allow"):
+            return to_devices(loader, local)
+
+    to_devices = Loader._to_devices
+    monkeypatch.setattr(Loader, "_to_devices", send)
+    monkeypatch.setattr(ArrayImpl, "_value", property(noted))
+    in_loop(around)
+    cfg = make_config(**{"train.steps": 14, "log.every_steps": 5})
+
+    def check():
+        try:
+            jax_sft.train(cfg, tmp_path / "run")
+        finally:
+            jax.config.update("jax_transfer_guard_host_to_device", "allow")
+        assert {n for n in reads if 2 < n < 14} <= {5, 10}
+        least = min(outside[2:])  # other work on the machine only adds
+        assert least < HOST_MS, f"at least {least} ms"
+
+    if planted:
+        with pytest.raises((AssertionError, jax.errors.JaxRuntimeError), match=found):
+            check()
+    else:
+        check()
