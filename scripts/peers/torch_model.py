@@ -1,0 +1,59 @@
+"""What the subjects that are made of torch and transformers share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+from scripts.peers.contract import Spec, peak_rss_bytes
+
+
+def load(spec: Spec) -> transformers.PreTrainedModel:
+    """Return the model with float32 masters; FlashAttention on a GPU that has it."""
+    try:
+        import flash_attn  # noqa: F401 # pyright: ignore[reportMissingImports]
+
+        attention = "flash_attention_2" if spec.device == "gpu" else "sdpa"
+    except ImportError:
+        attention = "sdpa"
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        Path(spec.model), dtype=torch.float32, attn_implementation=attention
+    ).to("cuda" if spec.device == "gpu" else "cpu")
+
+
+def describe(model: transformers.PreTrainedModel) -> str:
+    """What multiplies, in words."""
+    library = "cuBLAS" if model.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    if model.device.type == "cpu":
+        library += ", MKL" if torch.backends.mkl.is_available() else ", no MKL"
+        library += " and oneDNN" if torch.backends.mkldnn.is_available() else ", no oneDNN"
+    return f"{model.config._attn_implementation} attention, {library}"
+
+
+def wait(device: torch.device) -> None:
+    """Return when the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory in use so far: of the GPU's allocator, or of the process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
+
+
+def nll(
+    model: transformers.PreTrainedModel, spec: Spec, ids: Sequence[int], mask: Sequence[int]
+) -> float:
+    """Return the summed loss of the trained tokens of one example alone."""
+    device = model.device
+    tokens = torch.tensor([list(ids)], device=device)
+    trained = torch.tensor(list(mask[1:]), device=device, dtype=torch.bool)
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"),
+    ):
+        hidden = model.base_model(tokens, use_cache=False).last_hidden_state[0, :-1]
+        logits = model.get_output_embeddings()(hidden[trained]).float()
+    loss = torch.nn.functional.cross_entropy(logits, tokens[0, 1:][trained], reduction="sum")
+    return float(loss)
