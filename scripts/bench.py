@@ -115,6 +115,7 @@ def parse() -> argparse.Namespace:
     add("--cases", type=names, default=["a", "b"], help=f"of {', '.join(bench_cases.CASES)}")
     add("--only", type=names, default=[], help=f"subjects, of {', '.join(SUBJECTS)}")
     add("--repeats", type=int, default=3, help="fresh processes of each subject")
+    add("--steps", type=int, default=0, help="of each run, instead of the case's own number")
     add("--work", type=Path, default=REPO / "runs" / "bench", help="folder that is kept")
     add("--table", type=Path, help="Markdown file whose blocks of this machine are rewritten")
     add("--model", type=Path, help="folder with the pretrained weights of case b")
@@ -140,6 +141,9 @@ def parse() -> argparse.Namespace:
             parser.error(f"{', '.join(sorted(unknown))} unknown: use {', '.join(known)}")
     if options.repeats < 1:
         parser.error("--repeats must be at least 1")
+    least = max(bench_cases.CASES[name].warmup for name in options.cases) + 1
+    if options.steps and options.steps < least:
+        parser.error(f"--steps must be at least {least}: the first are not timed")
     if options.table and not options.table.is_file():
         parser.error(f"--table={options.table} does not exist")
     return options
@@ -164,7 +168,9 @@ def prepare(name: str, options: argparse.Namespace) -> bench_cases.Work:
     inputs = bench_cases.Inputs(options.data, options.tokenizers, options.model)
     for old in ("compiled", "runs"):
         shutil.rmtree(options.work / old / name, ignore_errors=True)
-    return bench_cases.make(bench_cases.CASES[name], name, inputs, options.work / "cases" / name)
+    case = bench_cases.CASES[name]
+    case = dataclasses.replace(case, steps=options.steps or case.steps)
+    return bench_cases.make(case, name, inputs, options.work / "cases" / name)
 
 
 # ---- one run -----------------------------------------------------------------------------------

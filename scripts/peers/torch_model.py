@@ -1,7 +1,9 @@
 """What the subjects that are made of torch and transformers share."""
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -10,16 +12,14 @@ from scripts.peers.contract import Spec, peak_rss_bytes
 
 
 def load(spec: Spec) -> transformers.PreTrainedModel:
-    """Return the model with float32 masters; FlashAttention on a GPU that has it."""
-    try:
-        import flash_attn  # noqa: F401 # pyright: ignore[reportMissingImports]
-
-        attention = "flash_attention_2" if spec.device == "gpu" else "sdpa"
-    except ImportError:
-        attention = "sdpa"
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        Path(spec.model), dtype=torch.float32, attn_implementation=attention
-    ).to("cuda" if spec.device == "gpu" else "cpu")
+    """Return the model with float32 masters; FlashAttention on a GPU where it is installed."""
+    has_flash = importlib.util.find_spec("flash_attn") is not None and spec.device == "gpu"
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        Path(spec.model),
+        dtype=torch.float32,
+        attn_implementation="flash_attention_2" if has_flash else "sdpa",
+    )
+    return model.to("cuda" if spec.device == "gpu" else "cpu")
 
 
 def describe(model: transformers.PreTrainedModel) -> str:
@@ -46,6 +46,7 @@ def nll(
     model: transformers.PreTrainedModel, spec: Spec, ids: Sequence[int], mask: Sequence[int]
 ) -> float:
     """Return the summed loss of the trained tokens of one example alone."""
+    head: Any = model.get_output_embeddings()
     device = model.device
     tokens = torch.tensor([list(ids)], device=device)
     trained = torch.tensor(list(mask[1:]), device=device, dtype=torch.bool)
@@ -54,6 +55,6 @@ def nll(
         torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"),
     ):
         hidden = model.base_model(tokens, use_cache=False).last_hidden_state[0, :-1]
-        logits = model.get_output_embeddings()(hidden[trained]).float()
+        logits = head(hidden[trained]).float()
     loss = torch.nn.functional.cross_entropy(logits, tokens[0, 1:][trained], reduction="sum")
     return float(loss)

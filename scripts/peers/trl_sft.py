@@ -42,7 +42,7 @@ def main() -> None:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     after = contract.mean_loss(spec, functools.partial(torch_model.nll, model, spec))
     how = (
-        f"SFTTrainer, packed, {trainer.args.optim}, {torch_model.describe(model)}; examples "
+        f"SFTTrainer, packed, {trainer.args.optim.value}, {torch_model.describe(model)}; examples "
         f"{'isolated' if isolates(model) else 'NOT ISOLATED'}; its own packing makes "
         f"{own_rows(spec)} rows of the {len(rows)} given"
     )
