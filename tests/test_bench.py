@@ -266,7 +266,8 @@ def test_the_command_runs_and_writes_its_table(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = [json.loads(line) for line in next((tmp_path / "work").glob("*.jsonl")).open()]
+    (results,) = (tmp_path / "work").glob("*.jsonl")
+    found = [json.loads(line) for line in results.read_text().splitlines()]
     assert [one["subject"] for one in found] == ["matmul/jax", "ours"]
     assert len(found[1]["step_s"]) == 3 and found[1]["held_out_after"] < found[1]["held_out_before"]
     text = table.read_text()
