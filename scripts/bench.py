@@ -214,8 +214,11 @@ def run(
         finally:
             shutil.rmtree(folder / "workdir", ignore_errors=True)  # checkpoints
     if done.returncode:
-        return {"error": f"exit code {done.returncode}: {last_line(folder / 'stderr')}"}
-    return json.loads(last_line(folder / "stdout"))
+        return {"error": f"exit code {done.returncode}: {last_line(folder / 'stderr')[:300]}"}
+    try:
+        return json.loads(last_line(folder / "stdout"))
+    except json.JSONDecodeError:
+        return {"error": f"printed no result: {last_line(folder / 'stdout')[:300]}"}
 
 
 def environment(device: str, compiled: Path) -> dict[str, str]:
@@ -233,11 +236,7 @@ def environment(device: str, compiled: Path) -> dict[str, str]:
 def last_line(file: Path) -> str:
     """Return the last line that is not empty, "no message" where there is none."""
     lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
-    return (
-        lines[-1].strip()[:300]
-        if lines and file.name == "stderr"
-        else (lines or ["no message"])[-1]
-    )
+    return lines[-1].strip() if lines else "no message"
 
 
 def in_short(found: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """scripts/bench.py: equal work or void, nobody missing in silence, tables of others left alone."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -251,6 +252,25 @@ def test_a_peer_that_cannot_be_installed_is_a_reason(tmp_path, monkeypatch):
     assert pythons.of("trl", "cpu") is found
     assert (tmp_path / "python.log").read_text() == "tried\n"  # not for every run anew
     assert bench.Pythons(tmp_path, {"trl": "/p"}).of("trl", "cpu") == Path("/p")
+
+
+@pytest.mark.parametrize(
+    "body, limit, reason",
+    [
+        ("print(1); raise ValueError('no such model')", 60, "exit code 1: ValueError: no such"),
+        ("print('done')", 60, "printed no result: done"),
+        ("import time; time.sleep(60)", 1, "stopped after 1 s"),
+    ],
+)
+def test_a_run_that_fails_is_a_reason(tmp_path, monkeypatch, body, limit, reason):
+    (tmp_path / "subject.py").write_text(body)
+    monkeypatch.setattr(bench, "PEERS", tmp_path)
+    monkeypatch.setattr(bench, "SUBJECTS", {"ours": bench.Subject("", "subject.py")})
+    work = bench_cases.Work(spec(tmp_path, device="cpu"), "", 0, 0.0, 0.0)
+    options = argparse.Namespace(work=tmp_path, timeout=limit, smoke=False)
+    pythons = bench.Pythons(tmp_path, {})
+    found = bench.run("a", work, "ours", 0, pythons, options)
+    assert found.keys() == {"error"} and found["error"].startswith(reason)
 
 
 def test_the_command_runs_and_writes_its_table(tmp_path):
