@@ -15,8 +15,8 @@ from typing import Any
 Record = Mapping[str, Any]
 
 # By how much losses may differ between subjects that did the same work, relative. Float32: sums in
-# another order (TRL and ours: 5e-9 before, 3e-6 after 24 steps of case a). bfloat16: rounding.
-BEFORE_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
+# another order; TRL and ours differ by at most 5e-6 in cases a and b. bfloat16: rounding.
+BEFORE_TOLERANCE = {"float32": 5e-5, "bfloat16": 5e-3}
 AFTER_TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-2}
 REFERENCE = "ours"
 
