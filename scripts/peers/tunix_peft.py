@@ -5,6 +5,7 @@ mask. "packed": packed by hand, which it has no option for: the rows of all subj
 and a mask of their own, in its own loss and loop.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -64,7 +65,8 @@ def main() -> None:
             if packed
             else f"one example per row, padded to {spec.seq_len}"
         )
-        + ", dense attention, one-hot loss",
+        + ", dense attention, one-hot loss"
+        + ("; its Llama's rope_theta mended by us" if has_mended_rotation() else ""),
         packages=["google-tunix", "jax", "flax", "optax"],
         step_s=clock.timed,
         losses=timer.losses,
@@ -140,9 +142,19 @@ def load(spec: contract.Spec) -> nnx.Module:
         cfg, params = qwen_model.ModelConfig(**fields), qwen_params
     elif kind == "llama" and spec.dtype == "float32" and not raw.get("rope_scaling"):
         cfg, params = llama_model.ModelConfig(**fields, weight_tying=tied), llama_params
+        # Tunix 0.1.7 never hands rope_theta to its Llama's rotation, which takes 1,000,000: with
+        # SmolLM2's 100,000 its loss before training is 1.587 instead of 1.487. The work is equal.
+        if not has_mended_rotation():
+            theta = {"rope_theta": cfg.rope_theta}
+            llama_model.apply_rope = functools.partial(llama_model.apply_rope, **theta)
     else:
         raise ValueError(f"Tunix has no {kind} in {spec.dtype} that computes the same")
     return params.create_model_from_safe_tensors(spec.model, cfg, dtype=jnp.float32)
+
+
+def has_mended_rotation() -> bool:
+    """Whether `load` put the right rope_theta in."""
+    return isinstance(llama_model.apply_rope, functools.partial)
 
 
 def make_optimizer(numbers: dict[str, float]) -> optax.GradientTransformation:
