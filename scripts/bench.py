@@ -1,0 +1,374 @@
+"""Speed beside the peers: the same weights, tokens and arithmetic, on this machine, in one run.
+
+    python scripts/bench.py --model=SMOLLM2 --table=BUILD.md        # all CPU cases, 3 repeats
+    python scripts/bench.py --cases=a --only=ours,trl --repeats=1   # a quick look
+    python scripts/bench.py --smoke                                 # a toy, our own trainer only
+
+Every subject (our trainer, TRL's SFTTrainer, a plain torch loop, Tunix's PeftTrainer packed by hand
+and padded) runs in fresh processes, in turn, each in a virtual environment of its own that is made
+on the first run from scripts/peers/requirements-*.txt and kept in --work. A subject that cannot be
+installed or fails is a line of the table with its reason. Figures are void unless the held-out loss
+equals ours before training and after as many tokens.
+
+Results go to --work as JSON lines; --table rewrites the blocks of this machine in a Markdown file
+and leaves those of others. Needs pip and a package registry for the peers, nothing else.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# What subjects see; this process itself leaves the devices to them.
+ENVIRONMENT = dict(os.environ)
+os.environ["JAX_PLATFORMS"] = "cpu"
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+# JAX reads its platform, and Python finds the package, by the lines above: hence E402.
+from jax_sft import metrics  # noqa: E402
+from scripts import bench_cases, bench_table  # noqa: E402
+
+PEERS = REPO / "scripts" / "peers"
+SHARED = REPO.parent / "shared"
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """Something that trains.
+
+    Attributes:
+        label: its name in the table.
+        script: in scripts/peers, see peers.contract.
+        venv: which requirements it needs; "" = runs with the Python of this command.
+        variant: see peers.contract.Spec.
+        once: not repeated; for what is slow and no target hangs on.
+    """
+
+    label: str
+    script: str
+    venv: str = ""
+    variant: str = ""
+    once: bool = False
+
+
+SUBJECTS = {
+    "ours": Subject("jax_sft", "ours.py"),
+    "trl": Subject("TRL, packed", "trl_sft.py", "trl"),
+    "torch": Subject("torch loop, packed", "torch_loop.py", "torch"),
+    "tunix-packed": Subject("Tunix, packed by hand", "tunix_peft.py", "tunix", "packed"),
+    "tunix-padded": Subject("Tunix, padded", "tunix_peft.py", "tunix", "padded", once=True),
+}
+# How fast this machine multiplies, by library; measured once per repeat.
+MATMULS = {
+    "matmul/jax": Subject("jax", "matmul.py", "", "jax"),
+    "matmul/torch": Subject("torch", "matmul.py", "torch", "torch"),
+}
+
+
+def main() -> int:
+    options = parse()
+    options.work.mkdir(parents=True, exist_ok=True)
+    say(f"{machine('cpu')}; work folder {options.work}")
+    works = {name: prepare(name, options) for name in options.cases}
+    pythons = Pythons(options.work / "venvs", options.python)
+    results = options.work / time.strftime("results-%Y%m%d-%H%M%S.jsonl")
+    turns = [
+        (name, subject, repeat)
+        for name in options.cases
+        for repeat in range(options.repeats)
+        for subject in chosen(name, options)
+        if not (repeat and (SUBJECTS | MATMULS)[subject].once)
+    ]
+    records: list[dict[str, Any]] = []
+    for number, (name, subject, repeat) in enumerate(turns, start=1):
+        began = time.perf_counter()
+        say(f"[{number}/{len(turns)}] case {name}, repeat {repeat + 1}: {subject}")
+        found = run(name, works[name], subject, repeat, pythons, options)
+        records.append({"case": name, "subject": subject, "repeat": repeat, **found})
+        with results.open("a") as stream:
+            stream.write(json.dumps(records[-1]) + "\n")
+        say(f"    {in_short(found)} ({time.perf_counter() - began:.0f} s)")
+    for name in options.cases:
+        header = describe(name, works[name])
+        of_case = [record for record in records if record["case"] == name]
+        print("\n" + bench_table.block(header, of_case), flush=True)
+        if options.table:
+            bench_table.write(options.table, header, of_case)
+    say(f"\nresults: {results}")
+    return int(any("error" in record for record in records))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--cases", type=names, default=["a", "b"], help=f"of {', '.join(bench_cases.CASES)}")
+    add("--only", type=names, default=[], help=f"subjects, of {', '.join(SUBJECTS)}")
+    add("--repeats", type=int, default=3, help="fresh processes of each subject")
+    add("--steps", type=int, default=0, help="of each run, instead of the case's own number")
+    add("--work", type=Path, default=REPO / "runs" / "bench", help="folder that is kept")
+    add("--table", type=Path, help="Markdown file whose blocks of this machine are rewritten")
+    add("--model", type=Path, help="folder with the pretrained weights of case b")
+    add("--data", type=Path, default=SHARED / "data" / "gsm8k_train.jsonl", help="question, answer")
+    add("--tokenizers", type=Path, default=SHARED / "tokenizers", help="folder: smollm2/, ...")
+    add(
+        "--python",
+        type=lambda text: text.split("=", 1),
+        action="append",
+        default=[],
+        metavar="PEER=PATH",
+        help="an interpreter with what a peer (trl, torch, tunix) needs, instead of one made here",
+    )
+    add("--timeout", type=float, default=1800, help="seconds after which a run counts as failed")
+    add("--smoke", action="store_true", help="a toy case, our own trainer, no network")
+    options = parser.parse_args()
+    options.python = dict(options.python)
+    options.work = options.work.absolute()
+    if options.smoke:
+        options.cases = ["smoke"]
+    for given, known in ((options.cases, bench_cases.CASES), (options.only, SUBJECTS)):
+        if unknown := {*given} - {*known}:
+            parser.error(f"{', '.join(sorted(unknown))} unknown: use {', '.join(known)}")
+    if options.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    least = max(bench_cases.CASES[name].warmup for name in options.cases) + 1
+    if options.steps and options.steps < least:
+        parser.error(f"--steps must be at least {least}: the first are not timed")
+    if options.table and not options.table.is_file():
+        parser.error(f"--table={options.table} does not exist")
+    return options
+
+
+def names(text: str) -> list[str]:
+    """Split a list given with commas."""
+    return [name for name in text.split(",") if name]
+
+
+def chosen(case: str, options: argparse.Namespace) -> list[str]:
+    """Return what runs for a case, in turn: the machine first, then subjects."""
+    subjects = [
+        name for name in bench_cases.CASES[case].subjects if name in (options.only or SUBJECTS)
+    ]
+    return [*(["matmul/jax"] if options.smoke else MATMULS), *subjects]
+
+
+def prepare(name: str, options: argparse.Namespace) -> bench_cases.Work:
+    """Make the files of a case, and forget what was compiled for it: cold starts are cold."""
+    say(f"case {name}: model, rows, held-out examples")
+    inputs = bench_cases.Inputs(options.data, options.tokenizers, options.model)
+    for old in ("compiled", "runs"):
+        shutil.rmtree(options.work / old / name, ignore_errors=True)
+    case = bench_cases.CASES[name]
+    case = dataclasses.replace(case, steps=options.steps or case.steps)
+    return bench_cases.make(case, name, inputs, options.work / "cases" / name)
+
+
+# ---- one run -----------------------------------------------------------------------------------
+
+
+def run(
+    case: str,
+    work: bench_cases.Work,
+    name: str,
+    repeat: int,
+    pythons: "Pythons",
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Return what a subject printed, or {"error": reason}."""
+    subject = (SUBJECTS | MATMULS)[name]
+    python = pythons.of(subject.venv, work.spec.device)
+    if isinstance(python, Failure):
+        return {"error": python.reason}
+    folder = options.work / "runs" / case / f"{name.replace('/', '-')}-{repeat + 1}"
+    (folder / "workdir").mkdir(parents=True)
+    spec = dataclasses.replace(
+        work.spec,
+        variant=subject.variant,
+        held_out="" if repeat else work.spec.held_out,  # losses are compared once
+        workdir=str(folder / "workdir"),
+        started=time.time(),
+    )
+    (folder / "spec.json").write_text(json.dumps(dataclasses.asdict(spec)))
+    command = [str(python), str(PEERS / subject.script), str(folder / "spec.json")]
+    if options.smoke and name in MATMULS:
+        command.append("256")  # not the sizes that tell how fast a machine is
+    compiled = options.work / "compiled" / case / name.replace("/", "-")
+    env = environment(work.spec.device, compiled)
+    with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
+        try:
+            done = subprocess.run(
+                command, stdout=out, stderr=err, env=env, cwd=folder, timeout=options.timeout
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"stopped after {options.timeout:.0f} s"}
+        finally:
+            shutil.rmtree(folder / "workdir", ignore_errors=True)  # checkpoints
+    if done.returncode:
+        return {"error": f"exit code {done.returncode}: {last_line(folder / 'stderr')[:300]}"}
+    try:
+        return json.loads(last_line(folder / "stdout"))
+    except json.JSONDecodeError:
+        return {"error": f"printed no result: {last_line(folder / 'stdout')[:300]}"}
+
+
+def environment(device: str, compiled: Path) -> dict[str, str]:
+    """Return the variables of a subject's process."""
+    env = ENVIRONMENT | {
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    if device == "cpu":
+        env |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return env
+
+
+def last_line(file: Path) -> str:
+    """Return the last line that is not empty, "no message" where there is none."""
+    lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "no message"
+
+
+def in_short(found: Mapping[str, Any]) -> str:
+    """Return a result as one line for the screen."""
+    if "error" in found:
+        return f"FAILED: {found['error']}"
+    if "flops_per_s" in found:
+        return f"{found['flops_per_s'] / 1e9:,.0f} GFLOP/s"
+    seconds = sum(found["step_s"])
+    return (
+        f"{seconds / len(found['step_s']):.3f} s/step, {sum(found['trained']) / seconds:.0f} "
+        f"trained tokens/s, {found['peak_bytes'] / 2**30:.2f} GiB, "
+        f"first step {found['first_step_s']:.1f} s"
+    )
+
+
+# ---- environments ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why there is no interpreter for a peer."""
+
+    reason: str
+
+
+class Pythons:
+    """The interpreters of the peers, each made when it is first asked for.
+
+    Args:
+        folder: where environments are kept; one is used again as long as its requirements are the
+            same.
+        given: {peer: path of an interpreter} that the user names instead.
+    """
+
+    def __init__(self, folder: Path, given: Mapping[str, str]):
+        self._folder, self._given = folder, given
+        self._found: dict[tuple[str, str], Path | Failure] = {}
+
+    def of(self, peer: str, device: str) -> Path | Failure:
+        """Return the interpreter of a peer; "" is the one that runs this."""
+        if not peer:
+            return Path(sys.executable)
+        if peer in self._given:
+            return Path(self._given[peer])
+        if (peer, device) not in self._found:
+            self._found[peer, device] = self._make(peer, device)
+        return self._found[peer, device]
+
+    def _make(self, peer: str, device: str) -> Path | Failure:
+        file = PEERS / f"requirements-{peer}.txt"
+        if device == "gpu" and (for_gpu := PEERS / f"requirements-{peer}-gpu.txt").exists():
+            file = for_gpu
+        wanted = file.name + "\n" + file.read_text() + sys.version
+        venv = self._folder / file.stem.removeprefix("requirements-")
+        stamp, python = venv / "installed", venv / "bin" / "python"
+        if stamp.exists() and stamp.read_text() == wanted:
+            return python
+        say(f"    installing {file.name} into {venv} (minutes)")
+        shutil.rmtree(venv, ignore_errors=True)
+        log = self._folder / f"{venv.name}.log"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
+        with log.open("w") as out:
+            for command in ([sys.executable, "-m", "venv", str(venv)], [*pip, "-r", str(file)]):
+                done = subprocess.run(command, stdout=out, stderr=out, env=ENVIRONMENT)
+                if done.returncode:
+                    return Failure(f"could not be installed: {last_line(log)[:300]} ({log})")
+        stamp.write_text(wanted)
+        return python
+
+
+# ---- words -------------------------------------------------------------------------------------
+
+
+def describe(name: str, work: bench_cases.Work) -> bench_table.Header:
+    """Return what the table says about a case."""
+    case = bench_cases.CASES[name]
+    hardware = machine(case.device)
+    return bench_table.Header(
+        case=name,
+        title=f"Case {name}: {work.title}",
+        machine=hardware,
+        when=f"{time.strftime('%Y-%m-%d')}, commit {commit()}",
+        dtype=case.dtype,
+        subjects=case.subjects,
+        labels={subject: SUBJECTS[subject].label for subject in case.subjects},
+        flops=work.flops,
+        causal_flops=work.causal_flops,
+        peak_flops=next((p for kind, p in metrics.PEAK_FLOPS.items() if kind in hardware), 0.0)
+        if case.device == "gpu"
+        else 0.0,
+        targets=case.targets,
+        floor_target=case.floor_target,
+        mfu_target=case.mfu_target,
+    )
+
+
+def machine(device: str) -> str:
+    """Return the hardware in words: the same on every run, as it names the block of a table."""
+    if device == "gpu":
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, check=True)
+        gpus = found.stdout.split("\n")[:-1]
+        return f"{len(gpus)} x {gpus[0]}"
+    kinds = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    kind = kinds[0] if kinds else platform.machine()
+    return f"{kind}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
+
+
+def commit() -> str:
+    """Return the version of our code, "+" behind it where files are changed."""
+    git = ["git", "-C", str(REPO)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
+        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+    except FileNotFoundError:
+        return "unknown"
+    return head.stdout.strip() + "+" * (dirty == 1) if not head.returncode else "unknown"
+
+
+def say(line: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""The cases of scripts/bench.py: models, rows and held-out examples, the same for all subjects."""
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_sft import hf, metrics, models, parallel, tiny
+from jax_sft.data import prepare
+from jax_sft.data.examples import Examples
+from jax_sft.data.loader import FIELDS, Loader
+from jax_sft.planning import flops
+from scripts.peers import ours
+from scripts.peers.contract import Spec
+
+QWEN2_15M = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 49_152,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "torch_dtype": "float32",
+}
+# HuggingFaceTB/SmolLM2-135M-Instruct's config.json on the hub, what computes.
+SMOLLM2_135M = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49_152,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100_000.0,
+    "torch_dtype": "float32",
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+ADAMW = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.01, "clip_norm": 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """The work that subjects are compared on.
+
+    Attributes:
+        title: for the table.
+        config: config.json of a model with random weights.
+        pretrained: whether `--model` takes the place of random weights.
+        tokenizer: folder below `--tokenizers`; "" = the byte tokenizer and words of `jax_sft.tiny`
+            instead of `--data`.
+        rows: per step, of `seq_len` tokens.
+        steps, warmup: in all, and of these not timed.
+        num_held_out: examples whose loss is compared.
+        changes: {key: value} of our own config: how a user sets it on such a machine.
+        subjects: names of bench.SUBJECTS.
+        targets: {subject: how many times its trained tokens/s we want to reach}.
+        floor_target: most that our step may take, in lean floors; 0 = none.
+        mfu_target: least MFU_c; 0 = none.
+    """
+
+    title: str
+    config: Mapping[str, Any]
+    seq_len: int
+    steps: int
+    warmup: int
+    learning_rate: float
+    subjects: tuple[str, ...]
+    rows: int = 1
+    pretrained: bool = False
+    tokenizer: str = "smollm2"
+    num_held_out: int = 16
+    dtype: str = "float32"
+    device: str = "cpu"
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    floor_target: float = 0.0
+    mfu_target: float = 0.0
+
+
+ON_CPU = ("ours", "trl", "torch", "tunix-packed", "tunix-padded")
+CASES = {
+    "a": Case(
+        title="random Qwen2, 15.5M parameters, tied 49,152 x 256 embedding, one row of 1024",
+        config=QWEN2_15M,
+        seq_len=1024,
+        steps=18,
+        warmup=3,
+        learning_rate=5e-4,
+        num_held_out=48,
+        changes={"model.remat": "none"},
+        subjects=ON_CPU,
+        targets={"trl": 3.0, "tunix-packed": 2.0},
+        floor_target=1.5,
+    ),
+    "b": Case(
+        title="SmolLM2-135M, one row of 512",
+        config=SMOLLM2_135M,
+        pretrained=True,
+        seq_len=512,
+        steps=8,
+        warmup=2,
+        learning_rate=5e-5,
+        changes={"model.remat": "none"},
+        subjects=ON_CPU,
+        targets={"trl": 1.4, "tunix-packed": 1.8},
+        floor_target=1.5,
+    ),
+    "smoke": Case(
+        title="toy: shows that everything runs, says nothing about speed",
+        config=tiny.CONFIG,
+        tokenizer="",
+        seq_len=128,
+        steps=4,
+        warmup=1,
+        learning_rate=1e-3,
+        num_held_out=4,
+        changes={"model.remat": "none"},
+        subjects=("ours",),
+        floor_target=1.5,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What the command line gives: files of a case that cannot be made from nothing."""
+
+    data: Path  # JSON lines {"question", "answer"}
+    tokenizers: Path  # a folder of tokenizer folders
+    model: Path | None  # of pretrained cases
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A case with its files.
+
+    Attributes:
+        spec: what every run of it is told, but for variant, started and workdir.
+        title: the case's, with where its weights come from.
+        parameters: of the model.
+        flops: of the mean timed step: head on trained tokens, attention within examples.
+        causal_flops: as published MFU counts: head on all tokens that are not padding.
+    """
+
+    spec: Spec
+    title: str
+    parameters: int
+    flops: float
+    causal_flops: float
+
+
+def make(case: Case, name: str, inputs: Inputs, folder: Path) -> Work:
+    """Write model, rows and examples of a case, anew each time but for random weights.
+
+    Raises:
+        ValueError: a file of `inputs` is missing, or the data has too few examples.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data, source = _data(case, inputs, folder)
+    model, weights = _model(case, inputs, folder)
+    spec = Spec(
+        model=str(model),
+        rows=str(folder / "rows.npz"),
+        examples=str(folder / "examples.jsonl"),
+        held_out=str(folder / "held_out.jsonl"),
+        seq_len=case.seq_len,
+        steps=case.steps,
+        warmup=case.warmup,
+        dtype=case.dtype,
+        device=case.device,
+        optimizer={"learning_rate": case.learning_rate, **ADAMW},
+        variant="",
+        started=0.0,
+        workdir="",
+        ours={
+            "data": str(data),
+            "source": source,
+            "cache_dir": str(folder / "tokens"),
+            "rows": case.rows,
+            "changes": dict(case.changes),
+        },
+    )
+    cfg = ours.run_config(dataclasses.replace(spec, held_out=""))
+    examples = prepare.prepare(cfg.data.train, model, cfg.data, progress=False)
+    loader = Loader(
+        examples,
+        cfg.data,
+        cfg.data.train,
+        rows=case.rows,
+        micro_rows=cfg.batch.micro_rows or case.rows,
+        mesh=parallel.single_device_mesh(),
+        shuffle=cfg.data.shuffle,
+        seed=cfg.seed,
+    )
+    steps = [loader.build(step, range(case.rows)) for step in range(case.steps)]
+    rows = {field: np.stack([step[field] for step in steps]) for field in FIELDS}
+    np.savez(spec.rows, **rows)  # pyright: ignore[reportArgumentType]
+    used = [
+        int(id_)
+        for step in range(case.steps)
+        for row in loader.schedule.rows_of(step)
+        for id_ in row
+    ]
+    unused = sorted({*range(len(examples))} - {*used})[-case.num_held_out :]
+    if len(unused) < case.num_held_out:
+        raise ValueError(f"{data}: {len(examples)} examples are too few for case {name}")
+    _write(Path(spec.examples), examples, used)
+    _write(Path(spec.held_out), examples, unused)
+    return Work(spec, f"{case.title} ({weights})", **work_of(model, rows, case.warmup))
+
+
+def work_of(model: Path, rows: Mapping[str, np.ndarray], warmup: int) -> dict[str, Any]:
+    """Return parameters, flops and causal_flops of `Work`.
+
+    Args:
+        model: a folder with config.json.
+        rows: arrays [steps, rows, seq_len].
+    """
+    raw = hf.read_json(model / "config.json")
+    family = models.find(raw["model_type"])
+    cfg = family.Config.from_hf(raw)
+    weights = family.weights(cfg)
+    real = rows["segment_ids"][warmup:] > 0
+    num_steps = len(real)
+    tokens = real.sum() / num_steps
+    pairs = (rows["positions"][warmup:] + 1)[real].sum(dtype=np.int64) / num_steps
+    trained = (rows["weights"][warmup:] > 0).sum() / num_steps
+    parts = flops.model_flops(weights, cfg.dims, cfg.tied, tokens, pairs, trained)
+    sizes = (int(np.prod(row.shape(cfg.dims), dtype=np.int64)) for row in weights)
+    return {
+        "parameters": sum(sizes),
+        "flops": float(sum(parts.values())),
+        "causal_flops": float(metrics.step_flops(weights, cfg.dims, cfg.tied, tokens, pairs)),
+    }
+
+
+@functools.cache
+def _words(folder: Path) -> Path:
+    return tiny.build(folder)
+
+
+def _data(case: Case, inputs: Inputs, folder: Path) -> tuple[Path, dict[str, str]]:
+    """The file of a case, and which keys its rows have."""
+    if not case.tokenizer:
+        return _words(folder / "words") / "train.jsonl", {}
+    if not inputs.data.exists():
+        raise ValueError(f"--data={inputs.data} does not exist: JSON lines of question and answer")
+    return inputs.data, {"prompt_key": "question", "response_key": "answer"}
+
+
+def _model(case: Case, inputs: Inputs, folder: Path) -> tuple[Path, str]:
+    """The model's folder, and where its weights come from."""
+    if case.pretrained and inputs.model:
+        if not (inputs.model / "config.json").exists():
+            raise ValueError(f"--model={inputs.model} is no model folder")
+        return inputs.model, "pretrained weights"
+    model = folder / "model"
+    made = model / "config.json"
+    if made.exists() and json.loads(made.read_text()) == case.config:
+        return model, "random weights"
+    shutil.rmtree(model, ignore_errors=True)
+    model.mkdir()
+    if case.tokenizer:
+        tokenizer = inputs.tokenizers / case.tokenizer
+        if not (tokenizer / "tokenizer.json").exists():
+            raise ValueError(f"--tokenizers: {tokenizer} has no tokenizer.json")
+        for file in TOKENIZER_FILES:
+            if (tokenizer / file).exists():
+                shutil.copy(tokenizer / file, model / file)
+    else:
+        tiny.write_tokenizer(model)
+    dtype = {"float32": "F32", "bfloat16": "BF16"}[case.dtype]
+    tiny.write_model(model, dict(case.config), dtype=dtype)
+    return model, "random weights"
+
+
+def _write(file: Path, examples: Examples, ids: list[int]) -> None:
+    """Write examples as JSON lines {"ids", "mask"}."""
+    with file.open("w") as stream:
+        for id_ in ids:
+            one = examples.encoded(id_)
+            mask = (one.weights > 0).astype(int).tolist()
+            stream.write(json.dumps({"ids": one.ids.tolist(), "mask": mask}) + "\n")

@@ -1,0 +1,89 @@
+"""A plain training loop in PyTorch over a transformers model, as an example on the web has it.
+
+Packed rows of our own, one after the other; position ids that start anew tell transformers which
+tokens may see each other. The model's own loss: the head multiplies every token.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+# Python finds the scripts by the line above: hence E402.
+import torch  # noqa: E402
+
+from scripts.peers import contract, torch_model  # noqa: E402
+
+
+def main() -> None:
+    spec = contract.read()
+    model = torch_model.load(spec)
+    device = model.device
+    optimizer = make_optimizer(model, spec.optimizer)
+    clock, losses = contract.Clock(spec), []
+    for batch in spec.batches():
+        optimizer.zero_grad()
+        total = int((batch["weights"] > 0).sum())
+        summed = 0.0
+        for row in range(len(batch["tokens"])):
+            inputs = to_inputs({name: array[row] for name, array in batch.items()}, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
+                # num_items_in_batch: the sum of the losses is divided by it.
+                loss = model(**inputs, num_items_in_batch=total, use_cache=False).loss
+            loss.backward()
+            summed += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), spec.optimizer["clip_norm"])
+        optimizer.step()
+        losses.append(float(summed))
+        torch_model.wait(device)
+        clock.step()
+    peak = torch_model.peak_bytes(device)
+    after = contract.mean_loss(spec, functools.partial(torch_model.nll, model, spec))
+    how = f"plain loop, packed rows of ours, fused AdamW, {torch_model.describe(model)}"
+    del model, optimizer
+    fresh = torch_model.load(spec)
+    before = contract.mean_loss(spec, functools.partial(torch_model.nll, fresh, spec))
+    tokens, trained = contract.counts(spec)
+    contract.report(
+        how=how,
+        packages=["torch", "transformers"],
+        step_s=clock.timed,
+        losses=losses,
+        tokens=tokens,
+        trained=trained,
+        first_step_s=clock.first_step_s,
+        peak_bytes=peak,
+        held_out_before=before,
+        held_out_after=after,
+    )
+
+
+def make_optimizer(model: torch.nn.Module, numbers: dict[str, float]) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {
+            "params": [p for p in parameters if p.ndim > 1],
+            "weight_decay": numbers["weight_decay"],
+        },
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    betas = numbers["b1"], numbers["b2"]
+    rate = numbers["learning_rate"]
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=numbers["eps"], fused=True)
+
+
+def to_inputs(row, device: torch.device) -> dict[str, torch.Tensor]:
+    """A packed row without its padding, as arguments of the model, each [1, tokens]."""
+    ids, labels, positions = [], [], []
+    for of_tokens, of_labels in contract.segments(row):
+        ids += of_tokens
+        labels += of_labels
+        positions += range(len(of_tokens))
+    arrays = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    return {name: torch.tensor([array], device=device) for name, array in arrays.items()}
+
+
+if __name__ == "__main__":
+    main()
