@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_sft import cluster, exit_codes, memory, preflight
+from jax_sft import cluster, exit_codes, parallel, preflight
 
 LEAST_OPEN_FILES = 4096  # a sharded save or a data set of many files takes thousands
 LEAST_FREE_BYTES = 50e9
@@ -157,7 +157,7 @@ def main() -> int:
     parser.add_argument("--megabytes", type=int, default=64, help="to move in each test [64]")
     options = parser.parse_args()
     num_bytes = max(options.megabytes, 1) * 1_000_000
-    memory.prepare()
+    parallel.use_gpu_memory()
     findings = Findings()
     try:
         cluster.initialize()

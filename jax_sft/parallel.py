@@ -15,6 +15,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Block = tuple[tuple[int, int], ...]  # (start, stop) of each dimension
 
+# Share of a GPU's memory that arrays may take; the rest is for the CUDA context, NCCL's buffers
+# and cuBLAS's workspace.
+GPU_MEMORY = 0.92
+
 AXES = ("data", "fsdp", "tensor", "sequence")
 
 # logical axis -> mesh axes it is split over; () = not split.
@@ -237,6 +241,14 @@ def size_problems(arrays: dict[str, tuple[tuple[str, ...], tuple[int, ...]]], si
                     f"use one of {fits}"
                 )
     return list(problems.values())
+
+
+def use_gpu_memory() -> None:
+    """Let JAX have GPU_MEMORY of each GPU, unless the environment says how much; 75% otherwise.
+
+    Called before the first device is asked for.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY))
 
 
 def simulate_cpu_devices(total: int) -> None:

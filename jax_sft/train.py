@@ -35,7 +35,6 @@ from jax_sft import (
     exit_codes,
     hf,
     hf_export,
-    memory,
     metrics,
     model_files,
     parallel,
@@ -101,7 +100,7 @@ def _train(
 ) -> dict[str, float]:
     # ---- processes, devices and config ---------------------------------------------------------
     parallel.simulate_cpu_devices(cfg.mesh.cpu_devices)
-    memory.prepare()
+    parallel.use_gpu_memory()
     watch.at("joining")
     cluster.initialize()
     watch.joined()
@@ -119,7 +118,6 @@ def _train(
     family, model_cfg = resolved.family, resolved.model_cfg
     rows, dims = family.weights(model_cfg), model_cfg.dims
     num_params = sum(math.prod(row.shape(dims)) for row in rows)
-    memory.keep_freed(num_params)
     folder = hf.resolve(cfg.model.path, cfg.model.revision)
     shards = resolved.mesh_shape["tensor"]
     pretrained_weights = pretrained.find(folder, rows, dims, model_cfg.tied, vocab_shards=shards)

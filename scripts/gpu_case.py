@@ -27,7 +27,7 @@ stand_ins.install()
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from jax_sft import memory, parallel  # noqa: E402
+from jax_sft import parallel  # noqa: E402
 from jax_sft.ops import attention  # noqa: E402
 from jax_sft.planning import chips, targets  # noqa: E402
 from jax_sft.planning.analysis import Target, analyse  # noqa: E402
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="of the results")
     parser.add_argument("--smoke", action="store_true", help="toy sizes")
     options = parser.parse_args(argv)
-    memory.prepare()
+    parallel.use_gpu_memory()
     first, _, rest = options.task.partition("/")
     if first == "machine":
         rows = machine(options.smoke)

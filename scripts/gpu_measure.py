@@ -32,7 +32,7 @@ from scripts import stand_ins  # noqa: E402
 
 stand_ins.install()
 
-from jax_sft import memory, parallel  # noqa: E402
+from jax_sft import parallel  # noqa: E402
 from jax_sft.models.layers import INIT_STD  # noqa: E402
 from jax_sft.ops import attention, cudnn  # noqa: E402
 from jax_sft.ops.cross_entropy import cross_entropy  # noqa: E402
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="of the results")
     parser.add_argument("--smoke", action="store_true", help="toy sizes")
     options = parser.parse_args(argv)
-    memory.prepare()
+    parallel.use_gpu_memory()
     check, _, argument = options.task.partition("/")
     passed = True
     for row in CHECKS[check](argument, SMOKE if options.smoke else H200):

@@ -24,7 +24,7 @@ LEVELS = [
     "launching.stop_requests",
     "launching.processes launching.leash launching.restarts "
     "models.sizes "
-    "command cluster memory steps storage vocabulary data.messages data.sandbox compute "
+    "command cluster steps storage vocabulary data.messages data.sandbox compute "
     "ops.segments ops.reference ops.blockwise ops.grouped "
     "planning.targets planning.hlo_kernels planning.hlo_loops",
     "launching.child launching.fleet "

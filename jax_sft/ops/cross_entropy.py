@@ -143,10 +143,12 @@ def _island(objective, num_sources, hidden_BTD, head_VD, of_tokens, *, gradients
 def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients):
     """The sums over all devices and, with `gradients`, those of this device's blocks."""
     token_axes = (*parallel.RULES["batch"], *parallel.RULES["token"])
-    # D first: a collective over the last dimension makes XLA transpose the whole, not the shard.
-    head_DV = parallel.all_gather(
-        head_VD.astype(hidden_BTD.dtype).T, parallel.RULES["embed"], tiled=True
-    )
+    head = head_VD.astype(hidden_BTD.dtype)
+    is_whole = jax.lax.axis_size(parallel.RULES["embed"]) == 1
+    if not is_whole:
+        # D first: XLA transposes the whole, not the shard, around one over the last dimension.
+        head = jax.lax.all_gather(head.T, parallel.RULES["embed"], tiled=True)
+    num_local = len(head_VD)
     # Tokens are in the order in which the shards of `tensor`, S of them, hold their hidden states.
     hidden_SBTD = parallel.all_gather(hidden_BTD, "tensor")
     hidden_ND = hidden_SBTD.reshape(-1, hidden_BTD.shape[-1])
@@ -156,7 +158,7 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
     ]
     weights_N = of_tokens_N[1]
     platform = jax.sharding.get_abstract_mesh().abstract_device.platform
-    chunk = chunk_size(head_DV.shape[1], len(weights_N), platform)
+    chunk = chunk_size(num_local, len(weights_N), platform)
     index_M = trained_first(weights_N, chunk)
     targets_M, weights_M, *sources_M = (
         x_N.at[index_M].get(mode="fill", fill_value=0) for x_N in of_tokens_N
@@ -164,7 +166,7 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
     none_M = jnp.zeros(len(index_M), jnp.float32), jnp.zeros(len(index_M), bool)
     no_grads = [jnp.zeros(hidden_ND.shape, hidden_ND.dtype)]
     if objective.head_trains:
-        no_grads.append(jnp.zeros(head_DV.shape, jnp.float32))
+        no_grads.append(jnp.zeros((hidden_ND.shape[-1], num_local), jnp.float32))
     start = (
         *jax.lax.pcast(none_M, token_axes, to="varying"),
         jax.lax.pcast(no_grads if gradients else (), parallel.AXES, to="varying"),
@@ -178,6 +180,7 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
             return jax.lax.dynamic_update_slice_in_dim(x_M, x_C, number * chunk, 0)
 
         losses_M, correct_M, grads = found
+        head_DV = head.T if is_whole else head  # here it is part of the products, before it a copy
         index_C = chunk_of(index_M)
         # Where a place is past the end, hidden states and weight are zero.
         hidden_CD = hidden_ND.at[index_C].get(mode="fill", fill_value=0)

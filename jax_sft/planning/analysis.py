@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from jax_sft import parallel
-from jax_sft.memory import GPU_MEMORY
 from jax_sft.ops import blockwise, cross_entropy, cudnn, grouped
 from jax_sft.planning import flops, hlo, hlo_collectives, hlo_groups, hlo_kernels, hlo_loops
 from jax_sft.planning.chips import Chip
@@ -219,7 +218,7 @@ def _memory(compiled: Compiled, chip: Chip, module: hlo.Module, workspace: int) 
         shard_bytes(jax.ShapeDtypeStruct(p.shape, np.float32, sharding=p.sharding))
         for p in state.params.values()
     )
-    headroom = round((1 - GPU_MEMORY) * chip.memory_bytes)
+    headroom = round((1 - parallel.GPU_MEMORY) * chip.memory_bytes)
     memory = compiled.memory
     peak = memory["peak"] + workspace
     return {
