@@ -20,6 +20,10 @@ from jax_sft.state import TrainState
 from jax_sft.step import Sums, batch_shardings, make_eval_step, make_train_step
 from jax_sft.validate import Resolved
 
+# What XLA is told on CPUs. The update reads each moment twice, for the parameter and for itself:
+# without this XLA copies all moments first, lest one overwrites what the other has yet to read.
+CPU_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -73,7 +77,7 @@ def program(cfg, resolved: Resolved, mesh: Mesh, num_steps: int, num_sources: in
     abstract = state.abstract(tx, model.stored, model.dims, dtype, mesh, model.frozen)
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    options = None if on_cpu else gpu_options(resolved.attention)
+    options = CPU_OPTIONS if on_cpu else gpu_options(resolved.attention)
     return Program(
         model_def=model,
         mesh=mesh,
