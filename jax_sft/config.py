@@ -6,7 +6,6 @@ invents a default. `validate.py` checks the values; a test fails on a key that n
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -33,13 +32,6 @@ FREE = {
     "train.stall_timeout_s": "when a run that hangs is ended",
     "train.compilation_cache": "the place of a copy",
 }
-
-
-def cache_home() -> Path:
-    """Return $XDG_CACHE_HOME/jax_sft, or ~/.cache/jax_sft."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: a relative path is to be ignored.
-    return (Path(given) if os.path.isabs(given) else Path("~/.cache").expanduser()) / "jax_sft"
 
 
 def source(path: str | os.PathLike, **changes) -> Config:

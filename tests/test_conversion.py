@@ -349,8 +349,9 @@ def test_only_the_blocks_of_the_shards_are_read_and_each_once(make_model, monkey
 
 
 def test_loading_peaks_at_one_parameter_of_host_memory(tmp_path):
-    # 16 layers of 128 x 256: the largest stacked parameter takes 2 of the model's 9.3 MiB. In
-    # bfloat16, because on the CPU a float32 block becomes the device's array without a copy.
+    # 16 layers of 128 x 256: the largest stacked parameter takes 2 of the model's 9.3 MiB. A block
+    # that happens to be aligned becomes the CPU device's array without a copy: what is left at the
+    # end are such blocks.
     folder = tmp_path / "model"
     folder.mkdir()
     sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256}
@@ -364,10 +365,10 @@ def test_loading_peaks_at_one_parameter_of_host_memory(tmp_path):
     assert largest < whole / 4
     tracemalloc.start()
     params = hf.load(tensors, rows, dims, shardings, ml_dtypes.bfloat16, progress=False)
-    peak = tracemalloc.get_traced_memory()[1]
+    left, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(params) == len(rows)
-    assert peak < 1.5 * largest
+    assert peak - left < 1.5 * largest
 
 
 # ---- folders that do not fit ---------------------------------------------------------------------

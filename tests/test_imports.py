@@ -16,7 +16,7 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 
 # A file imports only from levels below its own.
 LEVELS = [
-    "config exit_codes startup tree parallel trackers models models.spec models.rope "
+    "config cache_folder exit_codes startup tree parallel trackers models models.spec models.rope "
     "data.json_rows "
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables "
     "manifest fingerprint hub "

@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jax_sft import config
+from jax_sft import cache_folder
 from jax_sft.data import chat, formats, read, worker
 from jax_sft.data.store import Store, Writer, open_store, publish
 
@@ -77,7 +77,7 @@ def open_or_build(
     Args:
         source: from `config.source`.
         tokenizer_folder: local.
-        cache_dir: `data.cache_dir`; "" = `config.cache_home()`.
+        cache_dir: `data.cache_dir`; "" = `cache_folder.default()`.
         num_workers: processes; 0 = one per core.
         stop_at_bad_row: raise at the first row that cannot be used; otherwise it is left out and
             listed in `Store.errors`.
@@ -97,7 +97,7 @@ def open_or_build(
         root=Path(os.path.commonpath([file.parent for file in files])),
         tokenizer_folder=Path(tokenizer_folder),
         options=options,
-        cache=Path(cache_dir).expanduser().absolute() if str(cache_dir) else config.cache_home(),
+        cache=Path(cache_dir).expanduser().absolute() if str(cache_dir) else cache_folder.default(),
         num_workers=num_workers or worker.cores(),
         stop_at_bad_row=stop_at_bad_row,
         progress=progress,
