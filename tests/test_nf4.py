@@ -73,6 +73,7 @@ def config(make_config, folder, **changes):
     return make_config(folder, **options | {"optimizer.learning_rate": 1e-2} | changes)
 
 
+@pytest.mark.slow
 def test_a_run_on_weights_in_4_bits_equals_one_on_what_they_stand_for(
     make_strong_model, make_config, tmp_path
 ):
