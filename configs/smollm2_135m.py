@@ -13,7 +13,7 @@ def get_config():
     cfg = config.default()
     cfg.model.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     cfg.model.dtype = "float32"
-    cfg.model.remat = "dots"
+    cfg.model.remat = "dots,attention,attention_lse"
     cfg.data.train.main = config.source(
         "data/train.json", prompt_key="instruction", query_key="input"
     )

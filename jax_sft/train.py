@@ -20,6 +20,11 @@ import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from jax_sft import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.use("-m", "jax_sft.train")  # before what takes long: it starts the program anew
+
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags

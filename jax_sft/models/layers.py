@@ -129,6 +129,29 @@ def _add_bias_bwd(like, grad):
 _add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
 
 
+@jax.custom_vjp
+def _scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x * scale, its gradient formed apart.
+
+    A layer's gradient goes into the stack of all layers' as [1, D]; on CPUs XLA would sum in that
+    shape, and YNNPACK then takes 2.4 ms for 512 x 576 values instead of 0.1.
+    """
+    return x * scale
+
+
+def _scaled_fwd(x, scale):
+    return x * scale, (x, scale)
+
+
+def _scaled_bwd(residuals, grad):
+    x, scale = residuals
+    of_scale = (grad * x).sum(range(grad.ndim - scale.ndim)).astype(scale.dtype)
+    return grad * scale, jax.lax.optimization_barrier(of_scale)
+
+
+_scaled.defvjp(_scaled_fwd, _scaled_bwd)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, in float32 (Zhang & Sennrich 2019), over the last dimension(s).
 
@@ -144,7 +167,7 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         dims = tuple(range(-self.scale[...].ndim, 0))
         x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=dims, keepdims=True) + self.eps)
-        return (x32 * self.scale[...]).astype(x.dtype)
+        return _scaled(x32, self.scale[...]).astype(x.dtype)
 
 
 class CenteredRMSNorm(nnx.Module):
@@ -161,7 +184,7 @@ class CenteredRMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * (1.0 + self.offset[...])).astype(x.dtype)
+        return _scaled(x32, 1.0 + self.offset[...]).astype(x.dtype)
 
 
 class Embedding(nnx.Module):

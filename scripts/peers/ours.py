@@ -12,6 +12,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 # Python finds the package and the scripts by the line above: hence E402.
+from jax_sft import huge_pages  # noqa: E402
+
+if __name__ == "__main__":
+    huge_pages.use(__file__)  # as the command does
+
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
