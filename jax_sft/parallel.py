@@ -88,6 +88,11 @@ def constrain(x: jax.Array, *logical_axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
 
 
+def platform() -> str:
+    """Return "cpu" or "gpu", inside jit under the mesh set by `jax.set_mesh`."""
+    return jax.sharding.get_abstract_mesh().abstract_device.platform
+
+
 STRIPE_TOKENS = 512  # per stripe of a row that is split over `sequence`
 
 
