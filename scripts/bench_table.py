@@ -250,7 +250,7 @@ def _standing(
             f"{_verdict(ratio, header.floor_target, at_least=False)} Floor: "
             f"{header.flops / 1e9:,.1f} GFLOP (head on trained positions, attention inside "
             f"examples) at {header.flops / seconds / 1e9:,.0f} GFLOP/s, the fastest product of "
-            f"this run in jax ({how}{_in_torch(records)})."
+            f"this run in jax ({how}){_in_torch(header, records, ours)}."
         )
     if header.peak_flops:
         verdict = _verdict(mfu_c(ours, header), header.mfu_target, at_least=True, percent=True)
@@ -258,12 +258,18 @@ def _standing(
     return lines
 
 
-def _in_torch(records: Sequence[Record]) -> str:
-    """The same by torch, in words."""
+def _in_torch(header: Header, records: Sequence[Record], ours: Summary) -> str:
+    """The floor at the rate of torch's products, in words."""
     rates = [
         r["flops_per_s"] for r in records if r["subject"] == "matmul/torch" and "error" not in r
     ]
-    return f"; torch {max(rates) / 1e9:,.0f}" if rates else ""
+    if not rates:
+        return ""
+    seconds = header.flops / max(rates)
+    return (
+        f"; {ours.median_s / seconds:.2f} times the {seconds:.3g} s at the "
+        f"{max(rates) / 1e9:,.0f} GFLOP/s of torch's"
+    )
 
 
 def _verdict(found: float, target: float, *, at_least: bool, percent: bool = False) -> str:

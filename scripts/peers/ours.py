@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -41,7 +42,9 @@ def main() -> None:
     assert (tokens, trained) == contract.counts(spec), "the trainer saw other rows"
     contract.report(
         how=f"jax_sft.train, {lines.attention} attention, "
-        + ", ".join(f"{key}={value}" for key, value in spec.ours["changes"].items()),
+        + ", ".join(f"{key}={value}" for key, value in spec.ours["changes"].items())
+        + ", huge pages"
+        * (f"{huge_pages.HUGE_PAGES}=1" in os.environ.get(huge_pages.TUNABLES, "")),
         packages=["jax", "flax", "optax"],
         step_s=[entry["step_time_s"] for entry in timed],
         losses=[entry["loss"] for entry in steps],
