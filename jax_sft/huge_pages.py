@@ -35,6 +35,11 @@ def use(*command: str) -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
+def in_use() -> bool:
+    """Whether this process asks for them."""
+    return f"{HUGE_PAGES}=1" in os.environ.get(TUNABLES, "").split(":")
+
+
 def _are_on_request() -> bool:
     try:
         return "[madvise]" in ON_REQUEST.read_text()

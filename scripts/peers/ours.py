@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -43,8 +42,7 @@ def main() -> None:
     contract.report(
         how=f"jax_sft.train, {lines.attention} attention, "
         + ", ".join(f"{key}={value}" for key, value in spec.ours["changes"].items())
-        + ", huge pages"
-        * (f"{huge_pages.HUGE_PAGES}=1" in os.environ.get(huge_pages.TUNABLES, "")),
+        + ", huge pages" * huge_pages.in_use(),
         packages=["jax", "flax", "optax"],
         step_s=[entry["step_time_s"] for entry in timed],
         losses=[entry["loss"] for entry in steps],
