@@ -36,7 +36,7 @@ class Program:
         state: TrainState of ShapeDtypeStructs with shardings.
         batch: a batch of ShapeDtypeStructs with shardings, [micro-batches, rows, seq_len].
         train_step: jitted `step(state, batch) -> (state, sums)`.
-        eval_step: jitted `step(params, batch) -> sums`.
+        eval_step: jitted `step(params, batch, before) -> sums`.
     """
 
     model_def: ModelDef
@@ -45,7 +45,7 @@ class Program:
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Sums]]
-    eval_step: Callable[[dict[str, jax.Array], Batch], Sums]
+    eval_step: Callable[[dict[str, jax.Array], Batch, Sums], Sums]
 
 
 def model_def(cfg, resolved: Resolved) -> ModelDef:

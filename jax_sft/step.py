@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -177,22 +178,33 @@ def make_train_step(
 
 def make_eval_step(
     model_def: ModelDef, mesh: Mesh, compiler_options: dict[str, Any] | None = None
-) -> Callable[[dict[str, jax.Array], Batch], Sums]:
-    """Return the jitted `step(params, batch) -> sums` of `batch_sums`, without gradients."""
+) -> Callable[[dict[str, jax.Array], Batch, Sums], Sums]:
+    """Return the jitted `step(params, batch, before) -> sums` of `batch_sums`, without gradients.
 
-    def eval_step(params, batch):
+    It starts when `before` is there, the sums of another batch or `no_sums()`: CPUs would else run
+    batches at once, and gloo mix up their messages.
+    """
+
+    def eval_step(params, batch, before):
+        del before
+
         def add(carry, micro):
             return jax.tree.map(jnp.add, carry, batch_sums(model_def, params, micro)), None
 
-        none = dict.fromkeys(("loss", "weight", "correct", "tokens", "pairs"), jnp.float32(0))
-        return jax.lax.scan(add, none, batch)[0]
+        return jax.lax.scan(add, jax.tree.map(jnp.asarray, no_sums()), batch)[0]
 
     of_params = state.param_shardings(model_def.stored, mesh)
     return jax.jit(
         eval_step,
-        in_shardings=(of_params, batch_shardings(mesh)),
+        in_shardings=(of_params, batch_shardings(mesh), parallel.sharding(mesh)),
+        keep_unused=True,
         compiler_options=compiler_options,
     )
+
+
+def no_sums() -> dict[str, np.float32]:
+    """Return the sums of an evaluation over no batch."""
+    return dict.fromkeys(("loss", "weight", "correct", "tokens", "pairs"), np.float32(0))
 
 
 def batch_shardings(mesh: Mesh, per_source: bool = False) -> dict[str, jax.sharding.NamedSharding]:

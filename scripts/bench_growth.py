@@ -1,17 +1,22 @@
-"""How the cost of a step grows: measured here factor by factor, and predicted for many GPUs.
+"""How the cost of a run grows: measured here factor by factor, and predicted for many GPUs.
 
     python scripts/bench_growth.py step [--smoke]
+    python scripts/bench_growth.py start [--smoke]
     python scripts/bench_growth.py gpus [--sizes 7b 32b 72b]
 
 `step` measures the trainer's step on this machine, one device and random weights, and changes one
-factor at a time. `gpus` compiles the step for 8, 64 and 512 H200s that need not be there (see
-requirements-plan.txt) at the same rows per GPU; nothing of it is measured. Both print Markdown.
+factor at a time. `start` runs the command twice for each size of model and data, with empty caches
+and with those of the first run, and shows how its start divides. `gpus` compiles the step for 8, 64
+and 512 H200s that need not be there (see requirements-plan.txt) at the same rows per GPU; nothing
+of it is measured. All print Markdown.
 """
 
 import argparse
 import dataclasses
 import os
+import re
 import runpy
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
 
 # JAX reads its platform, and Python finds the package, by the two lines above: hence E402.
+from jax_sft import tiny  # noqa: E402
 from jax_sft.planning import chips, targets  # noqa: E402
 from jax_sft.planning.analysis import Target, analyse  # noqa: E402
 from jax_sft.planning.flops import full_row  # noqa: E402
@@ -29,6 +36,8 @@ from jax_sft.planning.tables import Plan  # noqa: E402
 from jax_sft.validate import validate  # noqa: E402
 from scripts import gpu_step  # noqa: E402
 from scripts.gpu_cases import SHAPES, shape  # noqa: E402
+
+Started = tuple[float, str]  # seconds, and how they divide
 
 # ---- measured here -------------------------------------------------------------------------------
 
@@ -114,6 +123,69 @@ def amount_of(size: Size, sizes: Sequence[Size]) -> int:
 
 
 GROWTH_HEAD = ["grows", "to", "step", "tokens/s", "times the first", "over linear", "compiled in"]
+
+
+# ---- start-up -----------------------------------------------------------------------------------
+
+STARTS = {
+    "parameters": [
+        (dataclasses.replace(BASE, features=n, layers=layers), 1000)
+        for n, layers in ((256, 4), (512, 8), (1024, 12))
+    ],
+    "rows of data": [(BASE, rows) for rows in (1000, 10_000, 100_000)],
+}
+SMOKE_STARTS = {"rows of data": [(TINY, 40)]}
+STARTED = re.compile(r"^started in ([\d.]+) s: (.*); of this ", re.MULTILINE)
+
+
+def starts(factors: Mapping[str, Sequence[tuple[Size, int]]]) -> Iterator[list[str]]:
+    """Yield a line of the table for every size of model and number of rows."""
+    for name, sizes in factors.items():
+        for size, num_rows in sizes:
+            with tempfile.TemporaryDirectory() as folder:
+                num_params, (cold, _), (warm, parts) = started(Path(folder), size, num_rows)
+            yield [
+                *(name, f"{num_params / 1e6:,.1f}M", f"{num_rows:,}"),
+                *(f"{cold:.1f} s", f"{warm:.1f} s", parts),
+            ]
+
+
+def started(folder: Path, size: Size, num_rows: int) -> tuple[int, Started, Started]:
+    """Train one step twice; return (number of parameters, the first start, the second one)."""
+    file = gpu_step.write_config(
+        folder,
+        size.raw(),
+        1,
+        {
+            "model.dtype": "float32",
+            "data.seq_len": size.tokens,
+            "train.steps": 1,
+            "checkpoint.every_steps": 0,
+        },
+    )
+    tiny.write_tokenizer(folder / "model")
+    tiny.write_model(folder / "model", size.raw())
+    tiny.write_words(folder, num_train=num_rows)
+    (folder / "train.jsonl").rename(folder / "data.jsonl")
+    command = [sys.executable, "-m", "jax_sft.train", f"--config={file}"]
+    env = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(REPO)}
+    found = []
+    for number in range(2):
+        shown = subprocess.run(
+            [*command, f"--workdir={folder / f'run{number}'}"],
+            env=env,
+            cwd=REPO,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
+        seconds, parts = STARTED.findall(shown)[0]
+        found.append((float(seconds), parts))
+    num_params = (folder / "model" / "model.safetensors").stat().st_size // 4
+    return num_params, *found
+
+
+START_HEAD = ["grows", "parameters", "rows", "cold start", "warm start", "of the warm one"]
 
 
 # ---- predicted for many GPUs ---------------------------------------------------------------------
@@ -218,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["step", "gpus"])
+    parser.add_argument("what", choices=["step", "start", "gpus"])
     parser.add_argument("--sizes", nargs="+", choices=[*LARGE], default=[*LARGE])
     parser.add_argument("--steps", type=int, default=3, help="that are timed")
     parser.add_argument("--smoke", action="store_true", help="toy sizes")
@@ -226,6 +298,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.what == "step":
         factors = SMOKE_FACTORS if options.smoke else FACTORS
         head, rows = GROWTH_HEAD, growth(factors, options.steps)
+    elif options.what == "start":
+        head, rows = START_HEAD, starts(SMOKE_STARTS if options.smoke else STARTS)
     else:
         if problem := targets.plugin_problem():
             parser.error(problem)

@@ -1,6 +1,8 @@
 """scripts/bench_growth.py: its tables say what was measured and what was planned."""
 
 import runpy
+import subprocess
+from pathlib import Path
 
 import jax
 import pytest
@@ -86,3 +88,25 @@ def test_seven_billion_on_64_gpus_are_planned():
     found = bench_growth.planned(Run("7b", 1, 64, 1, KEPT))
     assert "memory" in found and found["memory"]["fits"]
     assert found["target"]["num_devices"] == 64
+
+
+def test_a_start_is_run_with_empty_caches_and_again_with_full_ones(monkeypatch, capsys):
+    runs = []
+
+    def run(command, *, env, **_):
+        folder = Path(env["XDG_CACHE_HOME"]).parent
+        rows = (folder / "data.jsonl").read_text().splitlines()
+        runs.append((command[-1], env["XDG_CACHE_HOME"], len(rows)))
+        seconds = {"run0": 9.0, "run1": 4.0}[Path(command[-1]).name]
+        line = (
+            f"compiled\nstarted in {seconds} s: imports 1.5, data 2.5; of this 0.1 for 2 programs\n"
+        )
+        return subprocess.CompletedProcess(command, 0, stdout=line)
+
+    monkeypatch.setattr(bench_growth.subprocess, "run", run)
+    assert bench_growth.main(["start", "--smoke"]) == 0
+    head, _, row = map(cells, capsys.readouterr().out.splitlines())
+    assert len(head) == len(row) == len(bench_growth.START_HEAD)
+    assert row[3:] == ["9.0 s", "4.0 s", "imports 1.5, data 2.5"]
+    (first, cache, num_rows), second = runs
+    assert first != second[0] and second[1:] == (cache, num_rows) and num_rows <= 40

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from jax_sft.data.loader import Loader
 from jax_sft.data.prepare import prepare
 from jax_sft.model import ModelDef
 from jax_sft.models import qwen2
-from jax_sft.step import make_eval_step
+from jax_sft.step import make_eval_step, no_sums
 
 # ---- FLOPs ---------------------------------------------------------------------------------------
 
@@ -394,13 +395,44 @@ def test_evaluation_weighs_every_token_of_every_example_once(sets):
 
 
 def test_a_perplexity_beyond_floats_stays_valid_json():
-    def step(params, batch):
+    def step(params, batch, before):
         return {"loss": 8000.0, "weight": 8.0, "correct": 2.0}
 
     loader = SimpleNamespace(batches=lambda start, stop: [None] * stop, steps_per_epoch=3)
     found = evaluate.evaluate(step, {}, {"a": loader})
     assert found["eval/a/perplexity"] == math.exp(700) and found["eval/a/loss"] == 1000
     assert found["eval/accuracy"] == 0.25
+
+
+def test_a_batch_is_read_while_the_next_one_is_computed(monkeypatch):
+    events = []
+
+    def step(params, batch, before):
+        events.append(f"start {batch} after {before['loss']:.0f}")
+        return {"loss": float(batch), "weight": 1.0, "correct": 1.0}
+
+    def device_get(sums):
+        events.append(f"read {sums['loss']:.0f}")
+        return sums
+
+    monkeypatch.setattr(jax, "device_get", device_get)
+    loader = SimpleNamespace(batches=lambda start, stop: [1, 2, 3], steps_per_epoch=3)
+    assert evaluate.evaluate(step, {}, {"a": loader})["eval/a/loss"] == 2
+    assert events == [
+        *("start 1 after 0", "read 0", "start 2 after 1", "read 1"),
+        *("start 3 after 2", "read 2", "read 3"),
+    ]
+
+
+def test_an_evaluation_waits_for_the_batch_before(sets):
+    folder, mesh, _, loaders = sets
+    model = jax_sft.load(folder, mesh)
+    with jax.set_mesh(mesh):
+        batch = next(iter(loaders["small"].batches(0, 1)))
+        step = make_eval_step(model.model_def, mesh)
+        text = step.lower(model.params, batch, no_sums()).compile().as_text()
+    entry = text[text.index("ENTRY") :]
+    assert len(re.findall(r" = f32\[\] parameter\(", entry)) == len(no_sums())
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from jax_sft import config, hf, models, optim, parallel, state, tiny
 from jax_sft.data.examples import Encoded, Examples
 from jax_sft.data.loader import Loader
 from jax_sft.model import ModelDef
-from jax_sft.step import make_eval_step, make_train_step, value_and_grad
+from jax_sft.step import make_eval_step, make_train_step, no_sums, value_and_grad
 
 MESHES = [(8, 1, 1, 1), (1, 2, 2, 2)]
 NUM_SOURCES = 3
@@ -77,7 +77,7 @@ def sums_of_one_source(folder: Path) -> list[dict[str, float]]:
         step = make_eval_step(model_def, mesh)
         for source in range(NUM_SOURCES):
             alone = batch | {"weights": batch["weights"] * (sources == source)}
-            found.append(jax.device_get(step(params, alone)))
+            found.append(jax.device_get(step(params, alone, no_sums())))
     return found
 
 
