@@ -5,11 +5,12 @@ flags, kind and number of devices, the instructions that a CPU has), the first p
 all read. `train` calls `use` before anything is compiled.
 """
 
+import contextlib
 import functools
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -55,6 +56,17 @@ def use(wanted: str, workdir: Path, say: Callable[[str], None]) -> None:
             f"WARNING compiled programs are not kept in {root} (train.compilation_cache): {problem}"
         )
     _set(None)
+
+
+@contextlib.contextmanager
+def off() -> Iterator[None]:
+    """Compile anew within, and keep nothing: for programs that are looked at and not run."""
+    before = _folder()
+    _set(None)
+    try:
+        yield
+    finally:
+        _set(Path(before) if before else None)
 
 
 def _obstacle(folder: Path) -> str:

@@ -53,6 +53,18 @@ def compile_anew(factor: int) -> float:
     return float(jax.jit(lambda x: jnp.sin(x) * factor)(jnp.float32(1.0)))
 
 
+def test_within_off_nothing_is_kept_or_found(folder):
+    compilation_cache._set(folder)
+    assert compile_anew(3) and (kept := entries(folder))
+    with pytest.raises(KeyError), compilation_cache.off():
+        assert jax.config.jax_compilation_cache_dir is None
+        compile_anew(5)
+        raise KeyError  # the folder is back whatever happens
+    assert entries(folder) == kept
+    compile_anew(7)
+    assert len(entries(folder)) > len(kept)
+
+
 def test_imports_take_little_and_leave_heavy_packages_out():
     code = "import sys, jax_sft.train; print([n for n in sys.argv[1:] if n in sys.modules])"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

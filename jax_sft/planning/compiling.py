@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jax_sft import parallel
+from jax_sft import compilation_cache, parallel
 from jax_sft.planning import targets
 from jax_sft.program import Program, program
 from jax_sft.validate import Resolved
@@ -51,6 +51,8 @@ def compile_step(cfg, resolved: Resolved, devices: Sequence[Any]) -> Compiled:
     for_gpus = mesh.devices.flat[0].platform != "cpu"
     with (
         jax.set_mesh(mesh),
+        # Programs of absent devices cannot be loaded again, and what is found dumps nothing.
+        compilation_cache.off(),
         captured_stderr() as lines,
         tempfile.TemporaryDirectory(prefix="jax-sft-plan-") as folder,
     ):
