@@ -22,6 +22,8 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 jax.block_until_ready(double(jnp.ones(2**24)))  # 64 MB twice
 print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+# Where a kernel gives none on request there are no faults to count; the decision itself is tested
+# on every kernel below, against a file of our own.
 needs_huge_pages = pytest.mark.skipif(
     not huge_pages._are_on_request(), reason="this kernel gives huge pages to all or to none"
 )
