@@ -342,14 +342,17 @@ def machine(device: str) -> str:
         found = subprocess.run(query, capture_output=True, text=True, check=True)
         gpus = found.stdout.split("\n")[:-1]
         return f"{len(gpus)} x {gpus[0]}"
-    kinds = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
+    known = dict[str, str]()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        known.setdefault(key.strip(), value.strip())
+    kind = known.get("model name", platform.machine())
+    # Virtual machines hide the model; the width of their vectors decides what a product can reach.
+    flags = set(known.get("flags", "").split())
+    widths = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX"}
+    vectors = next((f" ({name})" for flag, name in widths.items() if flag in flags), "")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    kind = kinds[0] if kinds else platform.machine()
-    return f"{kind}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
+    return f"{kind}{vectors}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
 
 
 def commit() -> str:
