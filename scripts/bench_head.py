@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Python finds the package by the line above: hence E402.
 from jax_sft import models, parallel  # noqa: E402
 from jax_sft.model import ModelDef  # noqa: E402
-from jax_sft.ops.cross_entropy import chunk_size, cross_entropy  # noqa: E402
+from jax_sft.ops.cross_entropy import chunk_sizes, cross_entropy  # noqa: E402
 from jax_sft.step import value_and_grad  # noqa: E402
 
 SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
@@ -47,8 +47,8 @@ def main() -> None:
     device = jax.local_devices()[0]
     print(f"{device.device_kind} ({platform.machine()}), jax {version('jax')}, {vars(options)}")
     num_tokens = options.rows * options.seq_len
-    chunk = chunk_size(options.vocab, num_tokens, device.platform)
-    print(f"{num_tokens} tokens in chunks of {chunk}\n")
+    sizes = chunk_sizes(options.vocab, num_tokens, device.platform)
+    print(f"{num_tokens} tokens in chunks of {', '.join(map(str, sizes))}\n")
 
     model_def, params = random_model(options)
     with jax.set_mesh(parallel.single_device_mesh()):

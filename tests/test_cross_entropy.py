@@ -21,7 +21,7 @@ from jax_sft.ops import cross_entropy as ce
 MESHES = [m for m in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(m) == 8]
 TENSOR, MIXED = (1, 1, 8, 1), (1, 2, 2, 2)
 B, T, D, V = 8, 24, 16, 40
-CHUNK = 7  # divides the tokens of a device on none of the meshes: 24, 48, 96 or 192
+CHUNKS = 14, 7  # divide the tokens of a device on none of the meshes: 24, 48, 96 or 192
 NUM_SOURCES = 5  # the fourth has no token
 QUICK = {"xla_backend_optimization_level": 0}  # of the machine code alone: compiles twice as fast
 ALL: dict[str, Any] = {"z_loss": 1e-2, "label_smoothing": 0.1, "soft_cap": 2.0}
@@ -107,7 +107,14 @@ def papers_loss_and_gradients(hidden_BTD, head_VD, targets_BT, weights_BT, optio
 
 @functools.cache  # compiled once for each mesh, setting and what a test has `changed`
 def compiled(
-    sizes, chunk=CHUNK, sources=False, gradients=True, scale=1.0, counts=True, changed=(), **options
+    sizes,
+    chunks=CHUNKS,
+    sources=False,
+    gradients=True,
+    scale=1.0,
+    counts=True,
+    changed=(),
+    **options,
 ):
     num_sources = (NUM_SOURCES,) if sources else ()
 
@@ -121,13 +128,18 @@ def compiled(
 
 
 def on_mesh(
-    sizes, problem, *sources_BT, chunk: int = CHUNK, gradients: bool = True, **settings: Any
+    sizes,
+    problem,
+    *sources_BT,
+    chunks: tuple[int, ...] = CHUNKS,
+    gradients: bool = True,
+    **settings: Any,
 ) -> tuple[Any, ...]:
     """(loss, weight, correct[, two more by source], gradients of hidden and head) of ours."""
     hidden_BTD, head_VD, targets_BT, weights_BT = problem
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh(sizes)):
-        patch.setitem(ce.MAX_CHUNK, "cpu", chunk)
-        run = compiled(sizes, chunk, bool(sources_BT), gradients, **settings)
+        patch.setitem(ce.CHUNKS, "cpu", chunks)
+        run = compiled(sizes, chunks, bool(sources_BT), gradients, **settings)
         found = run(hidden_BTD, head_VD, weights_BT, targets_BT, *sources_BT)
         (value, others), grads = jax.device_get(found if gradients else (found, ()))
     assert not gradients or not grads[2].any()  # weights are data
@@ -155,7 +167,7 @@ def test_one_device_gathers_and_scatters_nothing():
     found = {}
     for axis, mesh in (("none", parallel.single_device_mesh()), ("fsdp", make_mesh((1, 8, 1, 1)))):
         with jax.set_mesh(mesh):
-            lowered = compiled((), CHUNK).lower(hidden_BTD, head_VD, weights_BT, targets_BT)
+            lowered = compiled((), CHUNKS).lower(hidden_BTD, head_VD, weights_BT, targets_BT)
         found[axis] = [name in lowered.as_text() for name in ("all_gather", "reduce_scatter")]
     assert found == {"none": [False, False], "fsdp": [True, True]}
 
@@ -166,7 +178,7 @@ def test_every_mesh_of_eight_devices_is_tried():
 
 def test_the_error_is_below_a_millionth_at_a_real_vocabulary():
     problem = loss_problem(scale=0.2, shape=(4, 52, 256, 32_768))  # logits of -3.2 to 3.2
-    wanted, found = dense_loss(*problem), on_mesh(MIXED, problem, chunk=32)
+    wanted, found = dense_loss(*problem), on_mesh(MIXED, problem, chunks=(32,))
     assert np.count_nonzero(problem[3]) > 80
     # In norm: float32 logits alone give the gradient of a single number an error of 1e-6.
     pairs = [(np.asarray(found[i], np.float64), wanted[i]) for i in (0, 3, 4)]
@@ -317,32 +329,51 @@ def test_each_device_computes_as_many_chunks_as_its_trained_tokens_fill(sizes, m
     jax.effects_barrier()
     rows = B // sizes[0]
     trained = [sum(COUNTS[first : first + rows]) for first in range(0, B, rows)]
-    wanted = [-(-count // CHUNK) for count in trained for _ in range(sizes[2])]
+    sevens = [-(-count // 7) for count in trained for _ in range(sizes[2])]
+    wanted = [number // 2 + number % 2 for number in sevens]
     assert [computed[device] for device in range(8)] == wanted
     assert min(wanted) == int(rows > 1)  # a device without trained tokens computes nothing
 
 
-@pytest.mark.parametrize("trained, chunks", [(0, 0), (1, 1), (7, 1), (8, 2), (14, 2), (15, 3)])
-def test_the_number_of_chunks_follows_the_trained_tokens(trained, chunks):
-    weights_N = jnp.where(jnp.arange(24) < trained, 0.25, 0.0)
-    assert ce.num_chunks(weights_N, 7) == chunks
+@pytest.mark.parametrize(
+    "trained, counts",
+    [(0, [0, 0, 0]), (1, [0, 0, 1]), (7, [0, 0, 1]), (8, [0, 1, 0]), (14, [0, 1, 0])]
+    + [(15, [0, 1, 1]), (21, [0, 1, 1]), (22, [1, 0, 0]), (28, [1, 0, 0]), (76, [2, 1, 1])],
+)
+def test_chunks_are_as_few_as_leave_less_than_the_smallest_empty(trained, counts):
+    assert ce.num_chunks(trained, (28, 14, 7)) == counts
+    of_array = ce.num_chunks(jnp.asarray(trained), (28, 14, 7))
+    assert [int(count) for count in of_array] == counts
 
 
-@pytest.mark.parametrize("chunk", [1, 4096])
-def test_the_size_of_chunks_changes_rounding_alone(chunk):
+@pytest.mark.parametrize("chunks", [(1,), (4096,), (16, 4, 2)])
+def test_the_size_of_chunks_changes_rounding_alone(chunks):
     problem = loss_problem()
-    wanted, found = dense_loss(*problem), on_mesh(MIXED, problem, chunk=chunk)
+    wanted, found = dense_loss(*problem), on_mesh(MIXED, problem, chunks=chunks)
     assert relative_error(found[0], wanted[0]) < 1e-6 and found[2] == wanted[2]
     assert relative_error(found[4], wanted[4]) < 1e-5
 
 
 @pytest.mark.parametrize(
-    "num_ids, num_tokens, chunk",
-    [(152_064, 8192, 1024), (19_008, 131_072, 1024), (152_064, 300, 300), (600_000, 8192, 384)],
+    "num_ids, num_tokens, chunks",
+    [
+        (152_064, 8192, (1024, 512, 256)),
+        (19_008, 131_072, (1024, 512, 256)),
+        (152_064, 300, (256,)),
+        (152_064, 100, (100,)),
+        (600_000, 8192, (256,)),
+        (2_000_000, 8192, (128,)),
+    ],
 )
-def test_the_logits_of_a_chunk_stay_below_a_gibibyte(num_ids, num_tokens, chunk):
-    assert ce.chunk_size(num_ids, num_tokens, "gpu") == chunk
-    assert 4 * num_ids * chunk <= 2**30
+def test_the_logits_of_a_chunk_stay_below_a_gibibyte(num_ids, num_tokens, chunks):
+    assert ce.chunk_sizes(num_ids, num_tokens, "gpu") == chunks
+    assert 4 * num_ids * chunks[0] <= 2**30
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_each_size_of_chunks_is_a_multiple_of_the_next(platform):
+    sizes = ce.CHUNKS[platform]
+    assert all(large % small == 0 for large, small in itertools.pairwise(sizes))
 
 
 # ---- precision -----------------------------------------------------------------------------------
@@ -395,8 +426,8 @@ def traced(sizes, dtype=jnp.float32, shape=LARGE, **settings):
         array(of_tokens[0], kind, *of_tokens[1]) for kind in (jnp.float32, jnp.int32, jnp.int32)
     )
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
-        patch.setitem(ce.MAX_CHUNK, "cpu", CHUNK)
-        run = compiled(sizes, CHUNK, **settings)
+        patch.setitem(ce.CHUNKS, "cpu", CHUNKS)
+        run = compiled(sizes, CHUNKS, **settings)
         sources = (sources_BT,) if settings.get("sources") else ()
         return run.trace(hidden_BTD, head_VD, weights_BT, targets_BT, *sources)
 
@@ -415,7 +446,7 @@ def test_no_array_holds_the_logits_of_all_tokens(gradients, options):
     program = traced(TENSOR, gradients=gradients, sources=True, **options).jaxpr.jaxpr
     sizes = [getattr(out.aval, "size", 0) for eqn, _ in equations(program) for out in eqn.outvars]
     assert max(sizes) == 4096 * 16  # the hidden states
-    assert CHUNK * 64 in sizes  # the logits of a chunk
+    assert {chunk * 64 for chunk in CHUNKS} <= {*sizes}  # the logits of a chunk
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2, 1), MIXED])
@@ -427,7 +458,7 @@ def test_only_small_sums_over_tensor_are_sent_within_the_loop(sizes):
         if name in ("axis_index", "pvary") or not any(axis in parallel.AXES for axis in axes):
             continue
         if in_loop:
-            assert axes == ("tensor",) and equation.invars[0].aval.size <= 2 * CHUNK, equation
+            assert axes == ("tensor",) and equation.invars[0].aval.size <= 2 * max(CHUNKS), equation
         else:
             sent[name, axes, str(equation.invars[0].aval.dtype)] += 1
     embed = parallel.RULES["embed"]
@@ -449,6 +480,6 @@ def test_the_compiler_adds_no_gather_and_no_scatter():
 
 
 def test_counting_right_predictions_costs_nothing_where_it_is_not_asked_for():
-    counting = f" s32[{CHUNK}]{{0}} all-reduce("  # over tensor, in each chunk
+    counting = f" s32[{CHUNKS[0]}]{{0}} all-reduce("  # over tensor, in each chunk
     assert counting in compiled_text(traced(TENSOR))
     assert counting not in compiled_text(traced(TENSOR, counts=False))

@@ -247,8 +247,8 @@ def test_fewer_trained_tokens_cost_less_and_only_one_mfu_counts_them():
     tenth = dataclasses.replace(full, trained=409.6)
     whole, part = (roofline.predict(cost_of(row), H100, 8, 1, []) for row in (full, tenth))
     assert part.step_time_s < whole.step_time_s
-    # 819.2 trained tokens per device and, on average, half a chunk without a token.
-    assert part.compute["head"] == pytest.approx(whole.compute["head"] * (819.2 + 512) / 8192)
+    # 819.2 trained tokens per device and, on average, half a last chunk without a token.
+    assert part.compute["head"] == pytest.approx(whole.compute["head"] * (819.2 + 128) / 8192)
     assert part.compute["mlp"] == whole.compute["mlp"]
     assert cost_of(tenth).causal_flops == cost_of(full).causal_flops
     assert part.mfu_causal > whole.mfu_causal and part.mfu_causal > 1.05 * part.mfu
@@ -259,10 +259,11 @@ def test_the_head_pays_for_its_last_chunk_once_per_pass_and_for_nothing_where_no
     unit = 6 * 128256 * 4096
     few = dataclasses.replace(flops.full_row(4096), trained=100)
     once, four = (cost_of(few, micro_batches=n).hardware["head"] for n in (1, 4))
-    assert once == unit * (1600 + 8 * 512) and four == unit * (1600 + 4 * 8 * 512)
+    assert once == unit * (1600 + 8 * 128) and four == unit * (1600 + 4 * 8 * 128)
     none = dataclasses.replace(few, trained=0)
     assert cost_of(none).hardware["head"] == 0
-    assert flops.HEAD_CHUNK == cross_entropy.MAX_CHUNK["gpu"]
+    largest, *_, smallest = cross_entropy.CHUNKS["gpu"]
+    assert (flops.HEAD_CHUNK, flops.LAST_HEAD_CHUNK) == (largest, smallest)
 
 
 def test_padding_takes_time_and_gives_no_mfu():

@@ -1,8 +1,8 @@
 """Cross-entropy over a large vocabulary without ever holding the logits of all tokens.
 
 Shape suffixes: B rows, T tokens, N tokens of a device, M the same with trained tokens first and
-room for whole chunks, C tokens of a chunk, D model, V vocabulary (of a device, inside the island),
-S shards of the tokens over `tensor`.
+room for whole chunks of the smallest size, C tokens of a chunk, D model, V vocabulary (of a device,
+inside the island), S shards of the tokens over `tensor`.
 Called by `step` and `evaluate` inside jit, under the mesh set by `jax.set_mesh`.
 """
 
@@ -15,19 +15,17 @@ import jax.numpy as jnp
 
 from jax_sft import parallel
 
-# Tokens whose logits live at a time on a device. Each chunk reads and writes the float32 gradient
-# of the head, 8 V D bytes, beside 6 C V D operations of its matrix products. On an H200 (4.8 TB/s,
-# about 650 TFLOP/s) that is 180 / C of their time, whatever V and D are: 18% at 1024 if nothing of
-# it is hidden, 70% at 256. And the last chunk of a device is half empty on average: of 2000 trained
-# tokens 26% are wasted at 1024, 51% at 2048. The sum is lowest at C = sqrt(360 trained tokens):
-# 600 to 1700 for 1000 to 8000 of them, which is what packed rows of chats have. A CPU core
-# multiplies slowly beside its memory (100 GFLOP/s, 5 GB/s): 27 / C, lowest at sqrt(54 tokens), 130
-# to 330 for 300 to 2000 of them.
-MAX_CHUNK = {"gpu": 1024, "cpu": 256}
+# Tokens whose logits live at a time on a device, each size half of the one before: as many of the
+# largest as the trained tokens fill, then at most one of each other, the last one half empty on
+# average. Each chunk reads and writes the float32 gradient of the head, 8 V D bytes, beside 6 C V D
+# operations of its matrix products. On an H200 (4.8 TB/s, about 650 TFLOP/s) that is 180 / C of
+# their time, whatever V and D are: 18% at 1024 if nothing of it is hidden, 70% at 256. A CPU core
+# multiplies slowly beside its memory (100 GFLOP/s, 5 GB/s): 27 / C.
+CHUNKS = {"gpu": (1024, 512, 256), "cpu": (256, 128, 64)}
 MAX_LOGITS_BYTES = 2**30  # of a chunk on a device: binds above 262,144 ids per device
-MIN_CHUNK = 128  # tokens; one tile of a matrix product
+MIN_CHUNK = 128  # tokens that it leaves; one tile of a matrix product
 
-LOOP = "head_chunks"  # name of the loop whose trips the data decides, for `plan`
+LOOP = "head_chunks"  # loops whose trips the data decides are named so, "_" and their size: `plan`
 
 Sums = tuple[jax.Array, ...]  # loss, weight, correct (and by source: loss, weight)
 
@@ -157,8 +155,8 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
         x_BT.reshape(len(x_BT), shards, -1).swapaxes(0, 1).reshape(-1) for x_BT in of_tokens
     ]
     weights_N = of_tokens_N[1]
-    chunk = chunk_size(num_local, len(weights_N), parallel.platform())
-    index_M = trained_first(weights_N, chunk)
+    sizes = chunk_sizes(num_local, len(weights_N), parallel.platform())
+    index_M = trained_first(weights_N, sizes[-1])
     targets_M, weights_M, *sources_M = (
         x_N.at[index_M].get(mode="fill", fill_value=0) for x_N in of_tokens_N
     )
@@ -171,12 +169,12 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
         jax.lax.pcast(no_grads if gradients else (), parallel.AXES, to="varying"),
     )
 
-    def add_chunk(number, found):
+    def add_chunk(first, size, found):
         def chunk_of(x_M):
-            return jax.lax.dynamic_slice_in_dim(x_M, number * chunk, chunk)
+            return jax.lax.dynamic_slice_in_dim(x_M, first, size)
 
         def with_chunk(x_M, x_C):
-            return jax.lax.dynamic_update_slice_in_dim(x_M, x_C, number * chunk, 0)
+            return jax.lax.dynamic_update_slice_in_dim(x_M, x_C, first, 0)
 
         losses_M, correct_M, grads = found
         head_DV = head.T if is_whole else head  # here it is part of the products, before it a copy
@@ -196,11 +194,17 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
         return with_chunk(losses_M, losses_C), with_chunk(correct_M, correct_C), grads
 
     # The devices of one group of `tensor` have the same tokens, hence as many chunks: they meet in
-    # the collectives of each. There are no others within the loop.
-    with jax.named_scope(LOOP):
-        losses_M, correct_M, grads = jax.lax.fori_loop(
-            0, num_chunks(weights_N, chunk), add_chunk, start
-        )
+    # the collectives of each. There are no others within the loops.
+    found, first = start, 0
+    for size, count in zip(sizes, num_chunks(jnp.count_nonzero(weights_N), sizes), strict=True):
+
+        def add_next(number, found, first=first, size=size):
+            return add_chunk(first + number * size, size, found)
+
+        with jax.named_scope(f"{LOOP}_{size}"):
+            found = jax.lax.fori_loop(0, count, add_next, found)
+        first += count * size
+    losses_M, correct_M, grads = found
     sums = losses_M * weights_M, weights_M, correct_M * weights_M
     by_source = _sums_by_source(sums[:2], sources_M[0], num_sources) if num_sources else ()
     sums = jax.lax.psum((*(of_M.sum() for of_M in sums), *by_source), token_axes)
@@ -212,15 +216,28 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
     return sums, grad_hidden_BTD, *(grad_DV.T.astype(head_VD.dtype) for grad_DV in of_head)
 
 
-def chunk_size(num_ids: int, num_tokens: int, platform: str) -> int:
-    """Tokens per chunk on a "gpu" or "cpu" that has so many tokens and ids of the vocabulary."""
+def chunk_sizes(num_ids: int, num_tokens: int, platform: str) -> tuple[int, ...]:
+    """Tokens per chunk on a "gpu" or "cpu" that has so many tokens and ids of the vocabulary.
+
+    The largest size first; each is a multiple of the next.
+    """
     of_memory = MAX_LOGITS_BYTES // (4 * num_ids) // MIN_CHUNK * MIN_CHUNK
-    return min(max(of_memory, MIN_CHUNK), MAX_CHUNK[platform], num_tokens)
+    most = min(max(of_memory, MIN_CHUNK), num_tokens)
+    return tuple(size for size in CHUNKS[platform] if size <= most) or (most,)
 
 
-def num_chunks(weights_N: jax.Array, chunk: int) -> jax.Array:
-    """Chunks that hold all tokens with a weight: how often the loop over chunks runs."""
-    return -(-jnp.count_nonzero(weights_N) // chunk)
+def num_chunks(num_trained: Any, sizes: tuple[int, ...]) -> list[Any]:
+    """How many chunks of each size hold so many tokens: less than one of the smallest is empty.
+
+    Args:
+        num_trained: an int, or an int array of no dimensions; then the results are arrays too.
+    """
+    left = -(-num_trained // sizes[-1]) * sizes[-1]
+    counts = []
+    for size in sizes:
+        counts.append(left // size)
+        left = left % size
+    return counts
 
 
 def trained_first(weights_N: jax.Array, chunk: int) -> jax.Array:
@@ -245,7 +262,8 @@ def _chunk(hidden_CD, head_DV, targets_C, weights_C, objective: Objective):
     if cap := objective.soft_cap:
         logits_CV = cap * jnp.tanh(logits_CV / cap)
     num_local, num_ids = head_DV.shape[1], objective.num_ids
-    ids_V = jax.lax.axis_index("tensor") * num_local + jnp.arange(num_local)
+    first_id = jax.lax.axis_index("tensor") * num_local
+    ids_V = first_id + jnp.arange(num_local)
     is_padded = num_ids < num_local * jax.lax.axis_size("tensor")
 
     def of_ids(x_CV, elsewhere):
@@ -258,11 +276,16 @@ def _chunk(hidden_CD, head_DV, targets_C, weights_C, objective: Objective):
     exp_CV = jnp.exp(shifted_CV)
     # The prediction is the first token with the highest logit, so that ties count once.
     is_better_CV = (shifted_CV == 0) & (ids_V < targets_C[:, None])
-    sums_CV = [exp_CV, jnp.where(is_target_CV, shifted_CV, 0.0)]
+    # The target's logit is read, not summed out of zeros: on CPUs that would be two more passes.
+    local_C = targets_C - first_id
+    is_here_C = (local_C >= 0) & (local_C < num_local)
+    place_C1 = jnp.where(is_here_C, local_C, 0)[:, None]
+    target_C = jnp.take_along_axis(shifted_CV, place_C1, axis=-1)[:, 0]
+    sums_C = [exp_CV.sum(axis=-1), jnp.where(is_here_C, target_C, 0.0)]
     if objective.label_smoothing:
-        sums_CV.append(of_ids(shifted_CV, 0.0))
+        sums_C.append(of_ids(shifted_CV, 0.0).sum(axis=-1))
     # Stacked: one collective per chunk, not one per sum.
-    sum_exp_C, target_C, *sum_C = jax.lax.psum(jnp.stack([x.sum(-1) for x in sums_CV]), "tensor")
+    sum_exp_C, target_C, *sum_C = jax.lax.psum(jnp.stack(sums_C), "tensor")
     # Apart: the compiler drops it where nobody asks.
     correct_C = (target_C == 0) & (jax.lax.psum(is_better_CV.sum(axis=-1), "tensor") == 0)
     log_sum_C = jnp.log(sum_exp_C)

@@ -109,9 +109,10 @@ class _Loops:
         self._vocab = -(-resolved.model_cfg.vocab // self._sizes["tensor"])
 
     def __call__(self, loop: hlo.Instruction) -> float:
-        if cross_entropy.LOOP in loop.op_name:
-            trained = self._tokens * self._row.trained / self._row.slots
-            return math.ceil(trained / cross_entropy.chunk_size(self._vocab, self._tokens, "gpu"))
+        if size := re.search(rf"{cross_entropy.LOOP}_(\d+)", loop.op_name):
+            trained = math.ceil(self._tokens * self._row.trained / self._row.slots)
+            sizes = cross_entropy.chunk_sizes(self._vocab, self._tokens, "gpu")
+            return cross_entropy.num_chunks(trained, sizes)[sizes.index(int(size[1]))]
         if blockwise.LOOP in loop.op_name:
             # A block of queries meets the blocks of keys that hold its visible pairs; in the
             # backward pass, a block of keys the device's blocks of queries.

@@ -13,7 +13,8 @@ from jax_sft.models.spec import Weight
 # Attention's backward pass has five products for two of the forward pass: a flash kernel computes
 # the scores again. The model's own backward pass, which MFU counts, has four.
 _KERNEL_BACKWARD = 2.5
-HEAD_CHUNK = 1024  # tokens of a device whose logits live at a time: cross_entropy.MAX_CHUNK["gpu"]
+# Tokens of a device whose logits live at a time, most and least: cross_entropy.CHUNKS["gpu"].
+HEAD_CHUNK, LAST_HEAD_CHUNK = 1024, 256
 # Tokens of the busiest expert over the mean, with which all of them advance: ops.grouped.
 LARGEST_GROUP = 2.0
 # Names of compute.NAMES that the policies keep which are made of names.
@@ -249,7 +250,7 @@ def step_cost(
 def _in_chunks(trained: float, slots: float, micro_batches: int, sizes: Mapping[str, int]) -> float:
     """Tokens that the head computes: those that train, the last chunk of a device half empty."""
     parts = sizes["data"] * sizes["fsdp"] * sizes["sequence"] * micro_batches
-    return min(trained + parts * HEAD_CHUNK / 2, slots) if trained else 0.0
+    return min(trained + parts * LAST_HEAD_CHUNK / 2, slots) if trained else 0.0
 
 
 def computed_pairs(attention: str, num_rows: int, row: RowWork) -> tuple[float, float]:
