@@ -20,6 +20,7 @@ from tqdm import tqdm
 from jax_sft import (
     fingerprint,
     hf,
+    hf_write,
     manifest,
     model_files,
     models,
@@ -133,13 +134,13 @@ def convert(
     """
     out = Path(out).absolute()
     planned = plan(model, revision=revision, dtype=dtype)
-    hf.check_out(out, planned.nbytes, overwrite)
+    hf_write.check_out(out, planned.nbytes, overwrite)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         _write_step(planned, unfinished / str(STEP), progress)
         kept = {name: tensor.dtype for name, tensor in planned.tensors.items()}
         model_files.keep(unfinished, model_files.Model(planned.folder, kept))
-        hf.put_in_place(unfinished, out)
+        hf_write.put_in_place(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return out
@@ -200,7 +201,7 @@ def _write_row(planned: Plan, row: Weight, folder: Path) -> Iterator[tuple[str, 
         for index, name in row.hf_tensors(dims)
         for block in blocks
     ]
-    num_threads = hf.threads(math.prod(block_shape) * dtype.itemsize)
+    num_threads = hf_write.threads(math.prod(block_shape) * dtype.itemsize)
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         yield from pool.map(write, *zip(*tasks, strict=True))
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax_sft import (
     fingerprint,
     hf,
+    hf_write,
     lora,
     model_files,
     models,
@@ -74,10 +75,10 @@ def export(
     planned = plan(
         checkpoint, step=step, shard_bytes=shard_bytes, dtype=dtype, merge=merge, base=base
     )
-    hf.check_out(out, planned.layout.nbytes, overwrite)
+    hf_write.check_out(out, planned.layout.nbytes, overwrite)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        hf.save(
+        hf_write.save(
             _Params(planned),
             planned.rows,
             planned.dims,
@@ -92,7 +93,7 @@ def export(
             _describe_adapter(planned, unfinished)
         elif dtype:
             _set_dtype(unfinished / "config.json", dtype)
-        hf.put_in_place(unfinished, out)
+        hf_write.put_in_place(unfinished, out)
     except storage.Failed as error:
         raise ValueError(steps.damaged(planned.folder, planned.step, [str(error)])) from error
     finally:
@@ -124,7 +125,7 @@ class Plan:
     weights: pretrained.Weights | None
     rows: tuple[Weight, ...]
     dtypes: Mapping[str, str]
-    layout: hf.Layout
+    layout: hf_write.Layout
 
     @property
     def dims(self) -> dict[str, int]:
@@ -231,7 +232,7 @@ def plan(
             dtypes = dict.fromkeys(dtypes, hf.NAMES[dtype])
         if model_def.frozen:
             weights = _weights(of_run, base, model_rows, model_def)
-    layout = hf.layout(written, model_def.dims, dtypes, shard_bytes, single)
+    layout = hf_write.layout(written, model_def.dims, dtypes, shard_bytes, single)
     return Plan(
         *(folder, step, metadata, arrays, model_def, settings, weights, written, dtypes, layout)
     )

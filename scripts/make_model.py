@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np  # noqa: E402
 from ml_dtypes import bfloat16  # noqa: E402
 
-from jax_sft import hf, models, tiny  # noqa: E402
+from jax_sft import hf_write, models, tiny  # noqa: E402
 
 # Sizes of Qwen2.5 (their config.json on the hub) and into how many files they are cut.
 SHAPES = {
@@ -82,10 +82,10 @@ def make(like: str, out: Path, headers_only: bool) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "generation_config.json").write_text(json.dumps({"do_sample": False}) + "\n")
     if headers_only:
-        hf.begin(hf.layout(rows, cfg.dims, dtypes, shard_bytes), out)
+        hf_write.begin(hf_write.layout(rows, cfg.dims, dtypes, shard_bytes), out)
     else:
         params = {row.path: Random(row.shape(cfg.dims), n) for n, row in enumerate(rows)}
-        hf.save(params, rows, cfg.dims, dtypes, out, shard_bytes)
+        hf_write.save(params, rows, cfg.dims, dtypes, out, shard_bytes)
 
 
 def main() -> int:

@@ -1,0 +1,267 @@
+"""Safetensors files of Hugging Face folders, written in blocks of a tensor.
+
+A folder is laid out first (`layout`), so that its size is known and its tensors can be written in
+any order, several at a time.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jax_sft import parallel, storage
+from jax_sft.hf import DTYPES, INDEX, SINGLE
+from jax_sft.models.spec import Weight
+
+_SPARE_BYTES = 100_000_000  # for tokenizer files and headers
+_MOST_THREADS = 4  # some wait for the disk
+_BLOCKS_BYTES = 1 << 29  # worked on at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a tensor of a folder that is written goes.
+
+    Attributes:
+        offset: of its first byte in the file.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A folder's weights before they are written.
+
+    Attributes:
+        tensors: {HF name: Place}, in the order of the files.
+        headers: {file: what it begins with}.
+    """
+
+    tensors: dict[str, Place]
+    headers: dict[str, bytes]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(place.nbytes for place in self.tensors.values())
+
+
+def layout(
+    rows: Iterable[Weight],
+    dims: dict[str, int],
+    dtypes: Mapping[str, str],
+    shard_bytes: int,
+    single: str = SINGLE,
+) -> Layout:
+    """Deal tensors of the rows out to one file, or several.
+
+    Args:
+        dtypes: {HF name: safetensors dtype} of those tensors that are written.
+        shard_bytes: tensor bytes of a file at most, unless one tensor alone has more.
+        single: name of the file if it is one.
+    """
+    shapes = {
+        name: row.hf_shape(dims)
+        for row in rows
+        for _, name in row.hf_tensors(dims)
+        if name in dtypes
+    }
+    shards: list[dict[str, Place]] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        place = Place("", dtypes[name], shape, filled)
+        if shards[-1] and filled + place.nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = dataclasses.replace(place, offset=filled)
+        filled += place.nbytes
+    count = len(shards)
+    tensors, headers = {}, {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else single
+        headers[file] = _header(shard)
+        for name, place in shard.items():
+            offset = len(headers[file]) + place.offset
+            tensors[name] = dataclasses.replace(place, file=file, offset=offset)
+    return Layout(tensors, headers)
+
+
+def _header(shard: Mapping[str, Place]) -> bytes:
+    """A safetensors header: its length as little-endian u64, then JSON padded to 8 bytes.
+
+    Args:
+        shard: offsets count from the end of the header.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, place in shard.items():
+        header[name] = {
+            "dtype": place.dtype,
+            "shape": list(place.shape),
+            "data_offsets": [place.offset, place.offset + place.nbytes],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def save(
+    params: Mapping[str, Any],
+    rows: Iterable[Weight],
+    dims: dict[str, int],
+    dtypes: Mapping[str, str],
+    out: Path,
+    shard_bytes: int,
+    progress: bool = True,
+    single: str = SINGLE,
+) -> list[str]:
+    """Write the weights as safetensors files, in blocks of a tensor.
+
+    Args:
+        params: {our path: array that this process can read whole, or storage.Stored, or anything
+            else that gives blocks for slices; what has a method `finish`, which is called when all
+            of it was read}.
+        out: an existing folder.
+        dtypes, shard_bytes, single: see `layout`.
+
+    Returns:
+        Names of the files: one, or several and their index.
+
+    Raises:
+        storage.Failed: a stored array is damaged.
+    """
+    rows = list(rows)
+    plan = layout(rows, dims, dtypes, shard_bytes, single)
+    bar = tqdm(
+        total=plan.nbytes, desc="writing weights", unit="B", unit_scale=True, disable=not progress
+    )
+    names = begin(plan, out)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(bar)
+        files = {name: stack.enter_context(open(out / name, "r+b")) for name in plan.headers}
+        descriptors = {name: file.fileno() for name, file in files.items()}
+        for row in rows:
+            for nbytes in _save_row(params[row.path], row, dims, plan, descriptors):
+                bar.update(nbytes)
+        for descriptor in descriptors.values():
+            os.fsync(descriptor)
+    return names
+
+
+def begin(plan: Layout, out: Path) -> list[str]:
+    """Write files that lack nothing but what the tensors hold, which takes no room yet.
+
+    Returns:
+        Names of the files: one, or several and their index.
+    """
+    for name, header in plan.headers.items():
+        ends = [p.offset + p.nbytes for p in plan.tensors.values() if p.file == name]
+        with open(out / name, "wb") as file:
+            file.write(header)
+            file.truncate(max(ends))
+    if len(plan.headers) == 1:
+        return [*plan.headers]
+    index = {
+        "metadata": {"total_size": plan.nbytes},
+        "weight_map": {name: place.file for name, place in plan.tensors.items()},
+    }
+    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return [*plan.headers, INDEX]
+
+
+def _save_row(
+    array: Any, row: Weight, dims: dict[str, int], plan: Layout, descriptors: Mapping[str, int]
+) -> Iterator[int]:
+    """Write all tensors of a row, several blocks at a time; yield the bytes of each."""
+    is_stored = isinstance(array, storage.Stored)
+    if isinstance(array, jax.Array):
+        array = np.asarray(array)
+    multiple = array.chunk[len(row.stacked) + row.cut] if is_stored else 1
+
+    def write(index: tuple[int, ...], place: Place, block: parallel.Block) -> int:
+        ours = (*((i, i + 1) for i in index), *block)
+        part = array[tuple(slice(*ends) for ends in ours)]
+        part = row.to_hf(part.reshape(part.shape[len(index) :]), dims)
+        content = part.astype(DTYPES[place.dtype], copy=False).reshape(-1).view(np.uint8)
+        first, *rest = row.hf_index(block, dims)
+        assert all(part == slice(0, n) for part, n in zip(rest, place.shape[1:], strict=True))
+        offset = place.offset + first.start * (place.nbytes // place.shape[0])
+        write_at(descriptors[place.file], content, offset)
+        return content.nbytes
+
+    tasks = [
+        (index, plan.tensors[name], block)
+        for index, name in row.hf_tensors(dims)
+        if name in plan.tensors
+        for block in row.parts(dims, storage.BLOCK_BYTES // array.dtype.itemsize, multiple)
+    ]
+    largest = array.dtype.itemsize * max(
+        math.prod(stop - start for start, stop in block) for *_, block in tasks
+    )
+    with concurrent.futures.ThreadPoolExecutor(threads(largest)) as pool:
+        yield from pool.map(write, *zip(*tasks, strict=True))
+    if hasattr(array, "finish"):
+        array.finish()
+
+
+def threads(block_bytes: int) -> int:
+    """Return how many blocks to work on at a time: each is in memory about three times."""
+    return max(1, min(_MOST_THREADS, _BLOCKS_BYTES // block_bytes))
+
+
+def write_at(descriptor: int, content: np.ndarray, offset: int) -> None:
+    """Write all bytes of a uint8 array into a file, from an offset on.
+
+    Raises:
+        OSError: the file system refused something.
+    """
+    left = content.data
+    while left:
+        done = os.pwrite(descriptor, left, offset)
+        left, offset = left[done:], offset + done
+
+
+def check_out(out: Path, nbytes: int, overwrite: bool) -> None:
+    """Look whether a folder may be written, and make the one it is to be in.
+
+    Raises:
+        ValueError: it is not empty and is not to be replaced; or its disk has no room.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another name for the folder")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"{out} is not empty: choose another folder, or overwrite it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+    except OSError as error:
+        raise ValueError(f"{out} cannot be made: {error}") from error
+    if free < nbytes + _SPARE_BYTES:
+        raise ValueError(
+            f"{out} will have {nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {out.parent}"
+        )
+
+
+def put_in_place(unfinished: Path, out: Path) -> None:
+    """Give a complete folder its name, in the place of what has it."""
+    unfinished.chmod(0o755)
+    if out.exists():
+        shutil.rmtree(out)
+    os.rename(unfinished, out)
