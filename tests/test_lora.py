@@ -393,7 +393,8 @@ def test_frozen_tensors_stay_and_the_others_train_as_in_torch(
         if parameter.requires_grad:
             theirs = parameter.detach().numpy()
             moved = np.linalg.norm(theirs - before[name])
-            assert 0 < np.linalg.norm(after[name] - theirs) < 1e-3 * moved, name
+            # Not even equal bits are wrong; what did not move at all is.
+            assert np.linalg.norm(after[name] - theirs) < 1e-3 * moved, name
         else:
             np.testing.assert_array_equal(after[name], before[name], err_msg=name)
     # What is wholly frozen is not stored; the run goes on from what is.
