@@ -45,7 +45,8 @@ def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = Non
     if hlo_file:
         hlo_file.write_text(compiled.text)
     module = hlo.parse(compiled.text)
-    executions = hlo_loops.executions(module, _Loops(cfg, resolved, target.row))
+    platform = "gpu" if compiled.for_gpus else "cpu"
+    executions = hlo_loops.executions(module, _Loops(cfg, resolved, target.row, platform))
     found = hlo_collectives.collectives(module, executions)
     gemms = hlo_kernels.gemms(module, executions)
     mesh = compiled.program.mesh
@@ -102,8 +103,8 @@ def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = Non
 class _Loops:
     """Expected trips of the loops whose number of trips the data decides."""
 
-    def __init__(self, cfg, resolved: Resolved, row: flops.RowWork):
-        self._row, self._sizes = row, resolved.mesh_shape
+    def __init__(self, cfg, resolved: Resolved, row: flops.RowWork, platform: str):
+        self._row, self._sizes, self._platform = row, resolved.mesh_shape, platform
         ranks = self._sizes["data"] * self._sizes["fsdp"]
         self._tokens = resolved.micro_rows // ranks * cfg.data.seq_len // self._sizes["sequence"]
         self._vocab = -(-resolved.model_cfg.vocab // self._sizes["tensor"])
@@ -111,7 +112,7 @@ class _Loops:
     def __call__(self, loop: hlo.Instruction) -> float:
         if size := re.search(rf"{cross_entropy.LOOP}_(\d+)", loop.op_name):
             trained = math.ceil(self._tokens * self._row.trained / self._row.slots)
-            sizes = cross_entropy.chunk_sizes(self._vocab, self._tokens, "gpu")
+            sizes = cross_entropy.chunk_sizes(self._vocab, self._tokens, self._platform)
             return cross_entropy.num_chunks(trained, sizes)[sizes.index(int(size[1]))]
         if blockwise.LOOP in loop.op_name:
             # A block of queries meets the blocks of keys that hold its visible pairs; in the
