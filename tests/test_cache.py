@@ -1,5 +1,6 @@
 """The token cache: the same tokens whatever happens, made once, and again when anything changes."""
 
+import ast
 import errno
 import fcntl
 import hashlib
@@ -288,6 +289,24 @@ def test_the_key_holds_the_text_of_all_modules_that_decide_tokens_and_their_libr
     assert "jax_sft.data.prepare" not in cache.CODE and "jax_sft.config" not in cache.CODE
     text = Path(chat.__file__).read_bytes()
     assert cache.CODE["jax_sft.data.chat"] == hashlib.sha256(text).hexdigest()
+    ours = {name for name in cache.CODE if name.startswith("jax_sft")}
+    assert ours == parsed_imports("jax_sft.data.cache")
+
+
+def parsed_imports(module: str) -> set[str]:
+    """Return the loaded modules of ours that a module needs, by Python's parser."""
+    found, pending = set[str](), [module]
+    while pending:
+        name = pending.pop()
+        if name in found or name not in sys.modules or name.partition(".")[0] != "jax_sft":
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse(Path(str(sys.modules[name].__file__)).read_text())):
+            if isinstance(node, ast.Import):
+                pending += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                pending += [str(node.module), *(f"{node.module}.{a.name}" for a in node.names)]
+    return found
 
 
 def test_a_moved_file_is_found_again_and_its_errors_name_the_new_place(build, tmp_path):
