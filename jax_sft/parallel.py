@@ -5,7 +5,7 @@ Every array's sharding follows from the names of its dimensions and `RULES`. An 
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -144,6 +144,27 @@ def all_gather(local: jax.Array, axes: str | Sequence[str], **options: Any) -> j
     return local if options.get("tiled") else local[None]
 
 
+def island(local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`jax.shard_map` over the mesh set by `jax.set_mesh`, with its check of what `psum` adds up;
+    on one device, where `psum` adds up nothing, without.
+    """
+    is_checked = not is_one_device()
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=is_checked)
+
+
+def is_one_device() -> bool:
+    """Whether the mesh set by `jax.set_mesh` has one device."""
+    return jax.sharding.get_abstract_mesh().size == 1
+
+
+def psum(local: Any, axes: str | Sequence[str]) -> Any:
+    """`jax.lax.psum`, inside `island`, that leaves alone what one device has.
+
+    XLA on CPUs copies what it adds up, on one device too: all gradients of a step.
+    """
+    return local if is_one_device() else jax.lax.psum(local, axes)
+
+
 def psum_scatter(local: jax.Array, axes: str | Sequence[str], **options: Any) -> jax.Array:
     """`jax.lax.psum_scatter`, inside `shard_map`, that leaves alone what one shard has."""
     if jax.lax.axis_size(axes) > 1:
@@ -179,7 +200,7 @@ def sum_over_tokens(local: jax.Array, logical_axes: Sequence[str]) -> jax.Array:
             parts = jnp.moveaxis(_split(local, dim, shards), dim, 0)
             local = psum_scatter(parts, scattered, scatter_dimension=0)
     others = [axis for axis in (*RULES["batch"], *RULES["token"]) if axis not in scattered]
-    return jax.lax.psum(local, others)
+    return psum(local, others)
 
 
 def mesh_shape(cfg_mesh, num_devices: int) -> dict[str, int]:

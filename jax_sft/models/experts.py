@@ -237,7 +237,7 @@ def _backward(grad_BTD, x_BTD, weights_BTK, chosen_BTK, gate, up, down, gate_BRF
     # not kept, with the gradient of the sum.
     grad_MF = grouped.matmul(grad_MD, down, rows.sizes_E, over=1)
     grad_weights_M = jnp.sum(grad_MF.astype(jnp.float32) * hidden_MF.astype(jnp.float32), axis=-1)
-    grad_weights_BTK = jax.lax.psum(rows.unsorted(grad_weights_M), parallel.RULES["mlp"])
+    grad_weights_BTK = parallel.psum(rows.unsorted(grad_weights_M), parallel.RULES["mlp"])
     grad_gate_MF, grad_up_MF = activation_vjp((weights_M1 * grad_MF).astype(grad_MF.dtype))
     grad_x_MD = grouped.matmul(grad_gate_MF, gate, rows.sizes_E, over=2)
     grad_x_MD += grouped.matmul(grad_up_MF, up, rows.sizes_E, over=2)

@@ -85,7 +85,7 @@ def _matmul_bwd(axes, residuals, grad):
     x, kernel = residuals
     of_x, of_grad = (("batch", "token", *parallel.gathered(some)) for some in axes)
     grad = parallel.constrain(grad, *of_grad)
-    island = jax.shard_map(
+    island = parallel.island(
         functools.partial(_kernel_gradient, axes=axes, dtype=kernel.dtype),
         in_specs=(parallel.spec(*of_x), parallel.spec(*of_grad)),
         out_specs=parallel.spec(*_kernel_axes(axes)),

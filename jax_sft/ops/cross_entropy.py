@@ -126,7 +126,7 @@ def _island(objective, num_sources, hidden_BTD, head_VD, of_tokens, *, gradients
     of_head = parallel.spec("vocab", "embed")
     of_sums = (jax.P(),) * (5 if num_sources else 3)
     of_grads = (of_hidden, of_head) if objective.head_trains else (of_hidden,)
-    return jax.shard_map(
+    return parallel.island(
         functools.partial(
             _local, objective=objective, num_sources=num_sources, gradients=gradients
         ),
@@ -207,7 +207,7 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
     losses_M, correct_M, grads = found
     sums = losses_M * weights_M, weights_M, correct_M * weights_M
     by_source = _sums_by_source(sums[:2], sources_M[0], num_sources) if num_sources else ()
-    sums = jax.lax.psum((*(of_M.sum() for of_M in sums), *by_source), token_axes)
+    sums = parallel.psum((*(of_M.sum() for of_M in sums), *by_source), token_axes)
     if not gradients:
         return sums
     grad_hidden_ND, *of_head = grads
@@ -285,9 +285,9 @@ def _chunk(hidden_CD, head_DV, targets_C, weights_C, objective: Objective):
     if objective.label_smoothing:
         sums_C.append(of_ids(shifted_CV, 0.0).sum(axis=-1))
     # Stacked: one collective per chunk, not one per sum.
-    sum_exp_C, target_C, *sum_C = jax.lax.psum(jnp.stack(sums_C), "tensor")
+    sum_exp_C, target_C, *sum_C = parallel.psum(jnp.stack(sums_C), "tensor")
     # Apart: the compiler drops it where nobody asks.
-    correct_C = (target_C == 0) & (jax.lax.psum(is_better_CV.sum(axis=-1), "tensor") == 0)
+    correct_C = (target_C == 0) & (parallel.psum(is_better_CV.sum(axis=-1), "tensor") == 0)
     log_sum_C = jnp.log(sum_exp_C)
     losses_C = log_sum_C - target_C
     slope_C, at_target, elsewhere = 1.0, 1.0, 0.0

@@ -57,7 +57,7 @@ _lookup.defvjp(_lookup_fwd, _lookup_bwd)
 
 
 def _island(local, out_spec, *in_specs):
-    return jax.shard_map(
+    return parallel.island(
         local,
         in_specs=(parallel.spec("batch", "token"), *in_specs),
         out_specs=out_spec,
@@ -77,7 +77,7 @@ def _find(tokens_BT, table_VD, *, dtype):
     found_SBTD = jnp.where(is_here[..., None], found_SBTD, 0)
     found_SBTD = jax.lax.all_to_all(found_SBTD, _EMBED, 0, 0, tiled=True)
     found_BTD = jnp.moveaxis(found_SBTD, 0, 2).reshape(*tokens_BT.shape, -1)
-    return jax.lax.psum(found_BTD, "tensor")
+    return parallel.psum(found_BTD, "tensor")
 
 
 def _add(tokens_BT, grad_BTD, *, vocab):
@@ -97,7 +97,7 @@ def _add(tokens_BT, grad_BTD, *, vocab):
     places_N = jnp.where(is_last_N, ids_N, num_local + jnp.arange(ids_N.size))
     sum_VD = jnp.zeros((num_local, rows_ND.shape[1]), jnp.float32)
     sum_VD = sum_VD.at[places_N].set(sums_ND, mode="drop", unique_indices=True)
-    return jax.lax.psum(sum_VD, "data")
+    return parallel.psum(sum_VD, "data")
 
 
 def _add_within(left, right):
