@@ -3,7 +3,7 @@
 import os
 import sys
 
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
 from jax_sft import exit_codes
@@ -14,6 +14,8 @@ CONFIG_ERRORS = (
     *(ImportError, NameError, OSError, SyntaxError),
 )
 
+HELP = {"-h", "-help", "--help", "-?"}
+
 
 def define_config() -> None:
     """Define --config, a Python file, and with it --config.KEY for every key."""
@@ -23,6 +25,8 @@ def define_config() -> None:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line; an error in it or in the config file is a line, not a traceback."""
+    if HELP & {*argv[1:]}:
+        app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)  # absl's own exits with 1
     try:
         rest = flags.FLAGS(argv)
         _ = flags.FLAGS.config.seed  # a file that could not be loaded says so only now

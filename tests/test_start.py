@@ -81,7 +81,7 @@ def test_the_command_is_there_within_three_seconds(tmp_path):
         command = [sys.executable, "-m", "jax_sft.train", "--help"]
         shown = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert "--config" in shown.stdout
+        assert shown.returncode == 0 and "--config" in shown.stdout
         took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(took) < IMPORTS_S
 
