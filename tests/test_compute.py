@@ -125,3 +125,25 @@ def test_rounding_each_device_in_bfloat16_is_what_float32_sums_avoid(kept_all):
 def test_an_unknown_name_is_refused(remat, offload, message):
     with pytest.raises(ValueError, match=message):
         compute.policy(remat, offload)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_what_devices_have_is_added_up_and_one_adds_up_nothing(devices):
+    single = devices == 1
+    mesh = parallel.single_device_mesh() if single else parallel.make_mesh({"fsdp": 8})
+    x = np.arange(8, dtype=np.float32)
+
+    def total(x):
+        return parallel.psum(x.sum(), "fsdp")
+
+    def own(x):
+        return x.sum()
+
+    with jax.set_mesh(mesh):
+        adds = jax.jit(parallel.island(total, jax.P("fsdp"), jax.P()))
+        assert float(adds(x)) == 28.0
+        # XLA on CPUs copies what it is told to add up over one device.
+        assert ("all-reduce" in adds.lower(x).compile().as_text()) == (not single)
+        if not single:  # a sum that was forgotten is found
+            with pytest.raises(ValueError, match="fsdp"):
+                jax.jit(parallel.island(own, jax.P("fsdp"), jax.P()))(x)
