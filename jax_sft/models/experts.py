@@ -254,7 +254,7 @@ def _backward(grad_BTD, x_BTD, weights_BTK, chosen_BTK, gate, up, down, gate_BRF
 def _scatter_tokens(part_BTD: jax.Array) -> jax.Array:
     """Add up what the shards of `mlp` have, each getting its tokens of the residual stream."""
     (axis,) = parallel.RULES["mlp"]
-    return jax.lax.psum_scatter(part_BTD, axis, scatter_dimension=1, tiled=True)
+    return parallel.psum_scatter(part_BTD, axis, scatter_dimension=1, tiled=True)
 
 
 @dataclasses.dataclass(frozen=True)
