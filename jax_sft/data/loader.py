@@ -274,20 +274,16 @@ class Loader:
         return {name: built[0] for name, built in self.build(step, [row]).items()}
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yield the batches of steps start..stop-1, built ahead of time by background threads."""
-        steps = grain.MapDataset.source(_LocalBatches(self, stop))[start:]
+        """Yield the batches of steps start..stop-1, built and sent to the devices ahead of time by
+        background threads.
+        """
+        steps = grain.MapDataset.source(_Batches(self, stop))[start:]
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
-        ready: Batch | None = None
         began = math.inf  # no wait is counted before the first batch
-        for local in steps.to_iter_dataset(options):
-            following = {name: self._to_devices(array) for name, array in local.items()}
-            if ready is not None:
-                self._waited_s += max(time.perf_counter() - began, 0.0)
-                yield ready
-                began = time.perf_counter()
-            ready = following  # its transfer overlaps the step on the batch just yielded
-        if ready is not None:
-            yield ready
+        for batch in steps.to_iter_dataset(options):
+            self._waited_s += max(time.perf_counter() - began, 0.0)
+            yield batch
+            began = time.perf_counter()
 
     def _to_devices(self, local: np.ndarray) -> jax.Array:
         local = local.reshape(self._grid[0], len(self._micro_rows_here), -1)
@@ -302,8 +298,8 @@ class Loader:
         return jax.make_array_from_callback(shape, self._sharding, block)
 
 
-class _LocalBatches:
-    """Random access to the rows that this process needs of each step, for grain."""
+class _Batches:
+    """Random access to the batches, for grain."""
 
     def __init__(self, loader: Loader, num_steps: int):
         self._loader, self._num_steps = loader, num_steps
@@ -311,8 +307,9 @@ class _LocalBatches:
     def __len__(self) -> int:
         return self._num_steps
 
-    def __getitem__(self, index: int) -> Row:
-        return self._loader.build(int(index), self._loader.local_rows)
+    def __getitem__(self, index: int) -> Batch:
+        built = self._loader.build(int(index), self._loader.local_rows)
+        return {name: self._loader._to_devices(array) for name, array in built.items()}
 
 
 def _buckets(data, multiple: int) -> np.ndarray:
