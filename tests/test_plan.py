@@ -119,7 +119,12 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("plans")
 
 
-@pytest.fixture(params=CASES)
+SLOW = ("32b on 8", "32b on 64")  # half a minute each, with the axes of other cases
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
+)
 def planned(request, folder):
     case = CASES[request.param]
     return case, plan_of(case, folder)

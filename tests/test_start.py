@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import jax
@@ -20,6 +23,9 @@ from jax._src.array import ArrayImpl  # where all that brings an array to the ho
 import jax_sft
 from jax_sft import compilation_cache
 from jax_sft.data.loader import Loader
+from jax_sft.program import Program, program
+
+train = importlib.import_module("jax_sft.train")  # not the function of that name
 
 REPO = Path(__file__).resolve().parent.parent
 # What the program does without until it needs it, and PyTorch for good.
@@ -158,58 +164,40 @@ def test_the_entries_used_longest_ago_go_first(tmp_path):
     assert left == {"new-cache", "old-cache", "other"}
 
 
-@pytest.fixture
-def in_loop(monkeypatch):
-    """Run `steps(step, old)` in the place of the compiled step of `jax_sft.train`."""
-    train = importlib.import_module("jax_sft.train")  # not the function of that name
-    program = train.program
+def around_steps(around) -> Callable[..., Program]:
+    """`program` for `jax_sft.train`, with `around(train_step)` in the place of its step."""
 
-    def install(around):
-        def changed(*args, **options):
-            found = program(*args, **options)
-            return dataclasses.replace(found, train_step=around(found.train_step))
+    def changed(*args, **options):
+        found = program(*args, **options)
+        return dataclasses.replace(found, train_step=around(found.train_step))
 
-        monkeypatch.setattr(train, "program", changed)
-
-    return install
+    return changed
 
 
-HOST_MS = 1.0  # of Python between two steps
-
-
-@pytest.mark.parametrize(
-    "planted, found",
-    [("", ""), ("read", "{"), ("send", "host-to-device"), ("think", "at least")],
-)
-def test_the_loop_neither_waits_nor_sends_nor_takes_a_millisecond(
-    make_config, in_loop, monkeypatch, tmp_path, planted, found
-):
+@pytest.mark.parametrize("planted, found", [("", ""), ("read", "{"), ("send", "host-to-device")])
+def test_the_loop_neither_waits_nor_sends(make_config, monkeypatch, tmp_path, planted, found):
     """Between steps: nothing but the loader sends (transfer guard), nothing is read but by the
-    meter where it logs (a CPU's guard lets reads pass: they copy nothing), 1 ms of processor time.
+    meter where it logs (a CPU's guard lets reads pass: they copy nothing).
     """
     reads: list[int] = []  # the step before each
-    left: list[float] = []
-    outside: list[float] = []  # ms
+    done = 0
     read = ArrayImpl._value.fget
 
     def noted(array):
-        reads.append(len(left))
+        reads.append(done)
         return read(array)
 
     def around(step):
         def run(state, batch):
-            if left:
-                outside.append(1000 * (time.thread_time() - left[-1]))
-            if len(left) == 2:  # compiled, and its line is printed
+            nonlocal done
+            if done == 2:  # compiled, and its line is printed
                 jax.config.update("jax_transfer_guard_host_to_device", "disallow")
             state, sums = step(state, batch)
-            left.append(time.thread_time())
-            if len(left) > 2 and planted == "read":
+            done += 1
+            if done > 2 and planted == "read":
                 float(sums["loss"])
-            if len(left) > 2 and planted == "send":
+            if done > 2 and planted == "send":
                 sums["loss"] + 1.0
-            while planted == "think" and time.thread_time() - left[-1] < 2 * HOST_MS / 1000:
-                pass
             return state, sums
 
         return run
@@ -221,20 +209,49 @@ def test_the_loop_neither_waits_nor_sends_nor_takes_a_millisecond(
     to_devices = Loader._to_devices
     monkeypatch.setattr(Loader, "_to_devices", send)
     monkeypatch.setattr(ArrayImpl, "_value", property(noted))
-    in_loop(around)
-    cfg = make_config(**{"train.steps": 40, "log.every_steps": 10})
+    monkeypatch.setattr(train, "program", around_steps(around))
+    cfg = make_config(**{"train.steps": 14, "log.every_steps": 5})
 
     def check():
         try:
             jax_sft.train(cfg, tmp_path / "run")
         finally:
             jax.config.update("jax_transfer_guard_host_to_device", "allow")
-        assert {n for n in reads if 2 < n < 40} <= {10, 20, 30}
-        least = min(outside[2:])  # other work on the machine only adds
-        assert least < HOST_MS, f"at least {least} ms"
+        assert {n for n in reads if 2 < n < 14} <= {5, 10}
 
     if planted:
         with pytest.raises((AssertionError, jax.errors.JaxRuntimeError), match=found):
             check()
     else:
         check()
+
+
+def time_between_steps(cfg, workdir: Path, planted_ms: float) -> list[float]:
+    """Train; return the processor time of this thread between each two steps, in ms."""
+    left: list[float] = []
+    outside: list[float] = []
+
+    def around(step):
+        def run(state, batch):
+            outside.extend(1000 * (time.thread_time() - began) for began in left[-1:])
+            results = step(state, batch)
+            left.append(time.thread_time())
+            while 1000 * (time.thread_time() - left[-1]) < planted_ms:
+                pass
+            return results
+
+        return run
+
+    train.program = around_steps(around)
+    jax_sft.train(cfg, workdir)
+    return outside
+
+
+@pytest.mark.parametrize("planted_ms", [0.0, 2.0])
+def test_the_loop_takes_less_than_a_millisecond_of_python(make_config, tmp_path, planted_ms):
+    # In a process of its own, as a user's: one that ran a thousand tests takes longer for anything.
+    cfg = make_config(**{"train.steps": 40, "log.every_steps": 10})
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        outside = pool.submit(time_between_steps, cfg, tmp_path / "run", planted_ms).result()
+    least = min(outside[2:])  # other work on the machine only adds
+    assert len(outside) == 39 and (least > 2.0 if planted_ms else least < 1.0)
