@@ -88,6 +88,7 @@ def main() -> int:
         for subject in chosen(name, options)
         if not (repeat and (SUBJECTS | MATMULS)[subject].once)
     ]
+    headers = {name: describe(name, works[name]) for name in options.cases}  # as the code is now
     records: list[dict[str, Any]] = []
     for number, (name, subject, repeat) in enumerate(turns, start=1):
         began = time.perf_counter()
@@ -97,8 +98,7 @@ def main() -> int:
         with results.open("a") as stream:
             stream.write(json.dumps(records[-1]) + "\n")
         say(f"    {in_short(found)} ({time.perf_counter() - began:.0f} s)")
-    for name in options.cases:
-        header = describe(name, works[name])
+    for name, header in headers.items():
         of_case = [record for record in records if record["case"] == name]
         print("\n" + bench_table.block(header, of_case), flush=True)
         if options.table:
