@@ -32,7 +32,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         _ = flags.FLAGS.config.seed  # a file that could not be loaded says so only now
         if len(rest) > 1:
             raise ValueError(f"unexpected arguments {rest[1:]}: options start with --")
-        _leave_torch_out()  # not before the config file, which may want it
+        leave_torch_out()  # not before the config file, which may want it
         return rest
     except CONFIG_ERRORS as error:
         if shows_traceback():
@@ -45,7 +45,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(exit_codes.USER_ERROR)
 
 
-def _leave_torch_out() -> None:
+def leave_torch_out() -> None:
     """Keep transformers from importing PyTorch where it is installed; tokenizers do not need it.
 
     It would take 2 s. Afterwards this process finds no torch: it is a program of ours alone.

@@ -21,11 +21,12 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 import jax_sft  # noqa: E402
-from jax_sft import config  # noqa: E402
+from jax_sft import command, config  # noqa: E402
 from scripts.peers import contract  # noqa: E402
 
 
 def main() -> None:
+    command.leave_torch_out()  # as the command does
     spec = contract.read()
     workdir = Path(spec.workdir)
     lines = Lines(spec.started, to=sys.stdout)
