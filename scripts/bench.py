@@ -123,7 +123,7 @@ def parse() -> argparse.Namespace:
     add("--tokenizers", type=Path, default=SHARED / "tokenizers", help="folder: smollm2/, ...")
     add(
         "--python",
-        type=lambda text: text.split("=", 1),
+        type=interpreter,
         action="append",
         default=[],
         metavar="PEER=PATH",
@@ -147,6 +147,17 @@ def parse() -> argparse.Namespace:
     if options.table and not options.table.is_file():
         parser.error(f"--table={options.table} does not exist")
     return options
+
+
+def interpreter(text: str) -> tuple[str, Path]:
+    """Split PEER=PATH; the path is made absolute, as runs start in other folders."""
+    peer, _, path = text.partition("=")
+    found = Path(path).absolute()  # not resolved: the link is what makes it a virtual environment's
+    peers = sorted({subject.venv for subject in (SUBJECTS | MATMULS).values()} - {""})
+    if peer not in peers or not found.is_file():
+        wanted = f"PEER of {', '.join(peers)} and PATH an interpreter"
+        raise argparse.ArgumentTypeError(f"{text} is not PEER=PATH, {wanted}")
+    return peer, found
 
 
 def names(text: str) -> list[str]:
@@ -272,7 +283,7 @@ class Pythons:
         given: {peer: path of an interpreter} that the user names instead.
     """
 
-    def __init__(self, folder: Path, given: Mapping[str, str]):
+    def __init__(self, folder: Path, given: Mapping[str, Path]):
         self._folder, self._given = folder, given
         self._found: dict[tuple[str, str], Path | Failure] = {}
 
@@ -281,7 +292,7 @@ class Pythons:
         if not peer:
             return Path(sys.executable)
         if peer in self._given:
-            return Path(self._given[peer])
+            return self._given[peer]
         if (peer, device) not in self._found:
             self._found[peer, device] = self._make(peer, device)
         return self._found[peer, device]

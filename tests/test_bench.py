@@ -252,7 +252,16 @@ def test_a_peer_that_cannot_be_installed_is_a_reason(tmp_path, monkeypatch):
     assert found.reason.startswith("could not be installed: no registry")
     assert pythons.of("trl", "cpu") is found
     assert (tmp_path / "python.log").read_text() == "tried\n"  # not for every run anew
-    assert bench.Pythons(tmp_path, {"trl": "/p"}).of("trl", "cpu") == Path("/p")
+    assert bench.Pythons(tmp_path, {"trl": Path("/p")}).of("trl", "cpu") == Path("/p")
+
+
+def test_a_named_interpreter_is_there_and_of_a_peer_before_anything_runs(tmp_path, monkeypatch):
+    (tmp_path / "python").symlink_to(sys.executable)  # as in a virtual environment
+    monkeypatch.chdir(tmp_path)
+    assert bench.interpreter("trl=python") == ("trl", tmp_path / "python")
+    for text in ("trl=nowhere", "trl", "trl=", "none=python"):
+        with pytest.raises(argparse.ArgumentTypeError, match="PEER of torch, trl, tunix"):
+            bench.interpreter(text)
 
 
 @pytest.mark.parametrize(
