@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -43,6 +44,11 @@ def parse_flags(argv: list[str]) -> list[str]:
         hint = "(--help lists the options; JAX_SFT_TRACEBACK=1 shows where)"
         print(f"error: {text}\n{hint}", file=sys.stderr)
         sys.exit(exit_codes.USER_ERROR)
+
+
+def default_workdir() -> Path:
+    """Return runs/NAME_OF_CONFIG, where a program was given no --workdir."""
+    return Path("runs") / Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
 
 
 def leave_torch_out() -> None:

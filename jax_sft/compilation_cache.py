@@ -17,7 +17,7 @@ import jax
 import jaxlib.version
 from jax.experimental.compilation_cache import compilation_cache
 
-from jax_sft import agree, cache_folder, cluster, preflight, steps
+from jax_sft import agree, cache_folder, cluster, paths, preflight, steps
 
 OFF = "none"
 MOST_BYTES = 10 << 30  # of all entries; a training step takes 0.3 MB on CPUs
@@ -42,8 +42,12 @@ def use(wanted: str, workdir: Path, say: Callable[[str], None]) -> None:
     if wanted == OFF:
         _set(None)
         return
-    first = Path(wanted).expanduser() if wanted else cache_folder.default() / "compiled"
-    for root in (first.absolute(), workdir / "compiled"):
+    first = (
+        paths.local(wanted, "train.compilation_cache")
+        if wanted
+        else cache_folder.default() / "compiled"
+    )
+    for root in (first, workdir / "compiled"):
         # JAX's entries name their version; those of XLA's tuning of kernels, beside them, do not.
         folder = root / f"jaxlib-{jaxlib.version.__version__}"
         if not (problem := _obstacle(folder)):

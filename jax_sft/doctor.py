@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_sft import cluster, exit_codes, parallel, preflight
+from jax_sft import cluster, exit_codes, parallel, paths, preflight
 
 LEAST_OPEN_FILES = 4096  # a sharded save or a data set of many files takes thousands
 LEAST_FREE_BYTES = 50e9
@@ -166,7 +166,7 @@ def main() -> int:
         check_devices(findings)
         check_limits(findings)
         preflight.clocks(lambda line: findings.problems.append("clocks") or print(line))
-        check_folder(findings, Path(options.workdir).absolute(), num_bytes)
+        check_folder(findings, paths.local(options.workdir, "--workdir"), num_bytes)
         check_collectives(findings, num_bytes)
     except (ValueError, OSError, cluster.Lost, cluster.Stopped) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from jax_sft import parallel, vocabulary
+from jax_sft import parallel, paths, vocabulary
 from jax_sft.models.spec import Weight
 
 DTYPES: dict[str, Any] = {
@@ -65,7 +65,7 @@ def resolve(path: str, revision: str = "", weights: bool = True) -> Path:
         ValueError: neither a folder nor a hub id that can be had; or a file of the folder is a
             link out of it.
     """
-    folder = Path(path).expanduser()
+    folder = paths.local(path, "model.path")
     if folder.is_dir():
         if (folder / KEPT).is_dir() and not (folder / "config.json").exists():
             folder = folder / KEPT

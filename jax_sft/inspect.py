@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from jax_sft import command, config, exit_codes, hf
+from jax_sft import command, config, exit_codes, hf, paths
 from jax_sft.data import chat, check, outcomes, packing, prepare, show
 from jax_sft.data.examples import Examples
 from jax_sft.data.loader import Schedule
@@ -86,10 +86,10 @@ def inspect(cfg: config.Config, options: Options, color: bool) -> int:
         is_refused=bool(refused),
     )
     if options.html:
-        write(options.html, [show.page(overview, options.tokens)])
+        write("--html", options.html, [show.page(overview, options.tokens)])
     if options.dump:
         objects = (entry.to_json(source.name) for source in sources for entry in source.entries())
-        write(options.dump, (json.dumps(found) + "\n" for found in objects))
+        write("--dump", options.dump, (json.dumps(found) + "\n" for found in objects))
     print_all(show.screen(overview, color, options.tokens))
     return EXIT_REFUSED if refused else 0
 
@@ -296,13 +296,13 @@ def left_out_lists(
                 yield f"{source.name}: {count:,} {what}", count, lines
 
 
-def write(file: str, parts: Iterable[str]) -> None:
+def write(option: str, file: str, parts: Iterable[str]) -> None:
     """Write a file that appears when it is complete.
 
     Raises:
         ValueError: it cannot be written.
     """
-    target = Path(file).expanduser()
+    target = paths.local(file, option)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         try:

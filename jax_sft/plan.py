@@ -16,9 +16,8 @@ from typing import Any
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from jax_sft import command, exit_codes, parallel
+from jax_sft import command, exit_codes, parallel, paths
 from jax_sft.planning import chips, page, search, targets
 from jax_sft.planning.analysis import Target, analyse
 from jax_sft.planning.flops import RowWork, segment_pairs
@@ -123,25 +122,30 @@ def cpu_devices(num_devices: int) -> list[Any]:
     return jax.devices()[:num_devices]
 
 
+def _path(option: str) -> Path | None:
+    """Return the path that an option names, or None where it is not given."""
+    text = flags.FLAGS[option].value
+    return paths.local(text, f"--{option}") if text else None
+
+
 def main(_: list[str]) -> None:
     """The command line."""
     logging.set_verbosity(logging.ERROR)
     options = flags.FLAGS
-    config_file = Path(config_flags.get_config_filename(options["config"]))
-    workdir = Path(options.workdir or Path("runs") / config_file.stem)
-    default_report = workdir / "data_report.json"
-    report = options["data-report"].value or (default_report if default_report.exists() else None)
     try:
+        workdir = paths.local(options.workdir or command.default_workdir(), "--workdir")
         if workdir.exists() and not workdir.is_dir():
             raise ValueError(f"--workdir={workdir} is a file: name a folder")
+        default_report = workdir / "data_report.json"
+        report = _path("data-report") or (default_report if default_report.exists() else None)
         found = plan(
             options.config,
             options.target,
             options.hosts,
             int(options["gpus-per-host"].value or 0),
-            report=Path(str(report)) if report else None,
+            report=report,
             with_search=options.search,
-            hlo_file=Path(options.hlo) if options.hlo else None,
+            hlo_file=_path("hlo"),
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )
     except ValueError as error:

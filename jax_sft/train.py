@@ -29,7 +29,6 @@ if __name__ == "__main__":
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 import jax_sft
 from jax_sft import (
@@ -45,6 +44,7 @@ from jax_sft import (
     metrics,
     model_files,
     parallel,
+    paths,
     preflight,
     pretrained,
     state,
@@ -95,7 +95,7 @@ def train(cfg: config.Config, workdir: str | Path, began: float | None = None) -
     if began is not None:
         startup.end("imports")
     with Preemption() as preemption, Watchdog(cfg.train.stall_timeout_s, preemption.beat) as watch:
-        return _train(cfg, Path(workdir).absolute(), preemption, watch, startup)
+        return _train(cfg, paths.local(workdir, "--workdir"), preemption, watch, startup)
 
 
 def _train(
@@ -411,8 +411,7 @@ sys.modules[__name__].__class__ = _CallableModule
 def main(_: list[str]) -> None:
     """The command line."""
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
-    config_file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
-    workdir = flags.FLAGS.workdir or Path("runs") / config_file.stem
+    workdir = flags.FLAGS.workdir or command.default_workdir()
     sys.excepthook = end_at_once
     try:
         train(flags.FLAGS.config, workdir, jax_sft.BEGAN_S)

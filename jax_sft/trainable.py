@@ -7,7 +7,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jax_sft import lora, nf4, peft, pretrained, state
+from jax_sft import lora, nf4, paths, peft, pretrained, state
 from jax_sft.model import ModelDef
 
 
@@ -128,5 +127,5 @@ def adapters(
     """
     dtype = jnp.dtype(cfg.model.param_dtype)
     if cfg.lora.path:
-        return peft.load(Path(cfg.lora.path).expanduser(), model_def, mesh, dtype)
+        return peft.load(paths.local(cfg.lora.path, "lora.path"), model_def, mesh, dtype)
     return lora.init(model_def, settings, weights, mesh, cfg.seed, dtype)

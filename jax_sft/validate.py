@@ -20,6 +20,7 @@ from jax_sft import (
     models,
     optim,
     parallel,
+    paths,
     peft,
     trackers,
     trainable,
@@ -133,7 +134,7 @@ def _trained(
     plain = ModelDef.of(family, model_cfg, dtype=dtype)
     chosen = trainable.choose(plain, adapters, () if adapters else cfg.train.freeze)
     if adapters and cfg.lora.path:
-        peft.check(Path(cfg.lora.path).expanduser(), chosen)
+        peft.check(paths.local(cfg.lora.path, "lora.path"), chosen)
     return chosen.stored, chosen.dims
 
 
@@ -169,7 +170,7 @@ def _settings(cfg) -> lora.Settings | None:
         )
     if not cfg.lora.path:
         return given
-    stored = peft.read_settings(Path(cfg.lora.path).expanduser())
+    stored = peft.read_settings(paths.local(cfg.lora.path, "lora.path"))
     default = config.default().lora
     for name in ("rank", "alpha", "targets", "rslora", "dora"):
         here, there = getattr(given, name), getattr(stored, name)

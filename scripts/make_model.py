@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np  # noqa: E402
 from ml_dtypes import bfloat16  # noqa: E402
 
-from jax_sft import hf_write, models, tiny  # noqa: E402
+from jax_sft import hf_write, models, paths, tiny  # noqa: E402
 
 # Sizes of Qwen2.5 (their config.json on the hub) and into how many files they are cut.
 SHAPES = {
@@ -96,7 +96,7 @@ def main() -> int:
     parser.add_argument("--out", required=True, help="the folder to write; must not exist")
     parser.add_argument("--headers-only", action="store_true", help="sparse files")
     options = parser.parse_args()
-    make(options.like, Path(options.out), options.headers_only)
+    make(options.like, paths.local(options.out, "--out"), options.headers_only)
     return 0
 
 

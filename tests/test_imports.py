@@ -16,7 +16,8 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 
 # A file imports only from levels below its own.
 LEVELS = [
-    "config cache_folder huge_pages exit_codes startup tree parallel trackers "
+    "paths exit_codes",
+    "config cache_folder huge_pages startup tree parallel trackers "
     "models models.spec models.rope data.json_rows "
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables "
     "manifest fingerprint hub "

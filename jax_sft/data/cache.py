@@ -97,7 +97,7 @@ def open_or_build(
         root=Path(os.path.commonpath([file.parent for file in files])),
         tokenizer_folder=Path(tokenizer_folder),
         options=options,
-        cache=Path(cache_dir).expanduser().absolute() if str(cache_dir) else cache_folder.default(),
+        cache=cache_folder.of(cache_dir),
         num_workers=num_workers or worker.cores(),
         stop_at_bad_row=stop_at_bad_row,
         progress=progress,

@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from jax_sft import paths
 from jax_sft.data import json_rows, tables
 
 KINDS = {
@@ -93,7 +94,7 @@ def files(source) -> list[Path]:
     given = source.path
     if not given:
         raise ValueError("source.path is empty: name a file, glob, folder or hub data set")
-    path = Path(given).expanduser()
+    path = paths.local(given, "source.path")
     if path.is_file():
         found = [path]
     elif path.is_dir():
@@ -107,7 +108,7 @@ def files(source) -> list[Path]:
     elif HUB_NAME.fullmatch(given) and not _kind(path):
         return _hub_files(source)
     else:
-        looked = "" if path.is_absolute() else f" in {Path.cwd()}"
+        looked = "" if os.path.isabs(given) else f" in {Path.cwd()}"
         raise ValueError(f"source.path = {given!r} does not exist{looked}")
     if source.subset or source.revision or source.split != "train":
         raise ValueError(
