@@ -65,13 +65,15 @@ def initialize() -> None:
     if not process < count:
         raise ValueError(f"JAX_SFT_PROCESS_ID = {process} is not below their number, {count}")
     ids = os.environ.get("JAX_SFT_LOCAL_DEVICE_IDS", "")
+    listens_at = bind_address(coordinator)
     if process == 0:
-        _wait_for_port(coordinator)
+        _wait_for_port(listens_at)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would take SIGTERM away from us, and knows no other signal.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator_address=coordinator,
+        coordinator_bind_address=listens_at,
         num_processes=count,
         process_id=process,
         local_device_ids=[int(number) for number in ids.split(",")] if ids else None,
@@ -89,17 +91,58 @@ def _number(variable: str) -> int:
     return int(text)
 
 
-def _wait_for_port(coordinator: str) -> None:
-    """Wait until the coordinator's port can be bound: JAX crashes on one that is taken."""
+def bind_address(coordinator: str) -> str:
+    """Return the host:port at which process 0 listens: the one address that the others use.
+
+    Whoever reaches the port can stop the run, so it is not open on all interfaces, which is JAX's
+    default. It is where the host's name does not lead to exactly one address of this host: an
+    alias, several addresses, a container, or a name that only this host maps to its loopback
+    (Debian's 127.0.1.1). JAX_COORDINATOR_BIND_ADDRESS overrides the choice.
+
+    Raises:
+        ValueError: not host:port.
+    """
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(f"JAX_SFT_COORDINATOR = {coordinator!r} is not host:port")
+    if given := os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
+        return given
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:  # JAX reports it when the others cannot reach the host
+        found = set()
+    address = str(found.pop()) if len(found) == 1 else ""
+    if host == "localhost":
+        address = "127.0.0.1"
+    elif not _is_ours(address) or (address.startswith("127.") and address != host):
+        return f"[::]:{port}"
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _is_ours(address: str) -> bool:
+    """Whether an address belongs to an interface of this host."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return False
+    return bool(address)
+
+
+def _wait_for_port(listens_at: str) -> None:
+    """Wait until the coordinator's port can be bound: JAX crashes on one that is taken."""
+    host, _, port = listens_at.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    # All interfaces are probed by IPv4, which a host without IPv6 has too.
+    host = "" if host == "::" else host
     began = time.monotonic()
     while True:
-        with socket.socket() as probe:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("", int(port)))
+                probe.bind((host, int(port)))
                 return
             except OSError as error:
                 if time.monotonic() - began > PORT_TIMEOUT_S:

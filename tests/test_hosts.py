@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jax_sft import cluster
+
 REPO = Path(__file__).resolve().parent.parent
 ROWS, START, STOP = 8, 5, 12
 # One host: joins the others, then writes the rows that it built of each step.
 HOST = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import jax, numpy as np
 from jax_sft import cluster, config, parallel
@@ -41,6 +43,12 @@ for step, batch in enumerate(loader.batches(int(start), int(stop)), start=int(st
             first = shard.index[1].start or 0
             found[f"{step}/{name}/{first}"] = np.asarray(shard.data)[0]
 np.savez(Path(out) / f"{jax.process_index()}.npz", **found)
+sockets = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+for file in ("tcp", "tcp6"):
+    for line in Path("/proc/self/net", file).read_text().splitlines()[1:]:
+        _, at, _, state, *_, inode = line.split()[:10]
+        if state == "0A" and f"socket:[{inode}]" in sockets:  # LISTEN
+            assert at.partition(":")[0].endswith("0100007F"), f"{file}: process listens at {at}"
 """
 
 
@@ -69,6 +77,34 @@ def run_hosts(num_hosts: int, folder: Path, *arguments: object) -> dict[str, np.
                 array, _, first = key.rpartition("/")
                 rows.setdefault(array, {})[int(first)] = parts[key]
     return {name: np.concatenate([of[n] for n in sorted(of)]) for name, of in rows.items()}
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "resolved", "expected"),
+    [
+        ("127.0.0.1:29400", ["127.0.0.1"], "127.0.0.1:29400"),
+        ("localhost:29400", ["127.0.0.1", "::1"], "127.0.0.1:29400"),
+        ("[::1]:29400", ["::1"], "[::1]:29400"),
+        ("here:29400", ["10.1.2.3"], "10.1.2.3:29400"),
+        ("here:29400", ["127.0.1.1"], "[::]:29400"),  # Debian's own name: others see another
+        ("here:29400", ["10.1.2.3", "10.9.9.9"], "[::]:29400"),
+        ("alias:29400", ["192.0.2.7"], "[::]:29400"),  # an address of no interface here
+        ("unknown:29400", [], "[::]:29400"),
+    ],
+)
+def test_the_coordinator_listens_at_the_one_address_that_is_named(
+    monkeypatch, coordinator, resolved, expected
+):
+    def getaddrinfo(*_, **__):
+        if not resolved:
+            raise OSError("unknown")
+        return [(None, None, None, "", (address, 0)) for address in resolved]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    ours = ("127.0.0.1", "127.0.1.1", "::1", "10.1.2.3")
+    monkeypatch.setattr(cluster, "_is_ours", lambda address: address in ours)
+    monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
+    assert cluster.bind_address(coordinator) == expected
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "none"])
