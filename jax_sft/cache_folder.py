@@ -1,11 +1,15 @@
-"""Where this user's caches are: tokenized data, compiled programs."""
+"""Where the caches of this user are, and whether somebody else could write there."""
 
+import grp
 import os
+import pwd
 import stat
 import tempfile
 from pathlib import Path
 
 from jax_sft import paths
+
+_UNMAPPED = 65534  # owner of a folder that a container sees and whose user it does not know
 
 
 def of(cache_dir: str | os.PathLike) -> Path:
@@ -45,3 +49,50 @@ def _private(folder: Path) -> Path:
             "user: set HOME, or XDG_CACHE_HOME"
         )
     return folder
+
+
+def untrusted(folder: Path) -> str:
+    """Say why somebody else could put files into a folder, as sshd does before it reads keys.
+
+    The folder must belong to this user or root, and each folder above to one of them; none may be
+    writable by others, but for folders with the sticky bit such as /tmp. A group that holds this
+    user alone counts as the user.
+
+    Returns:
+        The reason with the remedy; "" = nobody else could.
+
+    Raises:
+        OSError: a folder cannot be examined.
+    """
+    for number, place in enumerate([(path := folder.resolve()), *path.parents]):
+        status = place.stat()
+        trusted = {os.geteuid(), 0} | ({_UNMAPPED} if number else set())
+        if status.st_uid not in trusted:
+            return f"{place} belongs to user {_user(status.st_uid)}: use a folder of your own"
+        if number and status.st_mode & stat.S_ISVTX:
+            continue
+        by_group = status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid)
+        if by_group or status.st_mode & stat.S_IWOTH:
+            mode = stat.S_IMODE(status.st_mode)
+            return f"others may write to {place} (mode {mode:o}): chmod go-w, or use another folder"
+    return ""
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _is_private(gid: int) -> bool:
+    """Whether a group has no member but this user: its own group, or root's."""
+    if gid == 0:
+        return True
+    try:
+        ours, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+    except KeyError:
+        return False
+    return (
+        ours.pw_gid == gid and group.gr_name == ours.pw_name and {*group.gr_mem} <= {ours.pw_name}
+    )

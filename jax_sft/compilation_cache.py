@@ -30,14 +30,18 @@ def use(wanted: str, workdir: Path, say: Callable[[str], None]) -> None:
     """Let JAX keep what it compiles, unless JAX_COMPILATION_CACHE_DIR says where already.
 
     A folder that cannot be written, or that not all hosts see, is replaced by one in the workdir:
-    hosts of which only some find a program would wait for each other's tuning of its kernels.
+    hosts of which only some find a program would wait for each other's tuning of its kernels. So
+    is a folder that another user may write to: what lies there runs under this user's account.
 
     Args:
         wanted: `train.compilation_cache`.
         workdir: of the run, which all hosts share.
         say: prints a line.
     """
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    if given := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        if problem := _untrusted(Path(given)):
+            say(f"WARNING compiled programs are not kept in {given}: {problem}")
+            _set(None)
         return
     if wanted == OFF:
         _set(None)
@@ -78,14 +82,24 @@ def _obstacle(folder: Path) -> str:
     problem = ""
     if cluster.process_id() == 0:
         try:
-            # Whoever can write here can run code as who reads it.
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for made in (folder.parent, folder):  # the mode of parents is not that of the last one
+                made.mkdir(parents=True, exist_ok=True, mode=0o700)
             steps.probe(folder)
+            problem = cache_folder.untrusted(folder)
         except OSError as error:
             problem = str(error)
     if problems := agree.gather("compilation cache", [problem] if problem else []):
         return problems[0]
     return preflight.unseen(folder, "compilation cache", SEEN_S)
+
+
+def _untrusted(folder: Path) -> str:
+    """Say why a folder is not to be read, alike on all processes; "" = it may be."""
+    try:
+        problem = cache_folder.untrusted(folder) if folder.is_dir() else ""
+    except OSError as error:
+        problem = str(error)
+    return "; ".join(agree.gather("given compilation cache", [problem] if problem else []))
 
 
 def _set(folder: Path | None) -> None:

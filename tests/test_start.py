@@ -21,7 +21,7 @@ import pytest
 from jax._src.array import ArrayImpl  # where all that brings an array to the host ends up
 
 import jax_sft
-from jax_sft import compilation_cache
+from jax_sft import cache_folder, compilation_cache
 from jax_sft.data.loader import Loader
 from jax_sft.program import Program, program
 
@@ -133,6 +133,43 @@ def test_a_folder_that_cannot_be_used_is_replaced_with_a_warning(folder, tmp_pat
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     compilation_cache.use("none", tmp_path / "run", said.append)
     assert jax.config.jax_compilation_cache_dir is None and len(said) == 2
+
+
+def test_a_folder_that_others_may_write_to_is_not_used(folder, tmp_path, monkeypatch):
+    said: list[str] = []
+
+    def use(path: Path) -> str | None:
+        compilation_cache._set(None)
+        compilation_cache.use(str(path), tmp_path / "run", said.append)
+        return jax.config.jax_compilation_cache_dir
+
+    shared = tmp_path / "shared"
+    shared.mkdir(mode=0o755)
+    used = use(shared / "programs")
+    assert used and Path(used).is_relative_to(shared) and not said
+    assert all(path.stat().st_mode & 0o777 == 0o700 for path in (Path(used), Path(used).parent))
+    for mode in (0o777, 0o757):  # the folder above counts: its entries can be replaced
+        shared.chmod(mode)
+        used = use(shared / "programs")
+        assert used and Path(used).is_relative_to(tmp_path / "run")
+        assert f"others may write to {shared} (mode {mode:o})" in said.pop() and not said
+    shared.chmod(0o1777)  # as /tmp: others cannot touch what is ours there
+    used = use(shared / "programs")
+    assert used and Path(used).is_relative_to(shared) and not said
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(shared))
+    compilation_cache.use("", tmp_path / "run", said.append)
+    assert jax.config.jax_compilation_cache_dir is None and "others may write" in said.pop()
+
+
+def test_a_folder_of_another_user_is_not_trusted(tmp_path, monkeypatch):
+    assert cache_folder.untrusted(tmp_path) == ""
+    if os.geteuid() == 0:
+        os.chown(tmp_path, 54321, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    for folder in (tmp_path, tmp_path / "own"):
+        folder.mkdir(exist_ok=True)
+        assert f"{tmp_path} belongs to user" in cache_folder.untrusted(folder)
 
 
 @pytest.mark.parametrize("kept", [0, 0.5])
