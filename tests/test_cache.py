@@ -127,6 +127,7 @@ def test_stored_tokens_are_those_of_the_encoder(build, model, tmp_path):
     assert store.rows.tolist() == list(range(30)) and store.stops[-1] == len(store.ids)
     assert store.num_cut.tolist() == [0] * 30
     assert (store.meta["rows"], store.meta["format"]) == (30, "prompt_response")
+    assert store.meta["turn_ends"] == {str(tokenizer.convert_tokens_to_ids("<|im_end|>")): 30}
     assert store.weights.dtype == np.uint8 and store.ids.dtype == np.int32
 
 

@@ -581,6 +581,58 @@ def test_half_a_surrogate_pair_is_a_value_error(load):
         encode(load("tiny"), [user("\ud83d"), assistant("a")])
 
 
+# ---- the end of a turn --------------------------------------------------------------------------
+
+TWO_ENDS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ m.content + ('<|endoftext|>' if 'call' in m.content else '<|im_end|>') + '\n' }}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}"
+)
+# As Phi-3: one more token behind the last turn, which ends no turn.
+FINAL_TOKEN = tiny.CHAT_TEMPLATE + (
+    "{% if not add_generation_prompt and messages[-1].role == 'assistant' %}"
+    "{{ '<|endoftext|>' }}{% endif %}"
+)
+
+
+def ends_of(tokenizer, items, **options) -> list[str]:
+    results = chat.Encoder(tokenizer, chat.Options(**options)).encode(items)
+    ends: list[int] = []
+    for result in results:
+        assert not isinstance(result, str), result
+        ends += [end for one in result for end in one.turn_ends]
+    return tokenizer.convert_ids_to_tokens(ends)
+
+
+def test_every_trained_turn_gives_the_token_that_ends_it_and_no_other_turn_does(load, templated):
+    two = [user("a"), assistant("call"), user("b"), assistant("c")]
+    silent = [user("a"), assistant("call", train=False), user("b"), assistant("c")]
+    items = [formats.Conversation(two, None), formats.Conversation(silent, None)]
+    assert ends_of(load("tiny"), items) == [END] * 3
+    assert ends_of(templated(TWO_ENDS), items) == ["<|endoftext|>", END, END]
+    assert ends_of(templated(TWO_ENDS), items, turns="last") == [END, END]
+    assert ends_of(templated(FINAL_TOKEN), items) == [END] * 3
+
+
+def test_texts_end_with_eos_and_tokens_with_a_special_token_or_nothing(load):
+    tokenizer = load("tiny")
+    assert ends_of(tokenizer, [formats.Text("a", "b"), formats.Text("", "c")]) == [END, END]
+    start, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", END])
+    a, newline = tokenizer.encode("a\n", add_special_tokens=False)
+
+    def tokens(ids, trains):
+        return formats.Tokens(ids, [float(one) for one in trains])
+
+    assert ends_of(tokenizer, [tokens([a, end, a, a, start], [0, 1, 0, 1, 1])]) == [
+        END,
+        "<|endoftext|>",
+    ]
+    assert ends_of(tokenizer, [tokens([a, a, end, newline, newline], [0, 1, 1, 1, 1])]) == [END]
+    assert ends_of(tokenizer, [tokens([end, newline], [0, 1])]) == []  # the end is context
+    assert ends_of(tokenizer, [tokens([end, a, newline], [1, 1, 1])]) == []  # cut at a length
+
+
 # ---- tokenizers that report other offsets ------------------------------------------------------
 
 

@@ -95,6 +95,7 @@ class Encoder:
         # SentencePiece puts a space before a text.
         self._adds_space = self._backend.encode("a", add_special_tokens=False).tokens[0] != "a"
         self._eos: int | None = tokenizer.eos_token_id
+        self._blank: dict[int, bool] = {}
         self._before, self._after = self._added_around()
 
     def _added_around(self) -> tuple[list[int], list[int]]:
@@ -119,7 +120,9 @@ class Encoder:
             try:
                 if isinstance(item, Tokens):
                     ids, weights = np.array(item.ids, np.int32), np.array(item.weights, np.float32)
-                    results[number] = [Encoded(ids, weights)]
+                    results[number] = [
+                        Encoded(ids, weights, turn_ends=self._run_ends(ids, weights))
+                    ]
                 else:
                     pending += [(number, one) for one in self.render(item)]
             except ValueError as error:
@@ -300,7 +303,31 @@ class Encoder:
             first, stop, *_ = marked.spans[0]
             weights[stop + shift :] = 1.0
             weights[: first + shift] = first == 0  # without a prompt BOS counts as text
-        return Encoded(np.array(ids, np.int32), weights, marked.num_cut)
+            ends = ids[-1:]
+        else:
+            ends = [ids[stop - 1] for _, stop, *_ in marked.spans]
+        turn_ends = tuple(end for end in ends if end in self._special_ids)
+        return Encoded(np.array(ids, np.int32), weights, marked.num_cut, turn_ends)
+
+    def _run_ends(self, ids: np.ndarray, weights: np.ndarray) -> tuple[int, ...]:
+        """Return the special token that ends each run of trained tokens, white space aside.
+
+        A run that ends otherwise teaches no end: long texts are often cut at a fixed length.
+        """
+        ends = []
+        trains = np.append(weights > 0, False)
+        for stop in (np.flatnonzero(trains[:-1] & ~trains[1:]) + 1).tolist():
+            last = next(n for n in range(stop - 1, -2, -1) if n < 0 or not self._is_blank(ids[n]))
+            if last >= 0 and trains[last] and int(ids[last]) in self._special_ids:
+                ends.append(int(ids[last]))
+        return tuple(ends)
+
+    def _is_blank(self, token: np.int32) -> bool:
+        """Whether a token is nothing but white space."""
+        if (known := self._blank.get(int(token))) is None:
+            text = self._backend.decode([int(token)], skip_special_tokens=False)
+            known = self._blank[int(token)] = bool(text) and text.isspace()
+        return known
 
 
 @dataclasses.dataclass

@@ -15,11 +15,13 @@ class Encoded:
         ids: int32 [n].
         weights: float32 [n], the loss weight of each token; 0 = it does not train.
         num_cut: turns left out at its start because they did not fit.
+        turn_ends: ids of the special tokens that end what trains, one per turn.
     """
 
     ids: np.ndarray
     weights: np.ndarray
     num_cut: int = 0
+    turn_ends: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -238,6 +238,7 @@ def describe(store: cache.Store, fit: Fitted) -> dict:
         "trained_tokens": int(fit.trained.sum()),
         "lost_trained_tokens": int(store.trained.sum(dtype=np.int64) - fit.trained.sum()),
         "highest_id": store.meta["highest_id"],
+        "turn_ends": store.meta["turn_ends"],
         "lengths": percentiles(lengths),
         "longest": [
             {"row": int(store.rows[i]), "where": store.where(i), "tokens": int(lengths[i])}

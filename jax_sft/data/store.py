@@ -42,8 +42,9 @@ class Store:
         folder: its folder in the cache.
         root: the folder that the names of the data files are relative to.
         meta: key, content (a hash of the examples, whatever they were made from), format,
-            format_reason, rows (read), highest_id (of a token; -1 = none), refused {kind of
-            reason: rows}, files [{name, first_row, unit}], dtypes and sizes.
+            format_reason, rows (read), highest_id (of a token; -1 = none), turn_ends {id of a
+            special token, as text: trained turns that it ends}, refused {kind of reason: rows},
+            files [{name, first_row, unit}], dtypes and sizes.
         cached: whether it was there already.
         ids: int32 [tokens], not shifted, example after example.
         weights: [tokens], uint8 or float32, the loss weight of each token.
@@ -120,6 +121,7 @@ class Writer:
         self._streams = {name: self._create(name) for name in [*DTYPES, "errors.jsonl"]}
         self._num_rows = self._num_tokens = 0
         self._highest_id = -1
+        self._turn_ends: collections.Counter[int] = collections.Counter()
         self._files: list[dict] = []
         self._refused: collections.Counter[str] = collections.Counter()
         self._digests = [hashlib.sha256() for _ in ("ids", "weights", "lengths")]
@@ -155,6 +157,7 @@ class Writer:
             full = len(self._refused) >= MAX_REASONS and kind not in self._refused
             self._refused["other reasons" if full else kind] += 1
         self._highest_id = max(self._highest_id, int(result.ids.max(initial=-1)))
+        self._turn_ends.update(result.turn_ends)
         self._num_tokens += len(result.ids)
         self._num_rows += result.num_rows
 
@@ -177,6 +180,7 @@ class Writer:
             "content": " ".join(digest.hexdigest() for digest in self._digests),
             "rows": self._num_rows,
             "highest_id": self._highest_id,
+            "turn_ends": {str(end): count for end, count in self._turn_ends.most_common()},
             "refused": dict(self._refused.most_common()),
             "files": self._files,
             "dtypes": self._dtypes,

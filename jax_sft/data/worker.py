@@ -94,6 +94,7 @@ class Tokenized:
         num_cut: int32 [examples], turns left out at the start.
         trained: int32 [examples], tokens that train; the first one never does.
         unit: what `places` counts: "line" or "row".
+        turn_ends: {id of a special token: trained turns that it ends}.
         refused: in the order of rows.
     """
 
@@ -107,6 +108,7 @@ class Tokenized:
     trained: np.ndarray
     unit: str
     refused: list[Refused]
+    turn_ends: dict[int, int]
 
 
 Encode = Callable[[read.Chunk], Tokenized]
@@ -209,6 +211,7 @@ def _tokenized(
         trained=np.array([np.count_nonzero(one.weights[1:]) for one in examples], np.int32),
         unit=unit,
         refused=refused,
+        turn_ends=dict(collections.Counter(end for one in examples for end in one.turn_ends)),
     )
 
 
