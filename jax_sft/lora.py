@@ -9,7 +9,6 @@ numbers are those of PEFT, so that what is trained here loads there.
 import dataclasses
 import functools
 import math
-import re
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_sft import parallel, tree
+from jax_sft import parallel, patterns, tree
 from jax_sft.model import ModelDef
 from jax_sft.models.layers import Linear
 from jax_sft.models.spec import Weight
@@ -50,10 +49,6 @@ class Settings:
         """The factor of the update."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def chooses(self, module: str) -> bool:
-        """Whether a linear layer gets an adapter."""
-        return any(_names(target, module) for target in self.targets)
-
 
 def _rank_axes(outputs: Iterable[str]) -> tuple[str, str]:
     """Return the logical axis of the rank in A and in B.
@@ -62,10 +57,6 @@ def _rank_axes(outputs: Iterable[str]) -> tuple[str, str]:
     is a part of a sum, as what the layer itself makes is, and both are reduced as one.
     """
     return ("whole_rank", "rank") if "embed" in outputs else ("rank", "whole_rank")
-
-
-def _names(target: str, module: str) -> bool:
-    return target == ALL_LINEAR or bool(re.fullmatch(rf"(?:.*\.)?(?:{target})", module))
 
 
 # ---- the module ----------------------------------------------------------------------------------
@@ -291,14 +282,18 @@ def _chosen(model_def: ModelDef, settings: Settings) -> dict[str, np.ndarray]:
     """{path of a kernel: which of its layers get an adapter}, of those with at least one."""
     known = modules(model_def)
     rows = {row.path: row for row in model_def.rows}
-    chosen = {}
-    for path, names in known.items():
-        shape = [model_def.dims[axis] for axis in rows[path].stacked]
-        found = np.array([settings.chooses(name) for name in names]).reshape(shape)
-        if found.any():
-            chosen[path] = found
     every = [name for names in known.values() for name in names]
-    unused = [one for one in settings.targets if not any(_names(one, name) for name in every)]
+    expressions = [target for target in settings.targets if target != ALL_LINEAR]
+    answers = patterns.matches("lora.targets", expressions, every, "ending")
+    unused = [
+        target for target, answer in zip(expressions, answers, strict=True) if not any(answer)
+    ]
+    all_linear = [[True] * len(every)] * (ALL_LINEAR in settings.targets)
+    found = np.array([[False] * len(every), *answers, *all_linear]).any(0)
+    ends, chosen = np.cumsum([len(names) for names in known.values()]), {}
+    for path, layers in zip(known, np.split(found, ends[:-1]), strict=True):
+        if layers.any():
+            chosen[path] = layers.reshape([model_def.dims[axis] for axis in rows[path].stacked])
     if unused or not chosen:
         first = [names[0] for names in known.values()]
         raise ValueError(

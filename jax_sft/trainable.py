@@ -5,7 +5,6 @@ And what the weights are when training begins.
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jax_sft import lora, nf4, paths, peft, pretrained, state
+from jax_sft import lora, nf4, paths, patterns, peft, pretrained, state
 from jax_sft.model import ModelDef
 
 
@@ -36,7 +35,7 @@ def choose(
     return nf4.pack(adapted) if adapters.quantize == "nf4" else adapted
 
 
-def freeze(model_def: ModelDef, patterns: Sequence[str]) -> ModelDef:
+def freeze(model_def: ModelDef, expressions: Sequence[str]) -> ModelDef:
     """Freeze the tensors in whose Hugging Face names a pattern is found, e.g. "embed_tokens".
 
     Parameters stack layers: one of which only some layers are frozen keeps its master weights and
@@ -49,22 +48,26 @@ def freeze(model_def: ModelDef, patterns: Sequence[str]) -> ModelDef:
         row.path: [name for _, name in row.hf_tensors(model_def.dims)] for row in model_def.rows
     }
     every = [name for of_row in names.values() for name in of_row]
-    for pattern in patterns:
-        if not any(re.search(pattern, name) for name in every):
+    found = np.zeros(len(every), bool)
+    answers = patterns.matches("train.freeze", expressions, every, "search")
+    for pattern, answer in zip(expressions, answers, strict=True):
+        found |= answer
+        if not any(answer):
             raise ValueError(
                 f"train.freeze: {pattern!r} is found in no name of a tensor. There are "
                 f"{', '.join(of_row[0] for of_row in names.values())}, and those of other layers"
             )
     still, trained = [], {}
-    for row in model_def.rows:
-        moves = [not any(re.search(one, name) for one in patterns) for name in names[row.path]]
-        if not any(moves):
+    ends = np.cumsum([len(of_row) for of_row in names.values()])
+    for row, frozen in zip(model_def.rows, np.split(found, ends[:-1]), strict=True):
+        if frozen.all():
             still.append(row.path)
-        elif not all(moves):
-            shape = [model_def.dims[axis] for axis in row.stacked]
-            trained[row.path] = np.array(moves).reshape(shape)
+        elif frozen.any():
+            trained[row.path] = ~frozen.reshape([model_def.dims[axis] for axis in row.stacked])
     if len(still) == len(model_def.rows):
-        raise ValueError(f"train.freeze = {list(patterns)} freezes every tensor: nothing is left")
+        raise ValueError(
+            f"train.freeze = {list(expressions)} freezes every tensor: nothing is left"
+        )
     frozen = model_def.without_masters(still)
     return dataclasses.replace(model_def, frozen=frozen, trained=trained)
 

@@ -5,7 +5,6 @@ Called by `train` after devices are known and before any data or weight is read.
 
 import dataclasses
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from jax_sft import (
     optim,
     parallel,
     paths,
+    patterns,
     peft,
     trackers,
     trainable,
@@ -153,12 +153,8 @@ def _settings(cfg) -> lora.Settings | None:
             f"{cfg.lora.dropout}: use a rank from 0 up (0 = no adapters), an alpha above 0 and a "
             "dropout from 0 up to, not including, 1"
         )
-    for key, patterns in (("lora.targets", cfg.lora.targets), ("train.freeze", cfg.train.freeze)):
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise ValueError(f"{key}: {pattern!r} is no regular expression: {error}") from None
+    patterns.matches("lora.targets", cfg.lora.targets, (), "ending")
+    patterns.matches("train.freeze", cfg.train.freeze, (), "search")
     if not cfg.lora.path and not cfg.lora.rank:
         if cfg.lora.quantize:
             raise ValueError(f"lora.quantize = {cfg.lora.quantize!r} needs adapters: set lora.rank")

@@ -20,7 +20,7 @@ LEVELS = [
     "config cache_folder huge_pages startup tree parallel trackers "
     "models models.spec models.rope data.json_rows "
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables "
-    "manifest fingerprint hub "
+    "manifest fingerprint hub patterns "
     "launching.coordinates launching.gpus launching.environment launching.output launching.tied "
     "launching.stop_requests",
     "launching.processes launching.leash launching.restarts "

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import jax_sft
-from jax_sft import lora, parallel, steps
+from jax_sft import lora, parallel, patterns, steps
 from jax_sft.inference import LoadedModel
 from jax_sft.step import batch_sums
 from tests.test_parity import (
@@ -282,13 +282,16 @@ def test_dropout_drops_the_share_it_should_the_same_on_every_mesh(make_strong_mo
         ({"lora.rank": 0, "train.freeze": ("embd",)}, ["embd", "model.embed_tokens.weight"]),
         ({"lora.rank": 0, "train.freeze": ("",)}, ["every tensor"]),
         ({"lora.rank": 0, "train.freeze": ("[",)}, ["train.freeze", "regular expression"]),
+        ({"lora.rank": 0, "train.freeze": ("(.+)+Z",)}, ["train.freeze: '(.+)+Z' takes over"]),
+        ({"lora.targets": ("(.+)+Z",)}, ["lora.targets: '(.+)+Z' takes over"]),
         ({"lora.path": "nowhere"}, ["nowhere has no adapter_config.json"]),
     ],
     ids=str,
 )
 def test_settings_that_cannot_be_used_are_refused_before_the_data_are_read(
-    make_config, tmp_path, changes, words
+    make_config, tmp_path, changes, words, monkeypatch
 ):
+    monkeypatch.setattr(patterns, "SECONDS", 1)
     cfg = make_config(**{"lora.rank": 4} | changes)
     Path(cfg.data.train.main.path).write_text("{")  # would be the next error
     with pytest.raises(ValueError) as error:
