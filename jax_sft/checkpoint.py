@@ -23,6 +23,7 @@ from jax_sft import (
     fingerprint,
     manifest,
     model_files,
+    plain_paths,
     preflight,
     steps,
     storage,
@@ -355,6 +356,7 @@ class Checkpoints:
 
     def _publish(self, save: _Save) -> None:
         if cluster.process_id() == 0:
+            storage.require_readable(save.path, save.arrays)
             steps.publish(save.path, save.step)
 
     def _thin_out(self) -> None:
@@ -395,7 +397,12 @@ def check_folder(folder: Path) -> None:
     Raises:
         ValueError: not possible; which process has what trouble.
     """
-    problem = _attempt(lambda: steps.probe(folder))
+
+    def use() -> None:
+        steps.probe(folder)
+        plain_paths.plain(folder)  # where its name cannot be stored under, nothing begins
+
+    problem = _attempt(use)
     if problems := agree.gather("checkpoint folder, writing", [problem] if problem else []):
         raise ValueError(f"checkpoints cannot be written to {folder}: {'; '.join(problems)}")
 
@@ -404,7 +411,7 @@ def _attempt(do: Callable[[], None]) -> str:
     """Do something with files; return what went wrong, "" = nothing."""
     try:
         do()
-    except OSError as error:
+    except (OSError, storage.Failed) as error:
         return _text(error)
     return ""
 

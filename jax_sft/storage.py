@@ -19,7 +19,7 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from jax_sft import fingerprint
+from jax_sft import fingerprint, plain_paths
 
 T = TypeVar("T")
 # Read or written at a time where arrays are streamed. Memory of this size is used again by the C
@@ -52,6 +52,7 @@ def _call(do: Callable[[], T]) -> T:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     text = " ".join(f"{type(cause).__name__}: {cause}".split("[tensorstore_spec")[0].split())
+    text = plain_paths.shown(text)
     raise Failed(text if len(text) <= 500 else text[:500] + " ...") from error
 
 
@@ -74,13 +75,55 @@ def start_saving(
     def start() -> Response:
         with context:
             return ocp.save_checkpointables_async(
-                str(path), {"params": params, "optimizer": optimizer}, custom_metadata=metadata
+                _named(path), {"params": params, "optimizer": optimizer}, custom_metadata=metadata
             )
 
     try:
         return _call(start)
     except TimeoutError as error:
         raise Failed(f"not started in time: {error}") from error
+
+
+def _named(step_folder: Path) -> str:
+    """The folder of a step, which need not exist, as Orbax and TensorStore have to be told."""
+    return str(plain_paths.plain(step_folder.parent) / step_folder.name)
+
+
+def _spec(step_folder: Path, name: str) -> dict[str, Any]:
+    """TensorStore's description of a stored array, "params/PATH" or "optimizer/PATH"."""
+    kind, _, path = name.partition("/")
+    kvstore: dict[str, Any] = {"driver": "file", "path": f"{_named(step_folder)}/{kind}/"}
+    if (step_folder / kind / _OCDBT).exists():
+        kvstore = {"driver": "ocdbt", "base": kvstore, "path": f"{path}/"}
+    else:
+        kvstore["path"] += f"{path}/"
+    return {"driver": "zarr3", "kvstore": kvstore}
+
+
+def require_readable(step_folder: Path, arrays: Mapping[str, Mapping[str, Any]]) -> None:
+    """Open every array of a step that Orbax has written, without reading its values.
+
+    A save that is not found again is found out before it is published: Orbax reports success where
+    it saw nothing to merge.
+
+    Args:
+        arrays: {"params/PATH" or "optimizer/PATH": {"shape", "dtype"}}.
+
+    Raises:
+        Failed: one cannot be opened, or has another shape or dtype.
+    """
+    for kind in sorted({name.partition("/")[0] for name in arrays}):
+        if not (step_folder / kind / _OCDBT).is_file():
+            raise Failed(f"Orbax has not written {kind}/{_OCDBT}: its arrays could not be read")
+
+    def opened() -> list[ts.TensorStore]:
+        begun = [ts.open(_spec(step_folder, name), read=True) for name in arrays]
+        return [future.result() for future in begun]
+
+    for (name, array), store in zip(arrays.items(), _call(opened), strict=True):
+        found = (tuple(store.shape), store.dtype.numpy_dtype)
+        if found != (tuple(array["shape"]), np.dtype(array["dtype"])):
+            raise Failed(f"tensor {name} reads as {found[1]} {found[0]}, which it is not")
 
 
 def _chunks(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
@@ -124,7 +167,7 @@ def load(path: Path, wanted: Mapping[str, Any], some: bool = False) -> dict[str,
 
     def read() -> dict[str, Any]:
         with context:
-            return ocp.load_checkpointables(str(path), dict(wanted))
+            return ocp.load_checkpointables(_named(path), dict(wanted))
 
     try:
         return _call(read)
@@ -162,13 +205,7 @@ class Stored:
         self._sum, self._found = manifest["sum"], 0
         self._size = 0
         self._lock = threading.Lock()
-        kind, _, path = name.partition("/")
-        kvstore = {"driver": "file", "path": f"{folder / kind}/"}
-        if (folder / kind / _OCDBT).exists():
-            kvstore = {"driver": "ocdbt", "base": kvstore, "path": f"{path}/"}
-        else:
-            kvstore["path"] += f"{path}/"
-        spec = {"driver": "zarr3", "kvstore": kvstore}
+        spec = self._call(lambda: _spec(folder, name))
         store = self._call(lambda: ts.open(spec, read=True).result())
         self.dtype = store.dtype.numpy_dtype
         self.chunk = tuple(size or 1 for size in store.chunk_layout.read_chunk.shape or ())
@@ -263,7 +300,7 @@ def start_params(path: Path, dtypes: Mapping[str, tuple[int, Any]], metadata: di
 
     def write() -> None:
         with context:
-            ocp.save_checkpointables(str(path), {"params": params}, custom_metadata=metadata)
+            ocp.save_checkpointables(_named(path), {"params": params}, custom_metadata=metadata)
         for name in params:
             shutil.rmtree(path / "params" / name)
 
@@ -289,7 +326,7 @@ class Blocks:
             # Not synced file by file: `manifest.write` does it when all are written.
             "kvstore": {
                 "driver": "file",
-                "path": f"{folder / name}/",
+                "path": f"{_call(lambda: _named(folder))}/{name}/",
                 "file_io_sync": False,
             },
             "metadata": {

@@ -25,6 +25,7 @@ from jax_sft import (
     hf_export,
     model_files,
     parallel,
+    plain_paths,
     state,
     steps,
     storage,
@@ -140,6 +141,44 @@ def test_a_step_reads_with_plain_orbax(saved):
     assert set(found["optimizer"]) == {"count", "mu", "nu"}
     stored = ocp.checkpointables_metadata(str(saved / str(NEW))).custom_metadata
     assert stored == steps.metadata(saved / str(NEW))
+
+
+# Glob patterns, what TensorStore changes or refuses in a path, and what looks like a home folder.
+NAMES = ["a[1]", "a**b", "back\\slash", "~", "two\nlines", "not utf-8 \udcff", "x" * 250 + "[y]"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_save_below_any_name_reads_back_and_moves(tmp_path, name):
+    folder = tmp_path / name / "checkpoints"
+    checkpoints, said = opened(folder)
+    checkpoint.check_folder(folder)
+    checkpoints.start(CONFIG, 10)
+    checkpoints.save(STATE, CONFIG, wait=True)
+    assert (checkpoints.saved_step, said) == (NEW, [])
+    step, state, _ = resume(folder)
+    assert step == NEW and damage.same(STATE, state)
+    (tmp_path / name).rename(tmp_path / "moved")  # nothing stored names the folder
+    step, state, _ = resume(tmp_path / "moved" / "checkpoints")
+    assert step == NEW and damage.same(STATE, state)
+    assert verify_checkpoint.problems_of(tmp_path / "moved" / "checkpoints", NEW, True)[0] == []
+
+
+def test_a_name_that_cannot_be_stored_under_is_refused_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(plain_paths, "_DESCRIPTORS", tmp_path / "no proc")
+    checkpoint.check_folder(tmp_path / "plain, with blanks")
+    with pytest.raises(ValueError, match=r"has a name that Orbax cannot store under"):
+        checkpoint.check_folder(tmp_path / "a[1]")
+
+
+def test_a_save_that_could_not_be_read_is_not_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(plain_paths, "is_plain", lambda _: True)
+    checkpoints, said = opened(tmp_path / "a[1]")  # Orbax finds nothing to merge, and succeeds
+    checkpoints.start(CONFIG, 10)
+    checkpoints.save(STATE, CONFIG)
+    checkpoints.close()
+    assert (checkpoints.saved_step, checkpoints.failures) == (None, 1)
+    assert "Orbax has not written optimizer/manifest.ocdbt" in "\n".join(said)
+    assert steps.present(tmp_path / "a[1]") == []
 
 
 def test_training_goes_on_beside_a_save_and_does_not_change_it(tmp_path):

@@ -84,7 +84,7 @@ def run(count: int, num_devices: int, folder: Path, *actions: str) -> list[str]:
 
 @pytest.mark.parametrize("others", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_2_processes_save_others_read_bitwise_and_back(tmp_path, others):
-    folder = tmp_path / "checkpoints"
+    folder = tmp_path / "a[1]" / "checkpoints"  # as a glob pattern it would name another folder
     run(2, 8, folder, "save=1")
     assert {path.name for path in (folder / "1").glob("manifest.*")} == {
         *("manifest.0.json", "manifest.1.json")

@@ -1,0 +1,76 @@
+"""Names of folders that Orbax and TensorStore read as plain paths.
+
+Orbax takes a path for a glob pattern when it looks for its own files and for a bucket where it
+begins with /gs/ or /s3/; TensorStore changes backslashes and refuses what is not UTF-8. A folder
+with such a name is opened here, and named by its descriptor: /proc/self/fd/N.
+"""
+
+import fcntl
+import os
+import re
+import threading
+import zlib
+from pathlib import Path
+
+_PLAIN = re.compile(r"[\w./ ,:;=@%+~#$&!'\"()^-]+")
+_BUCKETS = re.compile(r"/+(gs|s3|az|hf)(/|$)")
+_DESCRIPTORS = Path("/proc/self/fd")
+
+# {folder: (its device and inode, descriptor)}: a handful in a process, open until it ends.
+_opened: dict[Path, tuple[tuple[int, int], int]] = {}
+_opening = threading.Lock()
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether the name of a folder needs no other one."""
+    text = str(folder)
+    plain = text.isprintable() and _PLAIN.fullmatch(text) and not _BUCKETS.match(text)
+    return bool(plain)
+
+
+def plain(folder: Path) -> Path:
+    """Return a path of an existing folder that is safe for Orbax and TensorStore: of this process.
+
+    Raises:
+        OSError: the folder is missing, or cannot be opened.
+    """
+    folder = folder.absolute()
+    if is_plain(folder):
+        return folder
+    if not _DESCRIPTORS.is_dir():
+        raise OSError(
+            f"{folder} has a name that Orbax cannot store under on this system: use letters, "
+            "digits, blanks and ._- only"
+        )
+    with _opening:
+        found = os.stat(folder)
+        now = (found.st_dev, found.st_ino)
+        before, descriptor = _opened.get(folder, (None, -1))
+        if before != now:  # new, or removed and made again
+            if before:
+                os.close(descriptor)
+            descriptor = _open(folder)
+            _opened[folder] = (now, descriptor)
+    return _DESCRIPTORS / str(descriptor)
+
+
+def _open(folder: Path) -> int:
+    """Open a folder under a number that follows from its name.
+
+    Orbax compares the paths of all processes, so each has to use the same number. These are above
+    those in use, and below the usual limit of 1024.
+    """
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        number = 600 + zlib.crc32(os.fsencode(folder)) % 400
+        return fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, number)
+    finally:
+        os.close(opened)
+
+
+def shown(text: str) -> str:
+    """Return a message of Orbax or TensorStore with the folders under their own names."""
+    with _opening:
+        for folder, (_, descriptor) in _opened.items():
+            text = re.sub(rf"{_DESCRIPTORS}/{descriptor}\b", lambda _, to=folder: str(to), text)
+    return text
