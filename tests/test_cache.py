@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 import jax_sft
 from jax_sft import config, tiny
@@ -448,6 +450,109 @@ def test_a_damaged_store_is_made_again_with_a_notice(build, tmp_path, capfd):
     assert num_damages == 36
     assert build(file, stop_at_bad_row=False).cached
     assert len(stores(tmp_path / "cache")) == 1
+
+
+def test_every_flipped_bit_of_a_store_is_found_and_named(build, tmp_path, capfd):
+    file = write(tmp_path / "a.jsonl", [*rows(50), "{"])
+    store = build(file, stop_at_bad_row=False)
+    for name, data in contents(store.folder).items():
+        for place in (0, len(data) // 2, len(data) - 1):
+            changed = bytearray(data)
+            changed[place] ^= 1
+            (store.folder / name).write_bytes(changed)
+            with pytest.raises(store_module.Damaged, match=name):
+                store_module.open_store(store.folder, tmp_path)
+        (store.folder / name).write_bytes(data)
+    ids = store.ids.copy()
+    (store.folder / "ids").write_bytes(bytes(ids.nbytes))
+    capfd.readouterr()
+    again = build(file, stop_at_bad_row=False)
+    assert not again.cached and np.array_equal(again.ids, ids)
+    expected = f"{store.folder} is damaged (ids does not match its checksum): tokenizing again"
+    assert expected in capfd.readouterr().err
+
+
+def test_a_store_that_agrees_with_its_checksums_and_not_with_itself_is_damaged(build, tmp_path):
+    store = build(write(tmp_path / "a.jsonl", [*rows(5), "{"]), stop_at_bad_row=False)
+
+    def change(name: str, change_array) -> str:
+        """Change an array, and make all checksums right again."""
+        folder = tmp_path / "copy" / store.folder.name
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(store.folder, folder)
+        meta = json.loads((folder / "meta.json").read_text())
+        if name in store_module.DTYPES:
+            array = np.fromfile(folder / name, store_module.DTYPES[name])
+            changed = change_array(array)
+            (array if changed is None else changed).tofile(folder / name)
+            data = (folder / name).read_bytes()
+            meta["sizes"][name] = len(data)
+            meta["digests"][name] = xxhash.xxh3_128_hexdigest(data)
+        else:
+            meta[name] = change_array
+        meta["checksum"] = store_module._checksum(meta)
+        (folder / "meta.json").write_text(json.dumps(meta))
+        with pytest.raises(store_module.Damaged) as raised:
+            store_module.open_store(folder, tmp_path)
+        return str(raised.value)
+
+    def put(place: int, value: int):
+        return lambda array: array.__setitem__(place, value)
+
+    assert "highest_id" in change("ids", put(3, 100_000))
+    assert "ids" in change("ids", put(3, -1))
+    assert "weights" in change("weights", put(3, 2))
+    assert "trained" in change("weights", lambda array: array.fill(1))
+    assert "trained" in change("trained", put(0, 1_000))
+    assert "starts" in change("starts", put(-1, 7))
+    assert "lengths" in change("starts", put(2, 0))
+    assert "rows" in change("rows", put(0, 4)) and "rows" in change("rows", put(-1, 6))
+    assert "places" in change("places", put(0, 0))
+    assert "num_cut" in change("num_cut", put(0, -1))
+    assert "examples" in change("num_cut", lambda array: array[:1])
+    assert "highest_id" in change("highest_id", 5)
+    assert "refused" in change("refused", {})
+    assert "files" in change("files", []) and "files" in change("files", [{"name": "a"}])
+    assert "weights" in change("weights", lambda array: array.astype("<i8"))
+    assert "key is not of type str" in change("key", 1)
+    meta = json.loads((store.folder / "meta.json").read_text())
+    meta["weights"] = "O"  # which would take what the file holds for pointers
+    meta["checksum"] = store_module._checksum(meta)
+    (store.folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(store_module.Damaged, match="weights is not one of"):
+        store_module.open_store(store.folder, tmp_path)
+
+
+def test_a_store_of_links_and_special_files_is_not_followed(build, tmp_path):
+    file = write(tmp_path / "a.jsonl", rows(5))
+    folder = build(file).folder
+    elsewhere = tmp_path / "elsewhere"
+    for name in ("ids", "meta.json"):
+        (folder / name).rename(elsewhere)
+        (folder / name).symlink_to(elsewhere)
+        assert not build(file).cached and elsewhere.exists(), name
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        assert not build(file).cached, name
+    folder.rename(elsewhere := tmp_path / "all")
+    folder.symlink_to(elsewhere)
+    assert not build(file).cached and not folder.is_symlink() and elsewhere.exists()
+    shutil.rmtree(folder)
+    folder.write_text("")
+    assert not build(file).cached and build(file).cached
+
+
+def test_a_damaged_store_where_nothing_can_be_written_is_named(build, tmp_path, monkeypatch):
+    file = write(tmp_path / "a.jsonl", rows(5))
+    folder = build(file).folder
+    (folder / "ids").write_bytes(bytes((folder / "ids").stat().st_size))
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(cache, "_unfinished", refuse)
+    with pytest.raises(ValueError, match=r"store .* damaged: ids .*checksum.*data\.cache_dir"):
+        build(file)
 
 
 @pytest.mark.parametrize("number", [1, 4, 9, 20])

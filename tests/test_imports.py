@@ -17,7 +17,7 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 # A file imports only from levels below its own.
 LEVELS = [
     "paths exit_codes",
-    "config cache_folder huge_pages startup tree parallel trackers "
+    "config cache_folder regular huge_pages startup tree parallel trackers "
     "models models.spec models.rope data.json_rows "
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables "
     "manifest fingerprint hub patterns "

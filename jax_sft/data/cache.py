@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from jax_sft import cache_folder
 from jax_sft.data import chat, formats, read, worker
-from jax_sft.data.store import Store, Writer, open_store, publish
+from jax_sft.data.store import Damaged, Store, Writer, open_store, publish
 
 # Keys of a source that do not change its tokens: a moved file is found again.
 NOT_IN_KEY = ("path", "epochs", "weight")
@@ -104,15 +104,13 @@ def open_or_build(
     )
     key = _key(request, progress)
     store = _open(request, key)
-    if store is None:
-        with _lock(request, key) as locked:
+    if isinstance(store, Damaged | None):
+        with _lock(request, key, store) as locked:
             store = _open(request, key)  # another process may have made it meanwhile
-            if store is None:
-                _make_room(request.cache, key, locked)
+            if isinstance(store, Damaged | None):
+                _make_room(request.cache, key, locked, store)
                 _build(request, key)
-                store = _open(request, key)
-                assert store is not None, f"{request.cache / key} vanished"
-                store = dataclasses.replace(store, cached=False)
+                store = _built(request, key)
     if stop_at_bad_row:
         for error in store.errors():
             raise _bad_row(request, error["where"], error["error"])
@@ -211,17 +209,36 @@ def _remember(memory: Path, identity: tuple, digest: str) -> None:
             stream.write("\n" + json.dumps([*identity, digest]) + "\n")
 
 
-def _open(request: _Request, key: str) -> Store | None:
+def _open(request: _Request, key: str) -> Store | Damaged | None:
     with _explained(request.cache):
-        return open_store(request.cache / key, request.root)
+        try:
+            return open_store(request.cache / key, request.root, progress=request.progress)
+        except Damaged as error:
+            return error
+
+
+def _built(request: _Request, key: str) -> Store:
+    """Open a store that was made just now."""
+    store = _open(request, key)
+    if isinstance(store, Damaged | None):
+        raise ValueError(
+            f"{request.cache / key} was made just now and cannot be used: "
+            f"{store or 'another program has removed it'}: check the disk, or set data.cache_dir "
+            "to a folder on another"
+        )
+    return dataclasses.replace(store, cached=False)
 
 
 # ---- locks and leftovers ------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _explained(cache: Path) -> Iterator[None]:
-    """Say what to do where the system refuses something within the cache folder."""
+def _explained(cache: Path, damage: Damaged | None = None) -> Iterator[None]:
+    """Say what to do where the system refuses something within the cache folder.
+
+    Args:
+        damage: of the store that has to be made again.
+    """
     try:
         yield
     except OSError as error:
@@ -229,17 +246,20 @@ def _explained(cache: Path) -> Iterator[None]:
             remedy = "make room, or set data.cache_dir to a folder on a larger disk"
         else:
             remedy = "set data.cache_dir to a folder that can be written"
-        raise ValueError(f"the cache folder {cache} cannot be used: {error}: {remedy}") from error
+        why = f" (the store in it is damaged: {damage})" if damage else ""
+        raise ValueError(
+            f"the cache folder {cache} cannot be used: {error}{why}: {remedy}"
+        ) from error
 
 
 @contextlib.contextmanager
-def _lock(request: _Request, key: str) -> Iterator[bool]:
+def _lock(request: _Request, key: str, damage: Damaged | None) -> Iterator[bool]:
     """Let one process at a time build a store; the lock ends with the process that holds it.
 
     Yields whether there is a lock: not every file system has them. The rename at the end of a
     build keeps the store right without.
     """
-    with _explained(request.cache):
+    with _explained(request.cache, damage):
         request.cache.mkdir(parents=True, exist_ok=True)
         stream = open(request.cache / f"{key}.lock", "ab")
     with stream:
@@ -270,17 +290,25 @@ def _unfinished(cache: Path, key: str) -> Path:
     return cache / f"{key}.unfinished-{socket.gethostname()}-{secrets.token_hex(4)}"
 
 
-def _make_room(cache: Path, key: str, locked: bool) -> None:
+def _make_room(cache: Path, key: str, locked: bool, damage: Damaged | None) -> None:
     """Remove a damaged store, and what builds that were killed have left."""
-    with _explained(cache):
-        if (cache / key).exists():
-            print(f"{cache / key} is damaged: tokenizing again", file=sys.stderr, flush=True)
+    with _explained(cache, damage):
+        if damage:
+            print(f"{cache / key} is damaged ({damage}): tokenizing again", file=sys.stderr)
             (cache / key).rename(damaged := _unfinished(cache, key))
-            shutil.rmtree(damaged)
+            _remove(damaged)
         for folder in cache.glob("*.unfinished-*"):
             with contextlib.suppress(OSError):  # another user's, or another process clears up too
                 if _is_dead(folder, key if locked else ""):
                     shutil.rmtree(folder)
+
+
+def _remove(store: Path) -> None:
+    """Remove a store, or what stands in its place."""
+    if store.is_dir() and not store.is_symlink():
+        shutil.rmtree(store)
+    else:
+        store.unlink()
 
 
 def _is_dead(folder: Path, locked_key: str) -> bool:

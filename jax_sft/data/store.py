@@ -1,7 +1,8 @@
-"""The files of one tokenized source: `Writer` makes them, `open_store` maps them, read-only.
+"""The files of one tokenized source: `Writer` makes them, `open_store` verifies and maps them.
 
-A store is a folder of flat arrays, errors.jsonl and meta.json, which is written last. Called by
-`cache`, which names the folder and lets one process at a time build it.
+A store is a folder of flat arrays, errors.jsonl and meta.json, which is written last and holds a
+checksum of each file and of itself. Called by `cache`, which names the folder and lets one process
+at a time build it.
 """
 
 import bisect
@@ -9,16 +10,20 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+import xxhash
+from tqdm import tqdm
 
+from jax_sft import regular
 from jax_sft.data import worker
 
 # The flat little-endian arrays of a store; weights are float32 where one is neither 0 nor 1.
@@ -31,7 +36,22 @@ DTYPES = {
     "num_cut": "<i4",
     "trained": "<i4",
 }
+WEIGHTS = ("|u1", "<f4")
+# The fields of meta.json and their types; `Store` says what they hold.
+FIELDS = {
+    **{"key": str, "content": str, "format": str, "format_reason": str, "weights": str},
+    **{"rows": int, "highest_id": int, "refused": dict, "files": list, "turn_ends": dict},
+    **{"sizes": dict, "digests": dict, "checksum": str},
+}
+FILE_FIELDS = {"name": str, "first_row": int, "unit": str}
+MAX_META = 64 << 20  # bytes of meta.json: some 400,000 data files
 MAX_REASONS = 50  # kinds of refusal told apart
+BLOCK = 4 << 20  # bytes hashed at once
+SHOW_CHECKING = 2_000_000_000  # bytes from which the check shows a progress bar
+
+
+class Damaged(Exception):
+    """A store whose files are not as they were written; the text says what is wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +64,8 @@ class Store:
         meta: key, content (a hash of the examples, whatever they were made from), format,
             format_reason, rows (read), highest_id (of a token; -1 = none), turn_ends {id of a
             special token, as text: trained turns that it ends}, refused {kind of reason: rows},
-            files [{name, first_row, unit}], dtypes and sizes.
+            files [{name, first_row, unit}], weights (their dtype), sizes and digests {file: bytes,
+            and their xxh3_128}, checksum (of meta without it).
         cached: whether it was there already.
         ids: int32 [tokens], not shifted, example after example.
         weights: [tokens], uint8 or float32, the loss weight of each token.
@@ -84,32 +105,167 @@ class Store:
                 yield {"row": error["row"], "where": where, "error": error["error"]}
 
 
-def open_store(folder: Path, root: Path) -> Store | None:
-    """Map a store; None where there is none, or one whose files are not as they were written.
+def open_store(folder: Path, root: Path, *, progress: bool = False) -> Store | None:
+    """Verify a store against its checksums and map it; None where there is none.
+
+    All of it is read once: 0.6 s per billion tokens from memory, else as fast as the disk is. While
+    an array of the store is alive, the file of ids has a shared lock, so that nobody removes it.
 
     Args:
         root: see Store.
+        progress: show a bar for a large store.
 
     Raises:
+        Damaged: its files are not as they were written.
         OSError: the system refuses to read what is there.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="ascii"))
-        for file, size in meta["sizes"].items():
-            if (folder / file).stat().st_size != size:
-                return None
-        arrays = {name: _map(folder / name, dtype) for name, dtype in meta["dtypes"].items()}
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    try:
+        if folder.is_symlink():
+            raise ValueError("the folder is a link")
+        with contextlib.ExitStack() as stack:
+            files = {
+                name: stack.enter_context(regular.open_regular(folder / name, follow=False))
+                for name in (*DTYPES, "errors.jsonl", "meta.json")
+            }
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(files["ids"], fcntl.LOCK_SH | fcntl.LOCK_NB)
+            meta = _read_meta(files.pop("meta.json"))
+            if meta["key"] != folder.name:
+                raise ValueError("meta.json is that of another store")
+            totals = _verify_files(files, meta, progress)
+            dtypes = DTYPES | {"weights": meta["weights"]}
+            arrays = {name: _map(files[name], dtype) for name, dtype in dtypes.items()}
+        _verify_arrays(arrays, meta, totals)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise Damaged(str(error)) from error
     bounds = arrays.pop("starts")
     return Store(folder, root, meta, True, starts=bounds[:-1], stops=bounds[1:], **arrays)
 
 
-def _map(file: Path, dtype: str) -> np.ndarray:
-    if file.stat().st_size == 0:  # which cannot be mapped
+def _read_meta(stream: BinaryIO) -> dict[str, Any]:
+    """Read meta.json; raise ValueError unless it is as `Writer.finish` wrote it."""
+    text = stream.read(MAX_META + 1)
+    try:
+        meta = json.loads(text) if len(text) <= MAX_META else None
+    except (ValueError, RecursionError) as error:
+        raise ValueError("meta.json is not the JSON of a store") from error
+    if not isinstance(meta, dict) or meta.keys() != FIELDS.keys():
+        raise ValueError("meta.json does not have the fields of a store")
+    for name, kind in FIELDS.items():
+        if type(meta[name]) is not kind:
+            raise ValueError(f"meta.json: {name} is not of type {kind.__name__}")
+    if meta["checksum"] != _checksum(meta):
+        raise ValueError("meta.json does not match its checksum")
+    names = {*DTYPES, "errors.jsonl"}
+    if meta["sizes"].keys() != names or meta["digests"].keys() != names:
+        raise ValueError("meta.json: sizes and digests are not those of a store's files")
+    for file in meta["files"]:
+        if type(file) is not dict or {k: type(v) for k, v in file.items()} != FILE_FIELDS:
+            raise ValueError("meta.json: files does not have the fields of a file")
+    for name in ("refused", "turn_ends"):
+        if any(type(number) is not int for number in meta[name].values()):
+            raise ValueError(f"meta.json: {name} does not hold numbers")
+    if not all(token.isdecimal() for token in meta["turn_ends"]):
+        raise ValueError("meta.json: turn_ends does not name tokens")
+    if meta["weights"] not in WEIGHTS:
+        raise ValueError(f"meta.json: weights is not one of {WEIGHTS}")
+    return meta
+
+
+def _checksum(meta: Mapping[str, Any]) -> str:
+    rest = {name: value for name, value in meta.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+@dataclasses.dataclass
+class _Totals:
+    """What is counted while the files of a store are read."""
+
+    lowest_id: int = 0
+    highest_id: int = -1
+    num_trained: int = 0
+    sound_weights: bool = True
+    num_errors: int = 0
+
+    def add(self, name: str, block: bytes, weights: str) -> None:
+        if name == "ids":
+            ids = np.frombuffer(block, DTYPES["ids"])
+            self.lowest_id = min(self.lowest_id, int(ids.min()))
+            self.highest_id = max(self.highest_id, int(ids.max()))
+        elif name == "weights":
+            found = np.frombuffer(block, weights)
+            self.num_trained += int(np.count_nonzero(found))
+            highest = 1 if weights == "|u1" else np.finfo(np.float32).max
+            self.sound_weights &= bool(found.min() >= 0 and found.max() <= highest)  # NaN is not
+        elif name == "errors.jsonl":
+            self.num_errors += block.count(b"\n")
+
+
+def _verify_files(
+    files: Mapping[str, BinaryIO], meta: Mapping[str, Any], progress: bool
+) -> _Totals:
+    """Compare sizes and digests, and count; raise ValueError.
+
+    The files are read in blocks, not mapped: mapped pages would count as memory of this process.
+    """
+    totals = _Totals()
+    total = sum(os.fstat(stream.fileno()).st_size for stream in files.values())
+    hide = not progress or total < SHOW_CHECKING
+    with tqdm(total=total, desc="checking tokens", unit="B", unit_scale=True, disable=hide) as bar:
+        for name, stream in files.items():
+            size = os.fstat(stream.fileno()).st_size
+            if size != meta["sizes"][name]:
+                raise ValueError(f"{name} has {size:,} bytes, not {meta['sizes'][name]}")
+            digest = xxhash.xxh3_128()
+            while block := stream.read(BLOCK):
+                digest.update(block)
+                totals.add(name, block, meta["weights"])
+                bar.update(len(block))
+            if digest.hexdigest() != meta["digests"][name]:
+                raise ValueError(f"{name} does not match its checksum")
+    return totals
+
+
+def _map(stream: BinaryIO, dtype: str) -> np.ndarray:
+    if os.fstat(stream.fileno()).st_size == 0:  # which cannot be mapped
         return np.zeros(0, dtype)
-    # As a plain array: slices of a memmap cost several times as much.
-    return np.asarray(np.memmap(file, dtype, mode="r"))
+    # As a plain array: slices of a memmap cost several times as much. The mapping has a copy of the
+    # file's descriptor, and with it the lock.
+    return np.asarray(np.memmap(stream, dtype, mode="r"))
+
+
+def _verify_arrays(
+    arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], totals: _Totals
+) -> None:
+    """Compare the arrays with each other and with meta.json; raise ValueError.
+
+    Checksums find what changed since the store was written. This finds what was never right.
+    """
+    starts, rows, lengths = arrays["starts"], arrays["rows"], np.diff(arrays["starts"])
+    never_targets = np.count_nonzero(arrays["weights"][starts[:-1]])
+    first_rows = [file["first_row"] for file in meta["files"]]
+    claims = {
+        "starts": len(starts) > 0 and starts[0] == 0 and starts[-1] == len(arrays["ids"]),
+        "lengths": bool((lengths > 0).all()),
+        "weights": totals.sound_weights and len(arrays["weights"]) == len(arrays["ids"]),
+        "rows": bool((np.diff(rows) >= 0).all() and ((rows >= 0) & (rows < meta["rows"])).all()),
+        "trained": bool(((arrays["trained"] >= 0) & (arrays["trained"] < lengths)).all())
+        and arrays["trained"].sum(dtype=np.int64) == totals.num_trained - never_targets,
+        "num_cut": bool((arrays["num_cut"] >= 0).all()),
+        "places": bool((arrays["places"] > 0).all()),
+        "files": first_rows[:1] == [0] and first_rows == sorted(first_rows),
+        "ids": totals.lowest_id >= 0,
+        "highest_id": meta["highest_id"] == totals.highest_id,
+        "refused": sum(meta["refused"].values()) == totals.num_errors,
+    }
+    per_example = {len(arrays[name]) for name in ("rows", "places", "num_cut", "trained")}
+    claims["examples"] = per_example == {len(lengths)}
+    if wrong := [name for name, holds in claims.items() if not holds]:
+        raise ValueError(f"{', '.join(wrong)}: not those of a store")
 
 
 class Writer:
@@ -124,7 +280,8 @@ class Writer:
         self._turn_ends: collections.Counter[int] = collections.Counter()
         self._files: list[dict] = []
         self._refused: collections.Counter[str] = collections.Counter()
-        self._digests = [hashlib.sha256() for _ in ("ids", "weights", "lengths")]
+        self._content = [hashlib.sha256() for _ in ("ids", "weights", "lengths")]
+        self._digests = {name: xxhash.xxh3_128() for name in self._streams}
         self._append("starts", np.zeros(1, np.int64))
 
     def _create(self, name: str) -> BinaryIO:
@@ -132,7 +289,11 @@ class Writer:
         return self._stack.enter_context(open(self._folder / name, "wb", buffering=0))
 
     def _append(self, name: str, array: np.ndarray) -> None:
-        _write(self._streams[name], array.astype(self._dtypes[name]).tobytes())
+        self._write(name, array.astype(self._dtypes[name]).tobytes())
+
+    def _write(self, name: str, data: bytes) -> None:
+        _write(self._streams[name], data)
+        self._digests[name].update(data)
 
     def add(self, path: str, result: worker.Tokenized) -> None:
         """Append the rows of the chunk that follows; they are from the file `path`."""
@@ -146,13 +307,13 @@ class Writer:
             self._append(name, getattr(result, name))
         self._append("starts", self._num_tokens + np.cumsum(result.lengths))
         found = ((result.ids, "<i4"), (result.weights, "<f4"), (result.lengths, "<i8"))
-        for digest, (array, dtype) in zip(self._digests, found, strict=True):
+        for digest, (array, dtype) in zip(self._content, found, strict=True):
             digest.update(np.ascontiguousarray(array.astype(dtype)).data)
         self._append("rows", self._num_rows + result.rows)
         for bad in result.refused:
             error = {"row": self._num_rows + bad.row, "file": file, "place": bad.place}
             line = json.dumps(error | {"error": bad.reason}) + "\n"
-            _write(self._streams["errors.jsonl"], line.encode("ascii"))
+            self._write("errors.jsonl", line.encode("ascii"))
             kind = _kind(bad.reason)
             full = len(self._refused) >= MAX_REASONS and kind not in self._refused
             self._refused["other reasons" if full else kind] += 1
@@ -167,6 +328,7 @@ class Writer:
         narrow = (self._folder / "weights").rename(self._folder / "narrow")
         self._dtypes["weights"] = "<f4"
         self._streams["weights"] = self._create("weights")
+        self._digests["weights"] = xxhash.xxh3_128()
         with open(narrow, "rb") as stream:
             while block := stream.read(1 << 20):
                 self._append("weights", np.frombuffer(block, np.uint8))
@@ -176,16 +338,18 @@ class Writer:
         """Have all files on the disk; meta.json, without which there is no store, last."""
         for stream in self._streams.values():
             os.fsync(stream.fileno())
-        meta = about | {
-            "content": " ".join(digest.hexdigest() for digest in self._digests),
+        meta: dict[str, Any] = about | {
+            "content": " ".join(digest.hexdigest() for digest in self._content),
             "rows": self._num_rows,
             "highest_id": self._highest_id,
             "turn_ends": {str(end): count for end, count in self._turn_ends.most_common()},
             "refused": dict(self._refused.most_common()),
             "files": self._files,
-            "dtypes": self._dtypes,
+            "weights": self._dtypes["weights"],
             "sizes": {name: stream.tell() for name, stream in self._streams.items()},
+            "digests": {name: digest.hexdigest() for name, digest in self._digests.items()},
         }
+        meta["checksum"] = _checksum(meta)
         with open(self._folder / "meta.json", "w", encoding="ascii") as stream:
             json.dump(meta, stream, indent=2)
             stream.flush()
