@@ -20,9 +20,11 @@ from jax_sft import exit_codes
 
 VARIABLES = ("JAX_SFT_COORDINATOR", "JAX_SFT_NUM_PROCESSES", "JAX_SFT_PROCESS_ID")
 JOIN_TIMEOUT_S = 300  # for all processes to come
-# After this JAX itself ends the processes of a run in which one no longer answers. The watchdog is
-# faster, and says who it was.
+# After this JAX itself ends the processes of a run in which one no longer answers. It goes by the
+# wall clock: a clock set forward by more ends all processes. So it is kept out of the way where the
+# watchdog, which is faster and names the process, looks on.
 HEARTBEAT_TIMEOUT_S = 100
+WATCHED_HEARTBEAT_TIMEOUT_S = 10 * 24 * 3600
 PORT_TIMEOUT_S = 30  # for the process before us to free the coordinator's port
 GOODBYE_S = 3.0
 _PREFIX = "jax_sft/"
@@ -43,13 +45,16 @@ class Stopped(RuntimeError):
         self.exit_code = exit_code
 
 
-def initialize() -> None:
+def initialize(watched: bool = False) -> None:
     """Join the other processes of a launched run, if the launcher started several.
 
     `scripts/launch.sh` sets JAX_SFT_COORDINATOR (host:port), JAX_SFT_NUM_PROCESSES,
     JAX_SFT_PROCESS_ID and, where several processes share the GPUs of a host,
     JAX_SFT_LOCAL_DEVICE_IDS. They are passed on explicitly: automatic detection can give a process
     one of its eight GPUs without a word.
+
+    Args:
+        watched: a watchdog with a timeout looks for processes that no longer answer.
 
     Raises:
         ValueError: only some of the variables are set, or one makes no sense.
@@ -79,7 +84,7 @@ def initialize() -> None:
         local_device_ids=[int(number) for number in ids.split(",")] if ids else None,
         cluster_detection_method="deactivate",
         initialization_timeout=JOIN_TIMEOUT_S,
-        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+        heartbeat_timeout_seconds=(WATCHED_HEARTBEAT_TIMEOUT_S if watched else HEARTBEAT_TIMEOUT_S),
         shutdown_timeout_seconds=60,
     )
 

@@ -109,7 +109,7 @@ def _train(
     parallel.simulate_cpu_devices(cfg.mesh.cpu_devices)
     parallel.use_gpu_memory()
     watch.at("joining")
-    cluster.initialize()
+    cluster.initialize(watched=cfg.train.stall_timeout_s > 0)
     watch.joined()
     first_process = cluster.process_id() == 0
     say = print_now if first_process else silent

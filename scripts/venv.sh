@@ -7,10 +7,11 @@ make_venv() {
     exit 64
   fi
   [ -x .venv/bin/python ] || "$python" -m venv .venv
-  stamp=".venv/installed-$(cat requirements*.txt | cksum | cut -d' ' -f1)-$requirements"
+  stamp=".venv/installed-$(cat requirements*.txt constraints.txt | cksum | cut -d' ' -f1)-$requirements"
   if [ ! -e "$stamp" ]; then
     echo "installing $requirements into .venv"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+      -c constraints.txt -r "$requirements"
     touch "$stamp"
   fi
 }
