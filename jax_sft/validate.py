@@ -156,8 +156,17 @@ def _settings(cfg) -> lora.Settings | None:
     patterns.matches("lora.targets", cfg.lora.targets, (), "ending")
     patterns.matches("train.freeze", cfg.train.freeze, (), "search")
     if not cfg.lora.path and not cfg.lora.rank:
-        if cfg.lora.quantize:
-            raise ValueError(f"lora.quantize = {cfg.lora.quantize!r} needs adapters: set lora.rank")
+        default = config.to_dict(config.default())["lora"]
+        keys = [
+            f"lora.{name} = {cfg.lora[name]!r}"
+            for name, value in config.to_dict(cfg)["lora"].items()
+            if value != default[name]
+        ]
+        if keys:
+            raise ValueError(
+                f"{' and '.join(keys)} need{'s' * (len(keys) == 1)} adapters: set lora.rank, or "
+                "leave the default"
+            )
         return None
     if cfg.train.freeze:
         raise ValueError(

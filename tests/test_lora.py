@@ -284,6 +284,13 @@ def test_dropout_drops_the_share_it_should_the_same_on_every_mesh(make_strong_mo
         ({"lora.rank": 0, "train.freeze": ("[",)}, ["train.freeze", "regular expression"]),
         ({"lora.rank": 0, "train.freeze": ("(.+)+Z",)}, ["train.freeze: '(.+)+Z' takes over"]),
         ({"lora.targets": ("(.+)+Z",)}, ["lora.targets: '(.+)+Z' takes over"]),
+        ({"lora.rank": 0, "lora.targets": ("q_proj",)}, ["lora.targets = ('q_proj',) needs adapt"]),
+        ({"lora.rank": 0, "lora.alpha": 8.0}, ["lora.alpha = 8.0 needs adapters: set lora.rank"]),
+        ({"lora.rank": 0, "lora.dropout": 0.1}, ["lora.dropout = 0.1 needs adapters"]),
+        (
+            {"lora.rank": 0, "lora.rslora": True, "lora.dora": True, "lora.quantize": "nf4"},
+            ["lora.rslora = True and lora.dora = True and lora.quantize = 'nf4' need adapters"],
+        ),
         ({"lora.path": "nowhere"}, ["nowhere has no adapter_config.json"]),
     ],
     ids=str,
