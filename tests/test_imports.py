@@ -18,7 +18,7 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 LEVELS = [
     "paths exit_codes",
     "config cache_folder regular huge_pages startup tree parallel trackers "
-    "models models.spec models.rope data.json_rows "
+    "models models.spec models.rope data.json_rows data.printed "
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables "
     "manifest fingerprint hub patterns "
     "plain_paths "

@@ -7,12 +7,12 @@ texts in which each trained turn follows the very prompt that inference would gi
 
 import dataclasses
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_sft.data.formats import Conversation
+from jax_sft.data.printed import is_in, missing_part
 from jax_sft.data.template import ChatTemplate
 
 # The empty block itself is context, as in the prompt of a model that is told not to think.
@@ -245,13 +245,18 @@ def _check_turn(body: str, message: dict[str, Any]) -> None:
     Raises:
         ValueError: part of the message is not there, or text that is not of the message is.
     """
-    calls = call_parts(message)
     reasoning, answer = split_think(message)
-    for part in [reasoning or "", answer, *calls]:
-        if not is_in(part, body):
-            raise ValueError(f"the chat template leaves out part of a message: {part!r:.80}")
+    lacking = next((part for part in (reasoning or "", answer) if not is_in(part, body)), None)
+    lacking = missing_part(message, body) if lacking is None else lacking
+    if lacking is not None:
+        raise ValueError(f"the chat template leaves out part of a message: {lacking!r:.80}")
     content = message.get("content") or ""
-    if calls or body.strip() in (content.strip(), answer.strip()) and not (reasoning or "").strip():
+    has_calls = bool(message.get("tool_calls"))
+    if (
+        has_calls
+        or body.strip() in (content.strip(), answer.strip())
+        and not (reasoning or "").strip()
+    ):
         return
     thought = f"{reasoning}</think>{answer}"
     if "".join(body.split()).removeprefix("<think>") != "".join(thought.split()):
@@ -300,7 +305,7 @@ def check_context(
         kept = message.get("content") or ""
         if message["role"] == "assistant":
             kept = split_think(message)[1]
-        if not all(is_in(part, text) for part in [kept, *call_parts(message)]):
+        if not is_in(kept, text) or missing_part(message, text) is not None:
             raise ValueError(f"the chat template leaves out part of message {number}")
         found = text.find(kept.strip(), place, following)
         place, in_order = max(found + len(kept.strip()), place), in_order and found >= 0
@@ -332,32 +337,3 @@ def check_tools(
             raise ValueError(f"a tool must be an object with a name, not {tool!r:.80}")
         if text.count(name) <= without.count(name):
             raise ValueError(f"the chat template leaves out the tool {name!r}")
-
-
-def call_parts(message: dict[str, Any]) -> list[str]:
-    """Return the names and argument values of a message's tool calls."""
-    parts = []
-    for call in message.get("tool_calls") or ():
-        function = call.get("function", call)
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):  # the style of some templates, see ChatTemplate.styled
-            arguments = json.loads(arguments)
-        parts += [function["name"], *_leaves(arguments)]
-    return parts
-
-
-def _leaves(value: Any) -> list[str]:
-    """The strings and numbers within a JSON value, as they are printed."""
-    if isinstance(value, dict):
-        return [leaf for part in value.items() for leaf in _leaves(list(part))]
-    if isinstance(value, list | tuple):
-        return [leaf for part in value for leaf in _leaves(part)]
-    return [value if isinstance(value, str) else json.dumps(value)]
-
-
-def is_in(part: str, text: str) -> bool:
-    """Whether a text holds a part: as it is, without outer white space, or escaped as in JSON."""
-    if part.strip() in text:
-        return True
-    escaped = (json.dumps(part, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
-    return any(form in text for form in escaped)
