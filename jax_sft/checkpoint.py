@@ -78,6 +78,7 @@ class Checkpoints:
         data: fingerprint of the training data.
         adapters: what `lora.*` means, stored with each step.
         vocabulary: of the model, which each mesh may pad otherwise; None = no mesh does.
+        turn_ends: what ends the trained turns, stored with each step: see stop_tokens.
         say: prints a line; called on the first process only, also from a thread.
 
     Attributes:
@@ -94,10 +95,12 @@ class Checkpoints:
         data: str = "",
         adapters: Mapping[str, Any] | None = None,
         vocabulary: Vocabulary | None = None,
+        turn_ends: Mapping[int, int] | None = None,
         say: Callable[[str], None] = print,
     ):
         self._folder, self._options, self._model = folder.absolute(), options, model
         self._data, self._adapters = data, dict(adapters or {})
+        self._turn_ends = {str(end): count for end, count in (turn_ends or {}).items()}
         self._vocabulary = vocabulary or Vocabulary(0, {})
         self._frozen: dict[str, dict[str, Any]] = {}
         self._versions = preflight.versions()
@@ -179,6 +182,7 @@ class Checkpoints:
             "extra": dict(extra or {}),
             "lora": self._adapters,
             "vocab": self._vocabulary.size,
+            "turn_ends": self._turn_ends,
             "frozen": self._frozen,  # dtypes and checksums of what is only in the model folder
             "num_processes": cluster.num_processes(),
             "versions": self._versions,

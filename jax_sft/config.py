@@ -27,6 +27,7 @@ FREE = {
     "log": "what is shown",
     "checkpoint": "when the state is stored, and how it is checked",
     "train.export": "what is done with the result",
+    "train.export_tokenizer_eos": "as above",
     "train.on_nonfinite": "whether a step that is never applied ends the run",
     "train.max_nonfinite": "as above",
     "train.stall_timeout_s": "when a run that hangs is ended",
@@ -161,6 +162,9 @@ def default() -> Config:
     # data.cache_dir; "none" = none. JAX_COMPILATION_CACHE_DIR, where it is set, goes before.
     train.compilation_cache = ""
     train.export = False  # also write the result as a Hugging Face folder to WORKDIR/export
+    # In the export, make the token that ends most trained turns the tokenizer's eos_token as well;
+    # generation_config.json and config.json always name it.
+    train.export_tokenizer_eos = False
 
     optimizer: Config = ConfigDict()
     cfg.optimizer = optimizer

@@ -1,7 +1,7 @@
 """Evaluation over whole validation sets, tail included, weighted by trained tokens."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -61,25 +61,37 @@ def _means(prefix: str, loss: float, weight: float, correct: float) -> dict[str,
 
 
 def answers(
-    model: LoadedModel, tokenizer, sets: Mapping[str, Examples], num_samples: int, say: Callable
+    model: LoadedModel,
+    tokenizer,
+    sets: Mapping[str, Examples],
+    num_samples: int,
+    stop_ids: Sequence[int],
+    say: Callable,
 ) -> dict[str, float]:
     """Answer the first `num_samples` examples of each set greedily and show them.
 
+    Args:
+        stop_ids: where generation with the export will stop. The end of the reference is not one
+            of its own: an answer that would run on is none.
+
     Returns:
-        {"eval/NAME/exact_match": share of answers equal to the reference to the last character}.
+        {"eval/NAME/exact_match": share of answers that stop, and are equal to the reference to the
+        last character}.
     """
     found = {}
     for name, examples in sets.items():
         samples = [examples[i] for i in range(min(num_samples, len(examples)))]
         prompts, references = zip(*(first_turn(sample) for sample in samples), strict=True)
-        stops = sorted({int(reference[-1]) for reference in references})
-        longest = max(len(reference) for reference in references)
-        given = model.greedy(prompts, longest, stops)
+        references = [ids[:-1] if ids[-1] in stop_ids else ids for ids in references]
+        most = 1 + max(len(reference) for reference in references)  # and the stop token
+        given = model.greedy(prompts, most, stop_ids)
         right = 0
         for prompt, reference, answer in zip(prompts, references, given, strict=True):
-            texts = [tokenizer.decode(ids) for ids in (prompt, reference[:-1], answer)]
-            right += texts[1] == texts[2]
-            say(f"  {name}: ...{texts[0][-60:]!r} -> {texts[2]!r} (reference {texts[1]!r})")
+            texts = [tokenizer.decode(ids) for ids in (prompt, reference, answer)]
+            stopped = len(answer) < most  # `greedy` leaves the stop token out
+            right += stopped and texts[1] == texts[2]
+            end = "" if stopped else " and does not stop"
+            say(f"  {name}: ...{texts[0][-60:]!r} -> {texts[2]!r}{end} (reference {texts[1]!r})")
         found[f"eval/{name}/exact_match"] = right / len(samples)
     return found
 

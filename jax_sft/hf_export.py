@@ -4,11 +4,12 @@ Of a run with adapters: to a folder of PEFT, or merged into the model that they 
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from jax_sft import (
     peft,
     pretrained,
     steps,
+    stop_tokens,
     storage,
     trainable,
 )
@@ -49,8 +51,14 @@ def export(
     base: str = "",
     overwrite: bool = False,
     progress: bool = True,
+    tokenizer_eos: bool = False,
+    say: Callable[[str], object] = print,
 ) -> Path:
     """Write a checkpoint as a Hugging Face folder that transformers loads; adapters for PEFT.
+
+    Generation with it also stops at the tokens that end the trained turns: eos_token_id in
+    generation_config.json and config.json names them behind those that were there. The folder of
+    adapters gets such a generation_config.json, which engines take where they are given it.
 
     Args:
         checkpoint: the `checkpoints` folder of a run, or what `hf_convert` made.
@@ -63,6 +71,8 @@ def export(
             these are the values that they were trained with.
         base: where the weights are that did not train; "" = where they were, model.path.
         overwrite: replace `out` if it exists and is not empty.
+        tokenizer_eos: also make the token that ends most trained turns the tokenizer's eos_token.
+        say: is given a line about what ends a text.
 
     Returns:
         `out`.
@@ -89,11 +99,15 @@ def export(
             planned.single,
         )
         hf.copy_side_files(planned.kept, unfinished)
+        stop_tokens.write(unfinished, planned.stops)
+        if tokenizer_eos:
+            _set_tokenizer_eos(planned, unfinished)
         if planned.is_adapter:
             _describe_adapter(planned, unfinished)
         elif dtype:
             _set_dtype(unfinished / "config.json", dtype)
         hf_write.put_in_place(unfinished, out)
+        say(planned.stop_line)
     except storage.Failed as error:
         raise ValueError(steps.damaged(planned.folder, planned.step, [str(error)])) from error
     finally:
@@ -146,6 +160,21 @@ class Plan:
         """The files of the model."""
         return self.folder / model_files.NAME
 
+    @property
+    def turn_ends(self) -> dict[int, int] | None:
+        """What ends the trained turns, see `stop_tokens`; None = the step does not say."""
+        return stop_tokens.stored(self.metadata)
+
+    @functools.cached_property
+    def stops(self) -> dict[str, dict[str, Any]]:
+        """The files, with content, that change for the export to stop at trained ends."""
+        return stop_tokens.changes(self.kept, self.turn_ends or {}, self.dims["vocab"])
+
+    @property
+    def stop_line(self) -> str:
+        """Where generation with the export stops."""
+        return stop_tokens.export_line(self.kept, self.turn_ends, self.stops)
+
     def read(self, path: str) -> np.ndarray:
         """Read one array of the step.
 
@@ -177,6 +206,7 @@ class Plan:
             f"{self.layout.nbytes / 1e9:.3f} GB in {len(self.layout.headers)} files; "
             f"beside them {', '.join(hf.side_files(self.kept))}"
         )
+        yield self.stop_line
 
     def _source(self, row: Weight) -> str:
         if row.path in self.arrays:
@@ -263,9 +293,25 @@ def _set_dtype(config_file: Path, dtype: str) -> None:
     config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
+def _set_tokenizer_eos(planned: Plan, out: Path) -> None:
+    """Make the most frequent end of trained turns the tokenizer's eos_token.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    ends, names = planned.turn_ends or {}, stop_tokens.names(out)
+    if not ends or (end := max(ends, key=ends.__getitem__)) not in names:
+        raise ValueError(
+            "the token that ends trained turns is not known, so that it cannot become the "
+            "tokenizer's eos_token: leave out --tokenizer-eos (train.export_tokenizer_eos)"
+        )
+    stop_tokens.set_tokenizer_eos(out, names[end])
+
+
 def _describe_adapter(planned: Plan, out: Path) -> None:
     """Make a folder of adapters, not of a model, of what is there."""
-    for name in ("config.json", "generation_config.json"):
+    unused = {stop_tokens.CONFIG, stop_tokens.GENERATION} - {*planned.stops} | {stop_tokens.CONFIG}
+    for name in unused:
         (out / name).unlink(missing_ok=True)
     model = planned.metadata["config"]["model"]
     assert planned.settings

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from jax_sft import command, config, exit_codes, hf, paths
+from jax_sft import command, config, exit_codes, hf, paths, stop_tokens
 from jax_sft.data import chat, check, outcomes, packing, prepare, show
 from jax_sft.data.examples import Examples
 from jax_sft.data.loader import Schedule
@@ -73,11 +73,14 @@ def inspect(cfg: config.Config, options: Options, color: bool) -> int:
     planned, refused = plan(cfg, sources, folder)
     refused += outcomes.refusals(cfg.data, sources, outcomes.vocabulary(folder, tokenizer))
     rows = row_blocks(planned, sources, tokenizer) if planned else ()
+    report = {s.name: s.report for s in sources if not s.name.startswith(outcomes.EVAL)}
+    ends = stop_tokens.inherited(folder) | stop_tokens.trained(report)
+    stops = f"stops     {stop_tokens.line(stop_tokens.named(folder), ends, tokenizer, report)}"
     overview = show.Overview(
         title=f"What trains: {cfg.model.path}, data.seq_len = {cfg.data.seq_len}",
         # Bad rows are listed further down.
         table=prepare.table({s.name: s.report | {"bad_rows": []} for s in sources}),
-        packing=packing_lines(planned, cfg) if planned else [],
+        packing=[*(packing_lines(planned, cfg) if planned else ()), stops],
         charts=list(charts(planned, sources, cfg.data)),
         examples=list(example_blocks(chosen, options, cfg.seed, tokenizer)),
         rows=list(itertools.islice(rows, options.rows)),

@@ -48,6 +48,7 @@ from jax_sft import (
     preflight,
     pretrained,
     state,
+    stop_tokens,
     trackers,
     trainable,
     vocabulary,
@@ -188,6 +189,9 @@ def _train(
         f"{loader.steps_per_epoch} steps per epoch"
     )
 
+    turn_ends = stop_tokens.inherited(folder) | stop_tokens.trained(train_examples.report)
+    model_stops = stop_tokens.named(folder)
+    say(f"stops   {stop_tokens.line(model_stops, turn_ends, tokenizer, train_examples.report)}")
     startup.end("data")
 
     # ---- state: a checkpoint of this run, or the pretrained weights ----------------------------
@@ -201,6 +205,7 @@ def _train(
         data=prepare.fingerprint(train_examples),
         adapters=dataclasses.asdict(resolved.adapters) if resolved.adapters else None,
         vocabulary=vocabulary.Vocabulary.of(rows, model_cfg.vocab),
+        turn_ends=turn_ends,
         say=say,
     )
     found = checkpoints.start(as_dict, num_steps)
@@ -288,7 +293,10 @@ def _train(
             found = evaluate.evaluate(compiled.eval_step, weights, eval_sets, tick)
             if answerer and eval_examples:
                 answerer.params = weights
-                found |= evaluate.answers(answerer, tokenizer, eval_examples, cfg.eval.samples, say)
+                stops = stop_tokens.union(model_stops, turn_ends)
+                found |= evaluate.answers(
+                    answerer, tokenizer, eval_examples, cfg.eval.samples, stops, say
+                )
         say(f"step {step}/{num_steps} | " + evaluate.line(found))
         log({"step": step, **found})
         return found
@@ -362,7 +370,12 @@ def _train(
     preemption.saves_from_here(False)
     if cfg.train.export and first_process:
         watch.at("exporting")
-        exported = hf_export.export(workdir / "checkpoints", workdir / "export", overwrite=True)
+        exported = hf_export.export(
+            *(workdir / "checkpoints", workdir / "export"),
+            overwrite=True,
+            tokenizer_eos=cfg.train.export_tokenizer_eos,
+            say=lambda line: say(f"export  {line}"),
+        )
         say(f"export  {exported}")
     say(f"saved   {workdir / 'checkpoints'}")
     watch.at("waiting for the other processes to finish")

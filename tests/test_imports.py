@@ -39,7 +39,7 @@ LEVELS = [
     "models.layers data.chat data.check state model_files hf_write planning.roofline",
     "models.experts data.worker data.loader resume pretrained lora nf4 planning.candidates",
     f"{FAMILY} checkpoint data.store health hf_convert tiny peft",
-    "data.cache inference step trainable",
+    "data.cache inference step trainable stop_tokens",
     "hf_export validate",
     "data.prepare evaluate program",
     "data.outcomes planning.compiling",

@@ -457,18 +457,35 @@ def test_the_first_turn_is_the_prompt_at_inference_and_its_answer(encoded):
         assert tokenizer.decode(answer) == "\nyes<|im_end|>"
 
 
-def test_exact_match_is_the_share_of_answers_equal_to_the_last_character(encoded):
-    tokenizer, *examples = encoded
-    given = ["\nyes", "\nyes "]
-    calls = []
+def answer_with(tokenizer, examples, given, stop_ids):
+    """What `evaluate.answers` makes of given answers: (metrics, calls of greedy, lines)."""
+    calls, lines = [], []
 
     def greedy(prompts, max_new_tokens, stop_ids):
         calls.append((max_new_tokens, stop_ids))
         return [tokenizer.encode(text, add_special_tokens=False) for text in given[: len(prompts)]]
 
-    lines = []
     model = SimpleNamespace(greedy=greedy)
-    found = evaluate.answers(model, tokenizer, {"held": examples}, 9, lines.append)
+    found = evaluate.answers(model, tokenizer, {"held": examples}, 9, stop_ids, lines.append)
+    return found, calls, lines
+
+
+def test_exact_match_is_the_share_of_answers_equal_to_the_last_character(encoded):
+    tokenizer, *examples = encoded
+    stops = [tokenizer.eos_token_id]
+    found, calls, lines = answer_with(tokenizer, examples, ["\nyes", "\nye "], stops)
     assert found == {"eval/held/exact_match": 0.5}
-    assert calls == [(5, [tokenizer.eos_token_id])]  # newline, y, e, s and the end of turn
-    assert len(lines) == 2 and "'\\nyes '" in lines[1]
+    assert calls == [(5, stops)]  # newline, y, e, s and the end of turn
+    assert len(lines) == 2 and "'\\nye '" in lines[1]
+
+
+def test_an_answer_behind_which_the_export_would_not_stop_is_no_match(encoded):
+    tokenizer, *examples = encoded
+    other = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    on = ["\nyes<|im_end|>\n"] * 2
+    found, calls, lines = answer_with(tokenizer, examples, on, [other])
+    assert found == {"eval/held/exact_match": 0.0}
+    assert calls == [(6, [other])] and all("does not stop" in line for line in lines)
+    # The same text, and the bound is reached without a stop.
+    found, *_ = answer_with(tokenizer, examples, ["\nyes", "\nyes?"], [other, 258])
+    assert found == {"eval/held/exact_match": 0.5}
