@@ -112,8 +112,8 @@ def export_line(
     """
     if ends is None:
         return (
-            "the checkpoint was made before the ends of trained turns were stored: they are "
-            f"unknown, and {GENERATION} is not written"
+            "the checkpoint does not say which tokens end trained turns (it is of no training, or "
+            f"older than that): unknown, {GENERATION} is not written"
         )
     before, of_tokens = named(folder), names(folder)
     if not changed:

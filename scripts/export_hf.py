@@ -7,8 +7,13 @@ The folder holds safetensors, config.json, generation config, tokenizer and chat
 loads with transformers.AutoModelForCausalLM.from_pretrained. Of a run with adapters it holds these,
 for peft.PeftModel.from_pretrained, or with --merge the whole model. No GPU is used, and a few
 blocks of a tensor are in memory at a time: under 4 GiB for a model of 7B parameters. With --verify
-transformers loads the result, and its logits are compared with ours (needs PyTorch, and 4 bytes of
-memory per parameter); 65 = they differ, and nothing is uploaded.
+transformers loads the result, its logits are compared with ours, and one answer is generated
+(needs PyTorch, and 4 bytes of memory per parameter); 65 = the logits differ, or generation runs on
+behind the token that ends the trained turns, and nothing is uploaded.
+
+Generation with the export stops at the tokens that the model named and at those that end the
+trained turns: eos_token_id in generation_config.json and config.json. --tokenizer-eos makes the
+latter the tokenizer's eos_token, too.
 """
 
 import argparse
@@ -58,6 +63,11 @@ def parse() -> argparse.Namespace:
         default="",
         help="folder of the weights that did not train [model.path of the run]",
     )
+    parser.add_argument(
+        "--tokenizer-eos",
+        action="store_true",
+        help="make the token that ends trained turns the tokenizer's eos_token",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
     parser.add_argument("--dry-run", action="store_true", help="list what would be written")
     parser.add_argument("--verify", action="store_true", help="compare with transformers")
@@ -94,16 +104,22 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(problem)
     if options.push_to_hub:
         hub.check(options.push_to_hub)
-    out = hf_export.export(options.checkpoint, options.out, **chosen, overwrite=options.overwrite)
+    out = hf_export.export(
+        *(options.checkpoint, options.out),
+        **chosen,
+        overwrite=options.overwrite,
+        tokenizer_eos=options.tokenizer_eos,
+    )
     print(f"wrote {out}")
     if options.verify:
-        difference, most = verify_export.compare(planned, out)
+        difference, most, answer = verify_export.compare(planned, out)
         same = difference <= most  # false for NaN
+        print(answer.line)
         print(
             f"logits of transformers and ours differ by at most {difference:.2g}, "
             f"{most:.2g} is allowed: {'the same' if same else 'NOT THE SAME'}"
         )
-        if not same:
+        if not same or answer.runs_on:
             return exit_codes.BAD_DATA
     if options.push_to_hub:
         print(f"uploaded {hub.push(out, options.push_to_hub, private=not options.public)}")
