@@ -25,6 +25,7 @@ from jax_sft import (
     model_files,
     plain_paths,
     preflight,
+    run_lock,
     steps,
     storage,
 )
@@ -79,6 +80,7 @@ class Checkpoints:
         adapters: what `lora.*` means, stored with each step.
         vocabulary: of the model, which each mesh may pad otherwise; None = no mesh does.
         turn_ends: what ends the trained turns, stored with each step: see stop_tokens.
+        guard: `RunLock.check`, asked on the first process before a step is published.
         say: prints a line; called on the first process only, also from a thread.
 
     Attributes:
@@ -96,12 +98,14 @@ class Checkpoints:
         adapters: Mapping[str, Any] | None = None,
         vocabulary: Vocabulary | None = None,
         turn_ends: Mapping[int, int] | None = None,
+        guard: Callable[[bool], None] | None = None,
         say: Callable[[str], None] = print,
     ):
         self._folder, self._options, self._model = folder.absolute(), options, model
         self._data, self._adapters = data, dict(adapters or {})
         self._turn_ends = {str(end): count for end, count in (turn_ends or {}).items()}
         self._vocabulary = vocabulary or Vocabulary(0, {})
+        self._guard = guard
         self._frozen: dict[str, dict[str, Any]] = {}
         self._versions = preflight.versions()
         self._say = say if cluster.process_id() == 0 else _silent
@@ -361,6 +365,8 @@ class Checkpoints:
     def _publish(self, save: _Save) -> None:
         if cluster.process_id() == 0:
             storage.require_readable(save.path, save.arrays)
+            if self._guard:
+                self._guard(True)
             steps.publish(save.path, save.step)
 
     def _thin_out(self) -> None:
@@ -415,7 +421,7 @@ def _attempt(do: Callable[[], None]) -> str:
     """Do something with files; return what went wrong, "" = nothing."""
     try:
         do()
-    except (OSError, storage.Failed) as error:
+    except (OSError, storage.Failed, run_lock.Refused) as error:
         return _text(error)
     return ""
 

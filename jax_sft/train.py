@@ -18,7 +18,7 @@ import os
 import sys
 import time
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from jax_sft import huge_pages
@@ -32,6 +32,7 @@ from absl import app, flags, logging
 
 import jax_sft
 from jax_sft import (
+    agree,
     checkpoint,
     cluster,
     command,
@@ -47,6 +48,7 @@ from jax_sft import (
     paths,
     preflight,
     pretrained,
+    run_lock,
     state,
     stop_tokens,
     trackers,
@@ -95,8 +97,12 @@ def train(cfg: config.Config, workdir: str | Path, began: float | None = None) -
     startup = Startup(time.perf_counter() if began is None else began)
     if began is not None:
         startup.end("imports")
-    with Preemption() as preemption, Watchdog(cfg.train.stall_timeout_s, preemption.beat) as watch:
-        return _train(cfg, paths.local(workdir, "--workdir"), preemption, watch, startup)
+    with (
+        Preemption(end=run_lock.end_process) as preemption,
+        Watchdog(cfg.train.stall_timeout_s, preemption.beat, end=run_lock.end_process) as watch,
+        contextlib.ExitStack() as ends,
+    ):
+        return _train(cfg, paths.local(workdir, "--workdir"), preemption, watch, startup, ends)
 
 
 def _train(
@@ -105,6 +111,7 @@ def _train(
     preemption: Preemption,
     watch: Watchdog,
     startup: Startup,
+    ends: contextlib.ExitStack,
 ) -> dict[str, float]:
     # ---- processes, devices and config ---------------------------------------------------------
     parallel.simulate_cpu_devices(cfg.mesh.cpu_devices)
@@ -121,6 +128,7 @@ def _train(
     compilation_cache.use(cfg.train.compilation_cache, workdir, say)
     resolved = validate(cfg, jax.device_count())
     preflight.shared_folder(workdir)
+    lock = take_lock(workdir, say, ends)
     checkpoint.check_folder(workdir / "checkpoints")
     mesh = parallel.make_mesh(resolved.mesh_shape)
     family, model_cfg = resolved.family, resolved.model_cfg
@@ -206,6 +214,7 @@ def _train(
         adapters=dataclasses.asdict(resolved.adapters) if resolved.adapters else None,
         vocabulary=vocabulary.Vocabulary.of(rows, model_cfg.vocab),
         turn_ends=turn_ends,
+        guard=lock.check if lock else None,
         say=say,
     )
     found = checkpoints.start(as_dict, num_steps)
@@ -305,6 +314,8 @@ def _train(
         if meter.due:
             log_steps()
         meter.check()  # a run that has gone wrong stops before it is saved
+        if lock:
+            lock.check(look=True)
         watch.at(f"saving step {done}")
         extra = {"skipped_steps": health.skipped, "owes_evaluation": owes_evaluation}
         is_last = done == num_steps
@@ -326,6 +337,8 @@ def _train(
             stopped = preemption.reached()
             if stopped:
                 break
+            if lock:
+                lock.check()
             if meter.due:  # the step before: its numbers are ready while this one is dispatched
                 log_steps()
             current, sums = compiled.train_step(current, packed)
@@ -376,11 +389,31 @@ def _train(
             tokenizer_eos=cfg.train.export_tokenizer_eos,
             say=lambda line: say(f"export  {line}"),
         )
+        if lock:
+            lock.check(look=True)
+        exported = hf_export.export(workdir / "checkpoints", workdir / "export", overwrite=True)
         say(f"export  {exported}")
     say(f"saved   {workdir / 'checkpoints'}")
     watch.at("waiting for the other processes to finish")
     cluster.exchange("the end", "", timeout_s=SLOW_PHASE_S)
     return last
+
+
+def take_lock(
+    workdir: Path, say: Callable[[str], None], ends: contextlib.ExitStack
+) -> run_lock.RunLock | None:
+    """Take a workdir for this run, until it ends; return the lock on process 0, which holds it.
+
+    Raises:
+        ValueError: on all processes, another run has the workdir, or it cannot be locked.
+    """
+    lock = run_lock.RunLock(workdir, say) if cluster.process_id() == 0 else None
+
+    def take() -> None:
+        ends.enter_context(lock or contextlib.nullcontext())
+
+    agree.from_first("run lock", take)
+    return lock
 
 
 def is_due(step: int, every: int) -> bool:

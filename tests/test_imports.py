@@ -21,7 +21,7 @@ LEVELS = [
     "models models.spec models.rope data.json_rows data.printed "
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables "
     "manifest fingerprint hub patterns "
-    "plain_paths "
+    "plain_paths run_lock "
     "launching.coordinates launching.gpus launching.environment launching.output launching.tied "
     "launching.stop_requests",
     "launching.processes launching.leash launching.restarts "
