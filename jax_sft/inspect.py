@@ -75,7 +75,7 @@ def inspect(cfg: config.Config, options: Options, color: bool) -> int:
     rows = row_blocks(planned, sources, tokenizer) if planned else ()
     report = {s.name: s.report for s in sources if not s.name.startswith(outcomes.EVAL)}
     ends = stop_tokens.inherited(folder) | stop_tokens.trained(report)
-    stops = f"stops     {stop_tokens.line(stop_tokens.named(folder), ends, tokenizer, report)}"
+    stops = f"stops     {stop_tokens.line(folder, stop_tokens.named(folder), ends, report)}"
     overview = show.Overview(
         title=f"What trains: {cfg.model.path}, data.seq_len = {cfg.data.seq_len}",
         # Bad rows are listed further down.

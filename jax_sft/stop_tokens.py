@@ -14,6 +14,7 @@ from jax_sft import hf, steps
 from jax_sft.data import worker
 
 GENERATION, CONFIG = "generation_config.json", "config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 KEY = "eos_token_id"
 # What transformers copies from config.json where there is no generation_config.json.
 _COPIED = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -25,7 +26,7 @@ def named(folder: Path) -> list[int]:
     Raises:
         ValueError: a file is no JSON object.
     """
-    files = _read(folder)
+    files = _both(folder)
     return _ids(files.get(GENERATION)) or _ids(files.get(CONFIG))
 
 
@@ -72,32 +73,33 @@ def shown(ids: Iterable[int], names: Mapping[int, str], counts: Mapping[int, int
 
 
 def line(
+    folder: Path,
     before: Sequence[int],
     ends: Mapping[int, int],
-    tokenizer,
     report: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """Say what ends texts for the model and turns in the data, and where the export will stop.
 
     Args:
+        folder: of the model.
         before, ends: from `named` and `trained`.
         report: of the train sources.
     """
-    both = union(before, ends)
-    names = dict(zip(both, tokenizer.convert_ids_to_tokens(both), strict=True))
+    both, of_tokens = union(before, ends), names(folder)
     has_turns = any(counts["format"] not in worker.NO_TEMPLATE for counts in report.values())
     if not ends:
         return (
             "no example trains a special token at its end: the model learns no end of text; the "
-            f"export stops at {shown(before, names, {})}"
+            f"export stops at {shown(before, of_tokens, {})}"
         )
     if all(end in before for end in ends):
-        return f"at {shown(before, names, ends)}, as the model does"
+        return f"at {shown(before, of_tokens, ends)}, as the model does"
     of_both = "both" if len(both) == 2 else "all of them"
     return (
-        f"the model ends texts with {shown(before, names, {})}, "
+        f"the model ends texts with {shown(before, of_tokens, {})}, "
         f"{'the template ends turns' if has_turns else 'the data end'} with "
-        f"{shown(ends, names, ends)}; the export will stop at {of_both if before else 'the latter'}"
+        f"{shown(ends, of_tokens, ends)}; the export will stop at "
+        f"{of_both if before else 'the latter'}"
     )
 
 
@@ -136,7 +138,7 @@ def changes(folder: Path, ends: Mapping[int, int], vocab: int) -> dict[str, dict
     Raises:
         ValueError: a file is no JSON object.
     """
-    files = _read(folder)
+    files = _both(folder)
     found = {name: _ids(content) for name, content in files.items()}
     added = [end for end in ends if end < vocab]
     if not added:
@@ -164,31 +166,35 @@ def names(folder: Path) -> dict[int, str]:
     """Return {id: text} of the special and added tokens of a model folder.
 
     Raises:
-        ValueError: tokenizer.json is no JSON object.
+        ValueError: a file is no JSON object.
     """
-    if not (folder / "tokenizer.json").is_file():
-        return {}
-    added = hf.read_json(folder / "tokenizer.json").get("added_tokens", [])
-    return {token["id"]: token["content"] for token in added}
+    # Small, and has them for most models; tokenizer.json may have 11 MB.
+    config = _read(folder, TOKENIZER_CONFIG).get("added_tokens_decoder")
+    if isinstance(config, dict) and config:
+        added = list(config.items())
+    else:
+        listed = _read(folder, "tokenizer.json").get("added_tokens") or ()
+        added = [(token["id"], token) for token in listed]
+    return {int(token): str(content["content"]) for token, content in added}
 
 
 def set_tokenizer_eos(folder: Path, text: str) -> None:
     """Make a token the eos_token of a folder's tokenizer."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if not (folder / name).is_file():
+    for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):
+        if not (content := _read(folder, name)):
             continue
-        content = hf.read_json(folder / name)
         before = content.get("eos_token")
         content["eos_token"] = before | {"content": text} if isinstance(before, dict) else text
         write(folder, {name: content})
 
 
-def _read(folder: Path) -> dict[str, dict[str, Any]]:
-    return {
-        name: hf.read_json(folder / name)
-        for name in (GENERATION, CONFIG)
-        if (folder / name).is_file()
-    }
+def _both(folder: Path) -> dict[str, dict[str, Any]]:
+    names = [name for name in (GENERATION, CONFIG) if (folder / name).is_file()]
+    return {name: hf.read_json(folder / name) for name in names}
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    return hf.read_json(folder / name) if (folder / name).is_file() else {}
 
 
 def _ids(content: Mapping[str, Any] | None) -> list[int]:

@@ -199,7 +199,7 @@ def _train(
 
     turn_ends = stop_tokens.inherited(folder) | stop_tokens.trained(train_examples.report)
     model_stops = stop_tokens.named(folder)
-    say(f"stops   {stop_tokens.line(model_stops, turn_ends, tokenizer, train_examples.report)}")
+    say(f"stops   {stop_tokens.line(folder, model_stops, turn_ends, train_examples.report)}")
     startup.end("data")
 
     # ---- state: a checkpoint of this run, or the pretrained weights ----------------------------

@@ -74,23 +74,21 @@ def test_what_names_the_trained_ends_already_is_not_written(tmp_path, generation
 
 def test_the_start_says_what_ends_texts_and_turns_and_where_the_export_stops(tmp_path):
     tiny.write_tokenizer(tmp_path)
-    texts = stop_tokens.names(tmp_path)
-    tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda ids: [texts[one] for one in ids])
     report = {
         "a": {"format": "messages", "turn_ends": {str(NEW): 3}},
         "b": {"format": "messages", "turn_ends": {str(NEW): 1, str(RARE): 1}},
     }
     ends = stop_tokens.trained(report)
     assert ends == {NEW: 4, RARE: 1}
-    assert stop_tokens.line([OLD], {NEW: 4}, tokenizer, report) == (
+    assert stop_tokens.line(tmp_path, [OLD], {NEW: 4}, report) == (
         "the model ends texts with '<|endoftext|>' (256), the template ends turns with "
         "'<|im_end|>' (258, 4 turns); the export will stop at both"
     )
     assert "'<|im_start|>' (257, 1 turn); the export will stop at all of them" in stop_tokens.line(
-        [OLD], ends, tokenizer, report
+        tmp_path, [OLD], ends, report
     )
-    assert stop_tokens.line([OLD, NEW], {NEW: 4}, tokenizer, report).endswith("as the model does")
-    assert "learns no end of text" in stop_tokens.line([OLD], {}, tokenizer, report)
+    assert stop_tokens.line(tmp_path, [OLD, NEW], {NEW: 4}, report).endswith("as the model does")
+    assert "learns no end of text" in stop_tokens.line(tmp_path, [OLD], {}, report)
 
 
 @pytest.fixture(scope="module")
