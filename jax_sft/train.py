@@ -383,15 +383,14 @@ def _train(
     preemption.saves_from_here(False)
     if cfg.train.export and first_process:
         watch.at("exporting")
+        if lock:
+            lock.check(look=True)
         exported = hf_export.export(
             *(workdir / "checkpoints", workdir / "export"),
             overwrite=True,
             tokenizer_eos=cfg.train.export_tokenizer_eos,
             say=lambda line: say(f"export  {line}"),
         )
-        if lock:
-            lock.check(look=True)
-        exported = hf_export.export(workdir / "checkpoints", workdir / "export", overwrite=True)
         say(f"export  {exported}")
     say(f"saved   {workdir / 'checkpoints'}")
     watch.at("waiting for the other processes to finish")
