@@ -7,9 +7,7 @@ and each process then reads only its own shards; `hf_export` makes a model folde
 import concurrent.futures
 import dataclasses
 import math
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -24,9 +22,12 @@ from jax_sft import (
     manifest,
     model_files,
     models,
+    outputs,
     parallel,
+    paths,
     preflight,
     storage,
+    sums,
 )
 from jax_sft.models.spec import Weight, contiguous
 from jax_sft.resume import FORMAT_VERSION
@@ -116,6 +117,7 @@ def convert(
     dtype: str = "",
     overwrite: bool = False,
     progress: bool = True,
+    say: Callable[[str], object] = print,
 ) -> Path:
     """Write a model folder as a checkpoint of its parameters.
 
@@ -123,31 +125,35 @@ def convert(
         model: a folder, or a hub id: downloaded.
         out: the folder to write; it appears only when complete.
         dtype: "float32", "bfloat16" or "float16" for all arrays; "" = that of the tensors.
-        overwrite: replace `out` if it exists and is not empty.
+        overwrite: replace an older conversion in `out` if nobody changed it.
+        say: takes a line about what a killed conversion left.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: everything that is wrong with the folder; `out` is not empty, or has no room.
+        ValueError: everything that is wrong with the folder; `out` is no place for a conversion, or
+            has no room.
         OSError, storage.Failed: the file system refused something.
     """
-    out = Path(out).absolute()
     planned = plan(model, revision=revision, dtype=dtype)
-    hf_write.check_out(out, planned.nbytes, overwrite)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        _write_step(planned, unfinished / str(STEP), progress)
+    place = outputs.check(out, outputs.CONVERSION, overwrite=overwrite, reads=[planned.folder])
+    outputs.check_room(place.out, planned.nbytes)
+    with outputs.unfinished(place.out, say) as folder:
+        hashes = _write_step(planned, folder / str(STEP), progress)
         kept = {name: tensor.dtype for name, tensor in planned.tensors.items()}
-        model_files.keep(unfinished, model_files.Model(planned.folder, kept))
-        hf_write.put_in_place(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return out
+        model_files.keep(folder, model_files.Model(planned.folder, kept))
+        sums.write(folder, outputs.CONVERSION, {"step": STEP}, hashes)
+        outputs.put_in_place(folder, place)
+    return paths.local(out, "--out")
 
 
-def _write_step(planned: Plan, folder: Path, progress: bool) -> None:
-    """Write the step's folder: arrays, and a manifest of files and checksums."""
+def _write_step(planned: Plan, folder: Path, progress: bool) -> dict[str, str]:
+    """Write the step's folder: arrays, and a manifest of files and checksums.
+
+    Returns:
+        {path below the folder's parent: sha256} of the arrays' files.
+    """
     dims = planned.dims
     metadata = {
         "format_version": FORMAT_VERSION,
@@ -173,6 +179,7 @@ def _write_step(planned: Plan, folder: Path, progress: bool) -> None:
                 "sum": total % 2**32,
             }
     manifest.write(folder, arrays=arrays, hashes=hashes)
+    return {f"{folder.name}/{path}": sha256 for path, sha256 in hashes.items()}
 
 
 def _write_row(planned: Plan, row: Weight, folder: Path) -> Iterator[tuple[str, str, int, int]]:

@@ -5,9 +5,9 @@ Of a run with adapters: to a folder of PEFT, or merged into the model that they 
 
 import dataclasses
 import functools
+import hashlib
 import json
-import shutil
-import tempfile
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,20 +20,25 @@ from jax_sft import (
     hf,
     hf_write,
     lora,
+    manifest,
     model_files,
     models,
     nf4,
+    outputs,
+    paths,
     peft,
     pretrained,
     steps,
     stop_tokens,
     storage,
+    sums,
     trainable,
 )
 from jax_sft.model import ModelDef
 from jax_sft.models.spec import Weight
 
 SHARD_BYTES = 5_000_000_000
+OF_RUN = "export"  # in the folder of a run
 _OTHER = (
     "{} did not train, and is not in the model what it was then: name the model of the run with "
     "--base"
@@ -62,7 +67,8 @@ def export(
 
     Args:
         checkpoint: the `checkpoints` folder of a run, or what `hf_convert` made.
-        out: the folder to write; it appears only when complete.
+        out: the folder to write; it appears only when complete, with the sha256 of each file in
+            SHA256SUMS.
         step: which step; None = the newest.
         shard_bytes: largest safetensors file.
         dtype: "float32", "bfloat16" or "float16" for all tensors; "" = each tensor's own dtype in
@@ -70,48 +76,91 @@ def export(
         merge: add adapters to the weights of their model, and write that. Of weights in 4 bits
             these are the values that they were trained with.
         base: where the weights are that did not train; "" = where they were, model.path.
-        overwrite: replace `out` if it exists and is not empty.
+        overwrite: replace an older export in `out` if nobody changed it.
         tokenizer_eos: also make the token that ends most trained turns the tokenizer's eos_token.
-        say: is given a line about what ends a text.
+        say: is given a line about what ends a text, and about what a killed export left.
 
     Returns:
         `out`.
 
     Raises:
         ValueError: no such checkpoint or step, a damaged one, an unknown dtype, other weights than
-            those that did not train, or `out` is not empty or has no room.
+            those that did not train, or `out` is no place for an export or has no room.
+        OSError: the file system refused something; an older export is as it was.
     """
-    out = Path(out).absolute()
     planned = plan(
         checkpoint, step=step, shard_bytes=shard_bytes, dtype=dtype, merge=merge, base=base
     )
-    hf_write.check_out(out, planned.layout.nbytes, overwrite)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    place = outputs.check(out, outputs.EXPORT, overwrite=overwrite, reads=planned.reads)
+    outputs.check_room(place.out, planned.layout.nbytes)
     try:
-        hf_write.save(
-            _Params(planned),
-            planned.rows,
-            planned.dims,
-            planned.dtypes,
-            unfinished,
-            shard_bytes,
-            progress,
-            planned.single,
-        )
-        hf.copy_side_files(planned.kept, unfinished)
-        stop_tokens.write(unfinished, planned.stops)
-        if tokenizer_eos:
-            _set_tokenizer_eos(planned, unfinished)
-        if planned.is_adapter:
-            _describe_adapter(planned, unfinished)
-        elif dtype:
-            _set_dtype(unfinished / "config.json", dtype)
-        hf_write.put_in_place(unfinished, out)
+        with outputs.unfinished(place.out, say) as folder:
+            hashes = hf_write.save(
+                _Params(planned),
+                planned.rows,
+                planned.dims,
+                planned.dtypes,
+                folder,
+                shard_bytes,
+                progress,
+                planned.single,
+            )
+            hf.copy_side_files(planned.kept, folder)
+            stop_tokens.write(folder, planned.stops)
+            if tokenizer_eos:
+                _set_tokenizer_eos(planned, folder)
+            if planned.is_adapter:
+                _describe_adapter(planned, folder)
+            elif dtype:
+                _set_dtype(folder / "config.json", dtype)
+            about = planned.about(tokenizer_eos)
+            sums.write(folder, outputs.EXPORT, about, hashes)
+            outputs.put_in_place(folder, place)
         say(planned.stop_line)
     except storage.Failed as error:
         raise ValueError(steps.damaged(planned.folder, planned.step, [str(error)])) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    return paths.local(out, "--out")
+
+
+def check_of_run(workdir: Path, say: Callable[[str], object] = print) -> None:
+    """Look whether a run may write its export at its end, and remove what a killed start left.
+
+    Raises:
+        ValueError: its place holds something else.
+        OSError: the file system refused something.
+    """
+    folder = workdir / OF_RUN
+    place = outputs.check(folder, outputs.EXPORT, overwrite=True, key="train.export", quick=True)
+    outputs.remove_leftovers(place.out, say)
+
+
+def of_run(
+    workdir: Path, *, tokenizer_eos: bool = False, say: Callable[[str], object] = print
+) -> Path:
+    """Export the newest step of a run into the run's folder, unless it is there already.
+
+    Args:
+        tokenizer_eos, say: as of `export`.
+
+    Raises:
+        ValueError, OSError: as `export`.
+    """
+    out = workdir / OF_RUN
+    planned = plan(workdir / "checkpoints")
+    old = sums.read(out)
+    if old and old.kind == outputs.EXPORT and old.about == planned.about(tokenizer_eos):
+        problems = sums.check(out, old, hashes=False)
+        note = f" ({'; '.join(manifest.shown(problems, 5))})" if problems else ""
+        say(f"{out} holds step {planned.step} already, and is left alone{note}")
+        return out
+    export(
+        *(planned.folder, out),
+        step=planned.step,
+        overwrite=True,
+        tokenizer_eos=tokenizer_eos,
+        say=say,
+    )
+    say(str(out))
     return out
 
 
@@ -128,6 +177,9 @@ class Plan:
         weights: those that did not train, where they are needed.
         rows: of what is written.
         dtypes: {HF name: safetensors dtype}.
+        base: the folder of `weights`, or of the model that the adapters belong to; None = on the
+            hub, or there is none.
+        kept_files: {side file of the model: (bytes, sha256)}.
     """
 
     folder: Path
@@ -140,6 +192,20 @@ class Plan:
     rows: tuple[Weight, ...]
     dtypes: Mapping[str, str]
     layout: hf_write.Layout
+    base: Path | None
+    kept_files: Mapping[str, tuple[int, str]]
+
+    @property
+    def reads(self) -> list[Path]:
+        """Folders that an export must not touch."""
+        return [self.folder, *([self.base] if self.base else [])]
+
+    def about(self, tokenizer_eos: bool) -> dict[str, Any]:
+        """Return what tells this export from others, of this run or another one."""
+        content = [self.arrays, self.metadata.get("frozen"), self.dtypes, self.kept_files]
+        content += [self.stops, tokenizer_eos]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return {"step": self.step, "content": digest, "files": len(self.layout.headers)}
 
     @property
     def dims(self) -> dict[str, int]:
@@ -230,8 +296,9 @@ def plan(
     Raises:
         ValueError: no such checkpoint or step, a damaged one, or an unknown dtype.
     """
-    folder = Path(checkpoint).absolute()
-    model_files.verify(folder)
+    folder = paths.local(checkpoint, "--checkpoint")
+    kept = model_files.verify(folder).manifest
+    assert kept
     if dtype and dtype not in hf.NAMES:
         raise ValueError(f"dtype {dtype!r} is not one of {list(hf.NAMES)}")
     step = steps.choose(folder, step)
@@ -263,8 +330,11 @@ def plan(
         if model_def.frozen:
             weights = _weights(of_run, base, model_rows, model_def)
     layout = hf_write.layout(written, model_def.dims, dtypes, shard_bytes, single)
+    base_folder = base or of_run.get("model", {}).get("path", "")
     return Plan(
-        *(folder, step, metadata, arrays, model_def, settings, weights, written, dtypes, layout)
+        *(folder, step, metadata, arrays, model_def, settings, weights, written, dtypes, layout),
+        base=Path(os.path.abspath(os.path.expanduser(base_folder))) if base_folder else None,
+        kept_files=kept.files,
     )
 
 

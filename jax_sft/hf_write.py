@@ -7,10 +7,10 @@ any order, several at a time.
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jax_sft import parallel, storage
+from jax_sft import manifest, parallel, storage
 from jax_sft.hf import DTYPES, INDEX, SINGLE
 from jax_sft.models.spec import Weight
 
-_SPARE_BYTES = 100_000_000  # for tokenizer files and headers
+_HASHED_BYTES = 1 << 20  # at a time
 _MOST_THREADS = 4  # some wait for the disk
 _BLOCKS_BYTES = 1 << 29  # worked on at a time
 
@@ -131,7 +131,7 @@ def save(
     shard_bytes: int,
     progress: bool = True,
     single: str = SINGLE,
-) -> list[str]:
+) -> dict[str, str]:
     """Write the weights as safetensors files, in blocks of a tensor.
 
     Args:
@@ -142,7 +142,7 @@ def save(
         dtypes, shard_bytes, single: see `layout`.
 
     Returns:
-        Names of the files: one, or several and their index.
+        {name of each file: its sha256}: of one, or of several and their index.
 
     Raises:
         storage.Failed: a stored array is damaged.
@@ -157,12 +157,47 @@ def save(
         stack.enter_context(bar)
         files = {name: stack.enter_context(open(out / name, "r+b")) for name in plan.headers}
         descriptors = {name: file.fileno() for name, file in files.items()}
+        hashes = {
+            name: _Hash(files[name].fileno(), header) for name, header in plan.headers.items()
+        }
         for row in rows:
-            for nbytes in _save_row(params[row.path], row, dims, plan, descriptors):
+            for name, offset, nbytes in _save_row(params[row.path], row, dims, plan, descriptors):
+                hashes[name].add(offset, nbytes)
                 bar.update(nbytes)
         for descriptor in descriptors.values():
             os.fsync(descriptor)
-    return names
+    written = {name: hashes[name].result() for name in plan.headers}
+    rest = manifest.sha256_of(out, [name for name in names if not written.get(name)])
+    return {name: written.get(name) or rest[name] for name in names}
+
+
+class _Hash:
+    """The sha256 of a file, as long as it is written from its beginning to its end, in blocks.
+
+    Blocks are read back while others are written, when they are still in the page cache. Tensors
+    that hold several parameters (phi3) are written in parts, out of order.
+    """
+
+    def __init__(self, descriptor: int, header: bytes):
+        self._descriptor, self._end = descriptor, len(header)
+        self._sha256, self._in_order = hashlib.sha256(header), True
+
+    def add(self, offset: int, nbytes: int) -> None:
+        """Take a block that was written."""
+        self._in_order = self._in_order and offset == self._end
+        if not self._in_order:
+            return
+        self._end += nbytes
+        while offset < self._end:
+            part = os.pread(self._descriptor, min(_HASHED_BYTES, self._end - offset), offset)
+            if not part:
+                raise OSError(f"the file ends at byte {offset}, and {self._end} were written")
+            self._sha256.update(part)
+            offset += len(part)
+
+    def result(self) -> str:
+        """Return the sha256; "" = the blocks were not in order."""
+        return self._sha256.hexdigest() if self._in_order else ""
 
 
 def begin(plan: Layout, out: Path) -> list[str]:
@@ -188,14 +223,14 @@ def begin(plan: Layout, out: Path) -> list[str]:
 
 def _save_row(
     array: Any, row: Weight, dims: dict[str, int], plan: Layout, descriptors: Mapping[str, int]
-) -> Iterator[int]:
-    """Write all tensors of a row, several blocks at a time; yield the bytes of each."""
+) -> Iterator[tuple[str, int, int]]:
+    """Write all tensors of a row, several blocks at a time; yield (file, offset, bytes) of each."""
     is_stored = isinstance(array, storage.Stored)
     if isinstance(array, jax.Array):
         array = np.asarray(array)
     multiple = array.chunk[len(row.stacked) + row.cut] if is_stored else 1
 
-    def write(index: tuple[int, ...], place: Place, block: parallel.Block) -> int:
+    def write(index: tuple[int, ...], place: Place, block: parallel.Block):
         ours = (*((i, i + 1) for i in index), *block)
         part = array[tuple(slice(*ends) for ends in ours)]
         part = row.to_hf(part.reshape(part.shape[len(index) :]), dims)
@@ -204,7 +239,7 @@ def _save_row(
         assert all(part == slice(0, n) for part, n in zip(rest, place.shape[1:], strict=True))
         offset = place.offset + first.start * (place.nbytes // place.shape[0])
         write_at(descriptors[place.file], content, offset)
-        return content.nbytes
+        return place.file, offset, content.nbytes
 
     tasks = [
         (index, plan.tensors[name], block)
@@ -236,32 +271,3 @@ def write_at(descriptor: int, content: np.ndarray, offset: int) -> None:
     while left:
         done = os.pwrite(descriptor, left, offset)
         left, offset = left[done:], offset + done
-
-
-def check_out(out: Path, nbytes: int, overwrite: bool) -> None:
-    """Look whether a folder may be written, and make the one it is to be in.
-
-    Raises:
-        ValueError: it is not empty and is not to be replaced; or its disk has no room.
-    """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: choose another name for the folder")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"{out} is not empty: choose another folder, or overwrite it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-    except OSError as error:
-        raise ValueError(f"{out} cannot be made: {error}") from error
-    if free < nbytes + _SPARE_BYTES:
-        raise ValueError(
-            f"{out} will have {nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {out.parent}"
-        )
-
-
-def put_in_place(unfinished: Path, out: Path) -> None:
-    """Give a complete folder its name, in the place of what has it."""
-    unfinished.chmod(0o755)
-    if out.exists():
-        shutil.rmtree(out)
-    os.rename(unfinished, out)

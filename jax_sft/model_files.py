@@ -7,7 +7,7 @@ a manifest.
 import dataclasses
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -53,11 +53,11 @@ def keep(folder: Path, model: Model) -> None:
     out = folder / NAME
     if out.exists():
         return
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{NAME}", dir=folder))
+    unfinished = folder / f".{NAME}-{secrets.token_hex(4)}"
+    unfinished.mkdir()
     hf.copy_side_files(model.folder, unfinished)
     (unfinished / DTYPES_FILE).write_text(json.dumps(dict(model.dtypes), indent=1))
     manifest.write(unfinished)
-    unfinished.chmod(0o755)
     os.rename(unfinished, out)
     manifest.sync(folder)
 

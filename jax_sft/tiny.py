@@ -7,8 +7,8 @@ in training, so only the rule can answer them.
 import json
 import os
 import random
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ def build(folder: str | Path) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    unfinished = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    unfinished.mkdir()
     (unfinished / "model").mkdir()
     write_tokenizer(unfinished / "model")
     write_model(unfinished / "model", CONFIG)

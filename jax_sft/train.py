@@ -242,6 +242,8 @@ def _train(
         current = state.create(compiled.tx, weights, model_def.stored, mesh, model_def.frozen)
     checkpoints.keep_frozen(current.frozen, found)
     start = found.step if found else 0
+    if cfg.train.export and start < num_steps:
+        agree.from_first("export folder", lambda: hf_export.check_of_run(workdir, say))
     if start >= num_steps:
         say(f"done    step {start} of {num_steps} is already there: raise train.epochs to go on")
     if first_process:
@@ -385,13 +387,11 @@ def _train(
         watch.at("exporting")
         if lock:
             lock.check(look=True)
-        exported = hf_export.export(
-            *(workdir / "checkpoints", workdir / "export"),
-            overwrite=True,
+        hf_export.of_run(
+            workdir,
             tokenizer_eos=cfg.train.export_tokenizer_eos,
             say=lambda line: say(f"export  {line}"),
         )
-        say(f"export  {exported}")
     say(f"saved   {workdir / 'checkpoints'}")
     watch.at("waiting for the other processes to finish")
     cluster.exchange("the end", "", timeout_s=SLOW_PHASE_S)

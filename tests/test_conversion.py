@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jax_sft
-from jax_sft import hf, hf_write, models, parallel, state, tiny
+from jax_sft import hf, hf_write, manifest, models, parallel, state, tiny
 
 LLAMA = {
     **{"model_type": "llama", "tie_word_embeddings": False},
@@ -71,9 +71,10 @@ def there_and_back(folder: Path, out: Path, mesh: str, shard_bytes: int = UNLIMI
         assert params[row.path].sharding == shardings[row.path]
     out.mkdir()
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    files = hf_write.save(params, rows, dims, dtypes, out, shard_bytes, progress=False)
+    hashes = hf_write.save(params, rows, dims, dtypes, out, shard_bytes, progress=False)
+    assert hashes == manifest.sha256_of(out, [path.name for path in out.iterdir()])
     hf.copy_side_files(folder, out)
-    return files
+    return [*hashes]
 
 
 def all_tensors(folder: Path) -> dict[str, np.ndarray]:

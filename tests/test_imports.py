@@ -20,18 +20,19 @@ LEVELS = [
     "config cache_folder regular huge_pages startup tree parallel trackers "
     "models models.spec models.rope data.json_rows data.printed "
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables "
-    "manifest fingerprint hub patterns "
+    "manifest fingerprint hub owner patterns "
     "plain_paths run_lock "
     "launching.coordinates launching.gpus launching.environment launching.output launching.tied "
     "launching.stop_requests",
     "launching.processes launching.leash launching.restarts "
     "models.sizes "
-    "command cluster steps storage vocabulary data.messages data.sandbox compute "
+    "command cluster steps sums storage vocabulary data.messages data.sandbox compute "
     "ops.segments ops.reference ops.blockwise ops.grouped "
     "planning.targets planning.hlo_kernels planning.hlo_loops",
     "launching.child launching.fleet "
-    "agree watchdog preemption preflight data.tables data.formats data.examples data.template "
-    "data.packing data.mixture data.show ops.cudnn ops.tokamax planning.hlo_collectives",
+    "agree outputs watchdog preemption preflight data.tables data.formats data.examples "
+    "data.template data.packing data.mixture data.show ops.cudnn ops.tokamax "
+    "planning.hlo_collectives",
     "compilation_cache "
     "launching.supervisor launching.ssh launching.ray_cluster "
     "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf "
