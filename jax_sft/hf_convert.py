@@ -93,8 +93,7 @@ def plan(model: str | Path, *, revision: str = "", dtype: str = "") -> Plan:
     if model_files.is_kept(folder):
         raise ValueError(f"{model} is a checkpoint folder already: model.path may name it as it is")
     config = hf.read_json(folder / "config.json")
-    family = models.find(str(config.get("model_type")))
-    cfg = family.Config.from_hf(config)
+    family, cfg = models.read(config)
     rows = family.weights(cfg)
     tensors = hf.check(folder, rows, cfg.dims, cfg.tied)
     if dtype and dtype not in hf.NAMES:

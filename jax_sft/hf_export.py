@@ -304,8 +304,7 @@ def plan(
     step = steps.choose(folder, step)
     arrays, metadata = steps.params(folder, step), steps.metadata(folder / str(step))
     config = hf.read_json(folder / model_files.NAME / "config.json")
-    family = models.find(str(config.get("model_type")))
-    model_def = ModelDef.of(family, family.Config.from_hf(config), dtype="float32")
+    model_def = ModelDef.of(*models.read(config), dtype="float32")
     model_rows, settings = model_def.rows, None
     if described := metadata.get("lora"):
         settings = lora.Settings(**described | {"targets": tuple(described["targets"])})

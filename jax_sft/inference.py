@@ -187,10 +187,9 @@ def load(
     """
     path = hf.resolve(str(folder), revision)
     config = hf.read_json(path / "config.json")
-    family = models.find(str(config.get("model_type")))
+    family, cfg = models.read(config)
     mesh = parallel.single_device_mesh() if mesh is None else mesh
     shards = mesh.shape["tensor"]
-    cfg = family.Config.from_hf(config)
     model_def = ModelDef.of(family, cfg, dtype=dtype, attention=attention, vocab_shards=shards)
     rows = model_def.rows
     weights = pretrained.find(path, rows, cfg.dims, cfg.tied, step, vocab_shards=shards)

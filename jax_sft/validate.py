@@ -92,10 +92,14 @@ def validate(cfg, num_devices: int, planned_for: tuple[int, ...] | None = None) 
             rows, dims = of_model
             arrays = {row.path: (row.axes, row.shape(dims)) for row in rows}
             problems += parallel.size_problems(arrays, sizes)
-    if model_cfg and cfg.data.seq_len > model_cfg.max_positions:
+    if model_cfg and cfg.data.seq_len > model_cfg.longest:
+        scaled = model_cfg.rope.reach > 0
         problems.append(
             f"data.seq_len = {cfg.data.seq_len} is over the model's max_position_embeddings = "
-            f"{model_cfg.max_positions}: use at most that, or set a rope scaling in its config.json"
+            f"{model_cfg.max_positions}"
+            + (f", which its rope scaling extends to {model_cfg.longest}" if scaled else "")
+            + ": use at most that, or "
+            + ("a larger factor" if scaled else "set a rope scaling in its config.json")
         )
     if model_cfg and cfg.loss.router_aux > 0 and "experts" not in model_cfg.dims:
         problems.append(
@@ -197,8 +201,7 @@ def _model(cfg, attempt) -> tuple[Path | None, Any, Any]:
         return None, None, None
     folder = attempt(hf.resolve, cfg.model.path, cfg.model.revision, False)
     raw = folder and attempt(hf.read_json, folder / "config.json")
-    family = raw and attempt(models.find, str(raw.get("model_type")))
-    model_cfg = family and attempt(family.Config.from_hf, raw)
+    family, model_cfg = (raw and attempt(models.read, raw)) or (None, None)
     return folder, family, model_cfg
 
 

@@ -16,20 +16,20 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 
 # A file imports only from levels below its own.
 LEVELS = [
-    "paths exit_codes",
+    "paths exit_codes models.fields",
     "config cache_folder regular huge_pages startup tree parallel trackers "
-    "models models.spec models.rope data.json_rows data.printed "
+    "models models.spec data.json_rows data.printed "
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables "
     "manifest fingerprint hub owner patterns "
     "plain_paths run_lock "
     "launching.coordinates launching.gpus launching.environment launching.output launching.tied "
     "launching.stop_requests",
     "launching.processes launching.leash launching.restarts "
-    "models.sizes "
+    "models.rope "
     "command cluster steps sums storage vocabulary data.messages data.sandbox compute "
     "ops.segments ops.reference ops.blockwise ops.grouped "
     "planning.targets planning.hlo_kernels planning.hlo_loops",
-    "launching.child launching.fleet "
+    "launching.child launching.fleet models.sizes "
     "agree outputs watchdog preemption preflight data.tables data.formats data.examples "
     "data.template data.packing data.mixture data.show ops.cudnn ops.tokamax "
     "planning.hlo_collectives",

@@ -8,6 +8,8 @@ import ast
 import dataclasses
 import inspect
 import json
+import math
+import re
 import warnings
 from pathlib import Path
 
@@ -416,6 +418,21 @@ def test_rope_variants_all_differ_and_spellings_do_not():
         ({"rope_type": "yarn"}, ["yarn", "factor"]),
         ({"rope_type": "llama3", "factor": 8.0}, ["llama3", "low_freq_factor"]),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"rope_type": "default", "mrope_section": [1, 2]}, ["default", "mrope_section"]),
+        ({"rope_type": "yarn", "type": "linear", "factor": 2.0}, ["rope_type", "type", "keep"]),
+        ({"rope_type": ["yarn"]}, ["rope type", "yarn"]),
+        ({"rope_type": "linear", "factor": 0.5}, ["factor = 0.5"]),
+        ({"rope_type": "linear", "factor": math.inf}, ["factor = inf"]),
+        ({"rope_type": "linear", "factor": True}, ["factor = True"]),
+        (YARN | {"original_max_position_embeddings": 0}, ["original_max_position_embeddings = 0"]),
+        (YARN | {"original_max_position_embeddings": 64.0}, ["original_max_position_embeddings"]),
+        (YARN | {"factor": None, "original_max_position_embeddings": 512}, ["original_max", "512"]),
+        (YARN | {"beta_fast": 1.0, "beta_slow": 2.0}, ["beta_fast = 1.0", "beta_slow = 2.0"]),
+        (YARN | {"truncate": 1}, ["truncate = 1"]),
+        (YARN | {"attention_factor": 1e30}, ["attention_factor"]),
+        ([], ["one flat object"]),
+        (False, ["one flat object"]),
+        ("yarn", ["one flat object"]),
         ({"full_attention": {"rope_theta": THETA}}, ["full_attention"]),  # one per layer type
     ],
 )
@@ -424,6 +441,47 @@ def test_rope_that_is_not_implemented_is_refused(scaling, words):
         with pytest.raises(ValueError) as error:
             read_rope(fields)
         assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "max_positions", "longest"),
+    [
+        (YARN, ORIGINAL, 4 * ORIGINAL),  # as Qwen's cards have it
+        ({**YARN, "type": "yarn", "rope_type": None}, ORIGINAL, 4 * ORIGINAL),
+        (YARN, 80, 4 * ORIGINAL),  # Qwen3: 40,960 positions, 32,768 before scaling
+        (YARN, 4 * ORIGINAL, 4 * ORIGINAL),  # raised already
+        (YARN, 1000, 1000),
+        (YARN | {"factor": None}, 4 * ORIGINAL, 4 * ORIGINAL),
+        ({"rope_type": "yarn", "factor": 4.0}, ORIGINAL, 4 * ORIGINAL),
+        (YARN | {"factor": 1.5}, ORIGINAL, 96),
+        ({"rope_type": "linear", "factor": 4.0}, ORIGINAL, 4 * ORIGINAL),
+        ({"rope_type": "default", "factor": 4.0}, ORIGINAL, ORIGINAL),
+        (LLAMA3, ORIGINAL, 8 * ORIGINAL),
+        (LLAMA3 | {"factor": 32.0}, 16 * ORIGINAL, 16 * ORIGINAL),  # Llama 3.2: no ratio
+        (None, ORIGINAL, ORIGINAL),
+        ({}, ORIGINAL, ORIGINAL),
+    ],
+)
+def test_examples_are_as_long_as_the_scaling_reaches(scaling, max_positions, longest):
+    for spelled in ({"rope_scaling": scaling}, {"rope_parameters": scaling}):
+        config = ODD_CONFIG | {"model_type": "qwen2", "max_position_embeddings": max_positions}
+        assert models.read(config | spelled)[1].longest == longest
+
+
+def test_the_length_of_a_gemma3_and_of_a_longrope_is_that_of_their_config():
+    scaled = read_config("gemma3_text", rope_scaling={"rope_type": "linear", "factor": 8.0})
+    assert scaled.longest == ODD_CONFIG["max_position_embeddings"]
+    for spelling in LONGROPES.values():
+        fields = spelling | {"head_dim": 12, "max_position_embeddings": 256}
+        assert read_config("phi3", **fields).longest == 256
+
+
+def test_logits_beyond_max_position_embeddings_equal_transformers(make_strong_model):
+    card = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+    options = {"head_dim": 32, "num_hidden_layers": 2, "max_position_embeddings": ORIGINAL}
+    folder = make_strong_model(rope_scaling=card, **options)
+    assert LENGTH > 3 * ORIGINAL
+    assert_same_logits(folder, random_tokens(rows=1))
 
 
 # ---- packing, causality, precision ---------------------------------------------------------------
@@ -723,6 +781,133 @@ def test_fields_that_change_nothing_are_accepted(name):
 
 
 @EVERY_FAMILY
+def test_a_boolean_of_transformers_is_implemented_or_refused_or_changes_no_logits(name):
+    """Each boolean of the family's config class and of what every class has, and each field that
+    the family's code asks for by getattr, as it was not: computed by transformers both ways.
+    """
+    plain = {key: value for key, value in ODD_CONFIG.items() if key != "model_type"}
+    plain |= {"pad_token_id": None, "num_hidden_layers": 1} | EXPERTS.get(name, {})
+    theirs = transformers.AutoConfig.for_model(name, **plain)
+    kinds = {key: value for key, value in theirs.to_dict().items() if isinstance(value, bool)}
+    source = inspect.getsource(
+        inspect.getmodule(transformers.AutoModelForCausalLM.from_config(theirs).__class__)
+    ) + inspect.getsource(transformers.masking_utils)
+    asked = re.findall(r'getattr\((?:self\.)?config, "(\w+)", (?:True|False|None)\)', source)
+    # return_dict changes what a call returns, not the logits in it.
+    flips = [(key, not value) for key, value in kinds.items() if key != "return_dict"]
+    flips += [(key, value) for key in {*asked, "is_causal"} for value in (True, False)]
+    assert ("is_causal", False) in flips and len(flips) > 8
+    reference = None
+    for key, value in flips:
+        config = ODD_CONFIG | plain | {"model_type": name, "sliding_window": None}
+        config["sliding_window"] = 64 if name in OF_LAYER_TYPES else None
+        try:
+            ours = models.read(config | {key: value})[1]
+        except ValueError as error:
+            assert key in str(error)
+            continue
+        if ours != models.read(config)[1]:
+            continue  # implemented: it has a test of its logits
+        reference = random_logits(name, plain) if reference is None else reference
+        np.testing.assert_array_equal(random_logits(name, plain | {key: value}), reference, key)
+
+
+def random_logits(name: str, config: dict) -> np.ndarray:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **json.loads(json.dumps(config)))
+    config.initializer_range = 0.2
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        return model(torch.arange(2, 14)[None], return_dict=True).logits.numpy()
+
+
+@EVERY_FAMILY
+def test_a_field_passes_only_at_a_neutral_value_of_its_own(name):
+    plain = read_config(name)
+    for changes in (
+        *({"is_causal": value} for value in (False, None, 0, "true", [])),
+        *({"an_unknown_switch": value} for value in (False, True, 0, 0.0, "x")),
+        {"attention_dropout": False},
+        {"is_encoder_decoder": True},
+        {"tie_encoder_decoder": 1},
+        {"residual_dropout": 0.1},
+        {"text_config": {"is_causal": False}},
+        {"no_bias": False},
+        {"per_layer_config": {"0": {"hidden_size": 3}}},
+    ):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            read_config(name, **changes)
+    # What configs on the hub have, and what README once refused.
+    harmless = {"is_causal": True, "residual_dropout": 0.0, "resid_pdrop": 0, "text_config": None}
+    harmless |= {
+        "output_attentions": False,
+        "use_cache": 3,
+        "temperature": 0.6,
+        "torchscript": False,
+    }
+    harmless |= {"is_decoder": False, "pruned_heads": {}, "an_unknown_value": None}
+    assert read_config(name, **harmless) == plain
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("rms_norm_eps", [math.inf, -math.inf, math.nan, 1e300, 0, -1e-6, 10**400, True, "1e-6"]),
+        ("rope_theta", [0, -1e4, math.inf, math.nan, 1, 10**400, True, "1e4", [1e4]]),
+        ("hidden_size", [0, -48, 2**50, 48.0, "48", True, [48]]),
+        ("num_hidden_layers", [0, 10**9, 2**63, 3.0]),
+        ("vocab_size", [0, 2**31, 2**50]),
+        ("num_attention_heads", [2**31]),
+        ("head_dim", [0, -2, 2**40]),
+        ("max_position_embeddings", [0, -1, 2**31, 256.0]),
+        ("initializer_range", [math.nan, math.inf, -0.1, 5.0, "0.02"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_number_out_of_its_range_is_refused_by_name(name, field, values):
+    name_in_message = {"gemma3_text": {"rope_theta": "rope_theta"}}.get(name, {}).get(field, field)
+    for value in values:
+        with pytest.raises(ValueError, match=rf"config\.json: {name_in_message} = "):
+            read_config(name, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 0}),
+        ("gemma2", {"attn_logit_softcapping": math.inf}),
+        ("gemma3_text", {"final_logit_softcapping": -1}),
+        ("gemma3_text", {"rope_local_base_freq": 0}),
+        ("gemma3_text", {"sliding_window_pattern": 0}),
+        ("phi3", {"partial_rotary_factor": 0}),
+        ("phi3", {"partial_rotary_factor": 1.5}),
+        ("phi3", {"original_max_position_embeddings": 0}),
+        ("mixtral", {"num_experts_per_tok": 9}),
+        ("mixtral", {"num_local_experts": 2**40}),
+        ("mixtral", {"router_aux_loss_coef": math.nan}),
+        ("mixtral", {"router_jitter_noise": False}),
+        ("qwen3_moe", {"decoder_sparse_step": True}),
+        ("qwen3_moe", {"moe_intermediate_size": 2**50}),
+        (
+            "llama",
+            {
+                "hidden_size": 2**20,
+                "head_dim": 64,
+                "intermediate_size": 2**22,
+                "num_hidden_layers": 2**12,
+            },
+        ),
+    ],
+    ids=str,
+)
+def test_a_number_of_some_families_out_of_its_range_is_refused(name, changes):
+    words = "parameters" if len(changes) > 1 else next(iter(changes))
+    with pytest.raises(ValueError, match=rf"config\.json: .*{words}"):
+        read_config(name, **changes)
+
+
+@EVERY_FAMILY
 @pytest.mark.parametrize(
     "field", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"]
 )
@@ -833,7 +1018,7 @@ def test_layer_types_that_contradict_the_sliding_window_are_refused(window, laye
     [
         ({"layer_types": FULL[:2]}, "layer_types has 2 entries for num_hidden_layers = 3"),
         ({"sliding_window": None}, "sliding_window is null"),
-        ({"final_logit_softcapping": 0}, "final_logit_softcapping = 0 must be a positive number"),
+        ({"final_logit_softcapping": 0}, "final_logit_softcapping = 0 must be a number from"),
         ({"hidden_activation": "gelu"}, "hidden_activation"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ],

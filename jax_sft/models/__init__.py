@@ -10,9 +10,12 @@ a token takes), the weight of their balance in `Config.router_aux`, and a `Model
 import importlib
 import pkgutil
 from types import ModuleType
+from typing import Any
+
+from jax_sft.models.fields import shown
 
 _TEXT_ONLY = {"gemma3": "gemma3_text"}  # a model of several kinds of input: its language model
-_PRIMITIVES = {"layers", "experts", "spec", "sizes", "rope"}
+_PRIMITIVES = {"layers", "experts", "spec", "sizes", "rope", "fields"}
 
 
 def families() -> list[str]:
@@ -33,5 +36,15 @@ def find(model_type: str) -> ModuleType:
                 f"it takes images. Use a folder of its language model alone, whose config.json is "
                 f"its text_config and whose model_type is {text!r}; or {remedy}"
             )
-        raise ValueError(f"model_type {model_type!r} is not supported: {remedy}")
+        raise ValueError(f"model_type {shown(model_type)} is not supported: {remedy}")
     return importlib.import_module(f"{__name__}.{model_type}")
+
+
+def read(config: dict[str, Any]) -> tuple[ModuleType, Any]:
+    """Return (the module of a family, its Config) of a config.json.
+
+    Raises:
+        ValueError: no such family, or a field that it does not implement or that is out of range.
+    """
+    family = find(str(config.get("model_type")))
+    return family, family.Config.from_hf(config)

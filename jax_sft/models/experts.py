@@ -8,7 +8,6 @@ token at one of its experts; the other suffixes as in `layers`.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_sft import parallel
 from jax_sft.models import layers
-from jax_sft.models.spec import Fields
+from jax_sft.models.fields import Fields
 from jax_sft.ops import grouped
 
 _KERNEL = ("experts", "embed", "mlp")
@@ -79,14 +78,9 @@ def read(fields: Fields, default: tuple[int, int]) -> tuple[int, int, float]:
         raise ValueError(
             f"config.json: num_experts_per_tok = {num_chosen} is over the {num_experts} experts"
         )
-    weight = fields.get("router_aux_loss_coef", 0.001)
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not is_number or not 0 <= weight < math.inf:
-        raise ValueError(
-            f"config.json: router_aux_loss_coef = {weight!r} must be a number, 0 or positive"
-        )
+    weight = fields.number("router_aux_loss_coef", 0.001)
     fields.known("output_router_logits")  # the config key loss.router_aux decides
-    return num_experts, num_chosen, float(weight)
+    return num_experts, num_chosen, weight
 
 
 class MoE(nnx.Module):

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jax_sft.models import layers, sizes, spec
+from jax_sft.models.fields import LAYER_TYPES, Fields, shown
 from jax_sft.models.rope import Rope
 from jax_sft.models.sizes import Sizes
-from jax_sft.models.spec import LAYER_TYPES, Fields, Weight
+from jax_sft.models.spec import Weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,16 +70,18 @@ def _ropes(fields: Fields, head_dim: int) -> tuple[Rope, Rope]:
     newer = fields.get("rope_parameters", {})
     if not isinstance(newer, dict) or newer.keys() - set(LAYER_TYPES):
         raise ValueError(
-            f"config.json: rope_parameters = {newer!r} must have one object for each of "
+            f"config.json: rope_parameters = {shown(newer)} must have one object for each of "
             f"{LAYER_TYPES}"
         )
 
     def rope(kind: str, **older) -> Rope:
         older["max_position_embeddings"] = fields.size("max_position_embeddings")
-        return Rope.from_hf(older | {"rope_parameters": newer.get(kind)}, head_dim)
+        rope = Rope.from_hf(older | {"rope_parameters": newer.get(kind)}, head_dim)
+        # Gemma 3 has a scaling by 8, and max_position_embeddings is the length behind it.
+        return dataclasses.replace(rope, reach=0)
 
-    scaling, theta = fields.get("rope_scaling"), fields.get("rope_theta", 1e6)
-    window_theta = fields.get("rope_local_base_freq", 1e4)
+    scaling, theta = fields.get("rope_scaling"), fields.number("rope_theta", 1e6)
+    window_theta = fields.number("rope_local_base_freq", 1e4)
     return (
         rope("full_attention", rope_scaling=scaling, rope_theta=theta),
         rope("sliding_attention", rope_theta=window_theta),

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 
 from jax_sft.models import layers, sizes, spec
+from jax_sft.models.fields import Fields, shown
 from jax_sft.models.rope import Rope
 from jax_sft.models.sizes import Sizes
-from jax_sft.models.spec import Fields, Weight
+from jax_sft.models.spec import Weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,9 @@ def _window(fields: Fields, config: dict[str, Any]) -> int | None:
     kinds = fields.get("layer_types", [])
     if not isinstance(kinds, list) or any(one != kind for one in kinds):
         raise ValueError(
-            f"config.json: layer_types = {kinds!r} does not go with sliding_window = {window}, "
-            f"which alone decides in mistral: leave it out, or write {kind!r} for every layer"
+            f"config.json: layer_types = {shown(kinds)} does not go with sliding_window = "
+            f"{window}, which alone decides in mistral: leave it out, or write {kind!r} for every "
+            "layer"
         )
     return window
 

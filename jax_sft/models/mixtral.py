@@ -6,9 +6,10 @@ from typing import Any
 import jax
 
 from jax_sft.models import experts, layers, sizes, spec
+from jax_sft.models.fields import Fields
 from jax_sft.models.rope import Rope
 from jax_sft.models.sizes import Sizes
-from jax_sft.models.spec import Fields, Weight
+from jax_sft.models.spec import Weight
 
 DEFAULT_THETA = 1e6  # transformers' rope_theta for a config.json without one
 
@@ -26,7 +27,7 @@ class Config(Sizes):
     def from_hf(cls, config: dict[str, Any]) -> "Config":
         """Read config.json; a field that this file does not implement raises ValueError."""
         fields = Fields(config)
-        theta = {"rope_theta": config.get("rope_theta") or DEFAULT_THETA}
+        theta = {"rope_theta": fields.get("rope_theta", DEFAULT_THETA)}
         common = sizes.read(fields, norm_eps=1e-5)
         fields.known(*Rope.FIELDS)
         fields.only("router_jitter_noise", 0.0)

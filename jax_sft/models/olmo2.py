@@ -7,9 +7,10 @@ import jax
 from flax import nnx
 
 from jax_sft.models import layers, sizes, spec
+from jax_sft.models.fields import Fields
 from jax_sft.models.rope import Rope
 from jax_sft.models.sizes import Sizes
-from jax_sft.models.spec import Fields, Weight
+from jax_sft.models.spec import Weight
 
 
 @dataclasses.dataclass(frozen=True)

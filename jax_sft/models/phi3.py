@@ -7,9 +7,10 @@ from typing import Any
 import jax
 
 from jax_sft.models import layers, sizes, spec
+from jax_sft.models.fields import Fields
 from jax_sft.models.rope import Rope
 from jax_sft.models.sizes import Sizes
-from jax_sft.models.spec import Fields, Weight
+from jax_sft.models.spec import Weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 
 from jax_sft.models import layers, sizes, spec
+from jax_sft.models.fields import Fields
 from jax_sft.models.rope import Rope
 from jax_sft.models.sizes import Sizes
-from jax_sft.models.spec import Fields, Weight
+from jax_sft.models.spec import Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Config(Sizes):
         common = sizes.read(fields)
         fields.known(*Rope.FIELDS)
         rope = Rope.from_hf(config, common["head_dim"])
-        fields.known("sliding_window", "max_window_layers")  # used with use_sliding_window only
+        fields.unused("sliding_window", "max_window_layers")  # used with use_sliding_window only
         cfg = cls(**common, rope=rope)
         fields.done()
         return cfg

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 
 from jax_sft.models import experts, layers, sizes, spec
+from jax_sft.models.fields import Fields
 from jax_sft.models.rope import Rope
 from jax_sft.models.sizes import Sizes
-from jax_sft.models.spec import Fields, Weight
+from jax_sft.models.spec import Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +28,11 @@ class Config(Sizes):
         fields = Fields(config)
         common = sizes.read(fields, mlp=("moe_intermediate_size", 768))
         fields.known(*Rope.FIELDS)
-        fields.known("sliding_window", "max_window_layers")  # used with use_sliding_window only
+        fields.unused("sliding_window", "max_window_layers")  # used with use_sliding_window only
         # A mix of sparse and dense layers, whose inner size is intermediate_size.
         fields.only("decoder_sparse_step", 1)
         fields.only("mlp_only_layers", [])
-        fields.known("intermediate_size")
+        fields.unused("intermediate_size")
         num_experts, num_chosen, router_aux = experts.read(fields, default=(128, 8))
         cfg = cls(
             **common,

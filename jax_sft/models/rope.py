@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_sft.models.fields import NUMBERS, is_number, number, same, shown, size
+
 _TABLES = ("short_factor", "long_factor")  # lists among the rope parameters
 TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
@@ -24,12 +26,14 @@ class Rope:
     Attributes:
         inv_freq: [rotated dimensions of a head / 2].
         long_inv_freq: for segments of more than `longest_short` tokens; empty = the same.
+        reach: tokens of a segment for which the scaling was made; 0 = max_position_embeddings.
     """
 
     inv_freq: tuple[float, ...]
     attention_factor: float = 1.0
     long_inv_freq: tuple[float, ...] = ()
     longest_short: int = 0
+    reach: int = 0
     FIELDS: ClassVar[tuple[str, ...]] = (  # of config.json
         *("rope_parameters", "rope_scaling", "rope_theta"),
         "original_max_position_embeddings",
@@ -51,41 +55,29 @@ class Rope:
                 unless the rope parameters have another. None = only all of them is implemented.
 
         Raises:
-            ValueError: an unknown rope type, or a field of it missing or unknown.
+            ValueError: an unknown rope type, or a field of it missing, unknown or out of range.
         """
-        newer, old = config.get("rope_parameters"), config.get("rope_scaling")
-        if newer and old and newer != old:
-            raise ValueError("config.json has both rope_parameters and rope_scaling: keep one")
-        scaling = newer or old or {}
-        if not isinstance(scaling, dict) or any(isinstance(v, dict) for v in scaling.values()):
-            raise ValueError(f"config.json: rope parameters {scaling!r} must be one flat object")
-        scaling = {key: value for key, value in scaling.items() if value is not None}
-        theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-        older, kind = scaling.pop("type", None), scaling.pop("rope_type", None)
-        kind = kind or older or "default"
+        scaling = _scaling(config)
+        kind = _kind(scaling, types)
+        inside = scaling.pop("rope_theta", None)
+        theta = config.get("rope_theta") if inside is None else inside
+        theta = number("rope_theta", 10000.0 if theta is None else theta)
         share = scaling.pop("partial_rotary_factor", partial_rotary_factor)
         if partial_rotary_factor is not None:
             head_dim = _rotated(head_dim, share)
-        elif share not in (None, 1.0):
-            raise ValueError("config.json: partial_rotary_factor other than 1 is not implemented")
-        for name, value in {"rope_theta": theta, **scaling}.items():
-            if name in _TABLES:
-                continue
-            if isinstance(value, bool) != (name == "truncate") or not (
-                isinstance(value, int | float) and (value > 0 or name == "truncate")
-            ):
-                raise ValueError(f"config.json: rope field {name} = {value!r} is not usable")
+        elif share is not None and not same(share, 1):
+            raise ValueError(
+                f"config.json: partial_rotary_factor = {shown(share)} is not supported: use 1"
+            )
+        for name, value in scaling.items():
+            _check(name, value)
+        max_positions = size("max_position_embeddings", config["max_position_embeddings"])
+        original = _original(config, scaling)
+        reach = _reach(kind, scaling, max_positions, original)
+        if kind in ("llama3", "yarn", "longrope"):
+            scaling["original_max_position_embeddings"] = original or max_positions
         inv_freq = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         factor, long_inv_freq, longest_short = 1.0, np.array(()), 0
-        max_positions = config["max_position_embeddings"]
-        if kind not in types:
-            raise ValueError(f"config.json: rope type {kind!r} is not one of {[*types]}")
-        kind = types[kind]
-        # A value beside rope_parameters goes first, as there.
-        if kind in ("llama3", "yarn", "longrope"):
-            original = config.get("original_max_position_embeddings")
-            inside = scaling.get("original_max_position_embeddings")
-            scaling["original_max_position_embeddings"] = original or inside or max_positions
         try:
             if kind == "linear":  # Chen et al. 2023, arXiv:2306.15595
                 inv_freq = inv_freq / scaling.pop("factor")
@@ -98,14 +90,14 @@ class Rope:
                 short, long = (_divisors(name, scaling, head_dim) for name in _TABLES)
                 inv_freq, long_inv_freq = inv_freq / short, inv_freq / long
                 factor = _longrope_factor(scaling, max_positions)
-            else:
-                scaling.clear()  # transformers leaves the fields of no-op scalings in place
+            else:  # transformers leaves the fields of no-op scalings in place
+                scaling = {k: v for k, v in scaling.items() if k not in {*NUMBERS, "truncate"}}
         except KeyError as missing:
             raise ValueError(f"config.json: rope type {kind!r} needs the field {missing}") from None
         if scaling:
-            raise ValueError(f"config.json: rope type {kind!r} does not implement {scaling}")
+            raise ValueError(f"config.json: rope type {kind!r} does not implement {shown(scaling)}")
         short, long = (tuple(x.astype(np.float32).tolist()) for x in (inv_freq, long_inv_freq))
-        return cls(short, factor, long, longest_short)
+        return cls(short, factor, long, longest_short, reach)
 
     def angles(
         self, positions_BT: jax.Array, segment_ids_BT: jax.Array, max_segments: int
@@ -121,7 +113,9 @@ class Rope:
         """
         inv_freq = jnp.array(self.inv_freq)
         if self.long_inv_freq:
-            is_long_BT = _reaches(self.longest_short, positions_BT, segment_ids_BT, max_segments)
+            is_long_BT = _has_position(
+                self.longest_short, positions_BT, segment_ids_BT, max_segments
+            )
             inv_freq = jnp.where(is_long_BT[..., None], jnp.array(self.long_inv_freq), inv_freq)
         # float32 whatever the compute dtype: bfloat16 rounds position 257 to 256.
         angles_BTH = positions_BT[..., None].astype(jnp.float32) * inv_freq
@@ -142,7 +136,7 @@ def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return rotated.astype(x_BTNH.dtype)
 
 
-def _reaches(position: int, positions_BT, segment_ids_BT, max_segments: int) -> jax.Array:
+def _has_position(position: int, positions_BT, segment_ids_BT, max_segments: int) -> jax.Array:
     """Whether the segment of each token has a token at this position or behind it."""
     is_there_BT = positions_BT >= position
     # A comparison with every segment, which XLA fuses, not a scatter.
@@ -151,10 +145,71 @@ def _reaches(position: int, positions_BT, segment_ids_BT, max_segments: int) -> 
     return jnp.take_along_axis(reaches_BS, segment_ids_BT, axis=1)
 
 
+def _scaling(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the rope parameters that are not null, by either of their names."""
+    given = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
+    for name, scaling in zip(("rope_parameters", "rope_scaling"), given, strict=True):
+        is_flat = isinstance(scaling, dict) and not any(
+            isinstance(value, dict) for value in scaling.values()
+        )
+        if scaling is not None and not is_flat:
+            raise ValueError(
+                f"config.json: rope parameters {name} = {shown(scaling)} must be one flat object"
+            )
+    newer, older = given
+    if newer and older and newer != older:
+        raise ValueError("config.json has both rope_parameters and rope_scaling: keep one")
+    return {key: value for key, value in (newer or older or {}).items() if value is not None}
+
+
+def _kind(scaling: dict[str, Any], types: Mapping[str, str]) -> str:
+    """Take the type out of the rope parameters; it has an older and a newer name."""
+    kinds = [scaling.pop(name) for name in ("rope_type", "type") if name in scaling]
+    for kind in kinds:
+        if not isinstance(kind, str) or kind not in types:
+            raise ValueError(f"config.json: rope type {shown(kind)} is not one of {[*types]}")
+    if len({types[kind] for kind in kinds}) > 1:
+        raise ValueError(
+            f"config.json: rope_type = {kinds[0]!r}, but type = {kinds[1]!r}: keep the right one"
+        )
+    return types[kinds[0]] if kinds else "default"
+
+
+def _check(name: str, value: Any) -> None:
+    """Refuse a rope parameter that is out of range; lists are checked by `_divisors`."""
+    if name == "original_max_position_embeddings":
+        size(name, value)
+    elif name == "truncate":
+        if not isinstance(value, bool):
+            raise ValueError(f"config.json: truncate = {shown(value)} must be true or false")
+    elif name in NUMBERS and name not in _TABLES:
+        number(name, value)
+
+
+def _original(config: dict[str, Any], scaling: dict[str, Any]) -> int | None:
+    """Take the length before scaling; one beside the parameters goes first, as in transformers."""
+    name = "original_max_position_embeddings"
+    inside, beside = scaling.pop(name, None), config.get(name)
+    return inside if beside is None else size(name, beside)
+
+
+def _reach(kind: str, scaling: dict[str, Any], max_positions: int, original: int | None) -> int:
+    """Tokens of a segment for which the scaling was made; 0 = max_position_embeddings.
+
+    Instructions for long inputs (Qwen's model cards) add a scaling and leave
+    max_position_embeddings where it was, so the scaling says how far it goes: its factor times the
+    length before. LLaMA 3's factor is no ratio of lengths where max_position_embeddings was raised.
+    """
+    was_raised = kind == "llama3" and original is not None and original < max_positions
+    if kind == "default" or was_raised or "factor" not in scaling:
+        return 0
+    reach = int(scaling["factor"] * (original or max_positions))
+    return reach if reach > max_positions else 0
+
+
 def _rotated(head_dim: int, share: Any) -> int:
     """Dimensions of a head that are rotated."""
-    is_number = isinstance(share, int | float) and not isinstance(share, bool)
-    rotated = int(head_dim * share) if is_number and 0 < share <= 1 else 0
+    rotated = int(head_dim * number("partial_rotary_factor", share))
     if not rotated or rotated % 2:
         raise ValueError(
             f"config.json: partial_rotary_factor = {share!r} of head_dim = {head_dim} must be an "
@@ -166,10 +221,12 @@ def _rotated(head_dim: int, share: Any) -> int:
 def _divisors(name: str, scaling: dict[str, Any], rotated: int) -> np.ndarray:
     """A table of LongRoPE, one positive number per frequency."""
     table = scaling.pop(name)
-    if not isinstance(table, list) or not all(
-        isinstance(x, int | float) and not isinstance(x, bool) and x > 0 for x in table
-    ):
-        raise ValueError(f"config.json: {name} = {table!r} must be a list of positive numbers")
+    low, high = NUMBERS[name]
+    if not isinstance(table, list) or not all(is_number(x) and low <= x <= high for x in table):
+        raise ValueError(
+            f"config.json: {name} = {shown(table)} must be a list of numbers from {low:g} to "
+            f"{high:g}"
+        )
     if len(table) != rotated // 2:
         raise ValueError(
             f"config.json: {name} has {len(table)} numbers, {rotated} rotated dimensions need "
@@ -208,6 +265,13 @@ def _yarn(
     factor = scaling.pop("factor", max_positions / context)  # left out by DeepSeek-like configs
     beta_fast = scaling.pop("beta_fast", 32)
     beta_slow = scaling.pop("beta_slow", 1)
+    if beta_fast < beta_slow:
+        raise ValueError(f"config.json: beta_fast = {beta_fast} is below beta_slow = {beta_slow}")
+    if factor < 1:
+        raise ValueError(
+            f"config.json: original_max_position_embeddings = {context} is over "
+            f"max_position_embeddings = {max_positions}"
+        )
     truncate = scaling.pop("truncate", True)
     mscale, mscale_all = scaling.pop("mscale", None), scaling.pop("mscale_all_dim", None)
 

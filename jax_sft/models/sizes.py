@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any, ClassVar
 
+from jax_sft.models.fields import MAX_PARAMETERS, Fields
 from jax_sft.models.rope import Rope
-from jax_sft.models.spec import Fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,21 @@ class Sizes:
     window: ClassVar[Any] = None
     attention_soft_cap: ClassVar[Any] = 0.0
     logit_soft_cap: ClassVar[Any] = 0.0
+
+    def __post_init__(self):
+        dims = self.dims
+        heads = 2 * (dims["heads"] + dims["kv_heads"]) * dims["head_dim"]
+        of_layer = heads + 3 * dims["mlp"] * dims.get("experts", 1)
+        total = dims["embed"] * (dims["layers"] * of_layer + 2 * dims["vocab"])
+        if total > MAX_PARAMETERS:
+            raise ValueError(
+                f"config.json: its sizes make {total:.1e} parameters, over {MAX_PARAMETERS:.1e}"
+            )
+
+    @property
+    def longest(self) -> int:
+        """Tokens that one example may have: its positions, or what their scaling reaches."""
+        return self.rope.reach or self.max_positions
 
     @property
     def dims(self) -> dict[str, int]:
