@@ -171,7 +171,8 @@ def default() -> Config:
     optimizer.name = "adamw"
     optimizer.learning_rate = 1e-5  # at the top of the schedule
     optimizer.schedule = "cosine"  # "cosine", "linear", "constant" or "wsd"
-    optimizer.warmup = 0.03  # below 1: fraction of all steps; from 1: number of steps
+    # below 1: fraction of all steps; from 1: number of steps, also where the run has fewer
+    optimizer.warmup = 0.03
     optimizer.final_ratio = 0.1  # learning rate after the last step / highest one (not "constant")
     optimizer.decay_fraction = 0.2  # "wsd" only: share of all steps spent decaying at the end
     optimizer.weight_decay = 0.01  # on matrices only: never on norms and biases

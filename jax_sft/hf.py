@@ -5,10 +5,10 @@ is called, what shape it has and how it is laid out; nothing here knows a family
 """
 
 import dataclasses
-import json
 import math
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from jax_sft import parallel, paths, vocabulary
+from jax_sft import parallel, paths, regular, strict_json, vocabulary
 from jax_sft.models.spec import Weight
 
 DTYPES: dict[str, Any] = {
@@ -33,6 +33,8 @@ DTYPES: dict[str, Any] = {
     "BF16": ml_dtypes.bfloat16,
 }
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+MOST_MISSING = 20_000  # tensors that `check` looks for one by one
 
 # What belongs to a model folder beside its weights, carried over unchanged.
 SIDE_FILES = (
@@ -47,6 +49,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Of a checkpoint folder: what SIDE_FILES there are of its model, see model_files.
 KEPT = "model_files"
 
+_READ = {".json", ".jinja", ".txt", ".model", ".safetensors"}  # suffixes of SIDE_FILES and weights
 _PICKLES = ("bin", "pt", "pth", "pkl", "ckpt")
 # Buffers that old exports contain and the architecture computes.
 _COMPUTED = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -69,7 +72,7 @@ def resolve(path: str, revision: str = "", weights: bool = True) -> Path:
     if folder.is_dir():
         if (folder / KEPT).is_dir() and not (folder / "config.json").exists():
             folder = folder / KEPT
-        refuse_links(folder)
+        check_entries(folder)
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
         raise ValueError(f"model.path = {path!r} is not a folder")
@@ -87,8 +90,10 @@ def resolve(path: str, revision: str = "", weights: bool = True) -> Path:
     return Path(found)
 
 
-def refuse_links(folder: Path) -> None:
-    """Refuse links to files elsewhere: they would be read, and copied into every export.
+def check_entries(folder: Path) -> None:
+    """Refuse files that are none, which would hang who reads them, and links to files elsewhere.
+
+    Linked files would be read, and copied into every export.
 
     Raises:
         ValueError: naming each.
@@ -96,15 +101,19 @@ def refuse_links(folder: Path) -> None:
     home = folder.resolve()
     if home.parent.name == "snapshots":  # the hub's cache: its files are links into ../../blobs
         home = home.parent.parent
-    problems = [
-        f"{file.relative_to(folder)} -> {file.resolve()}"
-        for pattern in ("*", "additional_chat_templates/*")
-        for file in sorted(folder.glob(pattern))
-        if file.is_symlink() and not file.resolve().is_relative_to(home)
-    ]
-    if problems:
+    links, others = [], []
+    for pattern in ("*", "additional_chat_templates/*"):
+        for file in sorted(folder.glob(pattern)):
+            if file.is_symlink() and not file.resolve().is_relative_to(home):
+                links.append(f"{file.relative_to(folder)} -> {file.resolve()}")
+            elif file.suffix in _READ and file.exists() and not file.is_file():
+                kind = regular.KINDS.get(stat.S_IFMT(file.stat().st_mode), "of another kind")
+                others.append(f"{file.relative_to(folder)} is {kind}")
+    if others:
+        raise ValueError(f"{folder} has no model: {', '.join(others)}, not a regular file")
+    if links:
         raise ValueError(
-            f"{folder} has links out of the folder: {', '.join(problems)}. Put the files "
+            f"{folder} has links out of the folder: {', '.join(links)}. Put the files "
             "themselves there, or set model.path to the folder that has them"
         )
 
@@ -133,17 +142,12 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file of a model folder.
 
     Raises:
-        ValueError: no such file, not JSON, or not an object.
+        ValueError: no such file, or what `strict_json.read` refuses.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return strict_json.read(file, max_bytes=64 * 2**20 if file.name == INDEX else 16 * 2**20)
     except FileNotFoundError:
         raise ValueError(f"{file.parent} has no {file.name}: it is not a model folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}")
-    return content
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +220,18 @@ def check(
         ValueError: every unknown, missing, duplicate, misshapen or non-floating tensor at once,
             with file, name and both shapes.
     """
+    rows = list(rows)
     found, problems = read_headers(folder)
+    # Before names are made of sizes that may be anything.
+    num_wanted = sum(math.prod(dims[axis] for axis in row.stacked) for row in rows)
+    if num_wanted > len(found) + MOST_MISSING:
+        sizes = {
+            axis: dims[axis] for axis in sorted({axis for row in rows for axis in row.stacked})
+        }
+        raise ValueError(
+            f"{folder} does not fit its config.json: {sizes} need {num_wanted:,} tensors, its "
+            f"files have {len(found):,}" + "".join(f"; {problem}" for problem in problems[:3])
+        )
     wanted = {name: row.hf_shape(dims) for row in rows for _, name in row.hf_tensors(dims)}
     for name, tensor in found.items():
         where = f"{tensor.file.name}: {name}"
@@ -243,14 +258,20 @@ def check(
 def _tied_copy_problems(found: dict[str, Tensor]) -> list[str]:
     """A tied model may store its head too, but only as an exact copy of the embedding."""
     head, embedding = found["lm_head.weight"], found.get("model.embed_tokens.weight")
-    if embedding is None:
-        return []  # reported as missing
+    if embedding is None or embedding.dtype not in DTYPES:
+        return []  # reported
     with safe_open(head.file, "numpy") as a, safe_open(embedding.file, "numpy") as b:
-        same = head.shape == embedding.shape and np.array_equal(
-            a.get_tensor("lm_head.weight"), b.get_tensor("model.embed_tokens.weight")
-        )
-    if same:
-        return []
+        theirs, ours = a.get_slice("lm_head.weight"), b.get_slice("model.embed_tokens.weight")
+        if (
+            head.dtype in DTYPES
+            and head.shape == embedding.shape
+            and len(head.shape) == 2
+            and all(
+                np.array_equal(theirs[start : start + 4096], ours[start : start + 4096])
+                for start in range(0, head.shape[0], 4096)
+            )
+        ):
+            return []
     return [
         f"{head.file.name}: lm_head.weight differs from the embedding, yet config.json says "
         "tie_word_embeddings = true: set it to false, or remove the tensor"

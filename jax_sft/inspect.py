@@ -68,10 +68,11 @@ def inspect(cfg: config.Config, options: Options, color: bool) -> int:
         raise ValueError(outcomes.listed("the config has {} problem(s)", problems))
     folder = hf.resolve(cfg.model.path, cfg.model.revision, weights=False)
     tokenizer = chat.load_tokenizer(folder, needs_template=False)
+    vocab = outcomes.vocabulary(folder, tokenizer)
     sources = outcomes.open_sources(cfg.data, folder)
     chosen = choose(sources, options)
     planned, refused = plan(cfg, sources, folder)
-    refused += outcomes.refusals(cfg.data, sources, outcomes.vocabulary(folder, tokenizer))
+    refused += outcomes.refusals(cfg.data, sources, vocab)
     rows = row_blocks(planned, sources, tokenizer) if planned else ()
     report = {s.name: s.report for s in sources if not s.name.startswith(outcomes.EVAL)}
     ends = stop_tokens.inherited(folder) | stop_tokens.trained(report)

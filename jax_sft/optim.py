@@ -20,9 +20,32 @@ MAX_BFLOAT16_DECAY = 0.98
 
 
 def warmup_steps(optimizer, num_steps: int) -> int:
-    """Return the number of warm-up steps that `optimizer.warmup` means."""
+    """Return the number of warm-up steps that `optimizer.warmup` means.
+
+    It may be over num_steps: the ramp stays the one that was asked for, as in transformers.
+    """
     warmup = optimizer.warmup
-    return min(round(warmup * num_steps if warmup < 1 else warmup), num_steps)
+    return round(warmup * num_steps if warmup < 1 else warmup)
+
+
+def warnings(optimizer, num_steps: int) -> list[str]:
+    """Return what of the schedule does not come to pass in a run of so many steps."""
+    warmup, decay_steps = warmup_steps(optimizer, num_steps), optimizer.decay_fraction * num_steps
+    if warmup >= num_steps:
+        highest = optimizer.learning_rate * num_steps / (warmup + 1)
+        return [
+            f"optimizer.warmup = {optimizer.warmup:g} lasts {warmup:,} steps, the run "
+            f"{num_steps:,}: the learning rate reaches {highest:.2e} at its last step, never "
+            f"optimizer.learning_rate = {optimizer.learning_rate:g}. Use a shorter warm-up, or "
+            "more steps"
+        ]
+    if optimizer.schedule == "wsd" and warmup + decay_steps > num_steps:
+        return [
+            f"optimizer.warmup = {optimizer.warmup:g} and optimizer.decay_fraction = "
+            f"{optimizer.decay_fraction:g} overlap in a run of {num_steps:,} steps: the learning "
+            f"rate never reaches optimizer.learning_rate = {optimizer.learning_rate:g}"
+        ]
+    return []
 
 
 def schedule(optimizer, num_steps: int) -> Callable[[Any], jax.Array]:
@@ -32,7 +55,7 @@ def schedule(optimizer, num_steps: int) -> Callable[[Any], jax.Array]:
     "cosine" and "linear" fall to final_ratio at `num_steps`; "constant" stays; "wsd" (Hu et al.
     2024, arXiv:2404.06395) stays and falls linearly over the last decay_fraction of all steps.
     """
-    warmup = warmup_steps(optimizer, num_steps)
+    warmup = float(warmup_steps(optimizer, num_steps))  # an int may be over those of float32
     floor = optimizer.final_ratio
 
     def factor(step: jax.Array) -> jax.Array:

@@ -36,7 +36,7 @@ def read_settings(folder: Path) -> lora.Settings:
         ValueError: it is no LoRA adapter, uses something that is not implemented here, or has a
             link out of it.
     """
-    hf.refuse_links(folder)
+    hf.check_entries(folder)
     config = hf.read_json(folder / CONFIG)
     problems = []
     if config.get("peft_type") != "LORA":

@@ -44,6 +44,7 @@ from jax_sft import (
     hf_export,
     metrics,
     model_files,
+    optim,
     parallel,
     paths,
     preflight,
@@ -196,6 +197,8 @@ def _train(
         f"packed  {loader.num_rows} rows, {loader.fill:.1%} full; "
         f"{loader.steps_per_epoch} steps per epoch"
     )
+    for warning in optim.warnings(cfg.optimizer, num_steps):
+        say(f"WARNING {warning}")
 
     turn_ends = stop_tokens.inherited(folder) | stop_tokens.trained(train_examples.report)
     model_stops = stop_tokens.named(folder)

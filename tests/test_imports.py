@@ -17,8 +17,9 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 # A file imports only from levels below its own.
 LEVELS = [
     "paths exit_codes models.fields",
-    "config cache_folder regular huge_pages startup tree parallel trackers "
-    "models models.spec data.json_rows data.printed "
+    "regular",
+    "config cache_folder huge_pages startup tree parallel trackers "
+    "models models.spec strict_json data.json_rows data.printed "
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables "
     "manifest fingerprint hub owner patterns "
     "plain_paths run_lock "

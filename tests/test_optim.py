@@ -72,6 +72,26 @@ def test_a_run_of_one_step_trains(name):
     assert rates(options(schedule=name, warmup=100.0), num_steps=1)[0] > 0
 
 
+@pytest.mark.parametrize("name", optim.SCHEDULES)
+@pytest.mark.parametrize("warmup", [STEPS, 100, 1e12])
+def test_a_warmup_longer_than_the_run_keeps_its_ramp_and_says_so(name, warmup):
+    optimizer = options(schedule=name, warmup=float(warmup))
+    wanted = 3e-4 * (np.arange(STEPS) + 1) / (warmup + 1)
+    np.testing.assert_allclose(rates(optimizer)[:STEPS], wanted, rtol=1e-6)
+    (warning,) = optim.warnings(optimizer, STEPS)
+    assert "optimizer.warmup" in warning and f"{wanted[-1]:.2e} at its last step" in warning
+
+
+def test_only_a_rate_that_is_never_reached_is_warned_of():
+    for changes in ({}, {"warmup": STEPS - 1.0}, {"schedule": "wsd"}, {"decay_fraction": 1.0}):
+        optimizer = options(**changes)
+        assert rates(optimizer).max() == np.float32(3e-4) and not optim.warnings(optimizer, STEPS)
+    overlap = options(schedule="wsd", warmup=0.5, decay_fraction=0.8)
+    assert rates(overlap).max() < 0.99 * 3e-4
+    (warning,) = optim.warnings(overlap, STEPS)
+    assert "optimizer.decay_fraction = 0.8" in warning
+
+
 def test_wsd_stays_up_until_its_decay():
     found = rates(options(schedule="wsd", decay_fraction=0.2))
     assert (found[5:41] == np.float32(3e-4)).all() and (np.diff(found[40:]) < 0).all()

@@ -5,7 +5,6 @@ Called by `inspect`. Nothing stops at a row that training would refuse: it is li
 
 import dataclasses
 import heapq
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from jax_sft import hf, models
 from jax_sft.data import cache, prepare
+from jax_sft.models.fields import size
 
 EVAL = "eval/"  # before the names of eval sets
 
@@ -197,10 +198,16 @@ def refusals(data: Any, sources: Sequence[Source], vocab: int) -> list[str]:
 
 
 def vocabulary(folder: Path, tokenizer) -> int:
-    """Return the model's number of token ids, the tokenizer's where its folder does not say."""
+    """Return the model's number of token ids, the tokenizer's where its folder does not say.
+
+    Raises:
+        ValueError: its config.json is one that training would refuse.
+    """
     file = folder / "config.json"
-    size = json.loads(file.read_text(encoding="utf-8")).get("vocab_size") if file.is_file() else 0
-    return size if isinstance(size, int) and size else len(tokenizer)
+    config = hf.read_json(file) if file.is_file() else {}
+    if "model_type" in config:
+        return models.read(config)[1].vocab
+    return size("vocab_size", config["vocab_size"]) if "vocab_size" in config else len(tokenizer)
 
 
 def verdict(data: Any, sources: Sequence[Source], refused: Sequence[str]) -> list[str]:

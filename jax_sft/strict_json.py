@@ -1,0 +1,99 @@
+"""JSON files that others wrote, read within bounds: a regular file, so large, so deep, no lies.
+
+Called for every JSON file of a model or adapter folder, through `hf.read_json`.
+"""
+
+import json
+import math
+import stat
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 16 * 2**20
+MAX_DEPTH = 64  # of objects and lists within each other
+
+
+def read(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a FIFO, folder or device, too large, not UTF-8, not JSON, not an object, nested
+            too deep, a key with two values, a number that is not finite.
+    """
+    require_regular(file)
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(max_bytes + 1)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
+    if len(content) > max_bytes:
+        raise ValueError(f"{file} has over {max_bytes / 2**20:.0f} MiB")
+    try:
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError(f"{file} is nested more than {MAX_DEPTH} deep") from None
+    except ValueError as error:  # of JSON, of UTF-8, of int(), or our own
+        raise ValueError(f"{file} is not valid JSON: {str(error)[:200]}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} must hold a JSON object, not a {type(found).__name__}")
+    if _is_deeper(found, MAX_DEPTH):
+        raise ValueError(f"{file} is nested more than {MAX_DEPTH} deep")
+    return found
+
+
+def require_regular(file: Path) -> None:
+    """Refuse what is not a regular file, before it is opened: a FIFO would wait for ever.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: it is something else, or cannot be looked at.
+    """
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{file} is {kind_of(mode)}, not a file")
+
+
+def kind_of(mode: int) -> str:
+    """Return what a file is that is not a regular one."""
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "something else")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        # Compared as text: within deep values == could recurse without end.
+        if key in found and repr(found[key]) != repr(value):
+            raise ValueError(f"{key!r} has two values")
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise ValueError(f"{key!r} must be a finite number")
+        found[key] = value
+    return found
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Whether objects and lists are nested deeper than this."""
+    level = [value]
+    for _ in range(depth):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
