@@ -21,14 +21,14 @@ def read(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
         ValueError: a FIFO, folder or device, too large, not UTF-8, not JSON, not an object, nested
             too deep, a key with two values, a number that is not finite.
     """
-    require_regular(file)
+    size = require_regular(file)
+    if size > max_bytes:
+        raise ValueError(f"{file} has over {max_bytes / 2**20:.0f} MiB")
     try:
         with file.open("rb") as opened:
-            content = opened.read(max_bytes + 1)
+            content = opened.read(size)
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
-    if len(content) > max_bytes:
-        raise ValueError(f"{file} has over {max_bytes / 2**20:.0f} MiB")
     try:
         found = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
     except RecursionError:
@@ -42,21 +42,22 @@ def read(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     return found
 
 
-def require_regular(file: Path) -> None:
-    """Refuse what is not a regular file, before it is opened: a FIFO would wait for ever.
+def require_regular(file: Path) -> int:
+    """Return the bytes of a regular file; refuse others unopened: a FIFO would wait forever.
 
     Raises:
         FileNotFoundError: there is nothing.
         ValueError: it is something else, or cannot be looked at.
     """
     try:
-        mode = file.stat().st_mode
+        found = file.stat()
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{file} is {kind_of(mode)}, not a file")
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{file} is {kind_of(found.st_mode)}, not a file")
+    return found.st_size
 
 
 def kind_of(mode: int) -> str:

@@ -814,9 +814,9 @@ def test_a_boolean_of_transformers_is_implemented_or_refused_or_changes_no_logit
 
 def random_logits(name: str, config: dict) -> np.ndarray:
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(name, **json.loads(json.dumps(config)))
-    config.initializer_range = 0.2
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    config = json.loads(json.dumps(config)) | {"initializer_range": 0.2}
+    theirs = transformers.AutoConfig.for_model(name, **config)
+    model = transformers.AutoModelForCausalLM.from_config(theirs).eval()
     with torch.no_grad():
         return model(torch.arange(2, 14)[None], return_dict=True).logits.numpy()
 
