@@ -5,9 +5,11 @@ Called for every JSON file of a model or adapter folder, through `hf.read_json`.
 
 import json
 import math
-import stat
+import os
 from pathlib import Path
 from typing import Any
+
+from jax_sft import regular
 
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 64  # of objects and lists within each other
@@ -21,12 +23,14 @@ def read(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
         ValueError: a FIFO, folder or device, too large, not UTF-8, not JSON, not an object, nested
             too deep, a key with two values, a number that is not finite.
     """
-    size = require_regular(file)
-    if size > max_bytes:
-        raise ValueError(f"{file} has over {max_bytes / 2**20:.0f} MiB")
     try:
-        with file.open("rb") as opened:
+        with regular.open_regular(file) as opened:
+            size = os.fstat(opened.fileno()).st_size
+            if size > max_bytes:
+                raise ValueError(f"{file} has over {max_bytes / 2**20:.0f} MiB")
             content = opened.read(size)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
     try:
@@ -40,36 +44,6 @@ def read(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     if _is_deeper(found, MAX_DEPTH):
         raise ValueError(f"{file} is nested more than {MAX_DEPTH} deep")
     return found
-
-
-def require_regular(file: Path) -> int:
-    """Return the bytes of a regular file; refuse others unopened: a FIFO would wait forever.
-
-    Raises:
-        FileNotFoundError: there is nothing.
-        ValueError: it is something else, or cannot be looked at.
-    """
-    try:
-        found = file.stat()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{file} is {kind_of(found.st_mode)}, not a file")
-    return found.st_size
-
-
-def kind_of(mode: int) -> str:
-    """Return what a file is that is not a regular one."""
-    kinds = {
-        stat.S_IFDIR: "a folder",
-        stat.S_IFIFO: "a FIFO",
-        stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
-    }
-    return kinds.get(stat.S_IFMT(mode), "something else")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

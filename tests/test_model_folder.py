@@ -63,7 +63,7 @@ def test_what_is_not_a_regular_file_is_named_and_not_waited_for(
     (folder / name).unlink(missing_ok=True)
     monkeypatch.chdir(folder)  # paths of sockets are short
     make_special(folder.relative_to(folder) / name, kind)
-    with pytest.raises(ValueError, match=f"{name} is a {kind}, not a file"):
+    with pytest.raises(ValueError, match=f"{name} is a {kind}, not a regular file"):
         hf.resolve(str(folder))
     if name.endswith(".json"):
         with pytest.raises(ValueError, match=f"{name} is a {kind}"):
