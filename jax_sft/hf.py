@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from jax_sft import parallel, paths, regular, strict_json, vocabulary
+from jax_sft import parallel, paths, regular, steps, strict_json, vocabulary
 from jax_sft.models.spec import Weight
 
 DTYPES: dict[str, Any] = {
@@ -46,8 +46,7 @@ SIDE_FILES = (
 
 TEMPLATES = "additional_chat_templates/*.jinja"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Of a checkpoint folder: what SIDE_FILES there are of its model, see model_files.
-KEPT = "model_files"
+KEPT = steps.KEPT
 
 _READ = {".json", ".jinja", ".txt", ".model", ".safetensors"}  # suffixes of SIDE_FILES and weights
 _PICKLES = ("bin", "pt", "pth", "pkl", "ckpt")
@@ -58,8 +57,8 @@ _COMPUTED = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 def resolve(path: str, revision: str = "", weights: bool = True) -> Path:
     """Return the local folder of a model: `path` itself, or a download of the hub id `path`.
 
-    Of a checkpoint folder, such as scripts/convert_hf.py makes, it is what that keeps of the model;
-    see `pretrained` for its weights.
+    Of a run, its checkpoint folder or a step, and of what scripts/convert_hf.py makes, it is what
+    that keeps of the model; see `pretrained` and `step_of` for the weights.
 
     Args:
         weights: download the weights too, not only config and tokenizer.
@@ -70,8 +69,9 @@ def resolve(path: str, revision: str = "", weights: bool = True) -> Path:
     """
     folder = paths.local(path, "model.path")
     if folder.is_dir():
-        if (folder / KEPT).is_dir() and not (folder / "config.json").exists():
-            folder = folder / KEPT
+        checkpoints, _ = steps.locate(folder)
+        if (checkpoints / KEPT).is_dir() and not _has_model_type(folder):
+            folder = checkpoints / KEPT
         check_entries(folder)
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
@@ -88,6 +88,29 @@ def resolve(path: str, revision: str = "", weights: bool = True) -> Path:
             f"model.path = {path!r} is neither a folder here nor a model the hub gave: {error}"
         ) from error
     return Path(found)
+
+
+def step_of(path: str, step: int | None = None) -> int | None:
+    """Return the step that a path for `resolve` names; None = none, the newest is meant.
+
+    Args:
+        step: another way to name one.
+
+    Raises:
+        ValueError: two different steps are named.
+    """
+    folder = paths.local(path, "model.path")
+    return steps.locate(folder, step)[1] if folder.is_dir() else step
+
+
+def _has_model_type(folder: Path) -> bool:
+    """Whether a folder has the config.json of a model; that of a run is another."""
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        return "model_type" in read_json(folder / "config.json")
+    except ValueError:
+        return True  # the caller reads it too, and says what is wrong
 
 
 def check_entries(folder: Path) -> None:

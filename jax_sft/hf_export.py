@@ -66,7 +66,7 @@ def export(
     adapters gets such a generation_config.json, which engines take where they are given it.
 
     Args:
-        checkpoint: the `checkpoints` folder of a run, or what `hf_convert` made.
+        checkpoint: a run, its checkpoint folder, or a step in that; or what `hf_convert` made.
         out: the folder to write; it appears only when complete, with the sha256 of each file in
             SHA256SUMS.
         step: which step; None = the newest.
@@ -296,7 +296,7 @@ def plan(
     Raises:
         ValueError: no such checkpoint or step, a damaged one, or an unknown dtype.
     """
-    folder = paths.local(checkpoint, "--checkpoint")
+    folder, step = steps.locate(paths.local(checkpoint, "--checkpoint"), step)
     kept = model_files.verify(folder).manifest
     assert kept
     if dtype and dtype not in hf.NAMES:
@@ -347,7 +347,8 @@ def _weights(
     """
     path, revision = (base, "") if base else (of_run["model"][n] for n in ("path", "revision"))
     try:
-        return pretrained.find(hf.resolve(path, revision), rows, model_def.dims, model_def.cfg.tied)
+        folder, step = hf.resolve(path, revision), hf.step_of(path)
+        return pretrained.find(folder, rows, model_def.dims, model_def.cfg.tied, step)
     except ValueError as error:
         raise ValueError(
             f"the checkpoint holds only what has trained, the rest is in {path!r}: {error}. Name "

@@ -176,7 +176,8 @@ def load(
     """Load a Hugging Face model folder (or hub id) onto a mesh.
 
     Args:
-        folder: holds config.json and safetensors files; or a checkpoint folder.
+        folder: holds config.json and safetensors files; or a run, its checkpoint folder, or a step
+            in that.
         mesh: with the axes data, fsdp, tensor, sequence (`parallel.make_mesh`); None = one device.
         dtype: of weights and computation.
         adapter: a folder with LoRA adapters in PEFT's format; "" = none.
@@ -186,6 +187,7 @@ def load(
         ValueError: an unsupported model, or tensors that do not fit its config.json.
     """
     path = hf.resolve(str(folder), revision)
+    step = hf.step_of(str(folder), step)
     config = hf.read_json(path / "config.json")
     family, cfg = models.read(config)
     mesh = parallel.single_device_mesh() if mesh is None else mesh

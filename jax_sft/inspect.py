@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from jax_sft import command, config, exit_codes, hf, paths, stop_tokens
+from jax_sft import command, config, exit_codes, hf, outputs, stop_tokens
 from jax_sft.data import chat, check, outcomes, packing, prepare, show
 from jax_sft.data.examples import Examples
 from jax_sft.data.loader import Schedule
@@ -66,6 +66,8 @@ def inspect(cfg: config.Config, options: Options, color: bool) -> int:
     """
     if problems := check.problems(cfg.data):
         raise ValueError(outcomes.listed("the config has {} problem(s)", problems))
+    html = options.html and outputs.check_file(options.html, outputs.is_page, "--html")
+    dump = options.dump and outputs.check_file(options.dump, is_dump, "--dump")
     folder = hf.resolve(cfg.model.path, cfg.model.revision, weights=False)
     tokenizer = chat.load_tokenizer(folder, needs_template=False)
     vocab = outcomes.vocabulary(folder, tokenizer)
@@ -89,11 +91,11 @@ def inspect(cfg: config.Config, options: Options, color: bool) -> int:
         verdict=outcomes.verdict(cfg.data, sources, refused),
         is_refused=bool(refused),
     )
-    if options.html:
-        write("--html", options.html, [show.page(overview, options.tokens)])
-    if options.dump:
+    if html:
+        outputs.write_file(html, [show.page(overview, options.tokens)])
+    if dump:
         objects = (entry.to_json(source.name) for source in sources for entry in source.entries())
-        write("--dump", options.dump, (json.dumps(found) + "\n" for found in objects))
+        outputs.write_file(dump, (json.dumps(found) + "\n" for found in objects))
     print_all(show.screen(overview, color, options.tokens))
     return EXIT_REFUSED if refused else 0
 
@@ -300,23 +302,9 @@ def left_out_lists(
                 yield f"{source.name}: {count:,} {what}", count, lines
 
 
-def write(option: str, file: str, parts: Iterable[str]) -> None:
-    """Write a file that appears when it is complete.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    target = paths.local(file, option)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        try:
-            with open(unfinished, "w", encoding="utf-8") as stream:
-                stream.writelines(parts)
-            unfinished.replace(target)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"{file} cannot be written: {error}") from error
+def is_dump(start: bytes) -> bool:
+    """Whether a file that begins so is what --dump writes."""
+    return start.startswith(b'{"source": ')
 
 
 def print_all(texts: Iterable[str]) -> None:

@@ -70,7 +70,10 @@ def verify(folder: Path) -> manifest.Check:
     """
     kept = folder / NAME
     if kept.is_symlink() or not kept.is_dir():
-        raise ValueError(f"{folder} is not a checkpoint folder: it has no {NAME}")
+        raise ValueError(
+            f"{folder} is neither a run with a checkpoint, nor a checkpoint folder, nor a step: it "
+            f"has no {NAME}"
+        )
     found = manifest.check(kept, hashes=True)
     if found.problems:
         raise ValueError(

@@ -146,6 +146,32 @@ def check_file(path: str | Path, is_ours: Callable[[bytes], bool], key: str) -> 
     return out
 
 
+def write_file(file: Path, parts: Iterable[str]) -> None:
+    """Write a text file that appears when it is complete.
+
+    Args:
+        file: what `check_file` returned.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    unfinished = file.with_name(f"{_prefix(file)}{secrets.token_hex(4)}")
+    try:
+        try:
+            with open(unfinished, "w", encoding="utf-8") as stream:
+                stream.writelines(parts)
+            unfinished.replace(file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written: {error}") from error
+
+
+def is_page(start: bytes) -> bool:
+    """Whether a file that begins so is an HTML page of a program of ours."""
+    return b'<meta name="generator" content="jax_sft">' in start
+
+
 def _refuse_place(out: Path, shown: str, reads: Iterable[Path]) -> None:
     """Refuse a place that is, holds or lies in something that must stay as it is.
 

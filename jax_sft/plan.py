@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from jax_sft import command, exit_codes, parallel, paths
+from jax_sft import command, exit_codes, outputs, parallel, paths
 from jax_sft.planning import chips, page, search, targets
 from jax_sft.planning.analysis import Target, analyse
 from jax_sft.planning.flops import RowWork, segment_pairs
@@ -101,7 +101,7 @@ def _row_work(report: Path | None, seq_len: int) -> RowWork:
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{report} is not a run's data_report.json ({type(error).__name__}: {error}): name "
-            "another with --data-report, or delete it to plan for full rows"
+            "another with --data-report, or move it away to plan for full rows"
         ) from error
 
 
@@ -128,6 +128,16 @@ def _path(option: str) -> Path | None:
     return paths.local(text, f"--{option}") if text else None
 
 
+def is_plan(start: bytes) -> bool:
+    """Whether a file that begins so is a plan.json."""
+    return start.startswith(b'{\n  "target": {')
+
+
+def is_hlo(start: bytes) -> bool:
+    """Whether a file that begins so is a compiled program."""
+    return start.startswith(b"HloModule")
+
+
 def main(_: list[str]) -> None:
     """The command line."""
     logging.set_verbosity(logging.ERROR)
@@ -136,6 +146,11 @@ def main(_: list[str]) -> None:
         workdir = paths.local(options.workdir or command.default_workdir(), "--workdir")
         if workdir.exists() and not workdir.is_dir():
             raise ValueError(f"--workdir={workdir} is a file: name a folder")
+        plan_json = outputs.check_file(workdir / "plan.json", is_plan, "--workdir")
+        plan_html = outputs.check_file(workdir / "plan.html", outputs.is_page, "--workdir")
+        hlo_file = _path("hlo")
+        if hlo_file:
+            hlo_file = outputs.check_file(hlo_file, is_hlo, "--hlo")
         default_report = workdir / "data_report.json"
         report = _path("data-report") or (default_report if default_report.exists() else None)
         found = plan(
@@ -145,7 +160,7 @@ def main(_: list[str]) -> None:
             int(options["gpus-per-host"].value or 0),
             report=report,
             with_search=options.search,
-            hlo_file=_path("hlo"),
+            hlo_file=hlo_file,
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )
     except ValueError as error:
@@ -156,9 +171,9 @@ def main(_: list[str]) -> None:
     print(page.as_text(found))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "plan.json").write_text(json.dumps(found, indent=2) + "\n")
-        (workdir / "plan.html").write_text(page.render(found), encoding="utf-8")
-    except OSError as error:
+        outputs.write_file(plan_json, [json.dumps(found, indent=2) + "\n"])
+        outputs.write_file(plan_html, [page.render(found)])
+    except (OSError, ValueError) as error:
         print(f"error: --workdir={workdir} cannot be written: {error}", file=sys.stderr)
         sys.exit(exit_codes.USER_ERROR)
     print(f"\nwritten: {workdir / 'plan.json'}, {workdir / 'plan.html'}")

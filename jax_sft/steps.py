@@ -19,12 +19,35 @@ from jax_sft import manifest
 INCOMPLETE = ".incomplete"
 CORRUPT = ".corrupt"
 DELETED = ".deleted"
+KEPT = "model_files"  # what a checkpoint folder keeps of its model, see model_files
+IN_RUN = "checkpoints"  # the checkpoint folder, in the folder of a run
 PARAMS = "params/"  # names of the arrays that are parameters begin with it
 _STEP = re.compile(r"0|[1-9]\d*")
 _LEFTOVER = re.compile(
     r"\d+(\.incomplete.*|\.deleted.*|.*\.orbax-checkpoint-tmp.*)|\.model_files.+|\..+\.probe"
 )
 _METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's, with what we add to it
+
+
+def locate(path: Path, step: int | None = None) -> tuple[Path, int | None]:
+    """Return the checkpoint folder that a path means, and the step that it names.
+
+    Args:
+        path: a run, its checkpoint folder, or a step in that. Any other path is returned as it is.
+        step: another way to name one.
+
+    Raises:
+        ValueError: two different steps are named.
+    """
+    for each in (path, Path(os.path.realpath(path))):
+        if _STEP.fullmatch(each.name) and (each.parent / KEPT).is_dir():
+            named = int(each.name)
+            if step not in (None, named):
+                raise ValueError(f"{path} is step {named}, and --step={step} names another")
+            return each.parent, named
+    inner = path / IN_RUN
+    is_run = not (path / KEPT).is_dir() and (inner / KEPT).is_dir()
+    return (inner if is_run else path), step
 
 
 def present(folder: Path) -> list[int]:

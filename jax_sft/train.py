@@ -137,7 +137,11 @@ def _train(
     num_params = sum(math.prod(row.shape(dims)) for row in rows)
     folder = hf.resolve(cfg.model.path, cfg.model.revision)
     shards = resolved.mesh_shape["tensor"]
-    pretrained_weights = pretrained.find(folder, rows, dims, model_cfg.tied, vocab_shards=shards)
+    pretrained_weights = pretrained.find(
+        *(folder, rows, dims, model_cfg.tied),
+        step=hf.step_of(cfg.model.path),
+        vocab_shards=shards,
+    )
     tokenizer = chat.load_tokenizer(folder, needs_template=False)
     axes = " ".join(f"{axis}={size}" for axis, size in resolved.mesh_shape.items())
     say(f"model   {cfg.model.path}: {model_cfg.__module__}, {metrics.count(num_params)} parameters")

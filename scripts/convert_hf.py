@@ -28,14 +28,16 @@ def main() -> int:
     )
     parser.add_argument("--model", required=True, help="a model folder, or a hub id: downloaded")
     parser.add_argument("--revision", default="", help="commit or tag of a hub id [main]")
-    parser.add_argument("--out", default="", help="the folder to write; must be empty or new")
+    parser.add_argument("--out", default="", help="the folder to write: new, or empty")
     parser.add_argument(
         "--dtype", default="", choices=["", *hf.NAMES], help="of all arrays [that of the tensors]"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="list what would be written; reads only headers"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an older conversion in --out"
+    )
     options = parser.parse_args()
     if not options.out and not options.dry_run:
         parser.error("--out is needed without --dry-run")

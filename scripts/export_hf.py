@@ -1,7 +1,9 @@
 """Write a checkpoint of a run as a Hugging Face folder.
 
-    python scripts/export_hf.py --checkpoint=RUN/checkpoints --out=DIR [--step=N]
+    python scripts/export_hf.py --checkpoint=RUN --out=DIR [--step=N]
         [--dry-run] [--verify] [--push-to-hub=NAMESPACE/NAME]
+
+--out must be new or empty; with --overwrite it may also be an older export that nobody changed.
 
 The folder holds safetensors, config.json, generation config, tokenizer and chat template, and
 loads with transformers.AutoModelForCausalLM.from_pretrained. Of a run with adapters it holds these,
@@ -45,9 +47,11 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--checkpoint", required=True, help="of a run, or made by scripts/convert_hf.py"
+        "--checkpoint",
+        required=True,
+        help="a run, or a step of it, or made by scripts/convert_hf.py",
     )
-    parser.add_argument("--out", default="", help="the folder to write; must be empty or new")
+    parser.add_argument("--out", default="", help="the folder to write: new, or empty")
     parser.add_argument("--step", type=int, default=None, help="which step [the newest]")
     parser.add_argument(
         "--shard-size", type=parse_bytes, default="5GB", help="largest file [%(default)s]"
@@ -68,7 +72,7 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="make the token that ends trained turns the tokenizer's eos_token",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older export in --out")
     parser.add_argument("--dry-run", action="store_true", help="list what would be written")
     parser.add_argument("--verify", action="store_true", help="compare with transformers")
     parser.add_argument(
@@ -111,6 +115,8 @@ def run(options: argparse.Namespace) -> int:
         tokenizer_eos=options.tokenizer_eos,
     )
     print(f"wrote {out}")
+    if options.verify and verify_export.check_files(out):
+        return exit_codes.BAD_DATA
     if options.verify:
         difference, most, answer = verify_export.compare(planned, out)
         same = difference <= most  # false for NaN

@@ -1,6 +1,6 @@
 """Check the files of a run's checkpoints, and name what is wrong.
 
-    python scripts/verify_checkpoint.py --checkpoint=RUN/checkpoints [--step=N] [--full]
+    python scripts/verify_checkpoint.py --checkpoint=RUN [--step=N] [--full]
 
 Compares all sizes, and the sha256 of files below 1 MiB, with the manifests that the run wrote. With
 --full the sha256 of every file, and then the checksum of every array, read in blocks. Changes
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # JAX reads its platform, and Python finds the package, by the two lines above: hence E402.
 from tqdm import tqdm  # noqa: E402
 
-from jax_sft import model_files, steps, storage  # noqa: E402
+from jax_sft import model_files, paths, steps, storage  # noqa: E402
 
 
 def problems_of(folder: Path, step: int, full: bool) -> tuple[list[str], list[str], str]:
@@ -74,11 +74,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, help="the checkpoints folder of a run")
+    parser.add_argument(
+        "--checkpoint", required=True, help="a run, its checkpoint folder or a step"
+    )
     parser.add_argument("--step", type=int, default=None, help="which step [all]")
     parser.add_argument("--full", action="store_true", help="read all files and all arrays")
     options = parser.parse_args()
-    return verify(Path(options.checkpoint), options.step, options.full)
+    try:
+        folder = paths.local(options.checkpoint, "--checkpoint")
+        return verify(*steps.locate(folder, options.step), options.full)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 64
 
 
 if __name__ == "__main__":

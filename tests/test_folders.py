@@ -448,3 +448,110 @@ def test_an_upload_that_cannot_succeed_is_refused_before_the_export(repo, error,
 def test_an_upload_that_fails_says_that_the_export_is_there(tmp_path):
     with pytest.raises(hub.Failed, match="out is complete, but me/x did not take it: cut off"):
         hub.push(tmp_path / "out", "me/x", api=FakeHub(OSError("cut off")))
+
+
+def test_a_run_its_checkpoints_and_a_step_are_taken_everywhere(
+    make_model, tmp_path, monkeypatch, capsys
+):
+    folder, run_folder = make_model(), tmp_path / "a [run] ü"
+    hf_convert.convert(folder, run_folder / "checkpoints", progress=False)
+    (run_folder / "config.json").write_text('{"model": {}, "train": {}}')
+    (tmp_path / "latest").symlink_to(run_folder / "checkpoints/0")
+    monkeypatch.chdir(run_folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ways = [".", "checkpoints", "checkpoints/0/", "../a [run] ü/checkpoints", "~/latest"]
+    kept = run_folder / "checkpoints" / model_files.NAME
+    for way in ways:
+        assert hf.resolve(way).samefile(kept) and hf.step_of(way) in (None, 0)
+        planned = hf_export.plan(way)
+        assert (planned.folder.resolve(), planned.step) == (run_folder / "checkpoints", 0)
+        code, printed, _ = run(verify_checkpoint, monkeypatch, capsys, f"--checkpoint={way}")
+        assert code == 0 and printed.startswith("step         0  good")
+    assert hf.step_of("~/latest") == hf.step_of("checkpoints/0") == 0
+    wanted = load_file(folder / WEIGHTS)["model.embed_tokens.weight"]
+    loaded = jax_sft.load("checkpoints/0").params["embed.table"]
+    np.testing.assert_array_equal(loaded, wanted)
+    with pytest.raises(ValueError, match="is step 0, and --step=7 names another"):
+        hf_export.plan("checkpoints/0", step=7)
+    with pytest.raises(ValueError, match="has no step 7"):
+        jax_sft.load(".", step=7)
+    code, _, said = run(verify_checkpoint, monkeypatch, capsys, f"--checkpoint={tmp_path}")
+    assert code == 64 and "has no steps" in said
+
+
+def test_verify_export_names_what_is_not_as_it_was_written(
+    make_model, tmp_path, monkeypatch, capsys
+):
+    converted = hf_convert.convert(make_model(), tmp_path / "run/checkpoints", progress=False)
+    out = hf_export.export(converted, tmp_path / "run/export", progress=False)
+    capsys.readouterr()
+
+    def check(folder: Path) -> tuple[int, str]:
+        code, printed, said = run(verify_export, monkeypatch, capsys, f"--export={folder}")
+        return code, printed + said
+
+    for folder in (converted, out, tmp_path / "run"):
+        code, text = check(folder)
+        assert code == 0 and text.endswith("as they were written\n") and text.count("\n") == 1
+    content = bytearray((out / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (out / WEIGHTS).write_bytes(content)
+    (out / "generation_config.json").write_text("{")
+    (out / "tokenizer.json").unlink()
+    (out / "mine.py").write_text("")
+    code, text = check(out)
+    assert code == 1 and text.splitlines()[-1].endswith("4 DIFFER")
+    for line in (
+        "model.safetensors was changed: its sha256 is not that in SHA256SUMS",
+        "generation_config.json is cut: 1 bytes, not ",
+        "tokenizer.json is missing (",
+        "mine.py is foreign: SHA256SUMS does not list it",
+    ):
+        assert line in text
+    (out / sums.NAME).write_text("nothing")
+    assert check(out) == (1, f"{out / sums.NAME} is damaged, or another program wrote it\n")
+    (out / sums.NAME).unlink()
+    code, text = check(out)
+    assert code == 64 and "has no SHA256SUMS" in text
+    assert check(tmp_path / "nowhere")[0] == 64
+
+
+def test_an_export_of_a_run_is_written_once_and_nothing_of_the_user_is_removed(
+    make_model, tmp_path
+):
+    """As at the second start of a finished run with train.export."""
+    run_folder, lines = tmp_path / "run", []
+    converted = hf_convert.convert(make_model(), run_folder / "checkpoints", progress=False)
+    out = hf_export.of_run(run_folder, say=lines.append)
+    written = (out / WEIGHTS).stat().st_ino
+    (out / "README.md").write_text("mine")
+    hf_export.of_run(run_folder, say=lines.append)
+    assert (out / WEIGHTS).stat().st_ino == written and "README.md is foreign" in lines[-1]
+    assert "holds step 0 already, and is left alone" in lines[-1]
+    # Another state of the same step is not what is there.
+    shutil.rmtree(converted)
+    hf_convert.convert(make_model("other", seed=1), run_folder / "checkpoints", progress=False)
+    for refuse in (hf_export.of_run, hf_export.check_of_run):
+        with pytest.raises(ValueError, match="README.md is foreign"):
+            refuse(run_folder, say=lines.append)
+    (out / "README.md").unlink()
+    hf_export.check_of_run(run_folder, say=lines.append)
+    hf_export.of_run(run_folder, say=lines.append)
+    assert (out / WEIGHTS).stat().st_ino != written
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes").write_text("")
+    shutil.rmtree(out)
+    out.symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match="holds files that are not of an export: notes"):
+        hf_export.check_of_run(run_folder)
+
+
+def test_the_base_model_of_a_run_is_never_replaced_though_it_is_an_export(make_model, tmp_path):
+    converted = hf_convert.convert(make_model(), tmp_path / "converted", progress=False)
+    base = hf_export.export(converted, tmp_path / "base", progress=False)
+    with pytest.raises(ValueError, match="is .*base, which is read"):
+        hf_export.export(converted, base, base=str(base), overwrite=True, progress=False)
+    with pytest.raises(ValueError, match="which is read"):
+        hf_convert.convert(base, base, overwrite=True, progress=False)
+    again = hf_convert.convert(base, tmp_path / "converted", overwrite=True, progress=False)
+    assert again == converted

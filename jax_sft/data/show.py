@@ -329,6 +329,7 @@ def page(overview: Overview, boundaries: bool) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="generator" content="jax_sft">'  # tells `outputs` that the page is ours
         f"<title>{title}</title><style>{CSS}</style></head>\n"
         f"<body><h1>{title}</h1>\n{body}\n</body></html>\n"
     )

@@ -113,6 +113,7 @@ def render(plan: Plan) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="generator" content="jax_sft">'  # tells `outputs` that the page is ours
         f"<title>{title}</title><style>{show.CSS}{CSS}</style></head>\n"
         f"<body><h1>{title}</h1>\n{body}\n</body></html>\n"
     )
