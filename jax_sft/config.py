@@ -22,6 +22,7 @@ FREE = {
     "model.remat": "the same numbers, computed again or kept",
     "model.offload": "as above",
     "data.cache_dir": "the place of a copy",
+    "data.chat_template": "compared by its text, wherever the file is",
     "data.num_workers": "how fast the same data are made",
     "eval": "when and what is measured, never trained on",
     "log": "what is shown",
@@ -122,6 +123,9 @@ def default() -> Config:
     data.on_bad_row = "raise"  # a row that cannot be used: "raise" or "skip" (counted, shown)
     data.turns = "all"  # which assistant turns train: "all", "last" or "from:K", K counted from 1
     data.train_empty_think = False  # train the empty <think></think> that some templates write
+    # A .jinja file, relative to the working folder, or "chatml", "llama3", "gemma" or "zephyr", in
+    # the place of the model's own template; "" = that one. It is written into the export.
+    data.chat_template = ""
     data.template_args = ConfigDict()  # variables for the chat template, e.g. enable_thinking
     data.date = "2024-07-26"  # what a template that prints the date sees: the same on every day
     data.packing = "best_fit"  # or "none": one example per row, padded to the batch's bucket

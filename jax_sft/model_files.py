@@ -8,10 +8,13 @@ import dataclasses
 import json
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from jax_sft import hf, manifest
+from jax_sft.data import chat_templates
 
 NAME = hf.KEPT
 DTYPES_FILE = "tensor_dtypes.json"
@@ -24,10 +27,18 @@ class Model:
     Attributes:
         folder: the model folder.
         dtypes: {HF name: safetensors dtype} of its tensors.
+        chat_template: the text that takes the place of its own; "" = none does.
     """
 
     folder: Path
     dtypes: Mapping[str, str]
+    chat_template: str = ""
+
+    def copy_side_files(self, out: Path) -> None:
+        """Copy config, tokenizer and chat template to a folder."""
+        hf.copy_side_files(self.folder, out)
+        if self.chat_template:
+            chat_templates.put(self.chat_template, out)
 
 
 def is_kept(folder: Path) -> bool:
@@ -44,20 +55,26 @@ def dtypes(folder: Path) -> dict[str, str]:
     return hf.read_json(folder / NAME / DTYPES_FILE)
 
 
-def keep(folder: Path, model: Model) -> None:
+def keep(folder: Path, model: Model, anew: bool = False) -> None:
     """Copy the files of the model into a checkpoint folder, unless they are there.
+
+    Args:
+        anew: replace those that are there.
 
     Raises:
         OSError: the file system refused something.
     """
     out = folder / NAME
-    if out.exists():
+    if out.exists() and not anew:
         return
     unfinished = folder / f".{NAME}-{secrets.token_hex(4)}"
     unfinished.mkdir()
-    hf.copy_side_files(model.folder, unfinished)
+    model.copy_side_files(unfinished)
     (unfinished / DTYPES_FILE).write_text(json.dumps(dict(model.dtypes), indent=1))
     manifest.write(unfinished)
+    if out.exists():
+        os.rename(out, replaced := unfinished.with_name(f"{unfinished.name}.old"))
+        shutil.rmtree(replaced)
     os.rename(unfinished, out)
     manifest.sync(folder)
 
@@ -87,10 +104,19 @@ def changed(folder: Path, model: Model) -> list[str]:
     """Return the files of the model of today that are not those that were kept."""
     found = verify(folder).manifest
     assert found
-    today = manifest.sha256_of(model.folder, hf.side_files(model.folder))
+    today = _sha256(model)
     before = {name: sha256 for name, (_, sha256) in found.files.items() if name != DTYPES_FILE}
     return sorted(
         name
         for name in today.keys() | before.keys()
         if name != "generation_config.json" and before.get(name) != today.get(name)
     )
+
+
+def _sha256(model: Model) -> dict[str, str]:
+    """Return {name: sha256} of the files that `keep` would copy."""
+    if not model.chat_template:
+        return manifest.sha256_of(model.folder, hf.side_files(model.folder))
+    with tempfile.TemporaryDirectory() as folder:
+        model.copy_side_files(Path(folder))
+        return manifest.sha256_of(Path(folder), hf.side_files(Path(folder)))

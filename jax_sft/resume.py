@@ -4,6 +4,7 @@ A step that is not is named, moved aside and never loaded, and the one before it
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from jax_sft import (
     storage,
     vocabulary,
 )
+from jax_sft.data import chat_templates
 from jax_sft.state import TrainState
 
 FORMAT_VERSION = 2
@@ -117,6 +119,9 @@ class Resume:
         present, aside = steps.present(self._folder), steps.set_aside(self._folder)
         if (self._folder / model_files.NAME).exists():
             model_files.verify(self._folder)
+            # Of a start that ended before its first save.
+            if self._model and not present and model_files.changed(self._folder, self._model):
+                model_files.keep(self._folder, self._model, anew=True)
         elif self._model:
             if present:
                 said.append(f"WARNING {self._folder} lacks {model_files.NAME}: written anew")
@@ -172,8 +177,10 @@ class Resume:
     def _check_drift(self, found: Found, today: dict[str, Any]) -> None:
         """Refuse to go on with another training than the checkpoint's."""
         changes = config.drift(found.metadata.get("config") or {}, today)
-        if self._model and (files := model_files.changed(self._folder, self._model)):
-            changes.setdefault("model.path", f"model.path: its files {files} were changed")
+        files = model_files.changed(self._folder, self._model) if self._model else []
+        if files:
+            key, line = self._changed_files(files, found.metadata)
+            changes.setdefault(key, line)
         of_data = [key for key in changes if config.covered(key, ("data", "model"))]
         if self._data != found.metadata.get("data", self._data) and not of_data:
             changes["data"] = "data: the files are not those of the checkpoint, though their names"
@@ -189,6 +196,19 @@ class Resume:
                 "Go on with the config of that run (config.json beside the checkpoints), choose "
                 f'another workdir, or add --config.checkpoint.allow_changes="({keys})"'
             )
+        if files and self._model:  # allowed: exports have them from here on
+            keep = functools.partial(model_files.keep, self._folder, self._model, anew=True)
+            agree.from_first("model files", keep)
+
+    def _changed_files(self, files: Sequence[str], stored: Mapping[str, Any]) -> tuple[str, str]:
+        """Return which key the files of the model that differ belong to, and what to say."""
+        assert self._model
+        before = ((stored.get("config") or {}).get("data") or {}).get("chat_template")
+        of_template = all(name.partition("/")[0] in chat_templates.FILES for name in files)
+        if of_template and (before or self._model.chat_template):
+            key = chat_templates.KEY
+            return key, f"{key}: the text of the template is not that of the checkpoint"
+        return "model.path", f"model.path: its files {list(files)} were changed"
 
     def _named_files(self, step: int) -> list[str]:
         """Read all files of a step that is bad, to say which it is."""

@@ -216,7 +216,9 @@ def _train(
     checkpoints = checkpoint.Checkpoints(
         workdir / "checkpoints",
         cfg.checkpoint,
-        model=model_files.Model(folder, pretrained_weights.dtypes),
+        model=model_files.Model(
+            folder, pretrained_weights.dtypes, prepare.options(cfg.data).chat_template
+        ),
         data=prepare.fingerprint(train_examples),
         adapters=dataclasses.asdict(resolved.adapters) if resolved.adapters else None,
         vocabulary=vocabulary.Vocabulary.of(rows, model_cfg.vocab),

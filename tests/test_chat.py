@@ -572,7 +572,7 @@ def test_a_folder_without_tokenizer_or_template_is_refused(tmp_path):
         chat.load_tokenizer(tmp_path)
     tiny.write_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="no chat template: put one into chat_template.jinja"):
+    with pytest.raises(ValueError, match="no chat template: set data.chat_template to a .jinja"):
         chat.load_tokenizer(tmp_path)
 
 

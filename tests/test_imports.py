@@ -28,6 +28,7 @@ LEVELS = [
     "launching.processes launching.leash launching.restarts "
     "models.rope "
     "command cluster steps sums storage vocabulary data.messages data.sandbox compute "
+    "data.chat_templates "
     "ops.segments ops.reference ops.blockwise ops.grouped "
     "planning.targets planning.hlo_kernels planning.hlo_loops",
     "launching.child launching.fleet models.sizes "

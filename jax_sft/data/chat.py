@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from jax_sft.data import turns
+from jax_sft.data import chat_templates, turns
 from jax_sft.data.examples import Encoded
 from jax_sft.data.formats import Conversation, Item, Text, Tokens
 from jax_sft.data.template import ChatTemplate
@@ -33,6 +33,7 @@ class Options:
 
     Attributes:
         max_tokens: leave out the oldest turns of a conversation of more tokens; 0 = never.
+        chat_template: its text, see `chat_templates`; "" = the tokenizer's own.
     """
 
     turns: str = "all"
@@ -40,13 +41,18 @@ class Options:
     template_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     date: str = "2024-07-26"
     max_tokens: int = 0
+    chat_template: str = ""
 
 
-def load_tokenizer(folder: Path, needs_template: bool = True):
+def load_tokenizer(folder: Path, needs_template: bool = True, chat_template: str = ""):
     """Load the tokenizer of a model folder, without running any code from it.
 
+    Args:
+        chat_template: a text that takes the place of the tokenizer's own; "" = none does.
+
     Raises:
-        ValueError: no usable fast tokenizer, or no chat template where one is needed.
+        ValueError: no usable fast tokenizer, no chat template where one is needed, or a shipped one
+            with special tokens that the tokenizer does not have.
     """
     # Imported only here: a program first decides whether it may bring PyTorch along, see command.
     import transformers
@@ -59,12 +65,36 @@ def load_tokenizer(folder: Path, needs_template: bool = True):
         raise ValueError(f"{folder} has no tokenizer that can be loaded: {error}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"{folder} has no tokenizer.json: character offsets need a fast tokenizer")
+    if chat_template:
+        tokenizer.chat_template = chat_template
+        if missing := _missing(chat_template, tokenizer):
+            raise ValueError(
+                f"{chat_templates.KEY}: the template uses {', '.join(sorted(missing))}, which are "
+                f"no special tokens of the tokenizer of {folder}: {_template_remedy(tokenizer)}"
+            )
     if needs_template and not tokenizer.chat_template:
         raise ValueError(
-            f"the tokenizer of {folder} has no chat template: put one into chat_template.jinja "
-            "beside it, for instance from the instruction-tuned version of the model"
+            f"the tokenizer of {folder} has no chat template: set {chat_templates.KEY} to a .jinja "
+            "file, for instance that of the instruction-tuned version of the model, or to one of "
+            f"{list(chat_templates.SHIPPED)}"
         )
     return tokenizer
+
+
+def _missing(chat_template: str, tokenizer) -> set[str]:
+    """Return the special tokens that a shipped template needs and the tokenizer does not have."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    found = {*tokenizer.all_special_tokens, *added, *tokenizer.special_tokens_map}
+    return {*chat_templates.NEEDED.get(chat_template, ())} - found
+
+
+def _template_remedy(tokenizer) -> str:
+    """Say which templates end turns with a token that the tokenizer has."""
+    shipped = chat_templates.SHIPPED.items()
+    fits = [f'"{name}"' for name, text in shipped if not _missing(text, tokenizer)]
+    eos = f", such as {tokenizer.eos_token!r}" if tokenizer.eos_token else ""
+    ours = f" ({' or '.join(fits)} does)" if fits else ""
+    return f"use a template that ends turns with a token it has{eos}{ours}"
 
 
 class Encoder:
@@ -89,6 +119,12 @@ class Encoder:
             if tokenizer.chat_template
             else None
         )
+        if options.chat_template and self._template and not self._template.ends_turns:
+            raise ValueError(
+                f"{chat_templates.KEY}: the template ends the turns of the assistant without a "
+                f"special token of the tokenizer, so that a model trained on it would never stop: "
+                f"{_template_remedy(tokenizer)}"
+            )
         added = tokenizer.added_tokens_decoder
         special = {i for i, token in added.items() if token.special} | {*tokenizer.all_special_ids}
         self._special_ids = frozenset(special)

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from jax_sft import config
-from jax_sft.data import formats, mixture, read
+from jax_sft.data import chat_templates, formats, mixture, read
 
 CHOICES = {
     "overlong": ("raise", "drop", "truncate", "truncate_history"),
@@ -35,6 +35,10 @@ def problems(data) -> list[str]:
         datetime.date.fromisoformat(data.date)
     except ValueError:
         found.append(f"data.date = {data.date!r}: write it like 2024-07-26")
+    try:
+        chat_templates.read(data.chat_template)
+    except ValueError as error:
+        found.append(str(error))
     for kind, sources in (("train", data.train), ("eval", data.eval)):
         for name, source in sources.items():
             found += [f"data.{kind}.{name}: {p}" for p in _source_problems(name, source)]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_sft.data import cache, chat
+from jax_sft.data import cache, chat, chat_templates
 from jax_sft.data.examples import Examples
 
 PERCENTILES = (5, 50, 95, 99)
@@ -89,6 +89,7 @@ def options(data) -> chat.Options:
         template_args=data.template_args.to_dict(),
         date=data.date,
         max_tokens=data.seq_len + 1 if data.overlong == "truncate_history" else 0,
+        chat_template=chat_templates.read(data.chat_template),
     )
 
 

@@ -157,6 +157,16 @@ class ChatTemplate:
             return False
 
     @functools.cached_property
+    def ends_turns(self) -> bool:
+        """Whether a special token ends an answer; True where the template refuses to be asked."""
+        answered = [{"role": "user", "content": "u"}, {"role": "assistant", "content": PROBE}]
+        try:
+            end = self.render(answered, None).rpartition(PROBE)[2]
+        except ValueError:
+            return True
+        return end.removesuffix(self.final_text).rstrip().endswith(tuple(self.special))
+
+    @functools.cached_property
     def final_text(self) -> str:
         """What the template puts behind the last turn only, and not where a user goes on.
 

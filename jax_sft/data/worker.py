@@ -146,7 +146,7 @@ def load(job: Job) -> Encode:
         ValueError: no usable tokenizer, or no chat template where the format needs one.
     """
     needs_template = job.format not in NO_TEMPLATE
-    tokenizer = chat.load_tokenizer(job.tokenizer_folder, needs_template=needs_template)
+    tokenizer = chat.load_tokenizer(job.tokenizer_folder, needs_template, job.options.chat_template)
     encoder = chat.Encoder(tokenizer, job.options)
     to_item = formats.FORMATS[job.format]
     source = types.SimpleNamespace(**job.source)  # a ConfigDict would take 5 us per row to ask
