@@ -4,6 +4,7 @@ Greedy decoding computes every position anew for each token: right for a handful
 training, not for serving.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 
 from jax_sft import hf, lora, models, parallel, peft, pretrained, state
 from jax_sft.model import ModelDef
+from jax_sft.ops import attention as attend
 
 
 class LoadedModel:
@@ -192,6 +194,7 @@ def load(
     family, cfg = models.read(config)
     mesh = parallel.single_device_mesh() if mesh is None else mesh
     shards = mesh.shape["tensor"]
+    attention = _attention(attention, cfg, jnp.dtype(dtype).name, mesh)
     model_def = ModelDef.of(family, cfg, dtype=dtype, attention=attention, vocab_shards=shards)
     rows = model_def.rows
     weights = pretrained.find(path, rows, cfg.dims, cfg.tied, step, vocab_shards=shards)
@@ -205,3 +208,19 @@ def load(
     if adapter:
         params |= peft.load(Path(adapter), model_def, mesh, jnp.dtype(dtype))
     return LoadedModel(model_def, params, mesh)
+
+
+def _attention(name: str, cfg: Any, dtype: str, mesh: Mesh) -> str:
+    """Return the attention to use; on GPUs "auto" passes over what fails its test, and warns."""
+    if name != "auto" or mesh.devices.flat[0].platform != "gpu":
+        return name
+    return attend.choose(
+        name,
+        say=lambda line: warnings.warn(line, stacklevel=3),
+        mesh=mesh,
+        dtype=dtype,
+        head_dim=cfg.head_dim,
+        num_heads_per_kv=cfg.num_heads // cfg.num_kv_heads,
+        has_window=cfg.window is not None,
+        has_soft_cap=cfg.attention_soft_cap > 0,
+    )

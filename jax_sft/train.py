@@ -151,8 +151,9 @@ def _train(
     if (padded := vocabulary.padded(dims, shards)["vocab"]) > model_cfg.vocab:
         of_mesh = f"mesh.tensor = {shards}"
         say(f"padded  vocabulary {model_cfg.vocab:,} -> {padded:,} for {of_mesh}")
-    attention.self_test(
-        resolved.attention,
+    chosen = attention.choose(
+        cfg.model.attention,
+        say=say,
         dtype=cfg.model.dtype,
         num_heads_per_kv=dims["heads"] // dims["kv_heads"],
         head_dim=dims["head_dim"],
@@ -160,7 +161,8 @@ def _train(
         has_window=model_cfg.window is not None and model_cfg.window < cfg.data.seq_len,
         has_soft_cap=model_cfg.attention_soft_cap > 0,
     )
-    say(f"attend  {resolved.attention}: values and gradients right on a packed test batch")
+    resolved = dataclasses.replace(resolved, attention=chosen)
+    say(f"attend  {chosen}: values and gradients right on a packed test batch")
     startup.end("checks")
 
     # ---- data --------------------------------------------------------------------------------

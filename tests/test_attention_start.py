@@ -1,6 +1,7 @@
 """Which attention runs, and the self-test that refuses one that computes wrongly."""
 
 import functools
+import json
 import types
 
 import jax
@@ -279,6 +280,110 @@ def test_a_wrong_backend_is_refused_and_named(fault, dtype, sizes, wrong, monkey
     # A wrong output and log-sum-exp may spoil gradients too.
     assert named[:1] == ["out"] if wrong == "out" else named == [wrong]
     assert dtype in message and "Nothing was trained" in message
+
+
+# ---- what "auto" falls back to -------------------------------------------------------------------
+
+
+def fails_with(error: Exception):
+    def call(*args, **options):
+        raise error
+
+    return Backend(call, reference.BACKEND.backward)
+
+
+def wrong_everywhere(*args, **options):
+    out, lse = reference.BACKEND.forward(*args, **options)
+    return 2 * out, lse
+
+
+WRONG = Backend(wrong_everywhere, reference.BACKEND.backward)
+RIGHT = reference.BACKEND
+
+
+def choose(name: str, say=lambda line: None) -> str:
+    mesh = make_mesh((1, 1, 1, 1))
+    return attention.choose(
+        name, say=say, mesh=mesh, dtype="float32", head_dim=8, num_heads_per_kv=2
+    )
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """Put backends in the place of those of a GPU, and let the CPU pass for one."""
+
+    def plant(**backends: Backend):
+        for name, backend in backends.items():
+            module = types.SimpleNamespace(BACKEND=backend, problems=lambda **situation: [])
+            monkeypatch.setitem(attention._MODULES, name, module)
+        as_on_a_gpu = functools.partial(
+            lambda real, name, **s: real(name, **s | {"platform": "gpu"}), attention.candidates
+        )
+        monkeypatch.setattr(attention, "candidates", as_on_a_gpu)
+
+    attention.self_test.cache_clear()
+    yield plant
+    attention.self_test.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            jax.errors.JaxRuntimeError("INTERNAL: no kernel\nand a dump"),
+            "JaxRuntimeError: INTERNAL",
+        ),
+        (NotImplementedError("this GPU"), "NotImplementedError: this GPU"),
+        (ImportError("libcudnn.so.9"), "ImportError: libcudnn.so.9"),
+        (KeyError("sm_120"), "KeyError: 'sm_120'"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_auto_passes_over_a_backend_that_fails_and_says_why(plant, error, reason):
+    plant(cudnn=fails_with(error), tokamax=RIGHT)
+    lines = []
+    assert choose("auto", lines.append) == "tokamax"
+    (line,) = lines
+    assert line.startswith("WARNING model.attention = 'cudnn' fails on this machine")
+    assert reason in line and "dump" not in line and "Nothing was trained" not in line
+    with pytest.raises(ValueError, match=rf"'cudnn' fails .*{reason}.*Nothing was trained: use"):
+        choose("cudnn")
+
+
+def test_auto_goes_on_to_what_runs_everywhere_and_what_is_named_is_not_replaced(plant):
+    plant(cudnn=WRONG, tokamax=fails_with(RuntimeError("x")), blockwise=RIGHT)
+    lines = []
+    assert choose("auto", lines.append) == "blockwise"
+    assert ["computes wrongly" in line for line in lines] == [True, False]
+    for name in ("cudnn", "tokamax"):
+        with pytest.raises(ValueError, match=f"model.attention = '{name}' "):
+            choose(name)
+
+
+def test_auto_is_refused_with_all_reasons_where_nothing_computes_rightly(plant):
+    plant(**dict.fromkeys(("cudnn", "tokamax", "blockwise", "reference"), WRONG))
+    with pytest.raises(ValueError, match=r"no attention .*'cudnn'.*'tokamax'.*'blockwise'.*'refer"):
+        choose("auto")
+
+
+def test_all_processes_take_what_passes_on_each_of_them(plant, monkeypatch):
+    plant(cudnn=RIGHT, tokamax=RIGHT, blockwise=RIGHT)
+
+    def exchange(what, text, timeout_s=60.0):
+        """A second process, that has no cudnn and whose tokamax does not compile."""
+        others = {
+            "attention": json.dumps(["tokamax", "blockwise", "reference"]),
+            "attention, compiled": json.dumps(["Boom: x"] if not asked else []),
+        }
+        if what == "attention, compiled":
+            asked.append(what)
+        return [text, others.get(what, text)]
+
+    asked, lines = [], []
+    monkeypatch.setattr(attention.cluster, "exchange", exchange)
+    assert choose("auto", lines.append) == "blockwise"
+    (line,) = lines
+    assert "'tokamax' fails" in line and "Boom: x [process 1]" in line
 
 
 def test_blocks_of_the_self_test_are_several():

@@ -1,26 +1,27 @@
 """Causal attention on packed rows: a token sees earlier tokens of its own segment, nothing else.
 
 Shape suffixes: B rows, T query tokens, N heads, K kv heads, G = N / K, H head dim.
-Called by the models inside jit, under the mesh set by `jax.set_mesh`; `resolve` and `self_test` by
+Called by the models inside jit, under the mesh set by `jax.set_mesh`; `resolve` and `choose` by
 programs before they compile a step.
 """
 
 import dataclasses
 import functools
 import itertools
+import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import multihost_utils
 
-from jax_sft import parallel
+from jax_sft import agree, cluster, parallel
 from jax_sft.ops import blockwise, cudnn, reference, tokamax
 
-# In the order in which "auto" tries them on a GPU; elsewhere it is blockwise.
+# In the order in which "auto" tries them on a GPU; elsewhere it begins with blockwise.
 _MODULES: dict[str, Any] = {
     "cudnn": cudnn,
     "tokamax": tokamax,
@@ -28,6 +29,8 @@ _MODULES: dict[str, Any] = {
     "reference": reference,
 }
 BACKENDS = ("auto", *_MODULES)  # model.attention
+_ADVICE = f". Nothing was trained: use another of {BACKENDS[1:]}"
+_EVERYWHERE = ("blockwise", "reference")  # what "auto" ends with
 
 # Largest error that passes the self-test, against the largest value. Rounding: 1e-6 in float32,
 # 8e-4 in float16 and 5e-3 in bfloat16 (blockwise, CPU); a GPU may multiply float32 in TF32, which
@@ -63,28 +66,98 @@ def resolve(
     Raises:
         ValueError: not a backend, or one that cannot run here; with what to do.
     """
+    return candidates(
+        name,
+        platform=platform,
+        dtype=dtype,
+        head_dim=head_dim,
+        sequence=sequence,
+        capability=capability,
+        has_soft_cap=has_soft_cap,
+    )[0]
+
+
+def candidates(name: str, *, platform: str, **situation: Any) -> list[str]:
+    """Return the backends that this value of model.attention allows, the fastest first.
+
+    Args:
+        name, platform, situation: as of `resolve`.
+
+    Raises:
+        ValueError: as of `resolve`.
+    """
     if name not in BACKENDS:
         raise ValueError(f"model.attention = {name!r} is unknown: use one of {list(BACKENDS)}")
 
     def problems(name: str) -> list[str]:
-        return _MODULES[name].problems(
-            platform=platform,
-            dtype=dtype,
-            head_dim=head_dim,
-            sequence=sequence,
-            capability=capability,
-            has_soft_cap=has_soft_cap,
-        )
+        return _MODULES[name].problems(platform=platform, **situation)
 
     if name == "auto":
         fast = ("cudnn", "tokamax") if platform == "gpu" else ()
-        return next((name for name in fast if not problems(name)), "blockwise")
+        return [*(name for name in fast if not problems(name)), *_EVERYWHERE]
     if found := problems(name):
         raise ValueError(
             f"model.attention = {name!r} cannot be used: {'; '.join(found)}. Or use "
             'model.attention = "auto", which takes the fastest that can'
         )
-    return name
+    return [name]
+
+
+def choose(
+    name: str,
+    *,
+    say: Callable[[str], Any],
+    mesh,
+    dtype: str,
+    head_dim: int,
+    num_heads_per_kv: int,
+    has_window: bool = False,
+    has_soft_cap: bool = False,
+) -> str:
+    """Return the fastest backend that passes its self-test, the same one on all processes.
+
+    Every process of `mesh` must call it. With "auto", a backend that fails is named by `say` with
+    the reason, and the next one is tried.
+
+    Args:
+        name, dtype, head_dim, has_soft_cap: as of `resolve`.
+        mesh, num_heads_per_kv, has_window: as of `self_test`.
+
+    Raises:
+        ValueError: the backend that was asked for, or with "auto" each one, cannot run or fails.
+    """
+    mine = candidates(
+        name,
+        platform=mesh.devices.flat[0].platform,
+        dtype=dtype,
+        head_dim=head_dim,
+        sequence=mesh.shape["sequence"],
+        has_soft_cap=has_soft_cap,
+    )
+    everyone = [json.loads(text) for text in cluster.exchange("attention", json.dumps(mine))]
+    failed = []
+    for backend in (one for one in everyone[0] if all(one in theirs for theirs in everyone)):
+        try:
+            self_test(
+                backend,
+                dtype=dtype,
+                num_heads_per_kv=num_heads_per_kv,
+                head_dim=head_dim,
+                mesh=mesh,
+                has_window=has_window,
+                has_soft_cap=has_soft_cap,
+            )
+        except ValueError as error:
+            if name != "auto":
+                raise
+            failed.append(str(error).removesuffix(_ADVICE))
+            say(f"WARNING {failed[-1]}. The next one is tried")
+        else:
+            return backend
+    raise ValueError(
+        f"model.attention = {name!r}: no attention computes rightly on this machine: "
+        + "; ".join(failed)
+    )
 
 
 def packed_attention(
@@ -253,7 +326,8 @@ def self_test(
         has_soft_cap: test with a soft cap of the scores, one that bites.
 
     Raises:
-        ValueError: naming the backend, what differs and by how much, on all processes alike.
+        ValueError: naming the backend and how it failed, or what differs and by how much; on all
+            processes alike.
     """
     batch = _test_batch(
         _TEST_TOKENS * mesh.shape["sequence"],
@@ -265,36 +339,63 @@ def self_test(
     )
     window = _TEST_WINDOW if has_window else None
     soft_cap = _TEST_SOFT_CAP if has_soft_cap else 0.0
-    errors = _errors(backend, batch, 1 / math.sqrt(head_dim), window, soft_cap, mesh)
-    wrong = [
-        f"{name} by {error:.2g} of its largest value"
-        for name, error in zip(("out", "dq", "dk", "dv"), errors, strict=True)
-        if not error <= TOLERANCE[dtype]  # nan is wrong too
-    ]
-    if wrong:
+    problem, details = _problem(backend, batch, 1 / math.sqrt(head_dim), window, soft_cap, mesh)
+    if problem:
         raise ValueError(
-            f"model.attention = {backend!r} computes wrongly on this machine, in {dtype} with "
+            f"model.attention = {backend!r} {problem} on this machine, in {dtype} with "
             f"{num_heads_per_kv} heads of {head_dim} per kv head"
             f"{' and a sliding window' * has_window}{' and a soft cap' * has_soft_cap}: "
-            f"{', '.join(wrong)}, where "
-            f"{TOLERANCE[dtype]} is allowed. Nothing was trained: use another of {BACKENDS[1:]}"
+            f"{details}{_ADVICE}"
         )
 
 
-def _errors(backend, batch, scale, window, soft_cap, mesh) -> np.ndarray:
-    """Largest errors of (out, dq, dk, dv) on all devices, against the largest values."""
+def _problem(backend, batch, scale, window, soft_cap, mesh) -> tuple[str, str]:
+    """Say what is wrong with a backend and the details, on all processes the same; "" = nothing.
+
+    They agree by texts after compiling and after running: a process whose library fails would
+    leave the others waiting in a collective.
+    """
+    options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap)
+    with jax.set_mesh(mesh):
+        run, problem = _attempt(lambda: _compiled(backend, batch, options, mesh))
+        if problems := agree.gather("attention, compiled", [problem] if problem else []):
+            return "fails", "; ".join(problems)
+        errors, problem = _attempt(lambda: _errors(run, batch, options))
+    if problems := agree.gather("attention, run", [problem] if problem else []):
+        return "fails", "; ".join(problems)
+    everyone = cluster.exchange("attention, errors", json.dumps(errors))
+    largest = np.array([json.loads(text) for text in everyone]).max(axis=0)  # nan stays nan
+    allowed = TOLERANCE[batch[0].dtype.name]
+    wrong = [
+        f"{name} by {error:.2g} of its largest value"
+        for name, error in zip(("out", "dq", "dk", "dv"), largest, strict=True)
+        if not error <= allowed  # nan is wrong too
+    ]
+    return "computes wrongly" * bool(wrong), f"{', '.join(wrong)}, where {allowed} is allowed"
+
+
+def _attempt(function: Callable[[], Any]) -> tuple[Any, str]:
+    """Return (what `function` returns, ""), or (None, how it failed)."""
+    try:
+        return function(), ""
+    except Exception as error:  # kernel libraries and their compilers raise anything
+        return None, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
+
+
+def _part(array, num_rows: int, index):
+    """A part of `num_rows` rows, which are those of `array` again and again."""
+    return array[np.arange(num_rows)[index[0]] % len(array)][:, *index[1:]]
+
+
+def _compiled(backend, batch, options, mesh) -> Callable[[], Any]:
+    """Compile the test; the result runs it and returns (out, dq, dk, dv)."""
     heads, kv_heads, ids, _ = jax.tree.map(functools.partial(jax.NamedSharding, mesh), _specs())
     num_rows = len(batch[0]) * mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def part(array, index):
-        """A part of all rows, which are those of `array` again and again."""
-        return array[np.arange(num_rows)[index[0]] % len(array)][:, *index[1:]]
-
     def spread(array, sharding):
         shape = (num_rows, *array.shape[1:])
-        return jax.make_array_from_callback(shape, sharding, functools.partial(part, array))
-
-    options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap)
+        part = functools.partial(_part, array, num_rows)
+        return jax.make_array_from_callback(shape, sharding, part)
 
     @functools.partial(jax.jit, out_shardings=(heads, heads, kv_heads, kv_heads))
     def run(q, k, v, grad_out, *ids):
@@ -306,17 +407,22 @@ def _errors(backend, batch, scale, window, soft_cap, mesh) -> np.ndarray:
         out = jnp.where((ids[0] == 0)[..., None, None] & jnp.isfinite(out), 0, out)
         return out, *backward(grad_out)
 
-    with jax.set_mesh(mesh):
-        results = run(*map(spread, batch, (heads, kv_heads, kv_heads, heads, *ids)))
+    arrays = [*map(spread, batch, (heads, kv_heads, kv_heads, heads, *ids))]
+    return functools.partial(run.lower(*arrays).compile(), *arrays)
+
+
+def _errors(run, batch, options) -> list[float]:
+    """Largest errors of (out, dq, dk, dv) on this process, against the largest values."""
     errors = []
-    for found, wanted in zip(results, _expected(*batch, **options), strict=True):
+    for found, wanted in zip(run(), _expected(*batch, **options), strict=True):
         of_shards = [
-            np.abs(np.asarray(shard.data, np.float32) - part(wanted, shard.index)).max()
+            np.abs(
+                np.asarray(shard.data, np.float32) - _part(wanted, len(found), shard.index)
+            ).max()
             for shard in found.addressable_shards
         ]
-        errors.append(np.max(of_shards) / np.abs(wanted).max())
-    everyone = multihost_utils.process_allgather(np.asarray(errors))
-    return np.asarray(everyone).reshape(-1, len(errors)).max(axis=0)
+        errors.append(float(np.max(of_shards) / np.abs(wanted).max()))
+    return errors
 
 
 def _test_batch(num_tokens, *, shards, num_kv_heads, num_heads_per_kv, head_dim, dtype):
