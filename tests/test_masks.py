@@ -269,45 +269,56 @@ def check(
         weights = {n: 1.0 for n, m in enumerate(messages) if m["role"] == "assistant"}
     assert not isinstance(examples, str), examples
     expected = truths(subject.family, messages, tools, sorted(weights), empty)
+    # Where bytes are left out, the offsets behind them are wrong.
+    is_clean = subject.kind.changes != "bytes" and all(
+        tokens_of(subject, truth.text, truth.spans) for truth in expected
+    )
+    if not is_clean:
+        check_prefixes(subject, messages, tools, examples, weights, empty)
+        assert len(expected) <= len(examples) <= max(len(weights), 1)
+        return
     assert len(examples) == len(expected)
     counts = [len(trained_runs(example)) for example in examples]
     placed = [spans for spans in placements(expected) if [len(s) for s in spans] == counts]
     assert placed, f"{counts} turns train, not one of {placements(expected)}"
     for truth, spans, example in zip(expected, placed[0], examples, strict=True):
         assert example.ids.dtype == np.int32 and example.weights.dtype == np.float32
-        check_tokens(subject, truth.text, spans, weights, example)
-
-
-def check_tokens(
-    subject: Subject,
-    text: str,
-    spans: dict[int, tuple[int, int]],
-    weights: dict[int, float],
-    example: Encoded,
-) -> None:
-    # Where bytes are left out, the offsets behind them are wrong.
-    whole = None if subject.kind.changes == "bytes" else tokens_of(subject, text, spans)
-    if whole:
-        ids, slices = whole
+        ids, slices = tokens_of(subject, truth.text, spans) or pytest.fail("it is clean")
         assert example.ids.tolist() == ids
         marked = np.zeros(len(ids), np.float32)
         for number, part in slices.items():
             marked[part] = weights[number]
         assert example.weights.tolist() == marked.tolist()
-        return
-    # A token crosses the start of a turn: a model could not emit it, so the text is cut there.
-    runs = trained_runs(example)
-    for run, number in zip(runs, sorted(spans), strict=True):
-        start, stop = spans[number]
-        before = subject.decode(example.ids[: run.start])
-        emitted = subject.decode(example.ids[: run.stop])[len(before) :]
-        assert given_back(subject, emitted) == given_back(subject, text[start:stop])
-        assert set(example.weights[run].tolist()) == {weights[number]}
-    if runs:
-        prompt = text[: spans[min(spans)][0]]
-        assert example.ids[: runs[0].start].tolist() == prompt_ids(subject, prompt)
-    if not subject.kind.changes:
-        assert subject.decode(example.ids) == text
+
+
+def check_prefixes(
+    subject: Subject,
+    messages: Messages,
+    tools: Tools,
+    examples: list[Encoded],
+    weights: dict[int, float],
+    empty: bool,
+) -> None:
+    """Assert that each turn trains once, behind exactly the tokens of its prompt at inference.
+
+    A token of the whole text crosses the start of a turn: a model could not emit it, so the text is
+    cut there. To later turns that one is history, which inference does not cut.
+    """
+    wanted = []
+    for number, weight in weights.items():
+        pieces = subject.family.pieces(messages[: number + 1], tools, empty)
+        text, (start, stop) = joined(pieces), span_of(pieces, number)
+        emitted = given_back(subject, text[start:stop])
+        wanted.append((tuple(prompt_ids(subject, text[:start])), emitted, weight))
+    found = []
+    for example in examples:
+        for run in trained_runs(example):
+            before = subject.decode(example.ids[: run.start])
+            emitted = subject.decode(example.ids[: run.stop])[len(before) :]
+            (weight,) = set(example.weights[run].tolist())
+            prefix = tuple(example.ids[: run.start].tolist())
+            found.append((prefix, given_back(subject, emitted), weight))
+    assert sorted(found) == sorted(wanted)
 
 
 # ---- conversations by hand ---------------------------------------------------------------------
@@ -1009,11 +1020,13 @@ def test_turns_that_do_not_train_still_do_not_in_a_shorter_conversation(subject)
 def test_what_is_shortened_fits_although_cutting_tokens_makes_more_of_them(subject, kind):
     one = subject("chatml", kind)
     messages = [turn for n in range(4) for turn in (user(f"a{n}"), assistant("\n\n"))]
-    ((whole,),) = one.encoder().encode([Conversation(messages, None)])
+    ((whole,),) = one.encoder(turns="last").encode([Conversation(messages, None)])
     pieces = one.family.pieces(messages, None, False)
     assert len(whole.ids) > len(prompt_ids(one, joined(pieces))), "no token crosses an edge"
     for limit in range(len(whole.ids) - 20, len(whole.ids) + 1):
-        ((found,),) = one.encoder(max_tokens=limit).encode([Conversation(messages, None)])
+        ((found,),) = one.encoder(turns="last", max_tokens=limit).encode(
+            [Conversation(messages, None)]
+        )
         assert len(found.ids) <= limit
         assert (found.num_cut == 0) == (limit == len(whole.ids))
 
@@ -1256,3 +1269,31 @@ def test_all_real_data_trains_token_by_token(real, name, file):
     outcomes = check_rows(real(name), examples)
     assert outcomes["trains"] + outcomes["refused"] == len(examples)
     assert (outcomes["refused"] > 0) == ((name, file) == ("smollm2", "tool_calls.jsonl"))
+
+
+@pytest.mark.parametrize("max_tokens", [0, 24])
+@pytest.mark.parametrize("name", REAL)
+def test_answers_behind_a_blank_train_behind_the_tokens_that_inference_gives(
+    real, name, max_tokens
+):
+    tokenizer = copy.deepcopy(real(name).tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    answers = ["hello there", "\n\nfine", "12", " two", "x"]
+    messages = [turn for n, text in enumerate(answers) for turn in (user(f"q{n}"), assistant(text))]
+    options = chat.Options(max_tokens=max_tokens)
+    (examples,) = chat.Encoder(tokenizer, options).encode([Conversation(messages, None)])
+    trained = []
+    for example in examples:
+        assert isinstance(example, Encoded) and len(example.ids) <= (max_tokens or 99)
+        for run in trained_runs(example):
+            text = tokenizer.decode(example.ids[run]).removesuffix("<|im_end|>")
+            prompt = messages[2 * example.num_cut : 2 * answers.index(text) + 1]
+            given = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+            assert example.ids[: run.start].tolist() == given
+            trained.append(text)
+    # A turn that needs no cut may be left out of the last text, where that is too long.
+    assert sorted(trained) == sorted(set(answers) & set(trained) if max_tokens else answers)
+    assert len(trained) >= 3

@@ -7,7 +7,6 @@ imitates the template cannot make a user token train. What trains is decoded aga
 import bisect
 import dataclasses
 import functools
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from jax_sft.data.template import ChatTemplate
 from jax_sft.data.turns import Rendered, Turn
 
 _Spans = list[tuple[int, int]]
-_Tokens = tuple[list[int], _Spans]
 LEADS = ("\n", "|", "0", "a")
 SENTENCEPIECE_SPACE = "\u2581"
 
@@ -168,7 +166,7 @@ class Encoder:
         marked: list[tuple[int, _Marked]] = []
         for (number, one), encoding in zip(pending, encodings, strict=True):
             try:
-                marked.append((number, self._mark(one, encoding)))
+                marked += [(number, found) for found in self._mark(one, encoding)]
             except ValueError as error:
                 results[number] = str(error)
         for (number, one), error in zip(
@@ -212,84 +210,116 @@ class Encoder:
         empty_think = self._options.train_empty_think
         return turns.render(self._template, item, turns=which, train_empty_think=empty_think)
 
-    def _mark(self, rendered: Rendered, encoding: tokenizers.Encoding) -> "_Marked":
+    def _mark(self, rendered: Rendered, encoding: tokenizers.Encoding) -> list["_Marked"]:
         """Find the tokens of each turn, leaving out the oldest turns where they are too many.
+
+        Returns:
+            one, or several where the turns do not stand behind the same tokens.
 
         Raises:
             ValueError: a turn does not end with a special token.
         """
-        ids, spans = self._tokens(rendered, encoding)
-        if self._options.max_tokens and len(ids) > self._options.max_tokens:
-            rendered, ids, spans = self._shorten(rendered, ids, spans)
-        marked = _Marked(ids, [], rendered.conversation is None, rendered.num_cut)
-        for turn, (first, stop) in zip(rendered.turns, spans, strict=True):
-            if turn.end_token is not None and ids[stop - 1] not in self._special_ids:
-                raise ValueError("an end-of-turn token is merged with the text before it")
-            text = rendered.text[turn.start : turn.stop]
-            marked.spans.append((first, stop, turn.weight, text))
-        return marked
+        found = []
+        for placed in self._tokens(rendered, encoding):
+            if self._options.max_tokens and len(placed.ids) > self._options.max_tokens:
+                placed = self._shorten(placed)
+            one, ids = placed.rendered, placed.ids
+            marked = _Marked(ids, [], one.conversation is None, one.num_cut)
+            for turn, (first, stop) in zip(one.turns, placed.spans, strict=True):
+                if turn.end_token is not None and ids[stop - 1] not in self._special_ids:
+                    raise ValueError("an end-of-turn token is merged with the text before it")
+                text = one.text[turn.start : turn.stop]
+                marked.spans.append((first, stop, turn.weight, text))
+            found.append(marked)
+        return found
 
-    def _tokens(self, rendered: Rendered, encoding: tokenizers.Encoding) -> _Tokens:
-        """Return ids, and the tokens [first, stop) of each turn."""
+    def _tokens(self, rendered: Rendered, encoding: tokenizers.Encoding) -> list["_Placed"]:
+        """Tokenize a text so that each turn stands behind the tokens that inference gives.
+
+        Inference tokenizes a prompt whole, and the model goes on from its edge. Where a token of
+        the whole text crosses the start of a turn, the text is cut there, but only for that turn:
+        to those that follow it is history like any other. So each such turn gets a text of its own,
+        which ends with it. The last one carries the turns before it that need no cut.
+
+        Raises:
+            ValueError: an edge at which the text cannot be cut.
+        """
         spans = [_token_span(rendered.text, encoding, turn) for turn in rendered.turns]
         if None not in spans:
-            return encoding.ids, [span for span in spans if span]
-        ids, offsets = self._cut(rendered, encoding)
-        return ids, [_span_by_offsets(offsets, turn) for turn in rendered.turns]
+            return [_Placed(rendered, encoding.ids, [span for span in spans if span])]
+        text, ids, offsets = rendered.text, encoding.ids, _offsets(encoding)
+        starts = [turn.start for turn in rendered.turns]
+        edges = [
+            number
+            for number, start in enumerate(starts)
+            if _crosses(offsets, start)
+            or (_is_between_blanks(text, start) and self._is_other(text, ids, offsets, start))
+        ]
+        if not edges:
+            return [_placed(rendered, ids, offsets)]
+        last = len(starts) - 1
+        if edges == [last]:
+            return [self._cut(rendered)]
+        *others, final = edges
+        carried = [number for number in range(final + 1) if number not in others]
+        groups = [*([number] for number in others), carried]
+        found = [self._cut(turns.only(rendered, group, group[-1] == last)) for group in groups]
+        if final < last:
+            rest = turns.only(rendered, range(final + 1, last + 1), True)
+            found.append(_placed(rest, ids, offsets))
+        return found
 
-    def _shorten(
-        self, rendered: Rendered, ids: list[int], spans: _Spans
-    ) -> tuple[Rendered, list[int], _Spans]:
+    def _is_other(self, text: str, ids: list[int], offsets: np.ndarray, start: int) -> bool:
+        """Whether the tokens before a start are others than those of the text up to there."""
+        first = int(np.count_nonzero(offsets[:, 1] <= start))
+        return ids[:first] != self._backend.encode(text[:start], add_special_tokens=False).ids
+
+    def _shorten(self, placed: "_Placed") -> "_Placed":
         """Leave out as few of the oldest turns as make the rest fit; all but one where none does.
 
         The system text and the tools stay, and what is left starts with a user's message.
         """
+        rendered = placed.rendered
         if rendered.conversation is None or not rendered.turns:
-            return rendered, ids, spans
+            return placed
         messages, tools = rendered.conversation.messages, rendered.conversation.tools
         last = max(turns.turn_weights(messages, "all"))
         users = [n for n, m in enumerate(messages[:last]) if m["role"] == "user"]
         system = [m for m in messages[: users[0]] if m["role"] == "system"] if users else []
 
         @functools.cache
-        def without(num_cut: int) -> tuple[Rendered, list[int], _Spans]:
+        def without(num_cut: int) -> _Placed:
             kept = Conversation([*system, *messages[users[num_cut] :]], tools)
-            shorter = self._render_conversation(kept, "all")
+            shorter = [
+                found
+                for one in self._render_conversation(kept, "all")
+                for found in self._tokens(
+                    dataclasses.replace(one, num_cut=num_cut),
+                    self._backend.encode(one.text, add_special_tokens=False),
+                )
+            ]
             if len(shorter) != 1:
                 raise ValueError("the chat template does not let the oldest turns be left out")
-            encoding = self._backend.encode(shorter[0].text, add_special_tokens=False)
-            one = dataclasses.replace(shorter[0], num_cut=num_cut)
-            return one, *self._tokens(one, encoding)
+            return shorter[0]
 
         def fits(num_cut: int) -> bool:
-            return len(without(num_cut)[1]) <= self._options.max_tokens
+            return len(without(num_cut).ids) <= self._options.max_tokens
 
         cuts = range(1, len(users))
         if not cuts:
-            return rendered, ids, spans
+            return placed
         return without(cuts[min(bisect.bisect_left(cuts, True, key=fits), len(cuts) - 1)])
 
-    def _cut(
-        self, rendered: Rendered, encoding: tokenizers.Encoding
-    ) -> tuple[list[int], np.ndarray]:
-        """Tokenize a text in which a token crosses the start of a turn: cut it there.
+    def _cut(self, rendered: Rendered) -> "_Placed":
+        """Tokenize a text in two parts, cut at the start of its last turn.
 
         A model continues a prompt from exactly that edge, so it can never emit a token across it.
-
-        Returns:
-            ids, character offsets int64 [n, 2].
         """
-        text, ids, offsets = rendered.text, encoding.ids, _offsets(encoding)
-        starts = [turn.start for turn in rendered.turns]
-        edges = [e for e in starts if _crosses(offsets, e) or _is_between_blanks(text, e)]
-        if not edges:
-            return ids, offsets
-        ids, pieces = [], []
-        for start, end in itertools.pairwise([0, *edges, len(text)]):
-            piece_ids, piece_offsets = self._piece(text[start:end], at_start=start == 0)
-            ids += piece_ids
-            pieces.append(piece_offsets + start)
-        return ids, np.concatenate(pieces)
+        text, edge = rendered.text, rendered.turns[-1].start
+        before, before_offsets = self._piece(text[:edge], at_start=True)
+        behind, behind_offsets = self._piece(text[edge:], at_start=edge == 0)
+        offsets = np.concatenate([before_offsets, behind_offsets + edge])
+        return _placed(rendered, before + behind, offsets)
 
     def _piece(self, piece: str, at_start: bool) -> tuple[list[int], np.ndarray]:
         """Tokenize part of a text. SentencePiece adds a space where a text starts, and only there:
@@ -366,6 +396,15 @@ class Encoder:
         return known
 
 
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+    """A text, its tokens, and the tokens [first, stop) of each of its turns."""
+
+    rendered: Rendered
+    ids: list[int]
+    spans: _Spans
+
+
 @dataclasses.dataclass
 class _Marked:
     """A tokenized text and what trains of it: (first token, behind the last, weight, text)."""
@@ -387,6 +426,11 @@ def _token_span(text: str, encoding: tokenizers.Encoding, turn: Turn) -> tuple[i
     before, at, end = (encoding.token_to_chars(i) for i in (first - 1, first, last))
     clean = before and at and end and before[1] == turn.start == at[0] and end[0] == turn.end_token
     return (first, last + 1) if clean else None
+
+
+def _placed(rendered: Rendered, ids: list[int], offsets: np.ndarray) -> _Placed:
+    """Find the turns by the offsets of all tokens."""
+    return _Placed(rendered, ids, [_span_by_offsets(offsets, turn) for turn in rendered.turns])
 
 
 def _span_by_offsets(offsets: np.ndarray, turn: Turn) -> tuple[int, int]:

@@ -127,6 +127,29 @@ def _only_training(
     return found
 
 
+def only(rendered: Rendered, chosen: Sequence[int], to_end: bool) -> Rendered:
+    """Return the text of a conversation with some of its turns: the others become context.
+
+    Args:
+        chosen: positions in `rendered.turns`, ascending.
+        to_end: keep what follows the last of them; otherwise only white space, with which templates
+            end a turn.
+    """
+    assert rendered.conversation
+    text, last = rendered.text, rendered.turns[chosen[-1]]
+    end = len(text) if to_end else len(text) - len(text[last.stop :].lstrip())
+    messages = rendered.conversation.messages
+    numbers = list(turn_weights(messages, "all"))
+    here = {numbers[n]: rendered.turns[n] for n in chosen}
+    messages = messages if to_end else messages[: max(here) + 1]
+    return dataclasses.replace(
+        rendered,
+        text=text[:end],
+        turns=tuple(here.values()),
+        conversation=Conversation(_only_training(messages, here), rendered.conversation.tools),
+    )
+
+
 def turn_weights(messages: Sequence[dict[str, Any]], turns: str) -> dict[int, float]:
     """Return {message number: weight} of the assistant turns that train."""
     numbers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
