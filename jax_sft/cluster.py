@@ -243,7 +243,9 @@ def exchange(what: str, text: str, timeout_s: float = 60) -> list[str]:
     return [found[key] for key in wanted]
 
 
-def check_same(what: str, facts: Mapping[str, str], remedy: str = "") -> None:
+def check_same(
+    what: str, facts: Mapping[str, str], remedy: str = "", timeout_s: float = 60
+) -> None:
     """Compare facts that must be equal on all processes.
 
     Raises:
@@ -251,7 +253,7 @@ def check_same(what: str, facts: Mapping[str, str], remedy: str = "") -> None:
             minority (of two, the second).
     """
     lines = [f"{key}={value}" for key, value in sorted(facts.items())]
-    everyone = [text.split("\n") for text in exchange(f"check {what}", "\n".join(lines))]
+    everyone = [text.split("\n") for text in exchange(f"check {what}", "\n".join(lines), timeout_s)]
     problems = []
     for index, line in enumerate(lines):
         theirs = [texts[index] if index < len(texts) else "(missing)" for texts in everyone]

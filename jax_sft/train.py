@@ -50,6 +50,7 @@ from jax_sft import (
     preflight,
     pretrained,
     run_lock,
+    same_weights,
     state,
     stop_tokens,
     trackers,
@@ -215,6 +216,7 @@ def _train(
     watch.at("loading the weights")
     if first_process:
         (workdir / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
+    same_weights.check(folder, paths.local(cfg.lora.path, "lora.path") if cfg.lora.path else None)
     checkpoints = checkpoint.Checkpoints(
         workdir / "checkpoints",
         cfg.checkpoint,

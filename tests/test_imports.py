@@ -40,7 +40,8 @@ LEVELS = [
     "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf "
     "planning.flops planning.page",
     "models.layers data.chat data.check state model_files hf_write planning.roofline",
-    "models.experts data.worker data.loader resume pretrained lora nf4 planning.candidates",
+    "models.experts data.worker data.loader resume pretrained same_weights lora nf4 "
+    "planning.candidates",
     f"{FAMILY} checkpoint data.store health hf_convert tiny peft",
     "data.cache inference step trainable stop_tokens",
     "hf_export validate",
