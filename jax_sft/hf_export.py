@@ -93,6 +93,7 @@ def export(
     )
     place = outputs.check(out, outputs.EXPORT, overwrite=overwrite, reads=planned.reads)
     outputs.check_room(place.out, planned.layout.nbytes)
+    eos = stop_tokens.eos_text(planned.kept, planned.turn_ends) if tokenizer_eos else ""
     try:
         with outputs.unfinished(place.out, say) as folder:
             hashes = hf_write.save(
@@ -107,8 +108,8 @@ def export(
             )
             hf.copy_side_files(planned.kept, folder)
             stop_tokens.write(folder, planned.stops)
-            if tokenizer_eos:
-                _set_tokenizer_eos(planned, folder)
+            if eos:
+                stop_tokens.set_tokenizer_eos(folder, eos)
             if planned.is_adapter:
                 _describe_adapter(planned, folder)
             elif dtype:
@@ -234,12 +235,21 @@ class Plan:
     @functools.cached_property
     def stops(self) -> dict[str, dict[str, Any]]:
         """The files, with content, that change for the export to stop at trained ends."""
-        return stop_tokens.changes(self.kept, self.turn_ends or {}, self.dims["vocab"])
+        changed = stop_tokens.changes(self.kept, self.turn_ends or {}, self.dims["vocab"])
+        if self.is_adapter:  # its folder has no config.json
+            changed.pop(stop_tokens.CONFIG, None)
+        return changed
 
     @property
     def stop_line(self) -> str:
         """Where generation with the export stops."""
-        return stop_tokens.export_line(self.kept, self.turn_ends, self.stops)
+        line = stop_tokens.export_line(self.kept, self.turn_ends, self.stops)
+        if self.is_adapter and self.stops:
+            line += (
+                "; the model that the adapter belongs to does not know it: give the engine this "
+                "file (vLLM: --generation-config, transformers: GenerationConfig.from_pretrained)"
+            )
+        return line
 
     def read(self, path: str) -> np.ndarray:
         """Read one array of the step.
@@ -363,25 +373,9 @@ def _set_dtype(config_file: Path, dtype: str) -> None:
     config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _set_tokenizer_eos(planned: Plan, out: Path) -> None:
-    """Make the most frequent end of trained turns the tokenizer's eos_token.
-
-    Raises:
-        ValueError: it is not known.
-    """
-    ends, names = planned.turn_ends or {}, stop_tokens.names(out)
-    if not ends or (end := max(ends, key=ends.__getitem__)) not in names:
-        raise ValueError(
-            "the token that ends trained turns is not known, so that it cannot become the "
-            "tokenizer's eos_token: leave out --tokenizer-eos (train.export_tokenizer_eos)"
-        )
-    stop_tokens.set_tokenizer_eos(out, names[end])
-
-
 def _describe_adapter(planned: Plan, out: Path) -> None:
     """Make a folder of adapters, not of a model, of what is there."""
-    unused = {stop_tokens.CONFIG, stop_tokens.GENERATION} - {*planned.stops} | {stop_tokens.CONFIG}
-    for name in unused:
+    for name in {stop_tokens.CONFIG, stop_tokens.GENERATION} - {*planned.stops}:
         (out / name).unlink(missing_ok=True)
     model = planned.metadata["config"]["model"]
     assert planned.settings

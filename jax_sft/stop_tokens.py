@@ -178,6 +178,21 @@ def names(folder: Path) -> dict[int, str]:
     return {int(token): str(content["content"]) for token, content in added}
 
 
+def eos_text(folder: Path, ends: Mapping[int, int] | None) -> str:
+    """Return the token that ends most trained turns, as a text.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    of_tokens = names(folder)
+    if not ends or (end := max(ends, key=ends.__getitem__)) not in of_tokens:
+        raise ValueError(
+            "the token that ends trained turns is not known, so that it cannot become the "
+            "tokenizer's eos_token: leave out --tokenizer-eos (train.export_tokenizer_eos)"
+        )
+    return of_tokens[end]
+
+
 def set_tokenizer_eos(folder: Path, text: str) -> None:
     """Make a token the eos_token of a folder's tokenizer."""
     for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):

@@ -209,6 +209,8 @@ def _train(
 
     turn_ends = stop_tokens.inherited(folder) | stop_tokens.trained(train_examples.report)
     model_stops = stop_tokens.named(folder)
+    if cfg.train.export_tokenizer_eos:
+        stop_tokens.eos_text(folder, turn_ends)  # fails now, not after the training
     say(f"stops   {stop_tokens.line(folder, model_stops, turn_ends, train_examples.report)}")
     startup.end("data")
 

@@ -1,5 +1,6 @@
 """An export ends its answers where the trained turns end: files, lines, generated answers."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -152,19 +153,36 @@ def test_a_checkpoint_that_does_not_say_how_turns_end_is_exported_as_it_was(
     assert not (tmp_path / "other").exists()
 
 
+class AdapterPlan(hf_export.Plan):
+    """A plan of adapters, whose model's files lie in `folder` itself."""
+
+    is_adapter = True
+
+    @property
+    def kept(self) -> Path:
+        return self.folder
+
+
 def test_a_folder_of_adapters_gets_the_stops_that_the_model_lacks(tmp_path, monkeypatch):
     monkeypatch.setattr(peft, "write_config", lambda *_: None)
     for name, ends, kept in (("a", {NEW: 1}, True), ("b", {OLD: 1}, False)):
         (folder := tmp_path / name).mkdir()
         write(folder, OLD, OLD)
-        changed = stop_tokens.changes(folder, ends, 300)
-        planned = SimpleNamespace(
-            stops=changed,
-            settings=1,
-            model_def=None,
-            metadata={"config": {"model": {"path": "", "revision": ""}}},
+        plan = hf_export.Plan(**dict.fromkeys(f.name for f in dataclasses.fields(hf_export.Plan)))
+        planned = AdapterPlan(
+            **vars(plan)
+            | {
+                "folder": folder,
+                "settings": 1,
+                "model_def": SimpleNamespace(dims={"vocab": 300}),
+                "metadata": {
+                    "turn_ends": {str(end): 1 for end in ends},
+                    "config": {"model": {"path": "", "revision": ""}},
+                },
+            }
         )
-        stop_tokens.write(folder, changed)
+        assert ("vLLM: --generation-config" in planned.stop_line) == kept
+        stop_tokens.write(folder, planned.stops)
         hf_export._describe_adapter(planned, folder)
         assert (folder / "generation_config.json").exists() == kept
         assert not (folder / "config.json").exists()
