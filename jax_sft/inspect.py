@@ -32,7 +32,8 @@ import numpy as np
 from absl import app, flags
 
 from jax_sft import command, config, exit_codes, hf, outputs, stop_tokens
-from jax_sft.data import chat, check, outcomes, packing, prepare, show
+from jax_sft.data import check, outcomes, packing, prepare, show
+from jax_sft.data.detokenize import Detokenizer
 from jax_sft.data.examples import Examples
 from jax_sft.data.loader import Schedule
 
@@ -69,8 +70,8 @@ def inspect(cfg: config.Config, options: Options, color: bool) -> int:
     html = options.html and outputs.check_file(options.html, outputs.is_page, "--html")
     dump = options.dump and outputs.check_file(options.dump, is_dump, "--dump")
     folder = hf.resolve(cfg.model.path, cfg.model.revision, weights=False)
-    tokenizer = chat.load_tokenizer(folder, needs_template=False)
-    vocab = outcomes.vocabulary(folder, tokenizer)
+    tokenizer = Detokenizer(folder)
+    vocab = outcomes.vocabulary(folder, tokenizer.size)
     sources = outcomes.open_sources(cfg.data, folder)
     chosen = choose(sources, options)
     planned, refused = plan(cfg, sources, folder)
@@ -171,7 +172,7 @@ def choose(sources: Sequence[outcomes.Source], options: Options) -> list[outcome
 
 
 def example_blocks(
-    chosen: Sequence[outcomes.Source], options: Options, seed: int, tokenizer
+    chosen: Sequence[outcomes.Source], options: Options, seed: int, tokenizer: Detokenizer
 ) -> Iterator[show.Block]:
     """Yield one block per example: of the row asked for, or of a sample of each source."""
     for source in chosen:
@@ -197,7 +198,7 @@ def sample(source: outcomes.Source, num: int, seed: int) -> list[int]:
 
 
 def row_blocks(
-    planned: Planned, sources: Sequence[outcomes.Source], tokenizer
+    planned: Planned, sources: Sequence[outcomes.Source], tokenizer: Detokenizer
 ) -> Iterator[show.Block]:
     """Yield the packed rows of the first epoch, in the order of its batches."""
     by_name = {source.name: source for source in sources}
@@ -219,9 +220,9 @@ def row_blocks(
             yield show.Block(title, segments)
 
 
-def pieces(entry: outcomes.Entry, tokenizer) -> list[show.Piece]:
+def pieces(entry: outcomes.Entry, tokenizer: Detokenizer) -> list[show.Piece]:
     """The text of an example, by what trains."""
-    return show.pieces(tokenizer, entry.ids.tolist(), entry.target_weights.tolist())
+    return tokenizer.pieces(entry.ids.tolist(), entry.target_weights.tolist())
 
 
 def packing_lines(planned: Planned, cfg: config.Config) -> list[str]:

@@ -57,7 +57,8 @@ from jax_sft import (
     trainable,
     vocabulary,
 )
-from jax_sft.data import chat, prepare
+from jax_sft.data import confined, prepare
+from jax_sft.data.detokenize import Detokenizer
 from jax_sft.data.examples import Examples
 from jax_sft.data.loader import Loader
 from jax_sft.health import Health, dump_batches
@@ -143,7 +144,8 @@ def _train(
         step=hf.step_of(cfg.model.path),
         vocab_shards=shards,
     )
-    tokenizer = chat.load_tokenizer(folder, needs_template=False)
+    if first_process and not prepare.is_cached(cfg.data, folder):
+        confined.start_early()
     axes = " ".join(f"{axis}={size}" for axis, size in resolved.mesh_shape.items())
     say(f"model   {cfg.model.path}: {model_cfg.__module__}, {metrics.count(num_params)} parameters")
     if pickles := hf.pickles(folder):
@@ -295,6 +297,7 @@ def _train(
         observe=health.note,
     )
     answerer = LoadedModel(model_def, current.weights, mesh) if cfg.eval.samples else None
+    detokenizer = Detokenizer(folder) if cfg.eval.samples and eval_examples else None
     last: dict[str, float] = {}
     done = start
     stopped = owes_evaluation = False
@@ -317,11 +320,11 @@ def _train(
     def run_evaluation(step: int, weights) -> dict[str, float]:
         with meter.paused():
             found = evaluate.evaluate(compiled.eval_step, weights, eval_sets, tick)
-            if answerer and eval_examples:
+            if answerer and detokenizer:
                 answerer.params = weights
                 stops = stop_tokens.union(model_stops, turn_ends)
                 found |= evaluate.answers(
-                    answerer, tokenizer, eval_examples, cfg.eval.samples, stops, say
+                    answerer, detokenizer, eval_examples, cfg.eval.samples, stops, say
                 )
         say(f"step {step}/{num_steps} | " + evaluate.line(found))
         log({"step": step, **found})

@@ -28,7 +28,7 @@ LEVELS = [
     "launching.processes launching.leash launching.restarts "
     "models.rope "
     "command cluster steps sums storage vocabulary data.messages data.sandbox compute "
-    "data.chat_templates "
+    "data.chat_templates data.confined "
     "ops.segments ops.reference ops.blockwise ops.grouped "
     "planning.targets planning.hlo_kernels planning.hlo_loops",
     "launching.child launching.fleet models.sizes "
@@ -43,7 +43,7 @@ LEVELS = [
     "models.experts data.worker data.loader resume pretrained same_weights lora nf4 "
     "planning.candidates",
     f"{FAMILY} checkpoint data.store health hf_convert tiny peft",
-    "data.cache inference step trainable stop_tokens",
+    "data.cache data.detokenize inference step trainable stop_tokens",
     "hf_export validate",
     "data.prepare evaluate program",
     "data.outcomes planning.compiling",

@@ -89,18 +89,15 @@ def open_or_build(
             used, or a cache folder that cannot be written.
         RuntimeError: a process that tokenizes died.
     """
-    files = read.files(source)
-    request = _Request(
-        source=source,
-        name=name or str(source.path),
-        files=files,
-        root=Path(os.path.commonpath([file.parent for file in files])),
-        tokenizer_folder=Path(tokenizer_folder),
-        options=options,
-        cache=cache_folder.of(cache_dir),
-        num_workers=num_workers or worker.cores(),
+    request = _request(
+        source,
+        tokenizer_folder,
+        options,
+        cache_dir,
+        num_workers,
         stop_at_bad_row=stop_at_bad_row,
         progress=progress,
+        name=name,
     )
     key = _key(request, progress)
     store = _open(request, key)
@@ -115,6 +112,56 @@ def open_or_build(
         for error in store.errors():
             raise _bad_row(request, error["where"], error["error"])
     return store
+
+
+def is_built(
+    source,
+    tokenizer_folder: str | os.PathLike,
+    options: chat.Options,
+    cache_dir: str | os.PathLike,
+    *,
+    progress: bool,
+) -> bool:
+    """Whether the tokens of a source seem to be in the cache; False where that cannot be said."""
+    with contextlib.suppress(ValueError, OSError):
+        request = _request(
+            source,
+            tokenizer_folder,
+            options,
+            cache_dir,
+            1,
+            stop_at_bad_row=False,
+            progress=progress,
+            name="",
+        )
+        return (request.cache / _key(request, progress)).is_dir()
+    return False
+
+
+def _request(
+    source,
+    tokenizer_folder: str | os.PathLike,
+    options: chat.Options,
+    cache_dir: str | os.PathLike,
+    num_workers: int,
+    *,
+    stop_at_bad_row: bool,
+    progress: bool,
+    name: str,
+) -> _Request:
+    files = read.files(source)
+    return _Request(
+        source=source,
+        name=name or str(source.path),
+        files=files,
+        root=Path(os.path.commonpath([file.parent for file in files])),
+        tokenizer_folder=Path(tokenizer_folder),
+        options=options,
+        cache=cache_folder.of(cache_dir),
+        num_workers=num_workers or worker.cores(),
+        stop_at_bad_row=stop_at_bad_row,
+        progress=progress,
+    )
 
 
 def _bad_row(request: _Request, where: str, reason: str) -> ValueError:

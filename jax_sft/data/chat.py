@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from jax_sft.data import chat_templates, turns
+from jax_sft.data import chat_templates, confined, turns
+from jax_sft.data.confined import Stage
 from jax_sft.data.examples import Encoded
 from jax_sft.data.formats import Conversation, Item, Text, Tokens
 from jax_sft.data.template import ChatTemplate
@@ -55,12 +56,10 @@ def load_tokenizer(folder: Path, needs_template: bool = True, chat_template: str
     # Imported only here: a program first decides whether it may bring PyTorch along, see command.
     import transformers
 
-    try:
+    with confined.library_errors(f"{folder} has no tokenizer that can be loaded"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} has no tokenizer that can be loaded: {error}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"{folder} has no tokenizer.json: character offsets need a fast tokenizer")
     if chat_template:
@@ -95,6 +94,12 @@ def _template_remedy(tokenizer) -> str:
     return f"use a template that ends turns with a token it has{eos}{ours}"
 
 
+def template_file(folder: Path) -> Path:
+    """Return the file of a model folder that holds its chat template."""
+    file = folder / "chat_template.jinja"
+    return file if file.exists() else folder / "tokenizer_config.json"
+
+
 class Encoder:
     """Turns items into tokens and loss weights.
 
@@ -104,13 +109,8 @@ class Encoder:
     """
 
     def __init__(self, tokenizer, options: Options):
-        # A copy: what tokenizer.json says about truncation and padding is not for whole texts, and
-        # offsets must not leave white space out.
-        described = tokenizer.backend_tokenizer.to_str()
-        described = described.replace('"trim_offsets":true', '"trim_offsets":false')
-        self._backend = tokenizers.Tokenizer.from_str(described)
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        with confined.library_errors("the tokenizer cannot be used"):
+            self._load(tokenizer)
         self._options = options
         self._template = (
             ChatTemplate(tokenizer, options.template_args, options.date)
@@ -123,6 +123,15 @@ class Encoder:
                 f"special token of the tokenizer, so that a model trained on it would never stop: "
                 f"{_template_remedy(tokenizer)}"
             )
+
+    def _load(self, tokenizer) -> None:
+        # A copy: what tokenizer.json says about truncation and padding is not for whole texts, and
+        # offsets must not leave white space out.
+        described = tokenizer.backend_tokenizer.to_str()
+        described = described.replace('"trim_offsets":true', '"trim_offsets":false')
+        self._backend = tokenizers.Tokenizer.from_str(described)
+        self._backend.no_truncation()
+        self._backend.no_padding()
         added = tokenizer.added_tokens_decoder
         special = {i for i, token in added.items() if token.special} | {*tokenizer.all_special_ids}
         self._special_ids = frozenset(special)
@@ -141,45 +150,43 @@ class Encoder:
                 return full[:start], full[start + len(plain) :]
         return [], []
 
-    def encode(self, items: Sequence[Item]) -> list[list[Encoded] | str]:
-        """Encode items; some hundred at a time are fastest.
+    def encode(
+        self, items: Sequence[Item], rows: Sequence[int] | None = None
+    ) -> list[list[Encoded] | str]:
+        """Encode items.
+
+        Args:
+            rows: of the items, for the message where one of them does not come to an end.
 
         Returns:
             per item its examples (one, or several where the template rewrites history), or the
             reason why what would train is not what inference would emit.
         """
-        results: list[list[Encoded] | str] = [[] for _ in items]
-        pending: list[tuple[int, Rendered]] = []
-        for number, item in enumerate(items):
+        results: list[list[Encoded] | str] = []
+        for item, row in zip(items, rows or range(len(items)), strict=True):
+            confined.at_row(row)
             try:
-                if isinstance(item, Tokens):
-                    ids, weights = np.array(item.ids, np.int32), np.array(item.weights, np.float32)
-                    results[number] = [
-                        Encoded(ids, weights, turn_ends=self._run_ends(ids, weights))
-                    ]
-                else:
-                    pending += [(number, one) for one in self.render(item)]
+                results.append(self._encode_item(item))
             except ValueError as error:
-                results[number] = str(error)
-        texts = [one.text for _, one in pending]
-        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
-        marked: list[tuple[int, _Marked]] = []
-        for (number, one), encoding in zip(pending, encodings, strict=True):
-            try:
-                marked += [(number, found) for found in self._mark(one, encoding)]
-            except ValueError as error:
-                results[number] = str(error)
-        for (number, one), error in zip(
-            marked, self._decoding_errors([one for _, one in marked]), strict=True
-        ):
-            found = results[number]
-            if isinstance(found, str):
-                continue
-            if error:
-                results[number] = error
-            else:
-                found.append(self._finish(one))
+                results.append(str(error))
         return results
+
+    def _encode_item(self, item: Item) -> list[Encoded]:
+        if isinstance(item, Tokens):
+            ids, weights = np.array(item.ids, np.int32), np.array(item.weights, np.float32)
+            return [Encoded(ids, weights, turn_ends=self._run_ends(ids, weights))]
+        found = []
+        for rendered in self.render(item):
+            for marked in self._mark(rendered, self._tokenize(rendered.text)):
+                self._check_decoding(marked)
+                found.append(self._finish(marked))
+        return found
+
+    def _tokenize(self, text: str) -> tokenizers.Encoding:
+        """Tokenize a text; where the library panics the text is refused."""
+        confined.at(Stage.TOKENIZING)
+        with confined.library_errors("the tokenizer fails on the text"):
+            return self._backend.encode(text, add_special_tokens=False)
 
     def render(self, item: Conversation | Text) -> list[Rendered]:
         """Return the texts that are tokenized for an item.
@@ -295,7 +302,7 @@ class Encoder:
                 for one in self._render_conversation(kept, "all")
                 for found in self._tokens(
                     dataclasses.replace(one, num_cut=num_cut),
-                    self._backend.encode(one.text, add_special_tokens=False),
+                    self._tokenize(one.text),
                 )
             ]
             if len(shorter) != 1:
@@ -326,25 +333,21 @@ class Encoder:
         a piece that does not start one is tokenized behind a character, which is removed again.
         """
         for lead in LEADS if self._adds_space and not at_start else [""]:
-            encoding = self._backend.encode(lead + piece, add_special_tokens=False)
+            encoding = self._tokenize(lead + piece)
             offsets = _offsets(encoding)
             if not _crosses(offsets, len(lead)):
                 first = int(np.count_nonzero(offsets[:, 1] <= len(lead))) if lead else 0
                 return encoding.ids[first:], offsets[first:] - len(lead)
         raise ValueError("the tokenizer merges the prompt with the start of an answer")
 
-    def _decoding_errors(self, marked: Sequence["_Marked"]) -> list[str]:
-        """Decode what trains; return per text why it is not what is written there, or ""."""
-        trained = [one.ids[first:stop] for one in marked for first, stop, _, _ in one.spans]
-        decoded = iter(self._backend.decode_batch(trained, skip_special_tokens=False))
-        errors = []
-        for one in marked:
-            error = ""
-            for *_, text in one.spans:
-                if (found := next(decoded)) != text and not self._same(found, text):
-                    error = f"the tokenizer turns {text!r:.80} into {found!r:.80}"
-            errors.append(error)
-        return errors
+    def _check_decoding(self, marked: "_Marked") -> None:
+        """Refuse a text of which what trains is not what is written there when it is decoded."""
+        for first, stop, _, text in marked.spans:
+            confined.at(Stage.DECODING)
+            with confined.library_errors("the tokenizer fails to decode"):
+                found = self._backend.decode(marked.ids[first:stop], skip_special_tokens=False)
+            if found != text and not self._same(found, text):
+                raise ValueError(f"the tokenizer turns {text!r:.80} into {found!r:.80}")
 
     def _same(self, decoded: str, text: str) -> bool:
         """Whether two texts differ only in the normal form, or in SentencePiece's space."""
@@ -391,7 +394,8 @@ class Encoder:
     def _is_blank(self, token: np.int32) -> bool:
         """Whether a token is nothing but white space."""
         if (known := self._blank.get(int(token))) is None:
-            text = self._backend.decode([int(token)], skip_special_tokens=False)
+            with confined.library_errors("the tokenizer fails to decode"):
+                text = self._backend.decode([int(token)], skip_special_tokens=False)
             known = self._blank[int(token)] = bool(text) and text.isspace()
         return known
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jax_sft import hf, models
-from jax_sft.data import cache, prepare
+from jax_sft.data import cache, confined, prepare
 from jax_sft.models.fields import size
 
 EVAL = "eval/"  # before the names of eval sets
@@ -158,6 +158,8 @@ def open_sources(data: Any, folder: Path) -> list[Source]:
                 progress=sys.stderr.isatty(),
                 name=name,
             )
+        except confined.OutOfBounds:  # the other sources would only take as long
+            raise
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -197,7 +199,7 @@ def refusals(data: Any, sources: Sequence[Source], vocab: int) -> list[str]:
     return found
 
 
-def vocabulary(folder: Path, tokenizer) -> int:
+def vocabulary(folder: Path, num_tokens: int) -> int:
     """Return the model's number of token ids, the tokenizer's where its folder does not say.
 
     Raises:
@@ -207,7 +209,7 @@ def vocabulary(folder: Path, tokenizer) -> int:
     config = hf.read_json(file) if file.is_file() else {}
     if "model_type" in config:
         return models.read(config)[1].vocab
-    return size("vocab_size", config["vocab_size"]) if "vocab_size" in config else len(tokenizer)
+    return size("vocab_size", config["vocab_size"]) if "vocab_size" in config else num_tokens
 
 
 def verdict(data: Any, sources: Sequence[Source], refused: Sequence[str]) -> list[str]:

@@ -81,6 +81,15 @@ def prepare(
     return _join(stores, fitted, report)
 
 
+def is_cached(data, tokenizer_folder: Path, *, progress: bool = True) -> bool:
+    """Whether no source and no eval set seems to need tokenizing."""
+    sources = [*data.train.values(), *data.eval.values()]
+    return all(
+        cache.is_built(source, tokenizer_folder, options(data), data.cache_dir, progress=progress)
+        for source in sources
+    )
+
+
 def options(data) -> chat.Options:
     """Return what decides which tokens train, of `cfg.data`."""
     return chat.Options(

@@ -1,59 +1,47 @@
-"""Chunks of rows to arrays of tokens: in this process, or in processes of our own.
+"""Chunks of rows to arrays of tokens, in processes of our own.
 
-Called by `cache`. The processes are started without multiprocessing: fork is unsafe beside JAX's
-threads, and spawn runs the user's script again. They import no JAX and end when this one does.
+Called by `cache`. The processes are `confined`: they import no JAX, and end when this one does.
 """
 
 import collections
 import contextlib
 import dataclasses
-import functools
 import gc
 import hashlib
 import importlib.metadata
 import itertools
-import multiprocessing
 import os
 import platform
 import re
 import signal
-import subprocess
 import sys
 import types
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jax_sft.data import chat, formats, read
+from jax_sft.data import chat, chat_templates, confined, formats, read
+from jax_sft.data.confined import Ended, Stage
 
-# Up to so many chunks (of up to 1 MB, 0.3 s each) the processes, which take 3 s to start, would
-# be slower than this one alone.
+# Up to so many chunks (of up to 1 MB, 0.3 s each) more processes, which take 3 s to start, would
+# be slower than one alone.
 FEW_CHUNKS = 16
 # Chunks in flight per process: one long chunk must not stop the others, nor memory grow.
 WINDOW = 8
 NO_TEMPLATE = ("text", "tokens", "prompt_completion")  # formats whose items need no chat template
 LONGEST_REASON = 1000  # characters
+# What a confined process may take beyond its bounds, for what it is given: several times what the
+# slowest of the usual tokenizers and templates take.
+LOADED_PER_S = 2_000_000  # bytes of a tokenizer's files
+RENDERED_PER_S = 1_000_000  # bytes
+BYTES_PER_BYTE = 200  # of memory, a token per byte
+LONG = 20  # messages
 LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow")
 
 # An import at the top of a module; all of ours are there. (Parsing would take 0.2 s of each start.)
 IMPORT = re.compile(r"^(?:from ([\w.]+) )?import (\([^)]*\)|.+)", re.MULTILINE)
-
-# The child finds modules exactly where this process does. Where torch is installed transformers
-# would import it: 2 s and 180 MB in each process, for nothing.
-CHILD = (
-    "import sys; sys.path[:] = sys.argv[2:]; sys.modules['torch'] = None; "
-    "from jax_sft.data import worker; worker.serve(int(sys.argv[1]))"
-)
-# One process per core: no library may start threads of its own for each core again.
-ONE_THREAD = {
-    "TOKENIZERS_PARALLELISM": "false",
-    "RAYON_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +99,6 @@ class Tokenized:
     turn_ends: dict[int, int]
 
 
-Encode = Callable[[read.Chunk], Tokenized]
-
-
 def cores() -> int:
     """Return how many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -121,50 +106,61 @@ def cores() -> int:
     return os.cpu_count() or 1  # macOS
 
 
-def _without_collections(function: Encode) -> Encode:
-    """Pause Python's search for reference cycles: over so many small objects, none of which is in
-    one, it takes a seventh of the time.
-    """
-
-    @functools.wraps(function)
-    def paused(chunk: read.Chunk) -> Tokenized:
-        was_on = gc.isenabled()
-        gc.disable()
-        try:
-            return function(chunk)
-        finally:
-            if was_on:
-                gc.enable()
-
-    return paused
+def load_tokenizer(folder: Path, needs_template: bool = False, chat_template: str = "") -> Any:
+    """Load a tokenizer within the bounds of a confined process; see `chat.load_tokenizer`."""
+    confined.at(Stage.LOADING)
+    size = sum(file.stat().st_size for file in folder.glob("tokenizer*"))
+    confined.allow(size / LOADED_PER_S, 20 * size)
+    return chat.load_tokenizer(folder, needs_template, chat_template)
 
 
-def load(job: Job) -> Encode:
-    """Load the tokenizer and return the function that tokenizes a chunk.
+class Encoder:
+    """Tokenizes the chunks of one source.
 
     Raises:
         ValueError: no usable tokenizer, or no chat template where the format needs one.
     """
-    needs_template = job.format not in NO_TEMPLATE
-    tokenizer = chat.load_tokenizer(job.tokenizer_folder, needs_template, job.options.chat_template)
-    encoder = chat.Encoder(tokenizer, job.options)
-    to_item = formats.FORMATS[job.format]
-    source = types.SimpleNamespace(**job.source)  # a ConfigDict would take 5 us per row to ask
 
-    @_without_collections
-    def encode(chunk: read.Chunk) -> Tokenized:
-        places, reasons, items, item_rows = [], {}, [], []
+    def __init__(self, job: Job):
+        needs_template = job.format not in NO_TEMPLATE
+        template = job.options.chat_template
+        tokenizer = load_tokenizer(job.tokenizer_folder, needs_template, template)
+        confined.at(Stage.COMPILING)
+        try:
+            self._encoder = chat.Encoder(tokenizer, job.options)
+        except ValueError as error:
+            raise ValueError(f"{job.tokenizer_folder}: {error}") from error
+        self._to_item = formats.FORMATS[job.format]
+        # A ConfigDict would take 5 us per row to ask.
+        self._source = types.SimpleNamespace(**job.source)
+
+    def encode(self, chunk: read.Chunk) -> Tokenized:
+        """Tokenize a chunk."""
+        with _without_collections():
+            return self._encode(chunk)
+
+    def _encode(self, chunk: read.Chunk) -> Tokenized:
+        size = _size(chunk)
+        confined.allow(0, BYTES_PER_BYTE * size)
+        confined.at(Stage.READING)
+        places, reasons, items, item_rows, work = [], {}, [], [], 0
+        confined.at_row(0)
         for row, record in enumerate(read.parse(chunk)):
             places.append(_place(record.where, chunk.file))
+            confined.at_row(row + 1)  # which is parsed next
             try:
                 if record.row is None:
                     raise ValueError(record.error)
-                items.append(to_item(record.row, source))
+                item = self._to_item(record.row, self._source)
+                items.append(item)
                 item_rows.append(row)
+                work += _work(item)
             except ValueError as error:
                 reasons[row] = str(error)
+        # Each of a conversation's turns is found by rendering what comes before it.
+        confined.allow((size + work) / RENDERED_PER_S, BYTES_PER_BYTE * size)
         examples, rows = [], []
-        for row, found in zip(item_rows, encoder.encode(items), strict=True):
+        for row, found in zip(item_rows, self._encoder.encode(items, item_rows), strict=True):
             if isinstance(found, str):
                 reasons[row] = found
             else:
@@ -173,7 +169,33 @@ def load(job: Job) -> Encode:
         refused = [Refused(row, places[row], _printable(reasons[row])) for row in sorted(reasons)]
         return _tokenized(places, examples, rows, refused)
 
-    return encode
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Pause Python's search for reference cycles: over so many small objects, none of which is in
+    one, it takes a seventh of the time.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _size(chunk: read.Chunk) -> int:
+    """Bytes of a chunk, about."""
+    if chunk.kind == "rows":
+        return sum(len(str(row)) for row in chunk.payload)
+    return sum(map(len, chunk.payload))
+
+
+def _work(item: formats.Item) -> int:
+    """Characters that are rendered to find the turns of a long conversation."""
+    if not isinstance(item, formats.Conversation) or len(item.messages) < LONG:
+        return 0
+    return len(item.messages) * sum(len(str(message)) for message in item.messages)
 
 
 def _place(where: str, file: str) -> str:
@@ -220,23 +242,18 @@ def tokenize(
 ) -> Generator[tuple[read.Chunk, Tokenized]]:
     """Yield each chunk with its tokens, in order; close the generator to end its processes.
 
-    Little data, and all data of a single worker, is tokenized in this process.
+    Little data is tokenized by one process, which is kept.
 
     Raises:
-        ValueError: see `load`, and what reading the chunks raises.
+        ValueError: see `Encoder`, and what reading the chunks raises.
+        confined.OutOfBounds: the tokenizer or the template went out of its bounds.
         RuntimeError: a process ended before its work was done.
     """
     chunks = iter(chunks)
     first = collections.deque(itertools.islice(chunks, max(num_workers, FEW_CHUNKS + 1)))
-    num_workers = min(num_workers, len(first))
-    chunks = itertools.chain(_emptied(first), chunks)
-    if num_workers == 1 or len(first) <= FEW_CHUNKS:
-        encode = load(job)
-        for chunk in chunks:
-            yield chunk, encode(chunk)
-    else:
-        with _Processes(job, num_workers) as processes:
-            yield from processes.tokenize(chunks)
+    num_workers = min(num_workers, len(first)) if len(first) > FEW_CHUNKS else 1
+    with _Processes(job, num_workers) as processes:
+        yield from processes.tokenize(itertools.chain(_emptied(first), chunks))
 
 
 def _emptied(queue: collections.deque) -> Iterator[Any]:
@@ -251,16 +268,16 @@ class _Processes:
     """
 
     def __init__(self, job: Job, num_workers: int):
-        self._processes: dict[Connection, subprocess.Popen] = {}
-        self._num_workers, self._job = num_workers, job
+        self._job, self._num_workers = job, num_workers
+        self._processes: list[confined.Process] = []
+        self._working: dict[confined.Process, tuple[int, read.Chunk]] = {}
 
     def __enter__(self) -> "_Processes":
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             for _ in range(self._num_workers):
-                connection, process = _start()
-                self._processes[connection] = process
-                self._send(connection, (self._job, CODE))
+                self._processes.append(confined.take())
+                self._send(self._processes[-1], _begin, self._job, CODE)
             undo.pop_all()
         return self
 
@@ -268,102 +285,112 @@ class _Processes:
         self.close()
 
     def close(self) -> None:
-        """End all processes; whatever they were doing is lost."""
-        for connection, process in self._processes.items():
-            connection.close()
-            process.terminate()
-        for process in self._processes.values():
-            process.wait()
+        """Keep a process that waits for work; end all others, whatever they were doing."""
+        for process in self._processes:
+            confined.give_back(process)
 
     def tokenize(self, chunks: Iterable[read.Chunk]) -> Iterator[tuple[read.Chunk, Tokenized]]:
         """Yield each chunk with its tokens, in order."""
         upcoming = enumerate(chunks)
         following = next(upcoming, None)
-        idle: list[Connection] = []  # those that are loading are not idle yet
-        working: dict[Connection, tuple[int, read.Chunk]] = {}
+        idle: list[confined.Process] = []  # those that are loading are not idle yet
+        working = self._working
         done: dict[int, tuple[read.Chunk, Tokenized]] = {}
         num_yielded = 0
         while following is not None or working or done:
             while idle and following and following[0] < num_yielded + WINDOW * self._num_workers:
-                self._send(idle[-1], following[1])
-                working[idle.pop()] = following
+                working[idle[-1]] = following
+                self._send(idle.pop(), _encode, following[1])
                 following = next(upcoming, None)
             if num_yielded in done:
                 yield done.pop(num_yielded)
                 num_yielded += 1
                 continue
-            for connection in wait(list(self._processes)):
-                assert isinstance(connection, Connection)
-                result = self._receive(connection)
-                idle.append(connection)
-                if connection in working:
-                    number, chunk = working.pop(connection)
+            for process in confined.wait_for([p for p in self._processes if p.pending]):
+                result = self._receive(process)
+                idle.append(process)
+                if process in working:
+                    number, chunk = working.pop(process)
                     done[number] = chunk, result
 
-    def _send(self, connection: Connection, message: Any) -> None:
+    def _send(self, process: confined.Process, function: Callable, *args: Any) -> None:
         try:
-            connection.send(message)
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise self._ended(connection) from error
+            process.send(function, *args)
+        except Ended as error:
+            raise self._explained(process, error) from error
 
-    def _receive(self, connection: Connection) -> Any:
+    def _receive(self, process: confined.Process) -> Any:
         try:
-            result = connection.recv()
-        except (EOFError, ConnectionResetError) as error:
-            raise self._ended(connection) from error
-        if isinstance(result, str):
-            raise ValueError(result)
-        return result
+            return process.receive()
+        except Ended as error:
+            raise self._explained(process, error) from error
 
-    def _ended(self, connection: Connection) -> RuntimeError:
-        code = self._processes[connection].wait()
-        if code >= 0:
-            return RuntimeError(
-                f"a process that tokenizes failed (code {code}): see its error above"
-            )
-        name = signal.Signals(-code).name
-        out_of_memory = (
-            ", often the system's answer to too little memory: set data.num_workers below "
-            f"{self._num_workers}"
-        )
-        return RuntimeError(
-            f"a process that tokenizes was ended from outside by {name}"
-            f"{out_of_memory if -code == signal.SIGKILL else ''}"
+    def _explained(self, process: confined.Process, ended: Ended) -> Exception:
+        _, chunk = self._working.get(process, (0, None))
+        return explained(
+            ended,
+            self._job.tokenizer_folder,
+            template=chat_templates.KEY if self._job.options.chat_template else "",
+            chunk=chunk,
+            num_workers=self._num_workers,
         )
 
 
-def _start() -> tuple[Connection, subprocess.Popen]:
-    ours, theirs = multiprocessing.Pipe()
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(theirs.fileno()), *sys.path],
-            pass_fds=[theirs.fileno()],
-            env=os.environ | ONE_THREAD,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            process_group=0,  # Ctrl-C is for this process, which then ends the others
-        )
-    return ours, process
+def explained(
+    ended: Ended,
+    folder: Path,
+    *,
+    template: str = "",
+    chunk: read.Chunk | None = None,
+    num_workers: int = 1,
+) -> Exception:
+    """Say which program of a model's folder went out of its bounds, and on which row.
 
-
-def serve(file_descriptor: int) -> None:
-    """Tokenize what comes in, until the other end closes; the main function of a process.
-
-    Answers (Job, CODE) with None when it is ready, or with the text of a ValueError.
+    Args:
+        template: where the chat template comes from; "" = from the folder.
     """
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        connection = Connection(file_descriptor)
-        job, code = connection.recv()
-        try:
-            if code != CODE:
-                raise ValueError("the code of the program changed since it started: start it again")
-            encode = load(job)
-        except ValueError as error:
-            connection.send(str(error))
-            return
-        connection.send(None)
-        while True:
-            connection.send(encode(connection.recv()))
+    if ended.why == "fault":
+        return RuntimeError(f"a process that tokenizes failed (code {ended.code}):\n{ended.log}")
+    if ended.why == "outside":
+        remedy = ", often the system's answer to too little memory: set data.num_workers below "
+        return RuntimeError(
+            f"a process that tokenizes was ended from outside by {signal.Signals(-ended.code).name}"
+            f"{f'{remedy}{num_workers}' if ended.code == -signal.SIGKILL else ''}"
+        )
+    where = _where(chunk, ended.row) if chunk and ended.row >= 0 else ""
+    if ended.stage in (Stage.COMPILING, Stage.RENDERING):
+        on = f" (at {where})" if where else ""
+        return confined.OutOfBounds(
+            f"the chat template {template or chat.template_file(folder)} {ended.excess()}{on}: "
+            "mend it, or use that of another model"
+        )
+    if ended.stage == Stage.READING and where:
+        return confined.OutOfBounds(f"{where}: reading this row {ended.excess()}: remove it")
+    on = f" on {where}" if where else ""
+    return confined.OutOfBounds(
+        f"the tokenizer {folder / 'tokenizer.json'} {ended.excess()}{on}: mend it, or "
+        f"{'leave out the row' if where else 'take it from the original model'}"
+    )
+
+
+def _where(chunk: read.Chunk, row: int) -> str:
+    return next(itertools.islice((record.where for record in read.parse(chunk)), row, None), "")
+
+
+# ---- in the process that tokenizes --------------------------------------------------------------
+
+_encoders: list[Encoder] = []  # of the source that is tokenized now
+
+
+def _begin(job: Job, code: dict[str, str]) -> None:
+    if code != CODE:
+        raise ValueError("the code of the program changed since it started: start it again")
+    _encoders.clear()
+    _encoders.append(Encoder(job))
+
+
+def _encode(chunk: read.Chunk) -> Tokenized:
+    return _encoders[0].encode(chunk)
 
 
 def code_versions(module: str) -> dict[str, str]:
