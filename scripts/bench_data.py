@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # Python finds the package by the line above: hence E402.
 from jax_sft import config, parallel  # noqa: E402
-from jax_sft.data import chat, formats, packing, read, worker  # noqa: E402
+from jax_sft.data import chat, confined, formats, packing, read, worker  # noqa: E402
 from jax_sft.data.examples import Examples  # noqa: E402
 from jax_sft.data.loader import Loader, Schedule, empty_rows, fill_row  # noqa: E402
 
@@ -357,7 +357,7 @@ def tokenizing(options: argparse.Namespace) -> None:
     """
     if not options.data:
         raise SystemExit("error: tokenizing needs --data and --tokenizer")
-    os.environ |= worker.ONE_THREAD
+    os.environ |= confined.ENVIRONMENT
     tokenizer = chat.load_tokenizer(options.tokenizer)
     encoder, backend = chat.Encoder(tokenizer, chat.Options()), tokenizer.backend_tokenizer
     rows = []
@@ -365,7 +365,9 @@ def tokenizing(options: argparse.Namespace) -> None:
         source = guessed_source(file)
         chunks = list(read.chunks(source, [file]))
         name, _ = formats.choose(source, [r.row for r in read.parse(chunks[0]) if r.row])
-        encode = worker.load(worker.Job(options.tokenizer, chat.Options(), source, name))
+        encode = worker.Encoder(
+            worker.Job(options.tokenizer, chat.Options(), source, name)
+        ).encode
         num_examples = num_tokens = 0
         alone_s = ours_s = 0.0
         for chunk in chunks:

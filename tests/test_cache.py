@@ -20,7 +20,7 @@ import xxhash
 
 import jax_sft
 from jax_sft import config, tiny
-from jax_sft.data import cache, chat, worker
+from jax_sft.data import cache, chat, confined, worker
 from jax_sft.data import store as store_module
 
 REPO = Path(jax_sft.__file__).parent.parent
@@ -136,7 +136,6 @@ def test_stored_tokens_are_those_of_the_encoder(build, model, tmp_path):
 def test_a_second_start_tokenizes_nothing_and_finds_the_same(build, tmp_path, monkeypatch):
     file = write(tmp_path / "a.jsonl", rows(30))
     first = build(file)
-    monkeypatch.setattr(worker, "load", forbid)
     monkeypatch.setattr(worker, "tokenize", forbid)
     second = build(file)
     assert (first.cached, second.cached) == (False, True)
@@ -625,6 +624,13 @@ FORKS = """
         if not child:
             os._exit(function() or 0)
         return child
+
+    def tokenize_here(job, chunks, _):  # a process for each fork would take seconds to start
+        encoder = worker.Encoder(job)
+        for chunk in chunks:
+            yield chunk, encoder.encode(chunk)
+
+    worker.tokenize = tokenize_here
 """
 
 
@@ -749,21 +755,24 @@ def test_leftovers_are_removed_when_dead_and_only_then(build, tmp_path):
 
 
 @pytest.fixture
-def started(monkeypatch) -> list[subprocess.Popen]:
-    """The processes that were started, which they are for little data too."""
+def taken(monkeypatch) -> list[confined.Process]:
+    """The processes that were taken, several for little data too."""
     monkeypatch.setattr(worker, "FEW_CHUNKS", 1)
-    found, start = [], worker._start
+    found, take = [], confined.take
 
-    def start_and_note():
-        connection, process = start()
-        found.append(process)
-        return connection, process
+    def take_and_note():
+        found.append(take())
+        return found[-1]
 
-    monkeypatch.setattr(worker, "_start", start_and_note)
+    monkeypatch.setattr(confined, "take", take_and_note)
     return found
 
 
-def test_any_number_of_processes_gives_bitwise_the_same_store(build, tmp_path, started):
+def running(processes: list[confined.Process]) -> set[confined.Process]:
+    return {process for process in processes if process.popen.poll() is None}
+
+
+def test_any_number_of_processes_gives_bitwise_the_same_store(build, tmp_path, taken):
     data = [*rows(3500), {"prompt": "a", "response": None}, *rows(900)]
     file = write(tmp_path / "a.jsonl", data)
     made = []
@@ -773,39 +782,42 @@ def test_any_number_of_processes_gives_bitwise_the_same_store(build, tmp_path, s
         made.append(contents(store.folder))
         assert store.meta["rows"] == 4401
         assert store.rows.tolist() == [*range(3500), *range(3501, 4401)]
-    assert len(started) == 0 + 2 + 3
+        assert len(running(taken)) == 1
+    assert len(taken) == 1 + 2 + 3
     assert made[0] == made[1] == made[2]
-    assert all(process.returncode is not None for process in started)
 
 
-def test_no_process_is_started_for_little_data(build, tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "_start", forbid)
-    assert len(build(write(tmp_path / "a.jsonl", rows(3000)), num_workers=8).rows) == 3000
+def test_one_process_tokenizes_little_data_and_is_used_again(build, tmp_path, taken, monkeypatch):
+    monkeypatch.setattr(worker, "FEW_CHUNKS", 16)
+    for number in range(3):
+        file = write(tmp_path / "a.jsonl", rows(3000, first=number))
+        assert len(build(file, num_workers=8).rows) == 3000
+    assert len(taken) == 3 and len(set(taken)) == 1
 
 
-def test_a_process_that_is_killed_is_told_with_what_to_do(build, tmp_path, started, monkeypatch):
+def test_a_process_that_is_killed_is_told_with_what_to_do(build, tmp_path, taken, monkeypatch):
     file = write(tmp_path / "a.jsonl", rows(6000))
     add = store_module.Writer.add
 
     def kill_one(*args):
-        started[0].kill()
+        taken[0].popen.kill()
         add(*args)
 
     monkeypatch.setattr(store_module.Writer, "add", kill_one)
     with pytest.raises(RuntimeError, match=r"SIGKILL.*memory.*data\.num_workers below 2"):
         build(file, num_workers=2)
-    assert all(process.returncode is not None for process in started)
+    assert taken[0] not in running(taken) and len(running(taken)) <= 1
     assert stores(tmp_path / "cache") == []
 
 
-def test_a_process_that_fails_to_load_the_tokenizer_says_why(build, tmp_path, started):
+def test_a_process_that_fails_to_load_the_tokenizer_says_why(build, tmp_path, taken):
     broken = write_model(tmp_path / "broken", tokenizer_json="{")
     with pytest.raises(ValueError, match="no tokenizer that can be loaded"):
         build(write(tmp_path / "a.jsonl", rows(2500)), num_workers=2, tokenizer_folder=broken)
-    assert len(started) == 2
+    assert len(taken) == 2
 
 
-def test_processes_with_other_code_than_ours_are_refused(build, tmp_path, started, monkeypatch):
+def test_processes_with_other_code_than_ours_are_refused(build, tmp_path, taken, monkeypatch):
     monkeypatch.setitem(worker.CODE, "jax_sft.data.chat", "edited since")
     with pytest.raises(ValueError, match="code of the program changed"):
         build(write(tmp_path / "a.jsonl", rows(2500)), num_workers=2)

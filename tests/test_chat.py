@@ -514,7 +514,6 @@ ENDLESS = {
     "center": "{{ 'a'.center(10 ** 12) }}",
     "center filter": "{{ 'a'|center(10 ** 12) }}",
     "width named": "{{ 'a'|indent(width=10 ** 12) }}",
-    "format": "{{ '{:>999999999999}'.format('a') }}",
     "percent": "{{ '%999999999999d' % 1 }}",
     "format filter": "{{ '%999999999999d'|format(1) }}",
     "star": "{{ '%*d' % (999999999999, 1) }}",
