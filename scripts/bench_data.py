@@ -365,9 +365,7 @@ def tokenizing(options: argparse.Namespace) -> None:
         source = guessed_source(file)
         chunks = list(read.chunks(source, [file]))
         name, _ = formats.choose(source, [r.row for r in read.parse(chunks[0]) if r.row])
-        encode = worker.Encoder(
-            worker.Job(options.tokenizer, chat.Options(), source, name)
-        ).encode
+        encode = worker.Encoder(worker.Job(options.tokenizer, chat.Options(), source, name)).encode
         num_examples = num_tokens = 0
         alone_s = ours_s = 0.0
         for chunk in chunks:
