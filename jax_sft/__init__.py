@@ -9,10 +9,16 @@ Three functions, the same that the commands run:
 
 import importlib
 import os
+import signal
+import sys
 import time
 from typing import Any
 
 BEGAN_S = time.perf_counter()  # about when the process began, where one of our programs is run
+
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # One of our programs is about to be loaded: until `lifecycle.begin`, Ctrl-C prints nothing.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # transformers is used for its tokenizers, which do not need the PyTorch that it would ask for.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

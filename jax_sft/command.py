@@ -1,18 +1,18 @@
 """What the programs' command lines have in common: the config file, and how mistakes are told."""
 
-import os
 import sys
 from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from jax_sft import exit_codes
+from jax_sft import exit_codes, lifecycle
 
 # What a mistake on the command line or in a config file raises.
 CONFIG_ERRORS = (
     *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
     *(ImportError, NameError, OSError, SyntaxError),
+    *(ArithmeticError, AssertionError, RuntimeError),
 )
 
 HELP = {"-h", "-help", "--help", "-?"}
@@ -36,7 +36,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         leave_torch_out()  # not before the config file, which may want it
         return rest
     except CONFIG_ERRORS as error:
-        if shows_traceback():
+        if lifecycle.shows_traceback():
             raise
         text = f"{type(error).__name__}: {error}"
         if isinstance(error, AttributeError | KeyError):
@@ -58,8 +58,3 @@ def leave_torch_out() -> None:
     """
     if "transformers" not in sys.modules and "torch" not in sys.modules:
         sys.modules["torch"] = None  # type: ignore[assignment]
-
-
-def shows_traceback() -> bool:
-    """Whether JAX_SFT_TRACEBACK asks for tracebacks instead of one line."""
-    return bool(os.environ.get("JAX_SFT_TRACEBACK"))

@@ -13,10 +13,14 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from jax_sft import lifecycle
+
+if __name__ == "__main__":
+    lifecycle.begin()
 
 import jax
 import jax.numpy as jnp
@@ -169,9 +173,8 @@ def main() -> int:
         check_folder(findings, paths.local(options.workdir, "--workdir"), num_bytes)
         check_collectives(findings, num_bytes)
     except (ValueError, OSError, cluster.Lost, cluster.Stopped) as error:
-        print(f"error: {error}", file=sys.stderr)
         cluster.say_goodbye(str(error), exit_codes.of(error))
-        return exit_codes.of(error)
+        raise
     if cluster.process_id() == 0:
         verdict = f"{len(findings.problems)} problem(s)" if findings.problems else "all is well"
         print(verdict, flush=True)
@@ -179,4 +182,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    lifecycle.run(main)

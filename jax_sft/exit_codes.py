@@ -4,6 +4,7 @@ The numbers from 64 on are those of BSD's sysexits.h where one fits.
 """
 
 DONE = 0
+CRASH = 1  # an error that may be gone after a restart
 USER_ERROR = 64  # config, model, data or command line: a restart would find the same
 BAD_DATA = 65  # training stopped itself, e.g. after too many losses that were not finite
 NOT_SAVED = 74  # trained to the end, but the last state could not be stored
@@ -31,12 +32,31 @@ def describe(code: int) -> str:
     return f"exit code {code}: {words}"
 
 
+# Errors that say what the user gave wrong; no bug of ours and no surprise of a library.
+_OF_USER = (
+    *(ValueError, FileNotFoundError, FileExistsError, PermissionError),
+    *(NotADirectoryError, IsADirectoryError),
+)
+# What may be gone after a restart: devices, links, storage, memory. All other kinds come again.
+_PASSING = (RuntimeError, OSError, MemoryError)
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether the message of an error says all that a user needs."""
+    return isinstance(error, (*_OF_USER, FloatingPointError)) or hasattr(error, "exit_code")
+
+
 def of(error: BaseException) -> int:
-    """Return the code to end with after an error; errors of ours carry theirs as `exit_code`."""
-    if isinstance(error, ValueError):
-        return USER_ERROR
+    """Return the code to end with after an error; errors of ours carry theirs as `exit_code`.
+
+    What a library raises about a file that it was given, a panic included, is the same at the next
+    start, and so a user's error.
+    """
     if isinstance(error, FloatingPointError):
         return BAD_DATA
     if isinstance(error, KeyboardInterrupt):
-        return 130
-    return getattr(error, "exit_code", 1)
+        return getattr(error, "exit_code", 130)
+    passes = isinstance(error, _PASSING) and not isinstance(
+        error, (*_OF_USER, RecursionError, NotImplementedError)
+    )
+    return getattr(error, "exit_code", CRASH if passes else USER_ERROR)

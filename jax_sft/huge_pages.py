@@ -6,8 +6,11 @@ programs that want it, and glibc (2.35 and later) asks on behalf of those starte
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
+
+from jax_sft import lifecycle
 
 TUNABLES = "GLIBC_TUNABLES"  # NAME=VALUE joined by colons
 HUGE_PAGES = "glibc.malloc.hugetlb"
@@ -32,7 +35,12 @@ def use(*command: str) -> None:
     if is_own and on_cpu and HUGE_PAGES not in tunables and _are_on_request():
         asked = f"{HUGE_PAGES}=1"
         os.environ[TUNABLES] = f"{tunables}:{asked}" if tunables else asked
-        os.execv(sys.executable, sys.orig_argv)
+        # Until `lifecycle.begin` of the new start, whose Python would print a traceback.
+        signal.pthread_sigmask(signal.SIG_BLOCK, lifecycle.SIGNALS)
+        try:
+            os.execv(sys.executable, sys.orig_argv)
+        finally:  # only where it fails
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, lifecycle.SIGNALS)
 
 
 def in_use() -> bool:

@@ -18,7 +18,6 @@ mistake in the command or the config. Colours: NO_COLOR=1 turns them off, FORCE_
 """
 
 import dataclasses
-import io
 import itertools
 import json
 import os
@@ -28,10 +27,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_sft import lifecycle
+
+if __name__ == "__main__":
+    lifecycle.begin()
+
 import numpy as np
 from absl import app, flags
 
-from jax_sft import command, config, exit_codes, hf, outputs, stop_tokens
+from jax_sft import command, config, hf, outputs, stop_tokens, terminal
 from jax_sft.data import check, outcomes, packing, prepare, show
 from jax_sft.data.detokenize import Detokenizer
 from jax_sft.data.examples import Examples
@@ -309,15 +313,10 @@ def is_dump(start: bytes) -> bool:
 
 
 def print_all(texts: Iterable[str]) -> None:
-    """Print, whatever the terminal's encoding, until the reader has seen enough (`| head`)."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        for text in texts:
-            print(text)
-        sys.stdout.flush()
-    except BrokenPipeError:  # nor must the flush at exit find the closed pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Print with the colors of `show`, which has escaped what is not its own."""
+    for text in texts:
+        terminal.print_trusted(text)
+    sys.stdout.flush()
 
 
 # ---- the command line ---------------------------------------------------------------------------
@@ -330,13 +329,7 @@ def main(_: list[str]) -> int:
     }
     color = not os.environ.get("NO_COLOR")
     color = color and bool(os.environ.get("FORCE_COLOR") or sys.stdout.isatty())
-    try:
-        return inspect(flags.FLAGS.config, Options(**given), color)
-    except ValueError as error:
-        if command.shows_traceback():
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return exit_codes.USER_ERROR
+    return inspect(flags.FLAGS.config, Options(**given), color)
 
 
 if __name__ == "__main__":
@@ -348,4 +341,4 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("tokens", False, "Also show where tokens begin and end")
     flags.DEFINE_string("html", "", "Also write what is shown as a page to this file")
     flags.DEFINE_string("dump", "", "Also write every example's tokens to this .jsonl file")
-    app.run(main, flags_parser=command.parse_flags)
+    lifecycle.run(lambda: app.run(main, flags_parser=command.parse_flags))

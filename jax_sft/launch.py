@@ -11,6 +11,11 @@ import socket
 import sys
 from pathlib import Path
 
+from jax_sft import lifecycle
+
+if __name__ == "__main__":
+    lifecycle.begin(requeues=True)
+
 from jax_sft import exit_codes
 from jax_sft.launching import coordinates, environment, fleet, leash, processes, ray_cluster, ssh
 from jax_sft.launching.output import STDOUT, Printer
@@ -214,14 +219,10 @@ def on_ray(options: argparse.Namespace, rest: list[str]) -> int:
     return ray_cluster.run(job, fleet.Options(options.max_restarts, options.grace), Printer())
 
 
-def main() -> None:
+def main() -> int:
     """The command line."""
-    try:
-        sys.exit(run(sys.argv[1:]))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(exit_codes.USER_ERROR)
+    return run(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    main()
+    lifecycle.run(main)

@@ -14,10 +14,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jax_sft import lifecycle
+
+if __name__ == "__main__":
+    lifecycle.begin()
+
 import jax
 from absl import app, flags, logging
 
-from jax_sft import command, exit_codes, outputs, parallel, paths
+from jax_sft import command, outputs, parallel, paths
 from jax_sft.planning import chips, page, search, targets
 from jax_sft.planning.analysis import Target, analyse
 from jax_sft.planning.flops import RowWork, segment_pairs
@@ -142,40 +147,33 @@ def main(_: list[str]) -> None:
     """The command line."""
     logging.set_verbosity(logging.ERROR)
     options = flags.FLAGS
-    try:
-        workdir = paths.local(options.workdir or command.default_workdir(), "--workdir")
-        if workdir.exists() and not workdir.is_dir():
-            raise ValueError(f"--workdir={workdir} is a file: name a folder")
-        plan_json = outputs.check_file(workdir / "plan.json", is_plan, "--workdir")
-        plan_html = outputs.check_file(workdir / "plan.html", outputs.is_page, "--workdir")
-        hlo_file = _path("hlo")
-        if hlo_file:
-            hlo_file = outputs.check_file(hlo_file, is_hlo, "--hlo")
-        default_report = workdir / "data_report.json"
-        report = _path("data-report") or (default_report if default_report.exists() else None)
-        found = plan(
-            options.config,
-            options.target,
-            options.hosts,
-            int(options["gpus-per-host"].value or 0),
-            report=report,
-            with_search=options.search,
-            hlo_file=hlo_file,
-            say=lambda line: print(line, file=sys.stderr, flush=True),
-        )
-    except ValueError as error:
-        if command.shows_traceback():
-            raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(exit_codes.USER_ERROR)
+    workdir = paths.local(options.workdir or command.default_workdir(), "--workdir")
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir={workdir} is a file: name a folder")
+    plan_json = outputs.check_file(workdir / "plan.json", is_plan, "--workdir")
+    plan_html = outputs.check_file(workdir / "plan.html", outputs.is_page, "--workdir")
+    hlo_file = _path("hlo")
+    if hlo_file:
+        hlo_file = outputs.check_file(hlo_file, is_hlo, "--hlo")
+    default_report = workdir / "data_report.json"
+    report = _path("data-report") or (default_report if default_report.exists() else None)
+    found = plan(
+        options.config,
+        options.target,
+        options.hosts,
+        int(options["gpus-per-host"].value or 0),
+        report=report,
+        with_search=options.search,
+        hlo_file=hlo_file,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
     print(page.as_text(found))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         outputs.write_file(plan_json, [json.dumps(found, indent=2) + "\n"])
         outputs.write_file(plan_html, [page.render(found)])
-    except (OSError, ValueError) as error:
-        print(f"error: --workdir={workdir} cannot be written: {error}", file=sys.stderr)
-        sys.exit(exit_codes.USER_ERROR)
+    except OSError as error:
+        raise ValueError(f"--workdir={workdir} cannot be written: {error}") from error
     print(f"\nwritten: {workdir / 'plan.json'}, {workdir / 'plan.html'}")
     sys.exit(0 if fits(found) else EXIT_DOES_NOT_FIT)
 
@@ -190,4 +188,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", "", "Where plan.json goes; default runs/NAME_OF_CONFIG.")
     flags.DEFINE_string("data-report", "", "Default: data_report.json in the workdir.")
     flags.DEFINE_string("hlo", "", "Also write the compiled program to this file.")
-    app.run(main, flags_parser=command.parse_flags)
+    lifecycle.run(lambda: app.run(main, flags_parser=command.parse_flags))

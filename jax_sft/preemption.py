@@ -1,7 +1,7 @@
-"""Told to stop (SIGTERM, SIGUSR1): all processes leave the loop at the same step, saved.
+"""Told to stop (by a signal): all processes leave the loop at the same step, saved.
 
-A scheduler that takes a machine away sends a signal some time before; Slurm's --signal and
-Kubernetes do. Not every process need get one.
+A scheduler that takes a machine away sends a signal some time before (Slurm's --signal and
+Kubernetes do), a user presses Ctrl-C or closes the terminal. Not every process need get one.
 """
 
 import os
@@ -9,14 +9,13 @@ import signal
 import socket
 import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from jax_sft import cluster, exit_codes
+from jax_sft import cluster, exit_codes, lifecycle
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-SAME_SIGNAL_S = 3.0  # Slurm signals each process of a job step, a launcher may hand it on again
+SIGNALS = lifecycle.SIGNALS
 
 
 class Preempted(RuntimeError):
@@ -31,7 +30,8 @@ class Preemption:
     The loop asks `reached` before each piece of work that all processes do together. Work is
     counted, and once one process was told to stop each says how many pieces it has begun: all stop
     after the highest of these, which nobody is past. Before `saves_from_here` there is nothing to
-    save, and the process ends at once; a second signal ends it at once as well.
+    save, and the process ends at once; a second request (see `lifecycle.Requests`) ends it at once
+    as well. In a program that is not ours (a notebook) SIGINT raises KeyboardInterrupt instead.
 
     Args:
         end: ends the process with an exit code; tests replace it.
@@ -40,8 +40,10 @@ class Preemption:
     def __init__(self, end: Callable[[int], Any] = os._exit):
         self._end = end
         self._told = threading.Event()
-        self._told_at = 0.0
+        self._requests = lifecycle.Requests()
         self._saves = False
+        self._on_signal: BaseException | None = None  # is raised instead of ending the process
+        self._raises: BaseException | None = None  # by the main thread, as soon as it can
         self._changing = threading.Condition()
         self._begun = 0  # pieces of work
         self._posted: int | None = None  # what this process has told the others
@@ -57,7 +59,7 @@ class Preemption:
         # Python's own handlers run only between two instructions of the main thread, which may be
         # compiling for minutes; the file descriptor is written to at once.
         self._before_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, _nothing) for number in SIGNALS}
+        self._before = lifecycle.listen(self._handle)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -73,6 +75,11 @@ class Preemption:
         self._reader.close()
 
     @property
+    def saves(self) -> bool:
+        """Whether there is work to be saved."""
+        return self._saves
+
+    @property
     def told(self) -> bool:
         """Whether this process knows that all are to stop."""
         return self._told.is_set()
@@ -83,6 +90,17 @@ class Preemption:
             self._saves = saves
         if not saves and self.told:
             self._end_at_once("nothing is left to save")
+
+    @contextmanager
+    def raising(self, error: BaseException) -> Iterator[None]:
+        """Raise an error at a request to stop within, so that unfinished files are removed."""
+        with self._changing:
+            self._on_signal = error
+        try:
+            yield
+        finally:
+            with self._changing:
+                self._on_signal = None
 
     def reached(self) -> bool:
         """Count one more piece of work; return whether to stop instead of beginning it.
@@ -111,7 +129,7 @@ class Preemption:
         if cluster.num_processes() == 1:
             return
         found = cluster.read_all("stop")
-        if not (found or self.told):
+        if not (found or self.told) or self._on_signal:
             return
         self._told.set()
         with self._changing:
@@ -130,34 +148,45 @@ class Preemption:
 
     def _listen(self) -> None:
         while received := self._reader.recv(64):
-            names = [signal.Signals(number).name for number in received if number in SIGNALS]
-            if names:
-                self._notice(names[0])
+            for number in received:
+                if number in SIGNALS and not self._raises:
+                    self._notice(signal.Signals(number).name)
 
     def _notice(self, name: str) -> None:
-        now = time.monotonic()
-        if self._told_at and now - self._told_at < SAME_SIGNAL_S:
+        number = signal.Signals[name]
+        if not self._requests.note(number):
             return
-        if self._told_at:
-            self._end_at_once(f"{name} for the second time: what is saved stays")
+        if self._requests.count > 1:
+            self._end_at_once(f"{name} for the second time: what is saved stays", number)
             return
-        self._told_at = now
         self._told.set()
-        print(f"{name}: stopping", file=sys.stderr, flush=True)
         with self._changing:
-            if self._saves and cluster.num_processes() == 1:
+            saves, on_signal = self._saves, self._on_signal
+            if saves and cluster.num_processes() == 1:
                 self._posted = self._last = self._begun
-                return
-            saves = self._saves
-        if not saves:
-            self._end_at_once("there is nothing to save yet")
+        if saves:
+            print(f"{name}: saving after this step; again = at once", file=sys.stderr, flush=True)
+        elif on_signal:
+            self._raise(on_signal, number)
+        else:
+            self._end_at_once(f"{name}: there is nothing to save yet", number)
 
-    def _end_at_once(self, why: str) -> None:
+    def _end_at_once(self, why: str, number: int = 0) -> None:
         print(f"stopped at once: {why}", file=sys.stderr, flush=True)
         sys.stdout.flush()
+        if number == signal.SIGINT and not lifecycle.is_ours() and self._before:
+            self._raise(KeyboardInterrupt(why), number)
+            return
         cluster.say_goodbye(f"told to stop; {why}", exit_codes.REQUEUE)
         self._end(exit_codes.REQUEUE)
 
+    def _raise(self, error: BaseException, number: int) -> None:
+        """Raise in the main thread, which handles signals between two of its instructions."""
+        self._raises = error
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
-def _nothing(number: int, frame: Any) -> None:
-    """Stands in for the default of a signal, which would end the process."""
+    def _handle(self, number: int, frame: Any) -> None:
+        """Take the place of a signal's default, which would end the process."""
+        error, self._raises = self._raises, None
+        if error:
+            raise error

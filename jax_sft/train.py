@@ -15,15 +15,17 @@ import gc
 import json
 import math
 import os
+import re
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from jax_sft import huge_pages
+from jax_sft import huge_pages, lifecycle
 
 if __name__ == "__main__":
+    lifecycle.begin(requeues=True)
     huge_pages.use("-m", "jax_sft.train")  # before what takes long: it starts the program anew
     gc.disable()  # looking for garbage among what is imported takes an eighth of the imports' time
 
@@ -39,7 +41,6 @@ from jax_sft import (
     compilation_cache,
     config,
     evaluate,
-    exit_codes,
     hf,
     hf_export,
     metrics,
@@ -53,6 +54,7 @@ from jax_sft import (
     same_weights,
     state,
     stop_tokens,
+    terminal,
     trackers,
     trainable,
     vocabulary,
@@ -70,11 +72,8 @@ from jax_sft.startup import Startup
 from jax_sft.validate import validate
 from jax_sft.watchdog import SLOW_PHASE_S, Watchdog
 
-# What ends a run with a message and an exit code of its own.
-ENDS = (
-    *(ValueError, FloatingPointError, Preempted, checkpoint.NotSaved),
-    *(cluster.Lost, cluster.Stopped),
-)
+# How XLA says that a device's memory is full; JAX has no exception of its own for it.
+OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
 
 
 def train(cfg: config.Config, workdir: str | Path, began: float | None = None) -> dict[str, float]:
@@ -89,9 +88,12 @@ def train(cfg: config.Config, workdir: str | Path, began: float | None = None) -
         The metrics of the last step and the last evaluation (empty if nothing was left to do).
 
     Raises:
-        ValueError: anything wrong with config, model or data, found before training starts.
+        ValueError: anything wrong with config, model or data, found before training starts; the
+            memory is too small.
         FloatingPointError: the loss was not finite too often (train.max_nonfinite).
-        Preempted: SIGTERM or SIGUSR1; the state is saved.
+        Preempted: SIGTERM, SIGINT, SIGHUP or SIGUSR1; the state is saved. A second SIGINT is a
+            KeyboardInterrupt, as is one before there is anything to save; in our own programs both
+            end the process.
         NotSaved: trained to the end, but the last state could not be stored.
         Lost, Stopped: another process did not come, or ended with an error (cluster.py).
 
@@ -100,12 +102,37 @@ def train(cfg: config.Config, workdir: str | Path, began: float | None = None) -
     startup = Startup(time.perf_counter() if began is None else began)
     if began is not None:
         startup.end("imports")
+    folder = paths.local(workdir, "--workdir")
     with (
+        terminal.guarded(),
         Preemption(end=run_lock.end_process) as preemption,
         Watchdog(cfg.train.stall_timeout_s, preemption.beat, end=run_lock.end_process) as watch,
+        _memory_explained(preemption),
         contextlib.ExitStack() as ends,
     ):
-        return _train(cfg, paths.local(workdir, "--workdir"), preemption, watch, startup, ends)
+        return _train(cfg, folder, preemption, watch, startup, ends)
+
+
+@contextlib.contextmanager
+def _memory_explained(preemption: Preemption) -> Iterator[None]:
+    """Say what to change where memory is too small for the first step.
+
+    Raises:
+        ValueError: instead of JAX's error.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())
+        on_host = isinstance(error, MemoryError)
+        if preemption.saves or not (on_host or OUT_OF_MEMORY.search(text)):
+            raise
+        raise ValueError(
+            f"the memory of {'this machine' if on_host else 'the devices'} is too small for this "
+            f'run: {text[:300]}\nset batch.micro_rows lower, model.remat = "full", data.seq_len '
+            "shorter, or use more devices (mesh.fsdp); python -m jax_sft.plan with the same config "
+            "tells what fits"
+        ) from error
 
 
 def _train(
@@ -219,6 +246,7 @@ def _train(
     # ---- state: a checkpoint of this run, or the pretrained weights ----------------------------
     watch.at("loading the weights")
     if first_process:
+        lifecycle.keeps(workdir)
         (workdir / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
     same_weights.check(folder, paths.local(cfg.lora.path, "lora.path") if cfg.lora.path else None)
     checkpoints = checkpoint.Checkpoints(
@@ -405,11 +433,13 @@ def _train(
         watch.at("exporting")
         if lock:
             lock.check(look=True)
-        hf_export.of_run(
-            workdir,
-            tokenizer_eos=cfg.train.export_tokenizer_eos,
-            say=lambda line: say(f"export  {line}"),
-        )
+        told = f"told to stop: step {done} is saved, and not exported yet"
+        with preemption.raising(Preempted(told)):
+            hf_export.of_run(
+                workdir,
+                tokenizer_eos=cfg.train.export_tokenizer_eos,
+                say=lambda line: say(f"export  {line}"),
+            )
     say(f"saved   {workdir / 'checkpoints'}")
     watch.at("waiting for the other processes to finish")
     cluster.exchange("the end", "", timeout_s=SLOW_PHASE_S)
@@ -475,31 +505,21 @@ def main(_: list[str]) -> None:
     """The command line."""
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
     workdir = flags.FLAGS.workdir or command.default_workdir()
-    sys.excepthook = end_at_once
     try:
         train(flags.FLAGS.config, workdir, jax_sft.BEGAN_S)
-        if jax.distributed.is_initialized():
-            # Before Python waits for threads: after a save that failed on another process, Orbax's
-            # hang in a barrier for minutes, which this ends.
-            jax.distributed.shutdown()
-    except ENDS as error:
-        if command.shows_traceback():
-            raise
-        kind = "stopped" if isinstance(error, Preempted) else "error"
-        print(f"{kind}: {error}", file=sys.stderr, flush=True)
-        end(exit_codes.of(error))
-
-
-def end_at_once(kind: type[BaseException], error: BaseException, traceback) -> None:
-    """Print an unexpected error and end (sys.excepthook)."""
-    sys.__excepthook__(kind, error, traceback)
-    end(exit_codes.of(error))
+    except Preempted as stopped:
+        is_children = "JAX_SFT_STATUS" in os.environ and "JAX_SFT_TYPED" not in os.environ
+        if cluster.process_id() == 0 and not is_children:  # it is the launcher's to be typed
+            stopped.add_note(f"resume: {lifecycle.typed()}")
+        raise
+    if jax.distributed.is_initialized():
+        # Before Python waits for threads: after a save that failed on another process, Orbax's
+        # hang in a barrier for minutes, which this ends.
+        jax.distributed.shutdown()
 
 
 def end(code: int) -> None:
     """End the process; one of several at once, as an orderly exit would wait for the others."""
-    sys.stdout.flush()
-    sys.stderr.flush()
     if jax.distributed.is_initialized():
         os._exit(code)
     sys.exit(code)
@@ -510,4 +530,4 @@ if __name__ == "__main__":
     gc.enable()
     command.define_config()
     flags.DEFINE_string("workdir", "", "The run's folder; default runs/NAME_OF_CONFIG")
-    app.run(main, flags_parser=command.parse_flags)
+    lifecycle.run(lambda: app.run(main, flags_parser=command.parse_flags), end)

@@ -77,6 +77,8 @@ class Watchdog:
         self._closing.set()  # from here on nobody else ends this process
         if isinstance(error, jax.errors.JaxRuntimeError):
             _explain(error)
+        if self._done >= 0 and error is not None and not exit_codes.is_expected(error):
+            error.exit_code = exit_codes.CRASH  # no error of the user's, who has trained so far
         if error is not None and not isinstance(error, cluster.Stopped):
             cluster.say_goodbye(f"{kind.__name__}: {error}", exit_codes.of(error))
         self._in_flight.put(None)
@@ -134,7 +136,7 @@ class Watchdog:
             try:
                 jax.block_until_ready(results)
             except jax.errors.JaxRuntimeError as error:
-                print(f"step {step} failed: {error}", file=sys.stderr, flush=True)
+                print(f"step {step} failed: {_first_line(error)}", file=sys.stderr, flush=True)
                 continue  # the loop fails with it when it reads the results
             now = time.monotonic()
             if self._done >= 0:  # the first one compiles
@@ -280,6 +282,11 @@ def _explain(error: Exception) -> None:
             print(f"the coordinator does not answer: {broken}", file=sys.stderr, flush=True)
             return
         time.sleep(0.2)
+
+
+def _first_line(error: Exception) -> str:
+    """XLA's messages may list all buffers of a device."""
+    return str(error).partition("\n")[0][:500]
 
 
 def _number(key: str) -> int:

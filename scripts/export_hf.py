@@ -29,6 +29,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # JAX reads its platform, and Python finds the package, by the two lines above: hence E402.
+from jax_sft import lifecycle  # noqa: E402
+
+if __name__ == "__main__":
+    lifecycle.begin()
+
 from jax_sft import exit_codes, hf, hf_export, hub  # noqa: E402
 from scripts import verify_export  # noqa: E402
 
@@ -145,4 +150,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    lifecycle.run(main)

@@ -17,6 +17,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # JAX reads its platform, and Python finds the package, by the two lines above: hence E402.
+from jax_sft import lifecycle  # noqa: E402
+
+if __name__ == "__main__":
+    lifecycle.begin()
+
 import numpy as np  # noqa: E402
 from ml_dtypes import bfloat16  # noqa: E402
 
@@ -101,4 +106,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    lifecycle.run(main)

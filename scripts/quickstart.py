@@ -7,9 +7,13 @@ answers to held-out questions before and after. Exits with 1 unless exact match 
 
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
+
+from jax_sft import lifecycle
+
+if __name__ == "__main__":
+    lifecycle.begin(requeues=True)
 
 import transformers
 
@@ -72,4 +76,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    lifecycle.run(main)

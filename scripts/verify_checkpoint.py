@@ -17,6 +17,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # JAX reads its platform, and Python finds the package, by the two lines above: hence E402.
+from jax_sft import lifecycle  # noqa: E402
+
+if __name__ == "__main__":
+    lifecycle.begin()
+
 from tqdm import tqdm  # noqa: E402
 
 from jax_sft import model_files, paths, steps, storage  # noqa: E402
@@ -89,4 +94,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    lifecycle.run(main)

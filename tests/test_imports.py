@@ -16,16 +16,15 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 
 # A file imports only from levels below its own.
 LEVELS = [
-    "paths exit_codes models.fields",
-    "regular",
+    "paths exit_codes terminal models.fields",
+    "lifecycle regular",
     "config cache_folder huge_pages startup tree parallel trackers "
     "models models.spec strict_json data.json_rows data.printed "
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables "
     "manifest fingerprint hub owner patterns "
     "plain_paths run_lock "
-    "launching.coordinates launching.gpus launching.environment launching.output launching.tied "
-    "launching.stop_requests",
-    "launching.processes launching.leash launching.restarts "
+    "launching.coordinates launching.gpus launching.environment launching.output launching.tied",
+    "launching.processes launching.leash launching.stop_requests launching.restarts "
     "models.rope "
     "command cluster steps sums storage vocabulary data.messages data.sandbox compute "
     "data.chat_templates data.confined "
@@ -174,5 +173,7 @@ def test_no_exception_is_caught_broadly_or_passed_over():
                 broad.append(where)
             if any(isinstance(statement, ast.Pass) for statement in node.body):
                 passed.append(where)
-    # What kernel libraries raise is passed over for another kernel.
-    assert broad == ["jax_sft.ops.attention._attempt"] and passed == []
+    # Where a program ends, whatever a library has raised is one line; what kernel libraries raise
+    # is passed over for another kernel.
+    known = ["jax_sft.lifecycle._code_of", "jax_sft.ops.attention._attempt"]
+    assert sorted(broad) == known and passed == []

@@ -9,7 +9,7 @@ import time
 import pytest
 
 import jax_sft
-from jax_sft import cluster, metrics, preemption
+from jax_sft import cluster, lifecycle, metrics, preemption
 from jax_sft.preemption import Preempted, Preemption
 
 
@@ -73,7 +73,7 @@ def test_all_processes_begin_the_same_number_of_pieces(seed, monkeypatch):
 
 def test_signals_close_together_are_one_and_a_later_one_ends_at_once(monkeypatch):
     ends, now = [], [100.0]
-    monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(lifecycle.time, "monotonic", lambda: now[0])
     told = Preemption(end=ends.append)
     told.saves_from_here()
     told._notice("SIGTERM")

@@ -1,7 +1,8 @@
 """Ties a supervisor to the launcher that started it on another host, over its stdin.
 
-The launcher sends a line every `BEAT_S`; a line `STOP` means what SIGTERM means. Where nothing
-comes for `SILENCE_S`, or the pipe ends, the launcher is gone or out of reach.
+The launcher sends a line every `BEAT_S`; a line `STOP` means what SIGTERM means, a
+second one means at once. Where nothing comes for `SILENCE_S`, or the pipe ends, the launcher is
+gone or out of reach.
 """
 
 import os
@@ -21,7 +22,7 @@ def hold(printer: Printer, stdin: int = 0, silence_s: float = SILENCE_S) -> None
 
 
 def _watch(printer: Printer, stdin: int, silence_s: float) -> None:
-    received = b""
+    received, told = b"", False
     while True:
         readable, _, _ = select.select([stdin], [], [], silence_s)
         chunk = os.read(stdin, 4096) if readable else b""
@@ -31,5 +32,6 @@ def _watch(printer: Printer, stdin: int, silence_s: float) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             return
         *lines, received = (received + chunk).split(b"\n")
-        if STOP.strip() in lines:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if STOP.strip() in lines:  # another SIGTERM of these seconds would be the same request
+            os.kill(os.getpid(), signal.SIGINT if told else signal.SIGTERM)
+            told = True

@@ -2,26 +2,27 @@
 
 import collections
 import os
-import select
 import threading
 from typing import IO, Protocol
 
+from jax_sft import terminal
+
 TAIL_LINES = 20
 _MAX_LINE = 1 << 16  # bytes; a progress bar without line ends is cut here
-STDOUT, STDERR = 1, 2
+STDOUT, STDERR = terminal.STDOUT, terminal.STDERR
 
 
 class Printer:
     """Writes whole lines to this process's stdout and stderr, from any thread.
 
-    Output that nobody takes any more (a closed pipe, a full disk under a log file) is dropped: a
-    training does not end because of its log.
+    Output that nobody takes (a closed pipe, a full disk under a log file) is dropped, and control
+    characters are escaped, see `terminal`: a training does not end because of its log.
     """
 
     def __init__(self, name: str = ""):
         """Args: name: of this launcher in its own lines, e.g. its host where there are several."""
         self._lock = threading.Lock()
-        self._broken: set[int] = set()
+        self._sinks = {n: terminal.Sink(n, runs_on=True) for n in (STDOUT, STDERR)}
         self._say_prefix = f"[{name}] launch: " if name else "launch: "
 
     def say(self, text: str) -> None:
@@ -31,27 +32,9 @@ class Printer:
 
     def write(self, stream: int, line: bytes) -> None:
         """Write one line, with its end, to STDOUT or STDERR."""
+        text = line.decode(errors="backslashreplace")
         with self._lock:
-            if stream in self._broken:
-                return
-            error = _write_all(stream, line)
-            if error is not None:
-                self._broken.add(stream)
-                lost = f"{self._say_prefix}output is dropped from here on: {error}\n".encode()
-                if stream == STDOUT and STDERR not in self._broken and _write_all(STDERR, lost):
-                    self._broken.add(STDERR)
-
-
-def _write_all(stream: int, text: bytes) -> OSError | None:
-    """Write all of a text, or return why that is not possible."""
-    while text:
-        try:
-            text = text[os.write(stream, text) :]
-        except BlockingIOError:  # somebody has made the terminal non-blocking
-            select.select([], [stream], [])
-        except OSError as error:
-            return error
-    return None
+            self._sinks[stream].write(terminal.printable(text).encode(errors="backslashreplace"))
 
 
 class Writer(Protocol):
@@ -86,6 +69,7 @@ class Pump(threading.Thread):
         self._pipe.close()
 
     def _line(self, line: bytes) -> None:
+        line = line.rstrip(b"\r").rpartition(b"\r")[2]  # of a progress bar its last state
         self.tail.append(line)
         self.num_lines += 1
         self._printer.write(self._stream, self._prefix + line + b"\n")

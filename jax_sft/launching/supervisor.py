@@ -181,7 +181,8 @@ class _Attempt:
         grace = self._options.grace_s
         self._say("told again to stop: now" if again else f"told to stop: at most {grace:g} s")
         for child in self._children:
-            child.send(signal.SIGTERM)
+            # SIGINT: a trainer takes another SIGTERM of these seconds for the same request.
+            child.send(signal.SIGINT if again else signal.SIGTERM)
         self._stop_at = None
         self._kill_at = min(self._kill_at or now + grace, now + grace)
 
