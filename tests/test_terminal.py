@@ -82,7 +82,8 @@ def test_a_training_says_that_its_stdout_is_lost_and_waits_for_no_reader(tmp_pat
     sink.write(b"read again\n")
     text = os.read(read, 4096).decode()
     assert "36 bytes were dropped" in text and text.endswith("read again\n")
-    os.close(read), os.close(write)
+    os.close(read)
+    os.close(write)
 
 
 def test_control_characters_are_shown_and_progress_bars_move():
