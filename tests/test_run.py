@@ -21,6 +21,7 @@ from jax_sft import (
     optim,
     parallel,
     state,
+    stop_tokens,
     storage,
 )
 from jax_sft.data.loader import Loader
@@ -303,6 +304,12 @@ def test_a_run_leaves_what_it_promises_and_its_export_loads(make_config, tmp_pat
     assert np.abs(np.asarray(exported) - np.asarray(before)).max() > 1e-3
     printed = capsys.readouterr().out
     assert "ETA" in printed and "trained tok/s" in printed
+    assert "turns with '<|im_end|>' (258, 60 turns); the export will stop at the latter" in printed
+    generation = json.loads((tmp_path / "run/export/generation_config.json").read_text())
+    assert generation == {"do_sample": False, "eos_token_id": 258}
+    # Another run that starts from these checkpoints stops there, too.
+    kept = hf.resolve(str(tmp_path / "run/checkpoints"))
+    assert stop_tokens.inherited(kept) == {258: 60} and stop_tokens.inherited(tmp_path) == {}
 
 
 def test_a_state_that_is_not_finite_is_never_saved(make_config, tmp_path):
