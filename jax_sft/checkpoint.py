@@ -10,7 +10,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,8 @@ class Checkpoints:
         options: `cfg.checkpoint`.
         model: its files are kept beside the steps.
         data: fingerprint of the training data.
+        eval_data: {name: fingerprint} of the eval sets.
+        bound: keys of config.FREE that may not change in this run.
         adapters: what `lora.*` means, stored with each step.
         vocabulary: of the model, which each mesh may pad otherwise; None = no mesh does.
         turn_ends: what ends the trained turns, stored with each step: see stop_tokens.
@@ -95,6 +97,8 @@ class Checkpoints:
         *,
         model: model_files.Model | None = None,
         data: str = "",
+        eval_data: Mapping[str, str] | None = None,
+        bound: Collection[str] = (),
         adapters: Mapping[str, Any] | None = None,
         vocabulary: Vocabulary | None = None,
         turn_ends: Mapping[int, int] | None = None,
@@ -109,7 +113,12 @@ class Checkpoints:
         self._frozen: dict[str, dict[str, Any]] = {}
         self._versions = preflight.versions()
         self._say = say if cluster.process_id() == 0 else _silent
-        self._resume = Resume(self._folder, options, model, data, self._vocabulary, self._say)
+        self._eval_data = dict(eval_data or {})
+        self._resume = Resume(
+            *(self._folder, options, model, data, self._vocabulary, self._say),
+            eval_data=self._eval_data,
+            bound=bound,
+        )
         self.saved_step: int | None = None
         self.failures = 0
         self._num_saves = 0
@@ -117,9 +126,9 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._lost: RuntimeError | None = None
 
-    def start(self, today: dict[str, Any], num_steps: int) -> Found | None:
+    def start(self, today: dict[str, Any]) -> Found | None:
         """Clean up and find the newest good step, reading no arrays; see `Resume.start`."""
-        found = self._resume.start(today, num_steps)
+        found = self._resume.start(today)
         self.saved_step = found.step if found else None
         return found
 
@@ -181,6 +190,7 @@ class Checkpoints:
             "data_position": step,  # see data.loader
             "seed": config.get("seed"),  # with the step, all that is random: see config.seed
             "data": self._data,
+            "eval_data": self._eval_data,
             "config": dict(config),
             "metrics": dict(metrics or {}),
             "extra": dict(extra or {}),

@@ -1,7 +1,12 @@
 """What the programs' command lines have in common: the config file, and how mistakes are told."""
 
+import os
+import re
+import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -49,6 +54,28 @@ def parse_flags(argv: list[str]) -> list[str]:
 def default_workdir() -> Path:
     """Return runs/NAME_OF_CONFIG, where a program was given no --workdir."""
     return Path("runs") / Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+
+
+def again(changes: Mapping[str, Any]) -> str:
+    """Return the command that starts this run again with config keys changed.
+
+    Where Python called the trainer, or a launcher, it is what to add to theirs.
+    """
+    options = " ".join(_quoted(f"--config.{key}", f"{value}") for key, value in changes.items())
+    if not sys.argv[0].endswith("/jax_sft/train.py") or os.environ.get("JAX_SFT_NUM_PROCESSES"):
+        return f"the same command with {options}"
+    given = " ".join(_quoted(*arg.partition("=")[::2]) for arg in sys.argv[1:])
+    return f"python -m jax_sft.train {given} {options}"
+
+
+def _quoted(option: str, value: str) -> str:
+    """An option as a shell takes it, in double quotes where that is enough."""
+    text = f"{option}={value}" if value else option
+    if shlex.quote(text) == text:
+        return text
+    if re.search(r'["$`\\!]', text) or shlex.quote(option) != option:
+        return shlex.quote(text)
+    return f'{option}="{value}"'
 
 
 def leave_torch_out() -> None:

@@ -251,11 +251,11 @@ def differences(old: dict, new: dict, prefix: str = "") -> dict[str, str]:
     return lines
 
 
-def drift(stored: dict, new: dict) -> dict[str, str]:
+def drift(stored: dict, new: dict, bound: Iterable[str] = ()) -> dict[str, str]:
     """Return the differences between a checkpoint's config and today's that change the training.
 
-    Keys of FREE are left out, and keys that the program did not have, or no longer has, unless the
-    new value is not the default.
+    Keys of FREE that are not `bound` are left out, and keys that the program did not have, or no
+    longer has, unless the new value is not the default.
     """
     known = to_dict(default())
     old = _with_defaults(stored, known)
@@ -265,7 +265,8 @@ def drift(stored: dict, new: dict) -> dict[str, str]:
     return {
         key: line
         for key, line in differences(old, new).items()
-        if not covered(key, FREE) and (_value(known, key) is not None or _is_open(key))
+        if (not covered(key, FREE) or key in bound)
+        and (_value(known, key) is not None or _is_open(key))
     }
 
 

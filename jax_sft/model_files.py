@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from jax_sft import hf, manifest
+from jax_sft import hf, manifest, steps
 from jax_sft.data import chat_templates
 
 NAME = hf.KEPT
@@ -93,9 +93,11 @@ def verify(folder: Path) -> manifest.Check:
         )
     found = manifest.check(kept, hashes=True)
     if found.problems:
+        steps.refuse_older_format(folder)
         raise ValueError(
             f"{kept} is not as it was written: {'; '.join(manifest.shown(found.problems))}. "
-            "Restore it from a backup, or remove it: training writes it anew from model.path"
+            "Restore it from a backup, or move it elsewhere: training writes it again from "
+            "model.path"
         )
     return found
 

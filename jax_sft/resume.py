@@ -5,7 +5,8 @@ A step that is not is named, moved aside and never loaded, and the one before it
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from jax_sft import (
     agree,
     cluster,
+    command,
     config,
     fingerprint,
     manifest,
@@ -27,6 +29,7 @@ from jax_sft.data import chat_templates
 from jax_sft.state import TrainState
 
 FORMAT_VERSION = 2
+_PLACE = re.compile(r"(params/|optimizer/|)((?:\d+\.)*)(.*)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +65,20 @@ class Resume:
         data: str,
         vocab: vocabulary.Vocabulary,
         say: Callable[[str], None],
+        eval_data: Mapping[str, str],
+        bound: Collection[str],
     ):
         self._folder, self._options, self._model = folder, options, model
         self._data, self._vocabulary, self._say = data, vocab, say
+        self._eval_data, self._bound = eval_data, bound
         self._untried: list[int] = []
         self._bad: list[str] = []
 
-    def start(self, today: dict[str, Any], num_steps: int) -> Found | None:
+    def start(self, today: dict[str, Any]) -> Found | None:
         """Clean up, and find the newest good step. Reads no arrays.
 
         Args:
             today: the resolved config.
-            num_steps: of the run; a step from there on is only shown, whatever was changed.
 
         Raises:
             ValueError: the folder cannot be used, no step in it is good, or the config or the data
@@ -84,7 +89,7 @@ class Resume:
             self._say(line)
         self._untried, self._bad = listing["steps"], listing["aside"]
         found = self._next_good()
-        if found and found.step < num_steps:
+        if found:
             self._check_drift(found, today)
         return found
 
@@ -112,6 +117,7 @@ class Resume:
     def _prepare_folder(self) -> dict[str, Any]:
         """What the first process does and finds at the start."""
         steps.probe(self._folder)
+        steps.refuse_older_format(self._folder)
         said = [
             f"clean   {name}: left by a run that was killed, removed"
             for name in steps.remove_leftovers(self._folder)
@@ -148,8 +154,8 @@ class Resume:
         if self._bad:
             raise ValueError(
                 f"{self._folder} has no good step left, only damaged ones ({', '.join(self._bad)}):"
-                " restore one from a backup under its plain number, or remove the damaged ones to "
-                "start from the beginning, or choose another workdir"
+                " restore one from a backup under its plain number, or move the damaged ones "
+                "elsewhere to start from the beginning, or choose another workdir"
             )
         return None
 
@@ -176,7 +182,9 @@ class Resume:
 
     def _check_drift(self, found: Found, today: dict[str, Any]) -> None:
         """Refuse to go on with another training than the checkpoint's."""
-        changes = config.drift(found.metadata.get("config") or {}, today)
+        changes = config.drift(found.metadata.get("config") or {}, today, self._bound)
+        for key in [key for key in changes if self._is_moved(key, found)]:
+            self._say(f"moved   {changes.pop(key)}: the tokens are the same")
         files = model_files.changed(self._folder, self._model) if self._model else []
         if files:
             key, line = self._changed_files(files, found.metadata)
@@ -190,11 +198,12 @@ class Resume:
             self._say(f"WARNING changed since the checkpoint, as allowed: {changes.pop(key)}")
         if changes:
             lines = "\n".join(f"  {line}" for line in changes.values())
-            keys = "".join(f"'{key}'," for key in changes)
+            keys = (*self._options.allow_changes, *changes)
+            advice = command.again({"checkpoint.allow_changes": tuple(dict.fromkeys(keys))})
             raise ValueError(
                 f"{self._folder} holds step {found.step} of a run that differs in\n{lines}\n"
-                "Go on with the config of that run (config.json beside the checkpoints), choose "
-                f'another workdir, or add --config.checkpoint.allow_changes="({keys})"'
+                "Resume with the config of that run (config.json beside the checkpoints), choose "
+                f"another workdir, or allow the changes: {advice}"
             )
         if files and self._model:  # allowed: exports have them from here on
             keep = functools.partial(model_files.keep, self._folder, self._model, anew=True)
@@ -210,6 +219,15 @@ class Resume:
             return key, f"{key}: the text of the template is not that of the checkpoint"
         return "model.path", f"model.path: its files {list(files)} were changed"
 
+    def _is_moved(self, key: str, found: Found) -> bool:
+        """Whether a key only says where the same tokens come from."""
+        data, kind, name, *field = [*key.split("."), "", "", ""][:4]
+        if (data, kind) == ("data", "train") and field[0] not in ("", "epochs", "weight"):
+            return bool(self._data) and self._data == found.metadata.get("data")
+        stored = (found.metadata.get("eval_data") or {}).get(name)
+        is_eval = (data, kind) == ("data", "eval") and field[0]
+        return bool(is_eval and stored) and stored == self._eval_data.get(name)
+
     def _named_files(self, step: int) -> list[str]:
         """Read all files of a step that is bad, to say which it is."""
         part = (cluster.process_id(), cluster.num_processes())
@@ -219,7 +237,7 @@ class Resume:
 
     def _load(self, found: Found, abstract: TrainState) -> tuple[TrainState | None, list[str]]:
         """Return (the state, []) or (None, what is wrong with the step)."""
-        wanted = named(abstract)
+        wanted = under_stored_names(named(abstract), found.arrays)
         self._check_shapes(found, wanted)
         stored = {}
         for name, array in wanted.items():
@@ -273,6 +291,39 @@ def named(state: TrainState) -> dict[str, Any]:
     for path, leaf in leaves:
         found[f"optimizer/{jax.tree_util.keystr(path, simple=True, separator='.')}"] = leaf
     return found
+
+
+def under_stored_names(
+    wanted: Mapping[str, Any], arrays: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the leaves of a state under the names that a step has for them, in the same order.
+
+    optax names them by where they are in a chain, "1.0.mu.PATH": a part without arrays, such as
+    clipping, that comes or goes renames all others. What is equal but for these numbers is the
+    same array, in the order of the chain.
+    """
+
+    def grouped(names: Iterable[str]) -> dict[str, list[str]]:
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            place, _, rest = _PLACE.fullmatch(name).groups()  # type: ignore[union-attr]
+            groups.setdefault(f"{place} {rest}", []).append(name)
+        return {rest: sorted(of_rest, key=_places) for rest, of_rest in groups.items()}
+
+    here, there = grouped(wanted), grouped(arrays)
+    renamed = {
+        name: other
+        for rest, names in here.items()
+        if len(names) == len(there.get(rest, ()))
+        for name, other in zip(names, there[rest], strict=True)
+    }
+    return {renamed.get(name, name): leaf for name, leaf in wanted.items()}
+
+
+def _places(name: str) -> list[int]:
+    """The numbers in front of a name of the optimizer's state."""
+    numbers = _PLACE.fullmatch(name)[2]  # type: ignore[index]
+    return [int(number) for number in numbers.split(".") if number]
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -21,6 +21,7 @@ CORRUPT = ".corrupt"
 DELETED = ".deleted"
 KEPT = "model_files"  # what a checkpoint folder keeps of its model, see model_files
 IN_RUN = "checkpoints"  # the checkpoint folder, in the folder of a run
+LAST_OF_FORMAT_1 = "41753b1"
 PARAMS = "params/"  # names of the arrays that are parameters begin with it
 _STEP = re.compile(r"0|[1-9]\d*")
 _LEFTOVER = re.compile(
@@ -141,6 +142,23 @@ def check(
         problem = f"its metadata are of step {named}, not {step}"
         return dataclasses.replace(found, problems=(problem,))
     return found
+
+
+def refuse_older_format(folder: Path) -> None:
+    """Refuse steps of a format that is not read any more; they are not damaged.
+
+    Raises:
+        ValueError: the newest step is of one.
+    """
+    for step in present(folder)[:1]:
+        version = metadata(folder / str(step)).get("format_version")
+        if version == 1 and not (folder / str(step) / manifest.name(0)).exists():
+            raise ValueError(
+                f"{folder / str(step)} is a checkpoint of format 1, which was read until commit "
+                f"{LAST_OF_FORMAT_1} of jax_sft: export it with that version "
+                "(scripts/export_hf.py), and use the export as model.path, or choose another "
+                "workdir"
+            )
 
 
 def choose(folder: Path, step: int | None = None) -> int:

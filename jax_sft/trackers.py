@@ -1,35 +1,17 @@
 """Where metrics go. A tracker is a class with `log(step, metrics)` and `close()`."""
 
+import functools
 import importlib.util
 import json
-import math
+import queue
+import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from jax_sft import run_files
 
-class Jsonl:
-    """One JSON object per logged step in a file; always on."""
-
-    def __init__(self, file: Path, start_step: int):
-        """Open for appending; lines of lost steps (past `start_step`) are removed."""
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        kept = [line for line in lines if start_step and _step_of(line) <= start_step]
-        cleaned = file.with_suffix(".tmp")
-        cleaned.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        cleaned.replace(file)
-        self._stream = file.open("a", encoding="utf-8")
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one line, on disk before the next step."""
-        # JSON has no NaN: a window of steps of which none was applied has no loss.
-        finite = {key: v if math.isfinite(v) else None for key, v in metrics.items()}
-        self._stream.write(json.dumps({"step": step, **finite}) + "\n")
-        self._stream.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
+CLOSE_S = 60.0  # for a library to send what it still has
 
 
 class TensorBoard:
@@ -38,13 +20,19 @@ class TensorBoard:
     def __init__(self, workdir: Path, config: dict, start_step: int):
         import tensorboardX
 
-        self._writer = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None
+        self._open = functools.partial(
+            tensorboardX.SummaryWriter, str(workdir / "tensorboard"), flush_secs=20
         )
+        self._writer = self._open(purge_step=start_step + 1 if start_step else None)
         self._writer.add_text("config", json.dumps(config, indent=2))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write each metric as a scalar."""
+        # Its thread ends at the first error, of a full disk say; then nothing takes what is given.
+        events = getattr(self._writer.file_writer, "event_writer", None)
+        worker = getattr(events, "_worker", None)
+        if worker is not None and not worker.is_alive():
+            self._writer = self._open()
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
@@ -61,7 +49,7 @@ class Wandb:
 
         id_file = workdir / "wandb_run_id"
         if not (start_step and id_file.exists()):
-            id_file.write_text(uuid.uuid4().hex[:8])
+            run_files.replace(id_file, uuid.uuid4().hex[:8].encode())
         self._run = wandb.init(
             dir=str(workdir), config=config, id=id_file.read_text(), resume="allow"
         )
@@ -90,20 +78,82 @@ def problems(names) -> list[str]:
     return found
 
 
-def start(names, workdir: Path, config: dict, start_step: int) -> list:
+def start(
+    names, workdir: Path, config: dict, start_step: int, say: Callable[[str], object] = print
+) -> list:
     """Open metrics.jsonl and the named trackers in `workdir`.
 
     Args:
         config: plain dict, recorded by trackers that can.
         start_step: steps already done; what was logged after it is dropped where possible.
+        say: prints a line.
+
+    Raises:
+        ValueError: a tracker cannot be started.
     """
-    others = [TRACKERS[name][0](workdir, config, start_step) for name in names]
-    return [Jsonl(workdir / "metrics.jsonl", start_step), *others]
+    others = []
+    for name in names:
+        with _Anything() as outcome:
+            others.append(Beside(name, TRACKERS[name][0](workdir, config, start_step), say))
+        if outcome.error and not isinstance(outcome.error, Exception):
+            raise outcome.error  # Ctrl-C
+        if outcome.error:
+            raise ValueError(
+                f"log.trackers: {name} cannot be started: {_line(outcome.error)}. Set it up, or "
+                "leave it out"
+            ) from outcome.error
+    return [run_files.Jsonl(workdir / "metrics.jsonl", start_step, say), *others]
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; a line cut short by a crash counts as infinitely late."""
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
+class Beside:
+    """A tracker of a library, called in a thread of its own.
+
+    Whatever it raises is said once, and a call that hangs keeps nobody waiting.
+    """
+
+    def __init__(self, name: str, tracker, say: Callable[[str], object]):
+        self._name, self._tracker, self._say = name, tracker, say
+        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._is_troubled = False
+        self._thread = threading.Thread(target=self._run, name=f"tracker {name}", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics soon, after what was logged before."""
+        self._calls.put(functools.partial(self._tracker.log, step, dict(metrics)))
+
+    def close(self) -> None:
+        """Let the library finish, for a bounded time."""
+        self._calls.put(self._tracker.close)
+        self._calls.put(None)
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            self._say(f"WARNING {self._name} did not finish within {CLOSE_S:.0f} s")
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            with _Anything() as outcome:
+                call()
+            if outcome.error and not self._is_troubled:
+                self._say(
+                    f"WARNING {self._name} failed ({_line(outcome.error)}): training goes on, and "
+                    "what is logged is tried all the same"
+                )
+            self._is_troubled = outcome.error is not None
+
+
+class _Anything:
+    """Takes what a block raises, whatever it is: libraries of others have no end of errors."""
+
+    error: BaseException | None = None
+
+    def __enter__(self) -> "_Anything":
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, traceback) -> bool:
+        self.error = error
+        return True
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import json
 import math
 import os
 import re
@@ -50,6 +49,7 @@ from jax_sft import (
     paths,
     preflight,
     pretrained,
+    run_files,
     run_lock,
     same_weights,
     state,
@@ -67,8 +67,9 @@ from jax_sft.health import Health, dump_batches
 from jax_sft.inference import LoadedModel
 from jax_sft.ops import attention
 from jax_sft.preemption import Preempted, Preemption
-from jax_sft.program import program
+from jax_sft.program import objective, program
 from jax_sft.startup import Startup
+from jax_sft.step import ROUTER_AUX
 from jax_sft.validate import validate
 from jax_sft.watchdog import SLOW_PHASE_S, Watchdog
 
@@ -247,7 +248,6 @@ def _train(
     watch.at("loading the weights")
     if first_process:
         lifecycle.keeps(workdir)
-        (workdir / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
     same_weights.check(folder, paths.local(cfg.lora.path, "lora.path") if cfg.lora.path else None)
     checkpoints = checkpoint.Checkpoints(
         workdir / "checkpoints",
@@ -256,13 +256,15 @@ def _train(
             folder, pretrained_weights.dtypes, prepare.options(cfg.data).chat_template
         ),
         data=prepare.fingerprint(train_examples),
+        eval_data={name: prepare.fingerprint(found) for name, found in eval_examples.items()},
+        bound=("batch.micro_rows",) if balances_experts(cfg, model_cfg) else (),
         adapters=dataclasses.asdict(resolved.adapters) if resolved.adapters else None,
         vocabulary=vocabulary.Vocabulary.of(rows, model_cfg.vocab),
         turn_ends=turn_ends,
         guard=lock.check if lock else None,
         say=say,
     )
-    found = checkpoints.start(as_dict, num_steps)
+    found = checkpoints.start(as_dict)
     compiled = program(cfg, resolved, mesh, num_steps, num_sources=len(source_names))
     model_def = compiled.model_def
     if model_def.frozen or model_def.trained:
@@ -289,11 +291,18 @@ def _train(
     start = found.step if found else 0
     if cfg.train.export and start < num_steps:
         agree.from_first("export folder", lambda: hf_export.check_of_run(workdir, say))
+    owed = bool(eval_sets) and (found.extra.get("owes_evaluation") if found else cfg.eval.at_start)
     if start >= num_steps:
-        say(f"done    step {start} of {num_steps} is already there: raise train.epochs to go on")
-    if first_process:
-        (workdir / "config.json").write_text(json.dumps(as_dict, indent=2) + "\n")
-    logs = trackers.start(cfg.log.trackers, workdir, as_dict, start) if first_process else []
+        advice = how_to_train_on(cfg, start, loader)
+        say(f"done    step {start} of {num_steps} is already there: {advice}")
+    if start >= num_steps and not owed:  # nothing to train, so nothing to write
+        end_run(cfg, workdir, lock, preemption, watch, say)
+        return {}
+    record = run_files.Record(workdir, say) if first_process else None
+    if record:
+        record.write("data_report.json", report)
+        record.write("config.json", as_dict)
+    logs = trackers.start(cfg.log.trackers, workdir, as_dict, start, say) if first_process else []
 
     startup.end("weights")
 
@@ -364,6 +373,8 @@ def _train(
         meter.check()  # a run that has gone wrong stops before it is saved
         if lock:
             lock.check(look=True)
+        if record:
+            record.mend()
         watch.at(f"saving step {done}")
         extra = {"skipped_steps": health.skipped, "owes_evaluation": owes_evaluation}
         is_last = done == num_steps
@@ -375,8 +386,7 @@ def _train(
             stack.callback(tracker.close)
         stack.enter_context(checkpoints)
         stack.enter_context(jax.set_mesh(mesh))
-        owed = found.extra.get("owes_evaluation") if found else cfg.eval.at_start
-        if eval_sets and owed:
+        if owed:
             run_evaluation(start, current.weights)
             startup.end("evaluation")
         began = time.perf_counter()
@@ -426,24 +436,56 @@ def _train(
     # ---- the end -------------------------------------------------------------------------------
     if start < num_steps:
         checkpoints.require(num_steps)
+        say(f"saved   {workdir / 'checkpoints'}")
+    end_run(cfg, workdir, lock, preemption, watch, say)
+    return last
+
+
+def end_run(
+    cfg: config.Config,
+    workdir: Path,
+    lock: run_lock.RunLock | None,
+    preemption: Preemption,
+    watch: Watchdog,
+    say: Callable[[str], None],
+) -> None:
+    """Export what is saved, if asked to, and wait for the other processes."""
     if cfg.train.export and preemption.told:
-        raise Preempted(f"told to stop: step {done} is saved, and not exported yet")
+        raise Preempted("told to stop: the run is saved, and not exported yet")
     preemption.saves_from_here(False)
-    if cfg.train.export and first_process:
+    if cfg.train.export and cluster.process_id() == 0:
         watch.at("exporting")
         if lock:
             lock.check(look=True)
-        told = f"told to stop: step {done} is saved, and not exported yet"
+        told = "told to stop: the run is saved, and not exported yet"
         with preemption.raising(Preempted(told)):
             hf_export.of_run(
                 workdir,
                 tokenizer_eos=cfg.train.export_tokenizer_eos,
                 say=lambda line: say(f"export  {line}"),
             )
-    say(f"saved   {workdir / 'checkpoints'}")
     watch.at("waiting for the other processes to finish")
     cluster.exchange("the end", "", timeout_s=SLOW_PHASE_S)
-    return last
+
+
+def how_to_train_on(cfg: config.Config, start: int, loader: Loader) -> str:
+    """Say how a run that has done all its steps is trained further."""
+    key = "train.steps" if cfg.train.steps else "train.epochs"
+    value: float = cfg.train.steps or cfg.train.epochs
+    while (num_steps := value if cfg.train.steps else loader.num_steps(value)) <= start:
+        value = 2 * value
+    rate = [float(optim.schedule(cfg.optimizer, steps)(start)) for steps in (start, int(num_steps))]
+    allowed = tuple(dict.fromkeys((*cfg.checkpoint.allow_changes, key)))
+    return (
+        f"nothing was trained or written. To train up to step {num_steps:.0f} (the learning rate "
+        f"goes from {rate[0]:.2g} back to {rate[1]:.2g}): "
+        + command.again({key: f"{value:g}", "checkpoint.allow_changes": allowed})
+    )
+
+
+def balances_experts(cfg: config.Config, model_cfg) -> bool:
+    """Whether a loss is trained that is that of each micro-batch."""
+    return bool(objective(cfg.loss, model_cfg).get(ROUTER_AUX))
 
 
 def take_lock(

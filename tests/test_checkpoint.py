@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from jax_sft import (
     exit_codes,
     hf_export,
     model_files,
+    optim,
     parallel,
     plain_paths,
     state,
@@ -68,7 +70,7 @@ def opened(folder: Path, **options):
 def resume(folder: Path, **options):
     """Return (step, state, lines said) of a resumed run."""
     checkpoints, said = opened(folder, **options)
-    found = checkpoints.start(CONFIG, 10)
+    found = checkpoints.start(CONFIG)
     assert found
     state, found = checkpoints.restore(found, ABSTRACT)
     return found.step, state, "\n".join(said)
@@ -76,10 +78,10 @@ def resume(folder: Path, **options):
 
 def test_what_is_saved_comes_back_bitwise_with_all_that_was_stored_beside(tmp_path):
     checkpoints, said = opened(tmp_path)
-    assert checkpoints.start(CONFIG, 10) is None
+    assert checkpoints.start(CONFIG) is None
     checkpoints.save(STATE, CONFIG, {"eval/loss": 2.5}, {"skipped": 3}, wait=True)
     assert (checkpoints.saved_step, checkpoints.failures, said) == (NEW, 0, [])
-    found = opened(tmp_path)[0].start(CONFIG, 10)
+    found = opened(tmp_path)[0].start(CONFIG)
     assert found and found.step == NEW and found.extra == {"skipped": 3}
     stored = found.metadata
     assert stored["config"] == CONFIG and stored["metrics"] == {"eval/loss": 2.5}
@@ -117,11 +119,11 @@ def test_a_vocabulary_is_padded_anew_for_each_mesh(tmp_path, before, after):
     current = jax.tree.map(filled, abstract(before))
     current = dataclasses.replace(current, step=jax.device_put(np.int32(3), current.step.sharding))
     writer = checkpoints()
-    writer.start(CONFIG, 10)
+    writer.start(CONFIG)
     writer.save(current, CONFIG, wait=True)
     assert writer.saved_step == 3
     reader = checkpoints()
-    found = reader.start(CONFIG, 10)
+    found = reader.start(CONFIG)
     assert found
     wanted = jax.tree.map(filled, abstract(after))
     read, _ = reader.restore(found, abstract(after))
@@ -152,7 +154,7 @@ def test_a_save_below_any_name_reads_back_and_moves(tmp_path, name):
     folder = tmp_path / name / "checkpoints"
     checkpoints, said = opened(folder)
     checkpoint.check_folder(folder)
-    checkpoints.start(CONFIG, 10)
+    checkpoints.start(CONFIG)
     checkpoints.save(STATE, CONFIG, wait=True)
     assert (checkpoints.saved_step, said) == (NEW, [])
     step, state, _ = resume(folder)
@@ -173,7 +175,7 @@ def test_a_name_that_cannot_be_stored_under_is_refused_at_the_start(tmp_path, mo
 def test_a_save_that_could_not_be_read_is_not_published(tmp_path, monkeypatch):
     monkeypatch.setattr(plain_paths, "is_plain", lambda _: True)
     checkpoints, said = opened(tmp_path / "a[1]")  # Orbax finds nothing to merge, and succeeds
-    checkpoints.start(CONFIG, 10)
+    checkpoints.start(CONFIG)
     checkpoints.save(STATE, CONFIG)
     checkpoints.close()
     assert (checkpoints.saved_step, checkpoints.failures) == (None, 1)
@@ -184,7 +186,7 @@ def test_a_save_that_could_not_be_read_is_not_published(tmp_path, monkeypatch):
 def test_training_goes_on_beside_a_save_and_does_not_change_it(tmp_path):
     grow = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     checkpoints, _ = opened(tmp_path, keep=5)
-    checkpoints.start(CONFIG, 10)
+    checkpoints.start(CONFIG)
     current, expected = damage.make_state(0), {}
     for step in range(1, 5):
         current = grow(current)
@@ -206,12 +208,12 @@ def test_training_goes_on_beside_a_save_and_does_not_change_it(tmp_path):
 def test_the_newest_and_the_best_steps_stay(tmp_path, keep, keep_best, kept):
     losses = {1: 5.0, 2: 1.0, 3: float("nan"), 4: 2.0, 5: 3.0, 6: None}
     checkpoints, _ = opened(tmp_path, keep=keep, keep_best=keep_best)
-    checkpoints.start(CONFIG, 10)
+    checkpoints.start(CONFIG)
     for step, loss in losses.items():
         if step == 4:  # a resumed run still knows what was good before
             checkpoints.close()
             checkpoints, _ = opened(tmp_path, keep=keep, keep_best=keep_best)
-            checkpoints.start(CONFIG, 10)
+            checkpoints.start(CONFIG)
         checkpoints.save(
             damage.make_state(step), CONFIG, {"eval/loss": loss} if loss is not None else None
         )
@@ -222,7 +224,7 @@ def test_the_newest_and_the_best_steps_stay(tmp_path, keep, keep_best, kept):
 
 def test_no_step_is_removed_before_the_next_is_complete(tmp_path, monkeypatch):
     checkpoints, _ = opened(tmp_path, keep=1)
-    checkpoints.start(CONFIG, 10)
+    checkpoints.start(CONFIG)
     checkpoints.save(damage.make_state(1), CONFIG, wait=True)
     seen = []
     real = steps.remove_all
@@ -305,10 +307,10 @@ def test_without_a_good_step_a_run_refuses_to_start_again_and_again(folder):
         with pytest.raises(
             ValueError, match=r"no good step left, only damaged ones \(.*1\.corrupt"
         ):
-            opened(folder)[0].start(CONFIG, 10)
+            opened(folder)[0].start(CONFIG)
     for path in folder.glob("*.corrupt"):
         shutil.rmtree(path)
-    assert opened(folder)[0].start(CONFIG, 10) is None
+    assert opened(folder)[0].start(CONFIG) is None
 
 
 def test_arrays_that_come_back_changed_are_named_and_the_older_step_is_used(folder):
@@ -323,7 +325,7 @@ def test_changed_model_files_are_named_before_they_are_used(folder, tmp_path):
     file = folder / model_files.NAME / "tokenizer_config.json"
     file.write_text(file.read_text() + " ")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is longer than it was"):
-        opened(folder)[0].start(CONFIG, 10)
+        opened(folder)[0].start(CONFIG)
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is longer than it was"):
         hf_export.export(folder, tmp_path / "out")
     shutil.rmtree(folder / model_files.NAME)
@@ -347,7 +349,7 @@ def test_an_export_of_a_damaged_step_names_the_tensor_and_the_other_steps(folder
 
 def test_another_model_or_optimizer_is_refused_and_nothing_is_moved(folder):
     checkpoints, _ = opened(folder)
-    found = checkpoints.start(CONFIG, 10)
+    found = checkpoints.start(CONFIG)
     assert found
     wrong = dict(ABSTRACT.params, extra=ABSTRACT.params["b.scale"])
     wrong["a.kernel"] = jax.ShapeDtypeStruct((8, 8), np.float32, sharding=STATE.step.sharding)
@@ -361,13 +363,13 @@ def test_another_model_or_optimizer_is_refused_and_nothing_is_moved(folder):
 def test_a_newer_format_is_refused(folder, monkeypatch):
     monkeypatch.setattr("jax_sft.resume.FORMAT_VERSION", 1)
     with pytest.raises(ValueError, match="format 2, this program knows 1: update"):
-        opened(folder)[0].start(CONFIG, 10)
+        opened(folder)[0].start(CONFIG)
     assert (folder / str(NEW)).exists()
 
 
 def test_a_folder_that_cannot_be_made_or_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    for make in (checkpoint.check_folder, lambda path: opened(path)[0].start(CONFIG, 10)):
+    for make in (checkpoint.check_folder, lambda path: opened(path)[0].start(CONFIG)):
         with pytest.raises(ValueError, match="Not a directory"):
             make(tmp_path / "file" / "checkpoints")
 
@@ -394,7 +396,7 @@ def mounted(folder: Path, *options: str):
 def test_a_full_disk_fails_the_save_and_nothing_else(tmp_path, noticed, monkeypatch):
     with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=28m", "tmpfs") as small:
         checkpoints, said = opened(small, keep=1)
-        checkpoints.start(CONFIG, 10)
+        checkpoints.start(CONFIG)
         checkpoints.save(damage.make_state(1), CONFIG, wait=True)
         (small / "filling").write_bytes(bytes(shutil.disk_usage(small).free - 2_000_000))
         with monkeypatch.context() as patch:
@@ -420,12 +422,12 @@ def test_a_full_disk_fails_the_save_and_nothing_else(tmp_path, noticed, monkeypa
 def test_a_folder_that_becomes_read_only_fails_saves_until_it_is_mended(tmp_path):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=40m", "tmpfs") as disk:
         checkpoints, said = opened(disk)
-        checkpoints.start(CONFIG, 10)
+        checkpoints.start(CONFIG)
         checkpoints.save(damage.make_state(1), CONFIG, wait=True)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         checkpoints.save(damage.make_state(2), CONFIG)
         assert "Read-only file system" in "\n".join(said)
-        for use in (checkpoint.check_folder, lambda path: opened(path)[0].start(CONFIG, 10)):
+        for use in (checkpoint.check_folder, lambda path: opened(path)[0].start(CONFIG)):
             with pytest.raises(ValueError, match="Read-only file system"):
                 use(disk)
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
@@ -437,7 +439,7 @@ def test_a_folder_that_is_removed_while_running_is_made_again(folder, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(folder / model_files.NAME, model)
     checkpoints = damage.open_folder(folder, model)
-    checkpoints.start(CONFIG, 10)
+    checkpoints.start(CONFIG)
     shutil.rmtree(folder)
     checkpoints.save(damage.make_state(3), CONFIG, wait=True)
     assert checkpoints.saved_step == 3 and model_files.verify(folder).problems == ()
@@ -446,7 +448,7 @@ def test_a_folder_that_is_removed_while_running_is_made_again(folder, tmp_path):
 
 def test_a_folder_that_is_removed_within_a_save_fails_that_save_only(tmp_path, monkeypatch):
     checkpoints, said = opened(tmp_path / "a")
-    checkpoints.start(CONFIG, 10)
+    checkpoints.start(CONFIG)
     real = storage.is_saved
     with monkeypatch.context() as patch:
 
@@ -475,7 +477,7 @@ def test_a_save_that_is_waited_for_is_tried_three_times(tmp_path, monkeypatch):
 
     monkeypatch.setattr(storage, "start_saving", failing)
     checkpoints, said = opened(tmp_path)
-    checkpoints.start(CONFIG, 10)
+    checkpoints.start(CONFIG)
     checkpoints.save(damage.make_state(1), CONFIG, wait=True)
     assert (checkpoints.saved_step, checkpoints.failures, len(calls)) == (1, 2, 3)
     assert "Input/output error" in "\n".join(said)
@@ -488,7 +490,7 @@ def test_a_save_that_is_waited_for_is_tried_three_times(tmp_path, monkeypatch):
 
 def test_a_save_that_hangs_ends_in_bounded_time(tmp_path, monkeypatch):
     checkpoints, said = opened(tmp_path)
-    checkpoints.start(CONFIG, 10)
+    checkpoints.start(CONFIG)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "LEAST_BOUND_S", 0.3)
         patch.setattr(checkpoint, "SLOWEST_BYTES_PER_S", 1e9)
@@ -511,7 +513,7 @@ def test_a_save_waits_for_the_one_before_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(storage, "is_saved", slow)
     checkpoints, _ = opened(tmp_path, keep=3)
-    checkpoints.start(CONFIG, 10)
+    checkpoints.start(CONFIG)
     for step in (1, 2, 3):
         checkpoints.save(damage.make_state(step), CONFIG)
         running.append(checkpoints.saved_step)
@@ -522,7 +524,7 @@ def test_a_save_waits_for_the_one_before_it(tmp_path, monkeypatch):
 # ---- what may change between a checkpoint and the run that resumes it ----------------------------
 
 
-def drifted(folder: Path, changes: dict, data: str = "", allow=(), num_steps: int = 10):
+def drifted(folder: Path, changes: dict, data: str = "", allow=(), **options):
     """Start with changed keys; return the lines said."""
     cfg = config.default()
     for key, value in changes.items():
@@ -534,8 +536,8 @@ def drifted(folder: Path, changes: dict, data: str = "", allow=(), num_steps: in
     said: list[str] = []
     keep = config.default().checkpoint
     keep.allow_changes = allow
-    checkpoints = checkpoint.Checkpoints(folder, keep, data=data, say=said.append)
-    checkpoints.start(config.to_dict(cfg), num_steps)
+    checkpoints = checkpoint.Checkpoints(folder, keep, data=data, say=said.append, **options)
+    checkpoints.start(config.to_dict(cfg))
     return "\n".join(said)
 
 
@@ -544,6 +546,8 @@ def test_what_cannot_change_the_training_may_change(saved):
     free |= {"batch.micro_rows": 8, "model.remat": "none", "model.attention": "reference"}
     free |= {"data.num_workers": 3, "data.cache_dir": "/x", "train.export": True}
     assert drifted(saved, free) == ""
+    with pytest.raises(ValueError, match=r"batch\.micro_rows: 0 -> 8"):
+        drifted(saved, free, bound=("batch.micro_rows",))
 
 
 @pytest.mark.parametrize(
@@ -575,12 +579,11 @@ def test_what_changes_the_training_is_refused_unless_allowed_by_key_or_prefix(sa
     assert said == drifted(saved, changes, allow=(key.split(".")[0],))
     with pytest.raises(ValueError, match="differs in"):
         drifted(saved, changes, allow=("optimizer.b1", "los", key + "x"))
-    assert drifted(saved, changes, num_steps=NEW) == ""  # nothing is left to train
 
 
 def test_changed_data_under_an_unchanged_config_are_refused(saved, tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path, config.default().checkpoint, data="before")
-    checkpoints.start(CONFIG, 10)
+    checkpoints.start(CONFIG)
     checkpoints.save(damage.make_state(1), CONFIG, wait=True)
     assert drifted(tmp_path, {}, data="before") == ""
     with pytest.raises(ValueError, match=r"\n  data: the files are not those"):
@@ -591,13 +594,88 @@ def test_changed_data_under_an_unchanged_config_are_refused(saved, tmp_path):
     assert "as allowed: data.seq_len: 2048 -> 8" in said and "\n" not in said
 
 
+def test_data_that_were_moved_resume_where_their_tokens_are_the_same(tmp_path):
+    def cfg(path: str, **changes) -> dict:
+        made = config.default()
+        made.data.train.a = config.source(path, **changes)
+        made.data.eval.b = config.source(path)
+        return config.to_dict(made)
+
+    def start(today: dict, data: str = "tokens", held: str = "held") -> str:
+        said: list[str] = []
+        options = {"data": data, "eval_data": {"b": held}, "say": said.append}
+        checkpoints = checkpoint.Checkpoints(tmp_path, config.default().checkpoint, **options)
+        if checkpoints.start(today) is None:
+            checkpoints.save(damage.make_state(1), today, wait=True)
+        return "\n".join(said)
+
+    assert start(cfg("here.jsonl")) == ""
+    said = start(cfg("there.csv", format="alpaca"))
+    assert "moved   data.train.a.path: 'here.jsonl' -> 'there.csv': the tokens are the same" in said
+    assert "moved   data.eval.b.path" in said and "moved   data.train.a.format" in said
+    with pytest.raises(ValueError, match=r"data\.train\.a\.path") as refused:
+        start(cfg("there.csv"), data="others")
+    assert "data.eval" not in str(refused.value)
+    with pytest.raises(ValueError, match=r"data\.eval\.b\.path"):
+        start(cfg("there.csv"), held="others")
+    with pytest.raises(ValueError, match=r"data\.train\.a\.epochs: 1\.0 -> 2\.0"):
+        start(cfg("there.csv", epochs=2.0))
+
+
+def test_the_advice_keeps_what_was_allowed_before(saved):
+    changes = {"seed": 1, "train.steps": 7}
+    with pytest.raises(ValueError, match=re.escape("allow_changes=\"('seed', 'train.steps')\"")):
+        drifted(saved, changes, allow=("seed",))
+
+
+def test_a_step_of_an_older_format_names_it_and_stays(tmp_path):
+    step = tmp_path / "7"
+    step.mkdir()
+    (tmp_path / model_files.NAME).mkdir()  # without a manifest, as it was then
+    (step / "_CHECKPOINT_METADATA").write_text('{"custom_metadata": {"format_version": 1}}')
+    before = sorted(tmp_path.rglob("*"))
+    for use in (lambda: opened(tmp_path)[0].start(CONFIG), lambda: model_files.verify(tmp_path)):
+        with pytest.raises(ValueError, match=f"format 1, .*{steps.LAST_OF_FORMAT_1}") as refused:
+            use()
+        assert "remove" not in str(refused.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_clipping_that_comes_or_goes_restores_every_moment(tmp_path):
+    rows = [Weight("a.kernel", "a", "embed features -> embed features")]
+    mesh = parallel.make_mesh({"fsdp": 8})
+    params = {"a.kernel": STATE.params["a.kernel"]}
+
+    def made(clip_norm: float) -> state.TrainState:
+        options = config.default().optimizer
+        options.clip_norm = clip_norm
+        tx = optim.make(options, 10, rows)
+        current = state.create(tx, params, rows, mesh)
+        current = dataclasses.replace(current, step=STATE.step)
+        leaves, shape = jax.tree.flatten(current.opt_state)
+        # Every leaf another, so that none can take another's place.
+        leaves = [jax.device_put(leaf + n + 3, leaf.sharding) for n, leaf in enumerate(leaves)]
+        return dataclasses.replace(current, opt_state=jax.tree.unflatten(shape, leaves))
+
+    for before, after in ((1.0, 0.0), (0.0, 1.0)):
+        folder = tmp_path / str(before)
+        writer, _ = opened(folder)
+        writer.start(CONFIG)
+        writer.save(made(before), CONFIG, wait=True)
+        reader, _ = opened(folder)
+        found = reader.start(CONFIG)
+        assert found
+        read, _ = reader.restore(found, damage.abstract_of(made(after)))
+        assert damage.same(read, made(after))
+
+
 def test_changed_files_of_the_model_are_refused(folder, tmp_path):
     model = Path(shutil.copytree(folder / model_files.NAME, tmp_path / "model"))
-    damage.open_folder(folder, model).start(CONFIG, 10)
+    damage.open_folder(folder, model).start(CONFIG)
     (model / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match=r"model\.path: its files \['config\.json'\] were changed"):
-        damage.open_folder(folder, model).start(CONFIG, 10)
-    damage.open_folder(folder, model, allow_changes=("model.path",)).start(CONFIG, 10)
+        damage.open_folder(folder, model).start(CONFIG)
+    damage.open_folder(folder, model, allow_changes=("model.path",)).start(CONFIG)
 
 
 def test_a_config_of_an_older_program_lacks_keys_and_that_is_no_change():

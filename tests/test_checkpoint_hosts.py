@@ -28,7 +28,7 @@ cluster.hosts()
 checkpoints = damage.open_folder(Path(folder), say=lambda line: print(line, flush=True))
 mesh = parallel.make_mesh({"data": 1, "fsdp": int(num_devices), "tensor": 1, "sequence": 1})
 abstract = damage.abstract_of(damage.make_state(0, mesh=mesh))
-found = checkpoints.start(CONFIG, 100)
+found = checkpoints.start(CONFIG)
 for action in actions:
     what, _, value = action.partition("=")
     if what == "save":
@@ -49,7 +49,7 @@ for action in actions:
             for a, b in zip(have.addressable_shards, want.addressable_shards, strict=True):
                 assert np.asarray(a.data).tobytes() == np.asarray(b.data).tobytes()
     elif what == "again":
-        found = damage.open_folder(Path(folder)).start(CONFIG, 100)
+        found = damage.open_folder(Path(folder)).start(CONFIG)
 print("end", flush=True)
 cluster.exchange("the end", "")
 if cluster.num_processes() > 1:

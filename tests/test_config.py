@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jax_sft import config, parallel
+from jax_sft import command, config, parallel
 from jax_sft.validate import validate
 
 PACKAGE = Path(config.__file__).parent
@@ -419,3 +420,19 @@ def test_differences_names_every_changed_leaf(make_config):
     assert lines["log.trackers"] == "log.trackers: [] -> ['wandb']"
     assert [*lines] == ["data.eval.held", "data.train.main", "log.trackers", "optimizer.b1"]
     assert config.differences(old, old) == {}
+
+
+def test_the_command_of_an_advice_is_the_one_that_was_given_and_the_changes(monkeypatch):
+    given = ["--config=my configs/a.py", "--workdir=run[1]", "--config.model.path=$HOME", "--x"]
+    changes = {"train.epochs": "2", "checkpoint.allow_changes": ("train.epochs", "seed")}
+    added = [
+        "--config.train.epochs=2",
+        "--config.checkpoint.allow_changes=('train.epochs', 'seed')",
+    ]
+    monkeypatch.delenv("JAX_SFT_NUM_PROCESSES", raising=False)
+    monkeypatch.setattr("sys.argv", ["/here/jax_sft/train.py", *given])
+    advice = command.again(changes)
+    assert shlex.split(advice) == ["python", "-m", "jax_sft.train", *given, *added]
+    assert "--config.checkpoint.allow_changes=\"('train.epochs', 'seed')\"" in advice
+    monkeypatch.setattr("sys.argv", ["notebook"])
+    assert shlex.split(command.again(changes)) == ["the", "same", "command", "with", *added]

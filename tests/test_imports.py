@@ -18,12 +18,13 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 LEVELS = [
     "paths exit_codes terminal models.fields",
     "lifecycle regular",
-    "config cache_folder huge_pages startup tree parallel trackers "
+    "config cache_folder huge_pages startup tree parallel "
     "models models.spec strict_json data.json_rows data.printed "
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables "
     "manifest fingerprint hub owner patterns "
-    "plain_paths run_lock "
+    "plain_paths run_lock run_files "
     "launching.coordinates launching.gpus launching.environment launching.output launching.tied",
+    "trackers "
     "launching.processes launching.leash launching.stop_requests launching.restarts "
     "models.rope "
     "command cluster steps sums storage vocabulary data.messages data.sandbox compute "

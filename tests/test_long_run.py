@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from jax_sft import config, train
-from jax_sft.trackers import Jsonl
+from jax_sft.run_files import Jsonl
 cfg = config.default()
 cfg.update({changes!r})
 cfg.data.train.main = config.source({data!r})

@@ -1,9 +1,13 @@
 """Speed, MFU and the line on the screen; trackers; evaluation."""
 
+import errno
 import json
 import math
+import os
 import re
+import shutil
 import struct
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -11,7 +15,18 @@ import numpy as np
 import pytest
 
 import jax_sft
-from jax_sft import config, evaluate, hf, metrics, models, parallel, state, tiny, trackers
+from jax_sft import (
+    config,
+    evaluate,
+    hf,
+    metrics,
+    models,
+    parallel,
+    run_files,
+    state,
+    tiny,
+    trackers,
+)
 from jax_sft.data import chat, formats
 from jax_sft.data.examples import Examples
 from jax_sft.data.loader import Loader
@@ -241,7 +256,7 @@ def test_jsonl_drops_lines_of_a_lost_run_and_goes_on(tmp_path):
     file = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": step / 2}) for step in (0, 10, 20, 30)]
     file.write_text("\n".join(lines) + '\n{"step": 40, "lo')  # cut short by a crash
-    tracker = trackers.Jsonl(file, start_step=20)
+    tracker = run_files.Jsonl(file, start_step=20)
     tracker.log(25, {"loss": 1.0})
     assert len(file.read_text().splitlines()) == 4  # on disk at once
     tracker.close()
@@ -256,13 +271,131 @@ def test_jsonl_drops_lines_of_a_lost_run_and_goes_on(tmp_path):
 def test_jsonl_survives_any_last_line(tmp_path, rest):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n' + rest)
-    trackers.Jsonl(file, start_step=5).close()
+    run_files.Jsonl(file, start_step=5).close()
     assert file.read_text() == '{"step": 1}\n'
+    assert (tmp_path / "metrics.jsonl.damaged").exists() == bool(rest.strip())
+
+
+def test_damaged_lines_are_set_aside_and_named_and_good_ones_stay(tmp_path):
+    file, said = tmp_path / "metrics.jsonl", []
+    bad = b'\xff\xfe\n{"step": "x"}\n' + b"[" * 100_000 + b"\n"
+    file.write_bytes(b'{"step": 1}\n' + bad + b'{"step": 2}\n{"step": 9}\n')
+    run_files.Jsonl(file, 5, said.append).close()
+    assert file.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == bad
+    assert len(said) == 1 and "3 damaged line(s): they are now in metrics.jsonl.damaged" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
+def test_what_stands_in_the_place_of_the_metrics_is_set_aside(tmp_path, kind):
+    file, elsewhere, said = tmp_path / "metrics.jsonl", tmp_path / "elsewhere", []
+    elsewhere.write_text("mine")
+    makes = {"folder": file.mkdir, "link": lambda: file.symlink_to(elsewhere)}
+    makes.get(kind, lambda: os.mkfifo(file))()
+    tracker = run_files.Jsonl(file, 0, said.append)
+    tracker.log(1, {"loss": 1.0})
+    tracker.close()
+    assert len(file.read_text().splitlines()) == 1 and elsewhere.read_text() == "mine"
+    assert "is not a file: it is now metrics.jsonl.damaged" in said[0] and len(said) == 1
+
+
+def test_metrics_that_cannot_be_written_for_a_while_lose_no_line(tmp_path, monkeypatch):
+    file, said = tmp_path / "metrics.jsonl", []
+    tracker = run_files.Jsonl(file, 0, said.append)
+    real, room = os.write, [10_000]
+
+    def full(opened, text):
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = real(opened, text[: room[0]])
+        room[0] -= written
+        return written
+
+    monkeypatch.setattr(os, "write", full)
+    for step in range(1, 9):
+        room[0] = {2: 5, 3: 0, 4: 0}.get(step, 10_000)  # a half line, then none
+        tracker.log(step, {"loss": float(step)})
+    tracker.close()
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [*range(1, 9)]
+    assert ["cannot be written (No space" in line for line in said] == [True, False]
+
+
+def test_metrics_go_on_where_the_workdir_was_removed(tmp_path):
+    run, said = tmp_path / "run", []
+    tracker, record = run_files.Jsonl(run / "m", 0, said.append), run_files.Record(run, said.append)
+    record.write("config.json", {"seed": 1})
+    tracker.log(1, {})
+    shutil.rmtree(run)
+    record.mend()
+    tracker.log(2, {})
+    tracker.close()
+    assert (run / "m").read_text() == '{"step": 2}\n'
+    assert json.loads((run / "config.json").read_text()) == {"seed": 1}
+    assert len(said) == 2 and all("removed" in line for line in said)
+
+
+def test_files_of_a_run_are_not_written_through_links(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "config.json").symlink_to(tmp_path / "mine")
+    run_files.Record(tmp_path, print).write("config.json", {"seed": 1})
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "config.json").is_symlink()
+
+
+def test_a_record_that_cannot_be_written_is_said_once_and_tried_again(tmp_path):
+    said: list[str] = []
+    record = run_files.Record(tmp_path, said.append)
+    (tmp_path / "config.json").mkdir()
+    record.write("config.json", {"seed": 1})
+    record.mend()
+    assert len(said) == 1 and "cannot be written (Is a directory)" in said[0]
+    (tmp_path / "config.json").rmdir()
+    record.mend()
+    assert (tmp_path / "config.json").is_file()
+
+
+class Moody:
+    """A tracker that raises whatever it likes, or hangs."""
+
+    def __init__(self):
+        self.seen: list[int] = []
+
+    def log(self, step, metrics):
+        self.seen.append(step)
+        if step == 2:
+            raise SystemExit("no more")
+        if step == 4:
+            threading.Event().wait()
+
+    def close(self):
+        raise RuntimeError("closed badly")
+
+
+def test_a_tracker_that_raises_or_hangs_costs_no_training(monkeypatch):
+    monkeypatch.setattr(trackers, "CLOSE_S", 0.2)
+    said: list[str] = []
+    for last, ending in ((3, "closed badly"), (4, "did not finish within")):
+        moody = Moody()
+        tracker = trackers.Beside("moody", moody, said.append)
+        for step in range(1, last + 1):
+            tracker.log(step, {"loss": 1.0})
+        tracker.close()
+        assert moody.seen == [*range(1, last + 1)] and ending in said.pop()
+        assert "moody failed (SystemExit: no more): training goes on" in said.pop() and not said
+
+
+def test_a_tracker_that_cannot_start_is_one_line(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("No API key\nconfigured")
+
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", (broken, "wandb"))
+    with pytest.raises(ValueError, match="wandb cannot be started: RuntimeError: No API key conf"):
+        trackers.start(("wandb",), tmp_path, {}, 0)
 
 
 def test_a_run_started_anew_leaves_no_line_of_the_lost_one(tmp_path):
     for _ in range(2):  # the first run ended before its first checkpoint
-        tracker = trackers.Jsonl(tmp_path / "metrics.jsonl", start_step=0)
+        tracker = run_files.Jsonl(tmp_path / "metrics.jsonl", start_step=0)
         tracker.log(0, {"eval/loss": 3.0})
         tracker.close()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1

@@ -422,7 +422,7 @@ def test_a_checkpoint_gives_bfloat16_moments_back_bitwise_or_widened(tmp_path, r
     resumed = optim.make(options(moments_dtype=resumed_dtype), STEPS, ROWS)
     wanted = state.abstract(resumed, ROWS, EVEN, jnp.dtype("float32"), mesh)
     checkpoints = checkpoint.Checkpoints(tmp_path, keep)
-    stored = checkpoints.start(config.to_dict(config.default()), STEPS)
+    stored = checkpoints.start(config.to_dict(config.default()))
     assert stored
     found, _ = checkpoints.restore(stored, wanted)
     for array, like, old in zip(*map(jax.tree.leaves, (found, wanted, saved)), strict=True):

@@ -1,8 +1,11 @@
 """Whole runs: every mesh gives the same numbers, a stopped run goes on bitwise, exports load."""
 
+import ast
 import functools
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -360,11 +363,36 @@ def test_a_run_with_another_config_or_data_is_refused_before_weights_are_read(
 
 def test_a_finished_run_has_nothing_left_to_do(make_config, tmp_path, capsys):
     cfg = make_config(**{"train.steps": 3})
-    jax_sft.train(cfg, tmp_path / "run")
-    cfg.train.steps = 2
-    assert jax_sft.train(cfg, tmp_path / "run") == {}
+    run = tmp_path / "run"
+    jax_sft.train(cfg, run)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert jax_sft.train(cfg, run) == {}
+    said = capsys.readouterr().out
+    assert "step 3 of 3 is already there: nothing was trained or written" in said
+    assert "--config.train.steps=6 --config.checkpoint.allow_changes=\"('train.steps',)\"" in said
+    assert "saved" not in said
+    # What an unfinished run refuses, this one does, and leaves all as it was.
+    other = Path(shutil.copytree(cfg.model.path, tmp_path / "other"))
+    for key, value in (
+        *(("optimizer.learning_rate", 2.0), ("model.path", str(other)), ("train.steps", 2)),
+        ("data.seq_len", 64),
+    ):
+        changed = cfg.copy_and_resolve_references()
+        group, leaf = key.split(".")
+        changed[group][leaf] = value
+        with pytest.raises(ValueError, match=f"differs in\n  {key}: "):
+            jax_sft.train(changed, run)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+    shorter = cfg.copy_and_resolve_references()
+    shorter.train.steps, shorter.checkpoint.allow_changes = 2, ("train.steps",)
+    assert jax_sft.train(shorter, run) == {}
     assert "step 3 of 2 is already there" in capsys.readouterr().out
-    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [1, 2, 3]
+    for option in shlex.split(said.partition("the same command with ")[2]):  # as it was advised
+        key, value = option.removeprefix("--config.").split("=")
+        group, leaf = key.split(".")
+        cfg[group][leaf] = ast.literal_eval(value)
+    assert jax_sft.train(cfg, run)["step"] == 6
 
 
 def test_the_command_line_trains_overrides_keys_and_exports(make_config, tmp_path):

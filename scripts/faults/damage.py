@@ -72,7 +72,7 @@ def make(folder: Path) -> TrainState:
     (model / "config.json").write_text('{"model_type": "qwen2"}')
     checkpoints = open_folder(folder, model)
     as_dict = config.to_dict(config.default())
-    checkpoints.start(as_dict, 10)
+    checkpoints.start(as_dict)
     for step in (OLD, NEW):
         checkpoints.save(make_state(step), as_dict, wait=True)
     assert checkpoints.saved_step == NEW and checkpoints.failures == 0
@@ -91,7 +91,7 @@ def resumed(folder: Path, abstract: TrainState, **options) -> tuple[int, TrainSt
     """Return (step, state) that a run would go on from; step -1 where it refuses to start."""
     checkpoints = open_folder(folder, **options)
     try:
-        found = checkpoints.start(config.to_dict(config.default()), 10)
+        found = checkpoints.start(config.to_dict(config.default()))
         assert found
         state, found = checkpoints.restore(found, abstract)
     except ValueError:
