@@ -23,6 +23,7 @@ FREE = {
     "model.offload": "as above",
     "data.cache_dir": "the place of a copy",
     "data.chat_template": "compared by its text, wherever the file is",
+    "data.max_lost": "whether a run starts",
     "data.num_workers": "how fast the same data are made",
     "eval": "when and what is measured, never trained on",
     "log": "what is shown",
@@ -120,6 +121,9 @@ def default() -> Config:
     # An example over seq_len: "raise", "drop", "truncate" (after the last whole trained turn that
     # fits) or "truncate_history" (the oldest turns go first). All are counted and shown.
     data.overlong = "drop"
+    # Highest share of a source's rows, or of its trained tokens, that may be left out, for whatever
+    # reason; from 1% on there is a warning. 1.0 = any.
+    data.max_lost = 0.5
     data.on_bad_row = "raise"  # a row that cannot be used: "raise" or "skip" (counted, shown)
     data.turns = "all"  # which assistant turns train: "all", "last" or "from:K", K counted from 1
     data.train_empty_think = False  # train the empty <think></think> that some templates write

@@ -95,6 +95,7 @@ def inspect(cfg: config.Config, options: Options, color: bool) -> int:
         left_out=list(left_out_lists(chosen)) if options.row is None else [],
         verdict=outcomes.verdict(cfg.data, sources, refused),
         is_refused=bool(refused),
+        is_lossy=bool(outcomes.warnings(cfg.data, sources)),
     )
     if html:
         outputs.write_file(html, [show.page(overview, options.tokens)])

@@ -59,7 +59,7 @@ from jax_sft import (
     trainable,
     vocabulary,
 )
-from jax_sft.data import confined, prepare
+from jax_sft.data import confined, losses, prepare
 from jax_sft.data.detokenize import Detokenizer
 from jax_sft.data.examples import Examples
 from jax_sft.data.loader import Loader
@@ -230,6 +230,9 @@ def _train(
         "eval": {name: examples.report[name] for name, examples in eval_examples.items()}
     }
     say(prepare.table({**report["train"], **{f"eval/{n}": r for n, r in report["eval"].items()}}))
+    for of_set in (report["train"], *({f"eval/{n}": r} for n, r in report["eval"].items())):
+        for warning in losses.warnings(of_set):
+            say(f"WARNING {warning}")
     say(
         f"packed  {loader.num_rows} rows, {loader.fill:.1%} full; "
         f"{loader.steps_per_epoch} steps per epoch"

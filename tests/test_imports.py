@@ -19,7 +19,7 @@ LEVELS = [
     "paths exit_codes terminal models.fields",
     "lifecycle regular",
     "config cache_folder huge_pages startup tree parallel "
-    "models models.spec strict_json data.json_rows data.printed "
+    "models models.spec strict_json data.json_rows data.printed data.losses "
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables "
     "manifest fingerprint hub owner patterns "
     "plain_paths run_lock run_files "

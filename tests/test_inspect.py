@@ -178,7 +178,7 @@ def test_a_cut_example_says_so_and_ends_with_its_last_whole_turn(make, run, mode
 MIXED = [ask("a", "b"), '{"prompt": "cut', ask("c" * 200, "d"), {"prompt": "e", "response": None}]
 
 
-def test_every_bad_row_is_shown_and_fails_unless_it_may_be_skipped(make, run):
+def test_every_bad_row_is_shown_and_fails_unless_it_may_be_skipped(make, run, tmp_path):
     cfg = make(main=[*MIXED, ask("e", "f")])
     code, printed, dumped = run(cfg)
     assert code == inspector.EXIT_REFUSED == 1
@@ -197,7 +197,13 @@ def test_every_bad_row_is_shown_and_fails_unless_it_may_be_skipped(make, run):
     ]
     cfg.data.on_bad_row = "skip"
     code, printed, again = run(cfg)
-    assert (code, again) == (0, dumped)
+    lost = "main leaves out 60.0% of its rows (3 of 5) and "
+    assert code == 1 and f"training would refuse to start: {lost}" in printed
+    cfg.data.max_lost = 1.0
+    page = tmp_path / "page.html"
+    code, printed, again = run(cfg, html=str(page))
+    assert (code, again) == (0, dumped) and f"WARNING {lost}" in printed
+    assert 'class="verdict amber"' in page.read_text(encoding="utf-8")
     assert "training would leave out of main: 1 overlong, 2 bad_row" in printed
     assert "training would refuse nothing" in printed
 
@@ -361,7 +367,7 @@ def test_unpacked_data_is_shown_as_such(make, run):
 def test_hostile_data_reaches_neither_terminal_nor_page_as_code(make, run, tmp_path):
     hostile = "</mark><script>alert(1)</script><img src=http://a.b/c>\x1b[42m⟦no⟧\n\n"
     cfg = make(main=[ask(hostile, "yes" + hostile), {"prompt": hostile}, {"prompt": "\ud800"}])
-    cfg.data.on_bad_row, cfg.data.seq_len = "skip", 500
+    cfg.data.on_bad_row, cfg.data.seq_len, cfg.data.max_lost = "skip", 500, 1.0
     page = tmp_path / "page.html"
     code, printed, dumped = run(cfg, html=str(page))
     assert code == 0 and len(dumped) == 3

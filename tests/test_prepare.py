@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from jax_sft import config, tiny
-from jax_sft.data import cache, chat
+from jax_sft.data import cache, chat, losses
 from jax_sft.data.prepare import (
     describe,
     fingerprint,
@@ -35,6 +36,13 @@ def data(tmp_path):
     found = config.default().data
     found.cache_dir = str(tmp_path / "cache")
     found.num_workers = 1
+    found.max_lost = 1.0  # these data are made to be left out
+    return found
+
+
+def cfg_data(seq_len: int, overlong: str):
+    found = config.default().data
+    found.seq_len, found.overlong = seq_len, overlong
     return found
 
 
@@ -68,6 +76,7 @@ def make_store(
         meta={
             **{"key": "k", "format": format, "format_reason": "", "refused": {}},
             **{"files": files, "rows": num_rows, "highest_id": int(bounds[-1]) - 1},
+            **{"turn_ends": {"1": len(weights)}},
         },
         cached=True,
         ids=np.arange(bounds[-1], dtype=np.int32),
@@ -199,7 +208,7 @@ def test_the_report_counts_rows_examples_and_tokens_by_hand(tmp_path):
     store.meta["refused"]["no answer"] = 1
     error = {"row": 2, "file": "a.jsonl", "place": "line 3", "error": "no answer"}
     (tmp_path / "errors.jsonl").write_text(json.dumps(error) + "\n")
-    report = describe(store, fit_length(store, 3, "truncate"))
+    report = describe(store, fit_length(store, 3, "truncate"), cfg_data(3, "truncate"))
     assert report == {
         **{"files": ["a.jsonl"], "format": "messages", "format_reason": ""},
         **{"rows": 6, "kept": 4, "rows_kept": 3, "split": 1},
@@ -210,6 +219,14 @@ def test_the_report_counts_rows_examples_and_tokens_by_hand(tmp_path):
         "trained_tokens": 2 + 1 + 1 + 3,
         "lost_trained_tokens": 3 + 6,
         "highest_id": 25,
+        "turn_ends": {"1": 6},
+        "left_out": {"rows": 0.5, "trained_tokens": 9 / 16, "turns": 2 / 8},
+        "cures": [
+            "data.seq_len = 64 would keep all that is too long",
+            "1 rows cannot be used as they are: inspect lists them",
+            "1 examples have no token that trains: see data.turns, and train and weight of their "
+            "messages",
+        ],
         "lengths": {"p5": 2, "p50": 2, "p95": 6, "p99": 6, "max": 6},
         "longest": [
             {"row": 4, "where": "root/a.jsonl, line 5", "tokens": 6},
@@ -366,7 +383,7 @@ def test_a_fingerprint_differs_exactly_with_the_examples(data, model, tmp_path):
 
 def test_the_table_fits_a_screen_and_its_columns_line_up(tmp_path):
     store = make_store(tmp_path, [[0, 1, 1, 1], [0, 1]], format="prompt_completion")
-    report = describe(store, fit_length(store, 2, "drop"))
+    report = describe(store, fit_length(store, 2, "drop"), cfg_data(2, "drop"))
     report["format_reason"] = "columns 'prompt' and 'completion' " * 5
     huge = report | {"rows": 10**9, "tokens": 123_456_789_012, "trained_tokens": 999_999}
     huge["bad_row_reasons"] = {"field ... must be a string " * 9: 7}
@@ -380,3 +397,59 @@ def test_the_table_fits_a_screen_and_its_columns_line_up(tmp_path):
     assert "1.00B 1 123.46B 999,999" in " ".join(data_lines[1].split())
     assert "a: dropped 1 overlong" in lines
     assert "a: 3 trained tokens cut off or dropped" in lines
+
+
+# ---- data that vanish -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_long", "outcome"), [(0, ""), (1, ""), (3, "warned"), (120, "refused")]
+)
+def test_above_one_percent_left_out_is_a_warning_and_above_half_an_error(
+    data, model, tmp_path, num_long, outcome
+):
+    data.seq_len, data.max_lost = FRAME + 10, 0.5
+    rows = [pair(1, 1)] * (200 - num_long) + [pair(1, 1 + 60)] * num_long
+    sources = {"main": source(tmp_path / "a.jsonl", rows)}
+    if outcome == "refused":
+        with pytest.raises(ValueError, match=r"main leaves out 60.0% of its rows \(120 of 200\)"):
+            prepare(sources, model, data, progress=False)
+        data.max_lost = 1.0
+    report = prepare(sources, model, data, progress=False).report
+    share = report["main"]["left_out"]
+    assert share["rows"] == num_long / 200 and share["trained_tokens"] >= share["rows"]
+    data.max_lost = 0.5
+    lines = losses.warnings(report)
+    # One row in 200, but of many trained tokens: 14% of them.
+    assert bool(lines) == (num_long > 0)
+    if num_long:
+        # The cure is one that works.
+        (seq_len,) = map(int, re.findall(r"data.seq_len = (\d+) would keep all", lines[0]))
+        data.seq_len = seq_len
+        report = prepare(sources, model, data, progress=False).report
+        assert losses.warnings(report) == [] and report["main"]["rows_kept"] == 200
+
+
+def test_bad_rows_cut_texts_and_left_out_turns_count_as_lost(data, model, tmp_path):
+    data.on_bad_row, data.seq_len = "skip", FRAME + 10
+    bad = source(tmp_path / "bad.jsonl", [pair(1, 1)] * 8 + [{"prompt": 1, "response": ""}] * 2)
+    good = source(tmp_path / "good.jsonl", [pair(1, 1)] * 10)
+    report = prepare({"bad": bad, "good": good}, model, data, progress=False).report
+    assert report["bad"]["left_out"]["rows"] == 0.2 and not any(report["good"]["left_out"].values())
+    first, last = losses.warnings(report)
+    assert first.startswith("bad leaves out 20.0% of its rows (2 of 10): 2 rows cannot be used")
+    assert last == "in all, 10.0% of the rows and 0.0% of the trained tokens are left out"
+    data.overlong, data.seq_len = "truncate", 10
+    text = source(tmp_path / "text.jsonl", [{"text": "a" * 40}], format="text")
+    report = prepare({"text": text}, model, data, progress=False).report
+    assert 0.7 < report["text"]["left_out"]["trained_tokens"] < 0.8
+    assert "data.seq_len = 64 would keep all" in losses.warnings(report)[0]
+    data.overlong, data.seq_len = "truncate_history", 2 * FRAME
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    long = source(tmp_path / "long.jsonl", [{"messages": turn * 8}])
+    report = prepare({"long": long}, model, data, progress=False).report
+    assert report["long"]["left_out"]["turns"] > 0.5 and report["long"]["left_out"]["rows"] == 0
+    assert "of its turns: a larger data.seq_len" in losses.warnings(report)[0]
+    data.max_lost = 0.5
+    with pytest.raises(ValueError, match="long leaves out .* of its turns.*data.max_lost = 0.5"):
+        prepare({"long": long}, model, data, progress=False)

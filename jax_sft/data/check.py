@@ -27,6 +27,8 @@ def problems(data) -> list[str]:
         for key, least in AT_LEAST.items()
         if data[key] < least
     ]
+    if not 0 <= data.max_lost <= 1:
+        found.append(f"data.max_lost = {data.max_lost}: use a share from 0 to 1")
     if not data.train:
         found.append("data.train is empty: add a source, data.train.NAME = config.source(path)")
     if not re.fullmatch(r"all|last|from:[1-9][0-9]*", data.turns):

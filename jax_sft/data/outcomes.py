@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jax_sft import hf, models
-from jax_sft.data import cache, confined, prepare
+from jax_sft.data import cache, confined, losses, prepare
 from jax_sft.models.fields import size
 
 EVAL = "eval/"  # before the names of eval sets
@@ -131,7 +131,7 @@ class Source:
 def lenient(data: Any) -> Any:
     """Return `cfg.data` with everything left out and counted at which training would stop."""
     data = data.copy_and_resolve_references()
-    data.on_bad_row = "skip"
+    data.on_bad_row, data.max_lost = "skip", 1.0
     if data.overlong == "raise":
         data.overlong = "drop"
     return data
@@ -164,7 +164,7 @@ def open_sources(data: Any, folder: Path) -> list[Source]:
             problems.append(str(error))
             continue
         fit = prepare.fit_length(store, data.seq_len, data.overlong, name)
-        report = {"path": source.path} | prepare.describe(store, fit)
+        report = {"path": source.path} | prepare.describe(store, fit, data)
         found.append(Source(name, store, fit, data.seq_len, report))
     if problems:
         raise ValueError(listed("{} source(s) cannot be read", problems))
@@ -189,6 +189,9 @@ def refusals(data: Any, sources: Sequence[Source], vocab: int) -> list[str]:
                 f"{dropped['overlong']:,} example(s) of {name} over data.seq_len = {data.seq_len} "
                 '(data.overlong = "raise")'
             )
+        if not is_stopped(data, source):
+            lost = losses.problems({name: source.report}, data.max_lost)
+            found += [f"to start: {problem}" for problem in lost]
         if name.startswith(EVAL) and not len(source.fit.kept):
             found.append(f"to start: data.eval.{name.removeprefix(EVAL)} has no example left")
         if highest >= vocab:
@@ -212,6 +215,23 @@ def vocabulary(folder: Path, num_tokens: int) -> int:
     return size("vocab_size", config["vocab_size"]) if "vocab_size" in config else num_tokens
 
 
+def is_stopped(data: Any, source: Source) -> bool:
+    """Whether training stops at a row of a source, so that it leaves nothing out."""
+    dropped = source.report["dropped"]
+    return bool(
+        (dropped["bad_row"] and data.on_bad_row == "raise")
+        or (dropped["overlong"] and data.overlong == "raise")
+    )
+
+
+def warnings(data: Any, sources: Sequence[Source]) -> list[str]:
+    """Say what the train sources and each eval set would lose, as training does."""
+    running = {s.name: s.report for s in sources if not is_stopped(data, s)}
+    train = {name: report for name, report in running.items() if not name.startswith(EVAL)}
+    sets = [train, *({n: r} for n, r in running.items() if n.startswith(EVAL))]
+    return [line for one in sets for line in losses.warnings(one)]
+
+
 def verdict(data: Any, sources: Sequence[Source], refused: Sequence[str]) -> list[str]:
     """The last lines: what would be left out, and whether training would start."""
     lines = []
@@ -223,6 +243,7 @@ def verdict(data: Any, sources: Sequence[Source], refused: Sequence[str]) -> lis
         if any(chosen.values()):
             counted = ", ".join(f"{count:,} {reason}" for reason, count in chosen.items() if count)
             lines.append(f"training would leave out of {source.name}: {counted}")
+    lines += [f"WARNING {line}" for line in warnings(data, sources)]
     lines += [f"training would refuse {reason}" for reason in refused]
     return lines if refused else [*lines, "training would refuse nothing"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_sft.data import cache, chat, chat_templates
+from jax_sft.data import cache, chat, chat_templates, losses
 from jax_sft.data.examples import Examples
 
 PERCENTILES = (5, 50, 95, 99)
@@ -69,7 +69,7 @@ def prepare(
         fitted.append(fit)
         report[name] = {
             "path": sources[name].path,
-            **describe(store, fit),
+            **describe(store, fit, data),
             "fingerprint": _hash(store.meta["content"], fit.kept, fit.stops),
             "cached": store.cached,
             "seconds": round(time.monotonic() - started, 3),
@@ -78,6 +78,8 @@ def prepare(
         raise ValueError(
             f"no example is left to use (data.seq_len = {data.seq_len}):\n{table(report)}"
         )
+    if problems := losses.problems(report, data.max_lost):
+        raise ValueError("\n".join(problems))
     return _join(stores, fitted, report)
 
 
@@ -218,18 +220,21 @@ def _end_of_last_run(weights: np.ndarray, start: int, most: int) -> int | None:
 # ---- report -------------------------------------------------------------------------------------
 
 
-def describe(store: cache.Store, fit: Fitted) -> dict:
+def describe(store: cache.Store, fit: Fitted, data) -> dict:
     """Count what became of the rows of a source, as plain JSON.
 
     Lengths and tokens are model inputs, one less than the tokens stored. `lengths` and `longest`
     are those before `data.overlong`, but without turns that "truncate_history" left out; these are
-    in `truncated` and `turns_left_out`, and in no other count.
+    in `truncated` and `turns_left_out`, and in no other count but `left_out`, the shares.
+
+    Args:
+        data: `cfg.data`.
     """
     lengths = store.stops - store.starts - 1
     history_cut = store.num_cut[fit.kept] > 0
     shorter = fit.stops < store.stops[fit.kept]
     num_bad = sum(store.meta["refused"].values())
-    return {
+    counts = {
         "files": [file["name"] for file in store.meta["files"]],
         "format": store.meta["format"],
         "format_reason": store.meta["format_reason"],
@@ -257,6 +262,13 @@ def describe(store: cache.Store, fit: Fitted) -> dict:
         "bad_row_reasons": store.meta["refused"],
         "bad_rows": list(itertools.islice(store.errors(), NUM_BAD)),
     }
+    num_lost = losses.turns_lost(store.rows[fit.kept], store.num_cut[fit.kept])
+    counts["left_out"] = losses.shares(counts, sum(counts["turn_ends"].values()), num_lost)
+
+    def with_truncate() -> int:
+        return int(fit_length(store, data.seq_len, "truncate").trained.sum())
+
+    return counts | {"cures": losses.cures(counts, data.overlong, with_truncate)}
 
 
 def _examples_per_row(rows: np.ndarray) -> np.ndarray:

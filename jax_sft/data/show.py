@@ -81,6 +81,7 @@ class Overview:
             that do not train.
         verdict: the last lines.
         is_refused: training would not start.
+        is_lossy: training would leave out more than a user expects, see `losses`.
     """
 
     title: str
@@ -92,6 +93,7 @@ class Overview:
     left_out: Sequence[tuple[str, int, Sequence[str]]]
     verdict: Sequence[str]
     is_refused: bool
+    is_lossy: bool = False
 
 
 def pieces(tokenizer, ids: Sequence[int], weights: Sequence[float]) -> list[Piece]:
@@ -231,15 +233,15 @@ def _heading(text: str, rule: str, color: bool) -> str:
 
 CSS = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1f2328;--soft:#656d76;--card:#f6f8fa;--line:#d0d7de;
---mark:#aceebb;--part:#fae17d;--special:#8250df;--bar:#2da44e;--bad:#cf222e}
+--mark:#aceebb;--part:#fae17d;--special:#8250df;--bar:#2da44e;--bad:#cf222e;--amber:#bf8700}
 @media(prefers-color-scheme:dark){:root{--bg:#0d1117;--fg:#e6edf3;--soft:#8b949e;--card:#161b22;
---line:#30363d;--mark:#1a5c2c;--part:#6b5300;--special:#d2a8ff;--bar:#3fb950;--bad:#ff7b72}}
+--line:#30363d;--mark:#1a5c2c;--part:#6b5300;--special:#d2a8ff;--bar:#3fb950;--bad:#ff7b72;--amber:#d29922}}
 body{margin:2rem auto;padding:0 1rem;max-width:72rem;background:var(--bg);color:var(--fg);
 font:15px/1.5 system-ui,sans-serif}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}h3{font-size:1rem;margin:1.2rem 0 .3rem}
 p,small,.label{color:var(--soft)}
 .verdict{color:inherit;border-left:4px solid var(--bar);padding:.3rem .9rem;background:var(--card)}
-.bad{border-color:var(--bad)}
+.bad{border-color:var(--bad)}.amber{border-color:var(--amber)}
 .text,.table{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.55 ui-monospace,monospace;
 background:var(--card);border:1px solid var(--line);border-radius:6px;padding:.7rem .9rem;margin:0}
 .table{white-space:pre;overflow-x:auto}
@@ -307,7 +309,7 @@ def chart_html(title: str, values: np.ndarray, unit: str, bins: int = 32) -> str
 
 def page(overview: Overview, boundaries: bool) -> str:
     """The overview as a whole page that needs nothing from elsewhere."""
-    kind = "bad" if overview.is_refused else "good"
+    kind = "bad" if overview.is_refused else "amber" if overview.is_lossy else "good"
     verdict = "".join(f"<div>{_plain(line)}</div>" for line in overview.verdict)
     parts = [f'<div class="verdict {kind}">{verdict}</div>']
     parts += ["<h2>Sources</h2>", f'<div class="table">{_plain(overview.table)}</div>']
