@@ -113,6 +113,7 @@ def read(given: str) -> str:
     try:
         if not file.exists():
             raise ValueError(f"{named} is neither a file nor one of {list(SHIPPED)}")
+        regular.check_mode(named, file.stat().st_mode)
         home = file.parent.resolve()
         home = home.parent.parent if home.parent.name == "snapshots" else home  # the hub's cache
         if not file.resolve().is_relative_to(home):
