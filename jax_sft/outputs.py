@@ -85,7 +85,7 @@ def check(
         if not out.is_dir() or not _entries(out):
             return Place(out, kind)
         stamps = _stamps(out)
-        problem = _unlike_ours(out, kind, quick)
+        problem = _unlike_ours(out, kind, quick or not overwrite)
     except OSError as error:
         raise ValueError(f"{shown} cannot be used: {error}") from error
     if problem:
