@@ -131,7 +131,13 @@ def check_of_run(workdir: Path, say: Callable[[str], object] = print) -> None:
         OSError: the file system refused something.
     """
     folder = workdir / OF_RUN
-    place = outputs.check(folder, outputs.EXPORT, overwrite=True, key="train.export", quick=True)
+    place = outputs.check(
+        *(folder, outputs.EXPORT),
+        overwrite=True,
+        key="train.export",
+        quick=True,
+        remedy="Move that away, or start with --config.train.export=False and export elsewhere",
+    )
     outputs.remove_leftovers(place.out, say)
 
 
@@ -154,6 +160,7 @@ def of_run(
         note = f" ({'; '.join(manifest.shown(problems, 5))})" if problems else ""
         say(f"{out} holds step {planned.step} already, and is left alone{note}")
         return out
+    check_of_run(workdir, say)
     export(
         *(planned.folder, out),
         step=planned.step,

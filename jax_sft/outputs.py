@@ -60,6 +60,7 @@ def check(
     reads: Iterable[Path] = (),
     key: str = "--out",
     quick: bool = False,
+    remedy: str = "Choose another folder",
 ) -> Place:
     """Decide whether a folder may be written.
 
@@ -71,6 +72,7 @@ def check(
         reads: folders that are read for it, such as the checkpoints and the base model.
         key: the option that named it.
         quick: compare names and sizes of an older output, and leave the contents for later.
+        remedy: for a folder that holds something else.
 
     Raises:
         ValueError: it may not; why, and what to do.
@@ -89,13 +91,37 @@ def check(
     except OSError as error:
         raise ValueError(f"{shown} cannot be used: {error}") from error
     if problem:
-        raise ValueError(f"{shown} {problem}. Choose another folder")
+        raise ValueError(f"{shown} {problem}. {remedy}")
     if not overwrite:
         raise ValueError(
             f"{shown} is not empty: it holds an older {kind}. Choose another folder, or replace "
             "that one with --overwrite"
         )
     return Place(out, kind, stamps)
+
+
+def claim(path: str | Path, mark: str, key: str) -> Path:
+    """Make a folder for a program's own use, in which it may remove what it likes.
+
+    Args:
+        mark: the file that tells such a folder from others.
+        key: the option that named it.
+
+    Raises:
+        ValueError: the folder holds something else, or cannot be made.
+    """
+    folder = paths.local(path, key)
+    try:
+        if folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file():
+            raise ValueError(
+                f"{key} = {folder} is not empty and not of this program (it has no {mark}), which "
+                "removes files in it: name a new folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / mark).touch()
+    except OSError as error:
+        raise ValueError(f"{key} = {folder} cannot be used: {error}") from error
+    return folder
 
 
 def check_room(out: Path, nbytes: int) -> None:

@@ -34,7 +34,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 # JAX reads its platform, and Python finds the package, by the lines above: hence E402.
-from jax_sft import metrics  # noqa: E402
+from jax_sft import metrics, outputs  # noqa: E402
 from scripts import bench_cases, bench_table  # noqa: E402
 
 PEERS = REPO / "scripts" / "peers"
@@ -76,7 +76,6 @@ MATMULS = {
 
 def main() -> int:
     options = parse()
-    options.work.mkdir(parents=True, exist_ok=True)
     say(f"{machine('cpu')}; work folder {options.work}")
     works = {name: prepare(name, options) for name in options.cases}
     pythons = Pythons(options.work / "venvs", options.python)
@@ -133,7 +132,10 @@ def parse() -> argparse.Namespace:
     add("--smoke", action="store_true", help="a toy case, our own trainer, no network")
     options = parser.parse_args()
     options.python = dict(options.python)
-    options.work = options.work.absolute()
+    try:
+        options.work = outputs.claim(options.work, ".jax_sft-bench", "--work")
+    except ValueError as error:
+        parser.error(str(error))
     if options.smoke:
         options.cases = ["smoke"]
     for given, known in ((options.cases, bench_cases.CASES), (options.only, SUBJECTS)):

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 from ml_dtypes import bfloat16  # noqa: E402
 
-from jax_sft import hf_write, models, paths, tiny  # noqa: E402
+from jax_sft import hf_write, models, outputs, paths, tiny  # noqa: E402
 
 # Sizes of Qwen2.5 (their config.json on the hub) and into how many files they are cut.
 SHAPES = {
@@ -74,7 +74,12 @@ class Random:
 
 
 def make(like: str, out: Path, headers_only: bool) -> None:
-    """Write the folder."""
+    """Write the folder.
+
+    Raises:
+        ValueError: it is there already, or is no place for a model.
+    """
+    out = outputs.check(out, outputs.EXPORT).out
     config = config_of(like)
     family = models.find("qwen2")
     cfg = family.Config.from_hf(config)
@@ -82,7 +87,7 @@ def make(like: str, out: Path, headers_only: bool) -> None:
     dtypes = {name: "BF16" for row in rows for _, name in row.hf_tensors(cfg.dims)}
     total = sum(2 * math.prod(row.shape(cfg.dims)) for row in rows)
     shard_bytes = math.ceil(1.01 * total / SHAPES[like][1])
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     tiny.write_tokenizer(out)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "generation_config.json").write_text(json.dumps({"do_sample": False}) + "\n")
@@ -98,7 +103,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--like", required=True, choices=[*SHAPES])
-    parser.add_argument("--out", required=True, help="the folder to write; must not exist")
+    parser.add_argument("--out", required=True, help="the folder to write: new, or empty")
     parser.add_argument("--headers-only", action="store_true", help="sparse files")
     options = parser.parse_args()
     make(options.like, paths.local(options.out, "--out"), options.headers_only)

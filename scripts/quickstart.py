@@ -6,7 +6,6 @@ answers to held-out questions before and after. Exits with 1 unless exact match 
 """
 
 import json
-import shutil
 import time
 from pathlib import Path
 
@@ -38,10 +37,21 @@ def answer(folder: str | Path, mesh, questions: list[str]) -> list[str]:
     return [tokenizer.decode(ids) for ids in answers]
 
 
+def keep_earlier(workdir: Path) -> None:
+    """Rename the workdir of an earlier quickstart: somebody may have trained on in it."""
+    if not workdir.exists():
+        return
+    number = 1
+    while (earlier := workdir.with_name(f"{workdir.name}.{number}")).exists():
+        number += 1
+    workdir.rename(earlier)
+    print(f"{workdir} of an earlier quickstart is {earlier} now", flush=True)
+
+
 def main() -> int:
     began = time.perf_counter()
     cfg = tiny.get_config()
-    shutil.rmtree(WORKDIR, ignore_errors=True)  # of an earlier quickstart
+    keep_earlier(WORKDIR)
     parallel.simulate_cpu_devices(cfg.mesh.cpu_devices)
     mesh = parallel.make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
     heldout = Path(cfg.data.eval.heldout.path).read_text(encoding="utf-8").splitlines()

@@ -309,6 +309,15 @@ def test_sums_that_lead_out_of_their_folder_are_not_ours(tmp_path):
             outputs.check(out, outputs.EXPORT, overwrite=True)
 
 
+def test_a_folder_to_remove_files_in_must_be_new_or_marked(world):
+    for name in ("mine", "run", "model", "."):
+        with pytest.raises(ValueError, match="is not empty and not of this program"):
+            outputs.claim(name, ".bench", "--work")
+    assert outputs.claim("a/work", ".bench", "--work") == world / "a/work"
+    (world / "a/work/runs").mkdir()
+    assert outputs.claim("a/work", ".bench", "--work") == world / "a/work"
+
+
 def test_a_file_replaces_only_one_of_the_same_program(world):
     def is_ours(start: bytes) -> bool:
         return start.startswith(b"ours")
