@@ -17,7 +17,7 @@ Config = Any
 # would train something that neither config describes.
 FREE = {
     "mesh": "sums are only taken in another order",
-    "batch.micro_rows": "as above",
+    "batch.micro_rows": "as above, but with dropout or a loss that balances experts: train.py",
     "model.attention": "as above",
     "model.remat": "the same numbers, computed again or kept",
     "model.offload": "as above",
@@ -262,7 +262,9 @@ def drift(stored: dict, new: dict, bound: Iterable[str] = ()) -> dict[str, str]:
     longer has, unless the new value is not the default.
     """
     known = to_dict(default())
-    old = _with_defaults(stored, known)
+    old, new = _with_defaults(stored, known), _with_defaults(new, known)
+    for rows in (old["batch"], new["batch"]):
+        rows["micro_rows"] = rows["micro_rows"] or rows["rows"]
     for sources in ("train", "eval"):
         for name, fields in old["data"][sources].items():
             old["data"][sources][name] = source("").to_dict() | fields

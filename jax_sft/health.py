@@ -20,6 +20,7 @@ from jax_sft.data.loader import Loader
 
 ON_NONFINITE = ("skip", "raise")
 WINDOW = 100  # steps over which the median loss is taken
+GUESSES = 2  # times ln(vocabulary), the loss of a model that guesses: more is a mistake
 FEWEST = 20  # losses before one can be called a spike
 # A spike is above the median by SPIKE_SHARE of it, and by SPIKE_SPREADS median absolute deviations.
 SPIKE_SHARE, SPIKE_SPREADS = 0.5, 10
@@ -34,6 +35,7 @@ class Health:
         dump: steps -> the folder in which their batches are now.
         say: prints a line.
         skipped: steps skipped before a resume.
+        vocab: ids of the model; 0 = no loss is called far above that of guessing.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Health:
         dump: Callable[[Mapping[int, Mapping[str, float]]], Path],
         say: Callable[[str], Any] = print,
         skipped: int = 0,
+        vocab: int = 0,
     ):
         self._most = most if on_nonfinite == "skip" else 0
         self._dump, self._say = dump, say
@@ -51,6 +54,8 @@ class Health:
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self.skipped = skipped  # in the whole run
         self.spikes = 0  # since it was started
+        self._highest = GUESSES * math.log(vocab) if vocab > 1 else math.inf
+        self._is_far = False  # whether the last loss was above it
 
     def note(self, step: int, sums: Mapping[str, Any]) -> None:
         """Look at the next step.
@@ -61,7 +66,9 @@ class Health:
         sums = {key: float(value) for key, value in sums.items() if np.ndim(value) == 0}
         if not sums["skipped"]:
             self._in_a_row = {}
-            self._look_for_spike(step, sums["loss"] / (sums["weight"] or 1.0))
+            loss = sums["loss"] / (sums["weight"] or 1.0)
+            self._look_for_guessing(step, loss)
+            self._look_for_spike(step, loss)
             return
         self.skipped += 1
         self._in_a_row[step] = sums
@@ -76,6 +83,34 @@ class Health:
             f"WARNING {found}: not finite, so not applied ({len(self._in_a_row)} in a row, "
             f"{self.skipped} in all)"
         )
+
+    def require_applied(self, step: int) -> None:
+        """Refuse a result of which no step was applied.
+
+        Args:
+            step: steps done in the whole run.
+
+        Raises:
+            FloatingPointError: all of them were skipped.
+        """
+        if step and self.skipped >= step:
+            raise FloatingPointError(
+                f"none of the {step} step(s) was applied: loss or gradient was never finite. "
+                "Nothing was trained, so nothing is saved as the result. The batches are in "
+                f"{self._dump(self._in_a_row)}: look at them and at the weights of model.path, or "
+                "lower optimizer.learning_rate"
+            )
+
+    def _look_for_guessing(self, step: int, loss: float) -> None:
+        """Warn of a loss that no model has, from the first step on; once until it is lower."""
+        if loss > self._highest and not self._is_far:
+            self.spikes += 1
+            self._say(
+                f"WARNING step {step}: loss {loss:.4f} is above {self._highest:.1f}, {GUESSES} "
+                "times that of guessing: the model's files do not fit together, the data are not "
+                "its language, or optimizer.learning_rate is too high"
+            )
+        self._is_far = loss > self._highest
 
     def _look_for_spike(self, step: int, loss: float) -> None:
         if len(self._losses) >= FEWEST:

@@ -70,7 +70,7 @@ from jax_sft.preemption import Preempted, Preemption
 from jax_sft.program import objective, program
 from jax_sft.startup import Startup
 from jax_sft.step import ROUTER_AUX
-from jax_sft.validate import validate
+from jax_sft.validate import Resolved, validate
 from jax_sft.watchdog import SLOW_PHASE_S, Watchdog
 
 # How XLA says that a device's memory is full; JAX has no exception of its own for it.
@@ -260,7 +260,7 @@ def _train(
         ),
         data=prepare.fingerprint(train_examples),
         eval_data={name: prepare.fingerprint(found) for name, found in eval_examples.items()},
-        bound=("batch.micro_rows",) if balances_experts(cfg, model_cfg) else (),
+        bound=bound_keys(cfg, resolved),
         adapters=dataclasses.asdict(resolved.adapters) if resolved.adapters else None,
         vocabulary=vocabulary.Vocabulary.of(rows, model_cfg.vocab),
         turn_ends=turn_ends,
@@ -322,6 +322,7 @@ def _train(
         dump=dump,
         say=say,
         skipped=found.extra.get("skipped_steps", 0) if found else 0,
+        vocab=model_cfg.vocab,
     )
     meter = metrics.Meter(
         every_steps=cfg.log.every_steps,
@@ -374,6 +375,8 @@ def _train(
         if meter.due:
             log_steps()
         meter.check()  # a run that has gone wrong stops before it is saved
+        if done == num_steps:
+            health.require_applied(done)
         if lock:
             lock.check(look=True)
         if record:
@@ -486,9 +489,13 @@ def how_to_train_on(cfg: config.Config, start: int, loader: Loader) -> str:
     )
 
 
-def balances_experts(cfg: config.Config, model_cfg) -> bool:
-    """Whether a loss is trained that is that of each micro-batch."""
-    return bool(objective(cfg.loss, model_cfg).get(ROUTER_AUX))
+def bound_keys(cfg: config.Config, resolved: Resolved) -> tuple[str, ...]:
+    """Return the keys of config.FREE that change the losses of this run: what is drawn, or
+    balanced, within each micro-batch depends on its rows.
+    """
+    drops = resolved.adapters is not None and resolved.adapters.dropout > 0
+    balances = objective(cfg.loss, resolved.model_cfg).get(ROUTER_AUX)
+    return ("batch.micro_rows",) if drops or balances else ()
 
 
 def take_lock(

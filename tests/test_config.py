@@ -6,11 +6,13 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+import jax_sft
 from jax_sft import command, config, parallel
 from jax_sft.validate import validate
 
@@ -436,3 +438,14 @@ def test_the_command_of_an_advice_is_the_one_that_was_given_and_the_changes(monk
     assert "--config.checkpoint.allow_changes=\"('train.epochs', 'seed')\"" in advice
     monkeypatch.setattr("sys.argv", ["notebook"])
     assert shlex.split(command.again(changes)) == ["the", "same", "command", "with", *added]
+
+
+@pytest.mark.parametrize(
+    "dropout, experts, is_bound", [(0.0, False, False), (0.1, False, True), (0.0, True, True)]
+)
+def test_micro_rows_are_not_free_where_they_change_losses(dropout, experts, is_bound):
+    dims = {"experts": 4} if experts else {}
+    model_cfg = SimpleNamespace(dims=dims, router_aux=0.01)
+    resolved = SimpleNamespace(adapters=SimpleNamespace(dropout=dropout), model_cfg=model_cfg)
+    bound = jax_sft.train.bound_keys(config.default(), resolved)
+    assert bound == (("batch.micro_rows",) if is_bound else ())

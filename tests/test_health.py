@@ -60,6 +60,26 @@ def test_a_spike_is_flagged_and_usual_noise_is_not():
     assert health.spikes == 1 and said[0].startswith("WARNING step 1001: loss 6.0000")
 
 
+def test_a_loss_far_above_guessing_is_named_at_once_and_once(tmp_path):
+    health, said, _ = make_health(vocab=50_000)
+    for step, loss in enumerate((10.9, 7_880_974.0, 9e6, 3.0, 22.0), start=1):
+        health.note(step, GOOD | {"loss": 60 * loss})
+    assert [line.partition(" is above 21.6")[0] for line in said] == [
+        *("WARNING step 2: loss 7880974.0000", "WARNING step 5: loss 22.0000")
+    ]
+
+
+def test_a_run_of_which_no_step_was_applied_is_an_error():
+    health, _, dumped = make_health(skipped=1, most=9)
+    health.require_applied(0)
+    health.note(2, BAD)
+    with pytest.raises(FloatingPointError, match=r"none of the 2 step\(s\) was applied.*HERE"):
+        health.require_applied(2)
+    assert dumped == [[2]]
+    health.note(3, GOOD)
+    health.require_applied(3)
+
+
 @pytest.fixture
 def bad_steps(monkeypatch):
     """Make the batches of these steps, from 1, give an infinite loss."""
@@ -98,6 +118,15 @@ def test_a_bad_batch_is_skipped_on_the_devices_and_the_run_goes_on(
     assert "(2 in a row, 3 in all)" in said
     last = json.loads((tmp_path / "bad" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["skipped_steps"] == 3
+
+
+def test_a_run_that_applied_nothing_is_neither_saved_nor_exported(make_config, tmp_path, bad_steps):
+    cfg = make_config(**{"train.steps": 2, "train.export": True})
+    bad_steps |= {1, 2}
+    with pytest.raises(FloatingPointError, match="none of the 2"):
+        jax_sft.train(cfg, tmp_path / "run")
+    left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert left == {"model_files"} and not (tmp_path / "run" / "export").exists()
 
 
 def test_three_bad_steps_in_a_row_stop_and_leave_their_batches(make_config, tmp_path, bad_steps):
