@@ -138,6 +138,10 @@ class Checkpoints:
         self.saved_step = found.step
         return state, found
 
+    def keep_model_files(self) -> None:
+        """Keep the model's files of today, see `Resume.keep_model_files`."""
+        self._resume.keep_model_files()
+
     def keep_frozen(self, frozen: Mapping[str, jax.Array], found: Found | None) -> None:
         """Take note of the weights that no step holds, and compare with those of a resumed run.
 

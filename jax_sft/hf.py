@@ -36,7 +36,8 @@ NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 MOST_MISSING = 20_000  # tensors that `check` looks for one by one
 
-# What belongs to a model folder beside its weights, carried over unchanged.
+# What belongs to a model folder beside its weights. Carried over unchanged, but for eos_token_id
+# (`stop_tokens`) and the template that `data.chat_template` names.
 SIDE_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),

@@ -73,6 +73,7 @@ class Resume:
         self._eval_data, self._bound = eval_data, bound
         self._untried: list[int] = []
         self._bad: list[str] = []
+        self._replaces_files = False
 
     def start(self, today: dict[str, Any]) -> Found | None:
         """Clean up, and find the newest good step. Reads no arrays.
@@ -113,6 +114,15 @@ class Resume:
             assert older  # or _next_good has raised
             # What the config may change was decided at the start, for a step of the same run.
             found = older
+
+    def keep_model_files(self) -> None:
+        """Keep today's files of the model where they differ and may: exports get them from here on.
+
+        Called once it is certain that the run trains on.
+        """
+        if self._model and self._replaces_files:
+            keep = functools.partial(model_files.keep, self._folder, self._model, anew=True)
+            agree.from_first("model files", keep)
 
     def _prepare_folder(self) -> dict[str, Any]:
         """What the first process does and finds at the start."""
@@ -186,6 +196,7 @@ class Resume:
         for key in [key for key in changes if self._is_moved(key, found)]:
             self._say(f"moved   {changes.pop(key)}: the tokens are the same")
         files = model_files.changed(self._folder, self._model) if self._model else []
+        files = agree.gather("model files", files)  # no process compares while they are replaced
         if files:
             key, line = self._changed_files(files, found.metadata)
             changes.setdefault(key, line)
@@ -205,9 +216,7 @@ class Resume:
                 "Resume with the config of that run (config.json beside the checkpoints), choose "
                 f"another workdir, or allow the changes: {advice}"
             )
-        if files and self._model:  # allowed: exports have them from here on
-            keep = functools.partial(model_files.keep, self._folder, self._model, anew=True)
-            agree.from_first("model files", keep)
+        self._replaces_files = bool(files)
 
     def _changed_files(self, files: Sequence[str], stored: Mapping[str, Any]) -> tuple[str, str]:
         """Return which key the files of the model that differ belong to, and what to say."""

@@ -292,6 +292,8 @@ def _train(
         current = state.create(compiled.tx, weights, model_def.stored, mesh, model_def.frozen)
     checkpoints.keep_frozen(current.frozen, found)
     start = found.step if found else 0
+    if start < num_steps:
+        checkpoints.keep_model_files()
     if cfg.train.export and start < num_steps:
         agree.from_first("export folder", lambda: hf_export.check_of_run(workdir, say))
     owed = bool(eval_sets) and (found.extra.get("owes_evaluation") if found else cfg.eval.at_start)

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 import transformers
 
-from jax_sft import config, model_files, resume, tiny
+from jax_sft import config, model_files, resume, tiny, vocabulary
 from jax_sft.data import chat, chat_templates, check, formats, prepare
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
@@ -200,15 +200,21 @@ def test_what_is_kept_has_this_template_and_no_other(kept):
 def test_a_resumed_run_compares_the_text_of_the_template(kept):
     model, checkpoints = kept
     assert model_files.changed(checkpoints, model) == []
-    finder = resume.Resume.__new__(resume.Resume)
+    finder = resume.Resume(
+        *(checkpoints, None, model, "", vocabulary.Vocabulary(0, {}), print), eval_data={}, bound=()
+    )
     for text in ("", chat_templates.ZEPHYR):
         finder._model = model_files.Model(model.folder, {}, text)
         files = model_files.changed(checkpoints, finder._model)
         metadata = {"config": {"data": {"chat_template": "chatml"}}}
         key, line = finder._changed_files(files, metadata)
         assert key == "data.chat_template" and "is not that of the checkpoint" in line
-        model_files.keep(checkpoints, finder._model, anew=True)
+        finder.keep_model_files()
+        assert model_files.changed(checkpoints, finder._model) == files  # not as allowed yet
+        finder._replaces_files = True
+        finder.keep_model_files()
         assert model_files.changed(checkpoints, finder._model) == []
+        finder._replaces_files = False
         model_files.keep(checkpoints, model, anew=True)
     (model.folder / "config.json").write_text("{ }")
     assert (
