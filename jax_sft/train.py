@@ -70,7 +70,7 @@ from jax_sft.preemption import Preempted, Preemption
 from jax_sft.program import objective, program
 from jax_sft.startup import Startup
 from jax_sft.step import ROUTER_AUX
-from jax_sft.validate import Resolved, validate
+from jax_sft.validate import MOST_STEPS, Resolved, validate
 from jax_sft.watchdog import SLOW_PHASE_S, Watchdog
 
 # How XLA says that a device's memory is full; JAX has no exception of its own for it.
@@ -226,6 +226,11 @@ def _train(
         for name, examples in eval_examples.items()
     }
     num_steps = cfg.train.steps or loader.num_steps(cfg.train.epochs)
+    if num_steps >= MOST_STEPS:
+        raise ValueError(
+            f"train.epochs = {cfg.train.epochs} gives {num_steps} steps: use fewer, so that they "
+            f"are below {MOST_STEPS} (2**31)"
+        )
     report = {"train": train_examples.report} | {
         "eval": {name: examples.report[name] for name, examples in eval_examples.items()}
     }

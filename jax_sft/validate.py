@@ -56,6 +56,9 @@ class Resolved:
     adapters: lora.Settings | None = None
 
 
+MOST_STEPS = 2**31  # steps are counted in int32 on the devices
+
+
 def validate(cfg, num_devices: int, planned_for: tuple[int, ...] | None = None) -> Resolved:
     """Check a config against itself, the model folder, the data files and the devices.
 
@@ -261,6 +264,10 @@ def _value_problems(cfg) -> list[str]:
         for key in shares
         if not 0 <= _get(cfg, key) <= 1
     ]
+    if cfg.seed >= 2**63:
+        problems.append(f"seed = {cfg.seed}: use one below 2**63")
+    if cfg.train.steps >= MOST_STEPS:
+        problems.append(f"train.steps = {cfg.train.steps}: use one below {MOST_STEPS} (2**31)")
     highest = optim.MAX_BFLOAT16_DECAY
     problems += [
         f"{key} = {_get(cfg, key)} is too slow for bfloat16 moments, which round its steps away: "

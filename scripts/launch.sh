@@ -10,4 +10,6 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # paths stay relative to the caller's folder
 python=${PYTHON:-python3}
 [ -n "${PYTHON:-}" ] || [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
+# What was typed, for the line that resumes a run that was told to stop.
+export JAX_SFT_TYPED="${JAX_SFT_TYPED:-$(printf "%q " "$0" "$@")}"
 exec "$python" -m jax_sft.launch "$@"

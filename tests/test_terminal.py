@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
+import jax_sft
 from jax_sft import exit_codes, lifecycle, terminal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -214,3 +216,34 @@ def test_ignored_signals_stay_ignored():
     body = "import os, signal\nos.kill(os.getpid(), 1); os.kill(os.getpid(), 2)\nprint('goes on')"
     found = run(body, shell="trap '' INT HUP; exec \"$@\"")
     assert (found.returncode, found.stdout) == (0, "goes on\n")
+
+
+@pytest.mark.parametrize(
+    "planted, line",
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "memory of the devices"),
+        (MemoryError("Unable to allocate 9 TiB"), "memory of this machine"),
+    ],
+)
+def test_memory_that_is_too_small_for_a_start_is_a_user_error(
+    planted, line, make_config, tmp_path, monkeypatch
+):
+    def full(*_, **__):
+        raise planted
+
+    monkeypatch.setattr(jax_sft.train.trainable, "read", full)
+    with pytest.raises(ValueError, match=f"{line} is too small.*\n.*batch.micro_rows") as raised:
+        jax_sft.train(make_config(), tmp_path / "run")
+    assert exit_codes.of(raised.value) == 64
+
+
+@pytest.mark.parametrize("key, value", [("seed", 2**63), ("train.steps", 2**31)])
+def test_numbers_that_do_not_fit_are_refused(key, value, make_config, tmp_path):
+    with pytest.raises(ValueError, match=f"{key} = {value}"):
+        jax_sft.train(make_config(**{key: value}), tmp_path / "run")
+
+
+def test_epochs_that_are_too_many_steps_are_refused(make_config, tmp_path):
+    cfg = make_config(**{"train.steps": 0, "train.epochs": 1e9})
+    with pytest.raises(ValueError, match=r"train.epochs = 1000000000.0 gives \d+ steps"):
+        jax_sft.train(cfg, tmp_path / "run")
