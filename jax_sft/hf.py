@@ -50,6 +50,10 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 KEPT = steps.KEPT
 
 _READ = {".json", ".jinja", ".txt", ".model", ".safetensors"}  # suffixes of SIDE_FILES and weights
+_READ_BY_OTHERS = (
+    *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.json", "preprocessor_config.json"),
+)
 _PICKLES = ("bin", "pt", "pth", "pkl", "ckpt")
 # Buffers that old exports contain and the architecture computes.
 _COMPUTED = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -115,9 +119,10 @@ def _has_model_type(folder: Path) -> bool:
 
 
 def check_entries(folder: Path) -> None:
-    """Refuse files that are none, which would hang who reads them, and links to files elsewhere.
+    """Refuse what would hang or crash a library that reads the folder, and links out of it.
 
-    Linked files would be read, and copied into every export.
+    Linked files would be read, and copied into every export. JSON that transformers reads by itself
+    is bounded here; tokenizer.json is bounded by its own library.
 
     Raises:
         ValueError: naming each.
@@ -140,6 +145,9 @@ def check_entries(folder: Path) -> None:
             f"{folder} has links out of the folder: {', '.join(links)}. Put the files "
             "themselves there, or set model.path to the folder that has them"
         )
+    for name in _READ_BY_OTHERS:
+        if (folder / name).exists():
+            strict_json.read(folder / name, strict=False)
 
 
 def pickles(folder: Path) -> list[str]:

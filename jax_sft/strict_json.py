@@ -15,8 +15,11 @@ MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 64  # of objects and lists within each other
 
 
-def read(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+def read(file: Path, max_bytes: int = MAX_BYTES, strict: bool = True) -> dict[str, Any]:
     """Read a JSON object.
+
+    Args:
+        strict: refuse keys with two values, and numbers that are not finite.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -34,7 +37,7 @@ def read(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
     try:
-        found = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=_object if strict else None)
     except RecursionError:
         raise ValueError(f"{file} is nested more than {MAX_DEPTH} deep") from None
     except ValueError as error:  # of JSON, of UTF-8, of int(), or our own

@@ -203,8 +203,8 @@ def _model(cfg, attempt) -> tuple[Path | None, Any, Any]:
         )
         return None, None, None
     folder = attempt(hf.resolve, cfg.model.path, cfg.model.revision, False)
-    raw = folder and attempt(hf.read_json, folder / "config.json")
-    family, model_cfg = (raw and attempt(models.read, raw)) or (None, None)
+    raw = attempt(hf.read_json, folder / "config.json") if folder else None
+    family, model_cfg = (raw is not None and attempt(models.read, raw)) or (None, None)
     return folder, family, model_cfg
 
 

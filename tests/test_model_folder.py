@@ -70,6 +70,18 @@ def test_what_is_not_a_regular_file_is_named_and_not_waited_for(
             hf.read_json(folder / name)
 
 
+@pytest.mark.parametrize(
+    "name", ["generation_config.json", "tokenizer_config.json", "special_tokens_map.json"]
+)
+def test_deep_json_that_transformers_would_read_is_refused_by_its_file(make_model, name):
+    folder = make_model()
+    (folder / name).write_text(LIES["deep"])
+    with pytest.raises(ValueError, match=f"{name} is nested"):
+        hf.resolve(str(folder))
+    (folder / name).write_text('{"model_max_length": Infinity}')  # Python's json writes that
+    assert hf.resolve(str(folder)) == folder
+
+
 def header(content: object, data: bytes = b"", length: int | None = None) -> bytes:
     text = content if isinstance(content, bytes) else json.dumps(content).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
@@ -117,7 +129,12 @@ def test_sizes_are_compared_with_the_headers_before_anything_is_made_of_them(mak
 
 @pytest.mark.parametrize(
     "changes",
-    [{"num_hidden_layers": 10**9}, {"hidden_size": 2**50}, {"is_causal": False}],
+    [
+        {"num_hidden_layers": 10**9},
+        {"hidden_size": 2**50},
+        {"is_causal": False},
+        {"model_type": None},
+    ],
     ids=str,
 )
 def test_train_and_plan_refuse_a_config_json_before_they_make_a_model(
@@ -125,7 +142,9 @@ def test_train_and_plan_refuse_a_config_json_before_they_make_a_model(
 ):
     folder = make_model()
     raw = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(raw | changes))
+    (folder / "config.json").write_text(
+        json.dumps({} if "model_type" in changes else raw | changes)
+    )
     for planned_for in (None, (9, 0)):
         with pytest.raises(ValueError, match=next(iter(changes))):
             validate(make_config(folder), 1, planned_for=planned_for)

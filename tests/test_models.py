@@ -849,6 +849,45 @@ def test_a_field_passes_only_at_a_neutral_value_of_its_own(name):
     assert read_config(name, **harmless) == plain
 
 
+ODD_VALUES = [
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        3,
+        2**40,
+        -(2**70),
+        10**400,
+        0.0,
+        1.5,
+        math.inf,
+        math.nan,
+        1e300,
+    ),
+    *("", "x", "1", [], [1], ["full_attention"], [[]], [None], {}, {"a": 1}, {"rope_type": 3}),
+    *([{"a": []}], {"full_attention": {}}, {"rope_type": "yarn", "factor": []}),
+]
+
+
+@EVERY_FAMILY
+def test_whatever_a_field_holds_it_is_read_or_a_value_error(name):
+    theirs = transformers.AutoConfig.for_model(name, **ODD_CONFIG | {"pad_token_id": None})
+    fields = {*theirs.to_dict(), *ODD_CONFIG, *Rope.FIELDS, "sliding_window_pattern", "layer_types"}
+    fields |= {"rope_local_base_freq", "is_causal", "num_local_experts", "partial_rotary_factor"}
+    refused = 0
+    for field in fields - {"model_type"}:
+        for value in ODD_VALUES:
+            try:
+                read_config(name, **{field: value})
+            except ValueError as error:
+                refused += 1
+                assert len(str(error)) < 700 and "\n" not in str(error)
+    assert refused > 300
+
+
 @EVERY_FAMILY
 @pytest.mark.parametrize(
     ("field", "values"),
