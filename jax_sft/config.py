@@ -125,6 +125,9 @@ def default() -> Config:
     # reason; from 1% on there is a warning. 1.0 = any.
     data.max_lost = 0.5
     data.on_bad_row = "raise"  # a row that cannot be used: "raise" or "skip" (counted, shown)
+    # Bytes of one row of a file (about); a longer one is a row that cannot be used. The default is
+    # four million tokens of text, and tokenizers take some hundred times as much memory.
+    data.max_row_bytes = 16_000_000
     data.turns = "all"  # which assistant turns train: "all", "last" or "from:K", K counted from 1
     data.train_empty_think = False  # train the empty <think></think> that some templates write
     # A .jinja file, relative to the working folder, or "chatml", "llama3", "gemma" or "zephyr", in

@@ -19,7 +19,7 @@ import pytest
 import xxhash
 
 import jax_sft
-from jax_sft import config, tiny
+from jax_sft import config, regular, tiny
 from jax_sft.data import cache, chat, confined, worker
 from jax_sft.data import store as store_module
 
@@ -342,9 +342,11 @@ def test_an_unchanged_file_is_not_read_again_and_a_young_one_is(build, tmp_path,
     hashes = tmp_path / "cache" / "hashes.jsonl"
     opened = []
 
-    def open_and_note(name, *args, **kwargs):
+    open_regular = regular.open_regular
+
+    def open_and_note(name, **kwargs):
         opened.append(str(name))
-        return open(name, *args, **kwargs)
+        return open_regular(name, **kwargs)
 
     def times_read() -> int:
         opened.clear()
@@ -352,7 +354,7 @@ def test_an_unchanged_file_is_not_read_again_and_a_young_one_is(build, tmp_path,
         return opened.count(str(file))
 
     build(file)
-    monkeypatch.setattr(cache, "open", open_and_note, raising=False)
+    monkeypatch.setattr(regular, "open_regular", open_and_note)
     assert times_read() == 1  # within 2 s of the last change: an edit may carry the same time
     assert str(file) not in hashes.read_text() if hashes.exists() else True
     later = time.time_ns() + 3 * 10**9
@@ -595,10 +597,14 @@ def test_a_write_that_the_system_cuts_short_leaves_nothing(build, tmp_path):
 
 
 def test_a_data_file_that_cannot_be_read_is_told(build, tmp_path, monkeypatch):
-    def refuse(*_args, **_kwargs):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    open_regular = regular.open_regular
 
-    monkeypatch.setattr(cache, "open", refuse, raising=False)
+    def refuse(name, **kwargs):
+        if Path(name).suffix == ".jsonl":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return open_regular(name, **kwargs)
+
+    monkeypatch.setattr(regular, "open_regular", refuse)
     with pytest.raises(ValueError, match=r"a\.jsonl cannot be read: .*Input/output error"):
         build(write(tmp_path / "a.jsonl", rows(3)))
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jax_sft import cache_folder
+from jax_sft import cache_folder, regular
 from jax_sft.data import chat, formats, read, worker
 from jax_sft.data.store import Damaged, Store, Writer, open_store, publish
 
@@ -36,6 +36,10 @@ NOT_TOKENIZER = (
 )
 PLAIN = (".jsonl", ".json", ".ndjson")  # files whose chunks say how many bytes they are
 SHOW_HASHING = 1_000_000_000  # bytes from which hashing shows a progress bar
+# A line of hashes.jsonl: what `_identity` returns, and the hash.
+HASH_FIELDS = [str, int, int, int, int, int, str]
+SIZE, CHANGED = 3, 5
+MAX_HASHES = 16 << 20  # bytes: some 60,000 files; a larger hashes.jsonl is begun anew
 RACY_NS = 2_000_000_000  # the coarsest time stamp of a file system: FAT's 2 s
 LEFTOVER_S = 24 * 3600  # a build that wrote nothing for so long is dead
 
@@ -59,6 +63,7 @@ class _Request:
     num_workers: int
     stop_at_bad_row: bool
     progress: bool
+    max_row_bytes: int
 
 
 def open_or_build(
@@ -71,6 +76,7 @@ def open_or_build(
     stop_at_bad_row: bool,
     progress: bool,
     name: str = "",
+    max_row_bytes: int = read.MAX_ROW_BYTES,
 ) -> Store:
     """Return the tokens of a source, from the cache or made now.
 
@@ -83,6 +89,7 @@ def open_or_build(
             listed in `Store.errors`.
         progress: show a bar.
         name: of the source, in messages; "" = its path.
+        max_row_bytes: see `read.chunks`.
 
     Raises:
         ValueError: nothing to read, a bad row under `stop_at_bad_row`, a tokenizer that cannot be
@@ -98,6 +105,7 @@ def open_or_build(
         stop_at_bad_row=stop_at_bad_row,
         progress=progress,
         name=name,
+        max_row_bytes=max_row_bytes,
     )
     key = _key(request, progress)
     store = _open(request, key)
@@ -121,6 +129,7 @@ def is_built(
     cache_dir: str | os.PathLike,
     *,
     progress: bool,
+    max_row_bytes: int = read.MAX_ROW_BYTES,
 ) -> bool:
     """Whether the tokens of a source seem to be in the cache; False where that cannot be said."""
     with contextlib.suppress(ValueError, OSError):
@@ -133,6 +142,7 @@ def is_built(
             stop_at_bad_row=False,
             progress=progress,
             name="",
+            max_row_bytes=max_row_bytes,
         )
         return (request.cache / _key(request, progress)).is_dir()
     return False
@@ -148,6 +158,7 @@ def _request(
     stop_at_bad_row: bool,
     progress: bool,
     name: str,
+    max_row_bytes: int,
 ) -> _Request:
     files = read.files(source)
     return _Request(
@@ -161,6 +172,7 @@ def _request(
         num_workers=num_workers or worker.cores(),
         stop_at_bad_row=stop_at_bad_row,
         progress=progress,
+        max_row_bytes=max_row_bytes,
     )
 
 
@@ -188,6 +200,7 @@ def _key(request: _Request, progress: bool) -> str:
         "files": [[os.path.relpath(file, request.root), contents[file]] for file in request.files],
         "source": {k: v for k, v in request.source.to_dict().items() if k not in NOT_IN_KEY},
         "options": dataclasses.asdict(request.options),
+        "max_row_bytes": request.max_row_bytes,
         "tokenizer": [[str(file.relative_to(folder)), contents[file]] for file in tokenizer_files],
         "code": CODE,
     }
@@ -207,44 +220,55 @@ def _contents(files: Sequence[Path], cache: Path, progress: bool) -> dict[Path, 
     known = _known_hashes(memory)
     identities = {file: _identity(file) for file in files}
     todo = {file: identity for file, identity in identities.items() if identity not in known}
-    total = sum(file.stat().st_size for file in todo)
+    total = sum(identity[SIZE] for identity in todo.values())
     show = progress and total >= SHOW_HASHING
     with tqdm(total=total, desc="hashing", unit="B", unit_scale=True, disable=not show) as bar:
         for file, identity in todo.items():
             started = time.time_ns()
             known[identity] = _hash(file, bar)
-            if started - file.stat().st_ctime_ns > RACY_NS and _identity(file) == identity:
+            if started - identity[CHANGED] > RACY_NS and _identity(file) == identity:
                 _remember(memory, identity, known[identity])
     return {file: known[identity] for file, identity in identities.items()}
 
 
 def _hash(file: Path, bar: tqdm) -> str:
     digest = hashlib.sha256()
-    try:
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-                bar.update(len(block))
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+    with _readable(file), regular.open_regular(file) as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+            bar.update(len(block))
     return digest.hexdigest()
 
 
 def _identity(file: Path) -> tuple:
-    found = file.stat()
+    with _readable(file):
+        found = file.stat()
     return (
         *(os.path.realpath(file), found.st_dev, found.st_ino),
         *(found.st_size, found.st_mtime_ns, found.st_ctime_ns),
     )
 
 
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Name a file that has gone, or that the system refuses to read."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
 def _known_hashes(memory: Path) -> dict[tuple, str]:
+    """Read the hashes kept so far; a damaged line, or a file that is not ours, gives none."""
     known = {}
-    with contextlib.suppress(OSError), open(memory, encoding="ascii") as lines:
-        for line in lines:
-            with contextlib.suppress(ValueError):  # half a line, left by a killed process
-                *identity, digest = json.loads(line)
-                known[tuple(identity)] = digest
+    with contextlib.suppress(OSError, ValueError), regular.open_regular(memory) as stream:
+        for line in stream.read(MAX_HASHES).splitlines():
+            # Half a line is left by a killed process.
+            with contextlib.suppress(ValueError, RecursionError):
+                fields = json.loads(line)
+                if isinstance(fields, list) and [*map(type, fields)] == HASH_FIELDS:
+                    *identity, digest = fields
+                    known[tuple(identity)] = digest
     return known
 
 
@@ -252,6 +276,8 @@ def _remember(memory: Path, identity: tuple, digest: str) -> None:
     # Where it cannot be kept (a read-only cache, a full disk) the file is hashed again next time.
     with contextlib.suppress(OSError):
         memory.parent.mkdir(parents=True, exist_ok=True)
+        if memory.exists() and (not memory.is_file() or memory.stat().st_size > MAX_HASHES):
+            memory.unlink()  # all files are hashed again, once
         with open(memory, "a", encoding="ascii") as stream:
             stream.write("\n" + json.dumps([*identity, digest]) + "\n")
 
@@ -380,7 +406,7 @@ def _is_dead(folder: Path, locked_key: str) -> bool:
 
 def _build(request: _Request, key: str) -> None:
     """Tokenize a source into its folder, which appears whole or not at all."""
-    chunks = read.chunks(request.source, request.files)
+    chunks = read.chunks(request.source, request.files, request.max_row_bytes)
     first = next(chunks, None)
     assert first is not None, "a file without rows is an error of `read`"
     format_name, reason = _choose(request, first)
@@ -441,7 +467,7 @@ def _bar(request: _Request) -> tuple[tqdm, Callable[[read.Chunk], int]]:
         unit_scale=plain,
         disable=not request.progress,
     )
-    return bar, (lambda chunk: sum(map(len, chunk.payload))) if plain else len
+    return bar, (lambda chunk: sum(map(len, chunk.payload)) + len(chunk.payload)) if plain else len
 
 
 CODE = worker.code_versions(__name__)  # of this module too: it decides what a store looks like

@@ -12,6 +12,8 @@ from typing import Any
 from jax_sft.data.messages import (
     BRIEF,
     MAX_WEIGHT,
+    NOTHING,
+    VISIBLE,
     Message,
     parsed,
     shown,
@@ -88,7 +90,7 @@ def prompt_response(row: Row, source) -> Conversation:
     prompt = _text(row, source.prompt_key)
     if source.query_key and (query := _text(row, source.query_key, optional=True)):
         prompt += "\n" + query
-    answer = {"role": "assistant", "content": _text(row, source.response_key)}
+    answer = {"role": "assistant", "content": _trained(row, source.response_key)}
     turns = [{"role": "user", "content": prompt}, answer]
     return Conversation(_system(row, source.system_key) + turns, _tools(row, source.tools_key))
 
@@ -104,7 +106,7 @@ def prompt_completion(row: Row, source) -> Conversation | Text:
     if isinstance(prompt, str) and isinstance(completion, str):
         if tools:
             raise ValueError(f"field {source.tools_key!r} needs prompt and completion of messages")
-        return Text(prompt, _text(row, source.completion_key))
+        return Text(prompt, _trained(row, source.completion_key))
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         raise ValueError(
             f"fields {keys[0]!r} and {keys[1]!r} must be two strings or two lists of messages, not "
@@ -151,7 +153,7 @@ def tokens(row: Row, source) -> Tokens:
 
 def text(row: Row, source) -> Text:
     """Plain language modelling: all of it trains."""
-    return Text("", _text(row, source.text_key))
+    return Text("", _trained(row, source.text_key))
 
 
 FORMATS: dict[str, Callable[[Row, Any], Item]] = {
@@ -187,6 +189,12 @@ def _needed(source) -> dict[str, list[tuple[str, ...]]]:
         "tokens": [("ids", "mask"), ("input_ids", "labels")],
         "text": [(source.text_key,)],
     }
+
+
+def columns(source) -> set[str]:
+    """Return the columns that any format may read of a source; no other is needed."""
+    named = {source[option] for option in USES} | {"system", "attention_mask"}
+    return named | {key for sets in _needed(source).values() for keys in sets for key in keys}
 
 
 def choose(source, rows: Sequence[Row]) -> tuple[str, str]:
@@ -244,6 +252,14 @@ def _text(row: Row, key: str, optional: bool = False) -> str:
     if optional and value is None:
         return ""
     raise ValueError(f"field {key!r} must be a non-empty string, not {shown(value)}")
+
+
+def _trained(row: Row, key: str) -> str:
+    """Return a text that trains, which says something."""
+    words = _text(row, key)
+    if not VISIBLE.search(words):
+        raise ValueError(f"field {key!r} has only blanks, {NOTHING}: leave the row out")
+    return words
 
 
 def _list(row: Row, key: str) -> list[Any]:

@@ -1,7 +1,7 @@
-"""JSON to rows: `elements` cuts the text of a list up, `parse_object` makes a row of one element.
+"""JSON to rows: `lines` and `elements` cut text up, `parse_object` makes a row of one of them.
 
-Called by `read`, for lines too. JSON is parsed by the json module, row by row, so every value stays
-exactly what the file says.
+Called by `read`. A row over a bound is passed over without holding it. JSON is parsed by the json
+module, row by row, so every value stays exactly what the file says.
 """
 
 import codecs
@@ -11,11 +11,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 BLANKS = re.compile(rb"[ \t\r\n]*+")
 # JSON up to and with its next bracket outside of strings; no match if the bytes end before it.
 BRACKET = re.compile(rb'[^"\[\]{}]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"\[\]{}]*+)*+([\[\]{}])', re.S)
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.S)
 PLAIN_VALUE = re.compile(rb"[^ \t\r\n,\[\]{}\"]++(?=.)", re.S)  # a number, true, false, null
+PLAIN_END = re.compile(rb'[ \t\r\n,\[\]{}"]')
 # What is wanted in a list, and after each mark: "" = nothing more.
 AFTER = {
     **{"[": {"[": "a value or ]"}, "a value or ]": {"]": ""}, "a value": {}},
@@ -23,10 +26,43 @@ AFTER = {
 }
 
 
-def elements(stream: io.BufferedReader, block: int) -> Iterator[bytes]:
+def too_long(max_bytes: int) -> str:
+    """Say what is wrong with a row over the bound."""
+    return (
+        f"is longer than data.max_row_bytes = {max_bytes:,}: raise it, or split or leave out the "
+        "row"
+    )
+
+
+def lines(stream: io.BufferedReader, block: int, max_bytes: int) -> Iterator[list[bytes | str]]:
+    """Yield lists of about `block` bytes of lines, which end at b"\n" only.
+
+    A line of more than `max_bytes` is a string that says so.
+    """
+    found: list[bytes | str] = []
+    rest, is_long = b"", False
+    while data := stream.read(block):
+        first, *more = data.split(b"\n")
+        is_long |= len(rest) + len(first) > max_bytes
+        rest = b"" if is_long else rest + first
+        if more:
+            if found:
+                yield found
+            found = [too_long(max_bytes) if is_long else rest, *more[:-1]]
+            if block > max_bytes:
+                found = [too_long(max_bytes) if len(line) > max_bytes else line for line in found]
+            rest, is_long = more[-1], len(more[-1]) > max_bytes
+    if is_long or rest:
+        found.append(too_long(max_bytes) if is_long else rest)
+    if found:
+        yield found
+
+
+def elements(stream: io.BufferedReader, block: int, max_bytes: int) -> Iterator[bytes | str]:
     """Cut a JSON list into its elements, by its brackets and commas outside of strings.
 
     What is within an element is not looked at: a bad one whose brackets pair up is one bad row.
+    One of more than `max_bytes` is a string that says so.
 
     Args:
         block: bytes to read at once, at least.
@@ -45,6 +81,11 @@ def elements(stream: io.BufferedReader, block: int) -> Iterator[bytes]:
         is_value = wanted in ("a value", "a value or ]") and mark not in ("", "]", "}", ",")
         end = _value_end(buffer, at) if is_value else at + len(mark)
         if end <= at:  # what comes next is not in the buffer, or not all of it
+            if is_value and len(buffer) - at > max_bytes:
+                buffer, passed = _pass_over(stream, buffer[at:], block)
+                at, line, wanted = 0, line + passed, ", or ]"
+                yield too_long(max_bytes)
+                continue
             more = stream.read(max(block, len(buffer) - at))  # twice as much each time: linear
             if not more and not wanted:
                 return
@@ -53,7 +94,7 @@ def elements(stream: io.BufferedReader, block: int) -> Iterator[bytes]:
             buffer, at = buffer[at:] + more, 0
             continue
         if is_value:
-            yield buffer[at:end]
+            yield buffer[at:end] if end - at <= max_bytes else too_long(max_bytes)
             line += buffer.count(b"\n", at, end)
             wanted = ", or ]"
         elif mark in AFTER[wanted]:
@@ -79,6 +120,42 @@ def _value_end(data: bytes, start: int) -> int:
     return -1
 
 
+def _pass_over(stream: io.BufferedReader, data: bytes, block: int) -> tuple[bytes, int]:
+    """Read on to the end of the JSON value that `data` begins with, holding a block at a time.
+
+    Returns:
+        What was read behind the value, and the number of newlines within it.
+
+    Raises:
+        ValueError: the file ends before the value.
+    """
+    held = io.BytesIO(data)
+    is_plain = data[0] not in b'[{"'
+    depth, in_string, num_lines = 0, False, 0
+    while data := held.read(block) or stream.read(block):
+        if is_plain:
+            end = found.start() if (found := PLAIN_END.search(data)) else 0
+        else:
+            if (len(data) - len(data.rstrip(b"\\"))) % 2:  # the last one escapes the next byte
+                data += held.read(1) or stream.read(1)
+            # Bytes of equal length without a special meaning take the place of what is escaped.
+            plain = data.replace(rb"\\", b"  ").replace(rb"\"", b"  ")
+            marks = np.frombuffer(plain, np.uint8)
+            quotes = marks == ord('"')
+            within = (np.cumsum(quotes) + in_string) % 2 == 1  # a closing quote is outside
+            opening = (marks == ord("[")) | (marks == ord("{"))
+            closing = (marks == ord("]")) | (marks == ord("}"))
+            steps = (opening.astype(np.int8) - closing) * ~within
+            depths = depth + np.cumsum(steps, dtype=np.int64)
+            ends = np.flatnonzero((depths == 0) & ~within & (closing | quotes))
+            end = int(ends[0]) + 1 if len(ends) else 0
+            depth, in_string = int(depths[-1]), bool(within[-1])
+        num_lines += data.count(b"\n", 0, end or len(data))
+        if end:
+            return data[end:] + held.read(), num_lines
+    raise ValueError("the file ends within the list")
+
+
 def parse_object(data: bytes) -> tuple[dict[str, Any] | None, str]:
     """Return (object, "") or (None, what is wrong)."""
     try:
@@ -100,8 +177,8 @@ def parse_object(data: bytes) -> tuple[dict[str, Any] | None, str]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for number, key in enumerate(keys) if key in keys[:number])
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"key {twice!r:.80} is there twice")
     return found
 

@@ -4,6 +4,8 @@ Called by `formats`. What is wrong raises ValueError, which names its place with
 `where`, such as "messages[3]".
 """
 
+import math
+import re
 import reprlib
 from typing import Any
 
@@ -23,6 +25,13 @@ NOT_SUPPORTED = {
     "audio": "is not supported: only text can be trained",
     "refusal": "is not supported: make it the content, or leave the row out",
 }
+# A character that shows: neither a blank nor a control, format or filler character.
+VISIBLE = re.compile(
+    r"[^\s\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    r"\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    r"\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+NOTHING = "so it would train the model to say nothing"
 MAX_WEIGHT = 3.4e38  # float32 ends there
 MAX_DEPTH = 64  # of objects in tools, arguments and further fields; Python stops at some hundreds
 
@@ -65,11 +74,11 @@ def to_message(message: Any, where: str, trains: bool = True, content: str = "co
             raise ValueError(f"{where}.{wrong[0]}: only an assistant's message may have it")
         return {"role": role, "content": words} | given
     training = training or ({} if trains else {"train": False})
-    if not (words or calls or any(thinking.values())) and all(training.values()):
-        raise ValueError(
-            f"{where} has neither {content} nor tool_calls, so it would train the model to say "
-            "nothing: leave it out, or add train: false"
-        )
+    says_something = calls or any(map(VISIBLE.search, (words, *thinking.values())))
+    if not says_something and all(training.values()):
+        is_blank = words or any(thinking.values())
+        what = "has only blanks" if is_blank else f"has neither {content} nor tool_calls"
+        raise ValueError(f"{where} {what}, {NOTHING}: leave it out, or add train: false")
     return found | ({"tool_calls": calls} if calls else {}) | training
 
 
@@ -185,6 +194,8 @@ def _check_depth(value: dict | list, where: str, depth: int = 0) -> None:
     for inner in value.values() if isinstance(value, dict) else value:
         if isinstance(inner, dict | list):
             _check_depth(inner, where, depth + 1)
+        elif isinstance(inner, float) and not math.isfinite(inner):  # as of 1e999, or NaN
+            raise ValueError(f"{where} has a number that JSON does not have: {inner}")
 
 
 def parsed(value: Any, where: str) -> Any:

@@ -63,6 +63,7 @@ def prepare(
             stop_at_bad_row=stops,
             progress=progress,
             name=name,
+            max_row_bytes=data.max_row_bytes,
         )
         fit = fit_length(store, data.seq_len, data.overlong, name)
         stores.append(store)
@@ -87,7 +88,11 @@ def is_cached(data, tokenizer_folder: Path, *, progress: bool = True) -> bool:
     """Whether no source and no eval set seems to need tokenizing."""
     sources = [*data.train.values(), *data.eval.values()]
     return all(
-        cache.is_built(source, tokenizer_folder, options(data), data.cache_dir, progress=progress)
+        cache.is_built(
+            *(source, tokenizer_folder, options(data), data.cache_dir),
+            progress=progress,
+            max_row_bytes=data.max_row_bytes,
+        )
         for source in sources
     )
 

@@ -5,22 +5,24 @@ JSON and within tables is the matter of `json_rows` and `tables`.
 """
 
 import codecs
+import collections
 import dataclasses
 import fnmatch
 import glob
 import importlib
 import io
+import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from jax_sft import paths
-from jax_sft.data import json_rows, tables
+from jax_sft import paths, regular
+from jax_sft.data import formats, json_rows, tables
 
 KINDS = {
     **{".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv"},
@@ -34,6 +36,18 @@ METADATA = ("dataset_info.json", "dataset_infos.json")  # of `datasets`
 
 MAX_ROWS = 1000  # per chunk
 BLOCK = 1_000_000  # bytes; about the size of a chunk, and of one read
+# Four million tokens of text: four times the longest that any model reads at once. Tokenizers take
+# some hundred bytes per byte.
+MAX_ROW_BYTES = 16_000_000
+# Text shrinks to a tenth, tables of one sentence to a hundredth.
+MAX_RATIO = 300
+BOMB = 1 << 30  # bytes, unpacked, from which the ratio is looked at
+
+# What `datasets` raises of data sets that it cannot read; it documents no list.
+LIBRARY_ERRORS = (
+    *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError),
+    *(ArithmeticError, AssertionError, EOFError, MemoryError, SyntaxError, pa.ArrowException),
+)
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
@@ -47,7 +61,8 @@ class Chunk:
         first: number, from 1, of the first one within the file: of a line for "jsonl", of a row
             for the others.
         kind: "jsonl", "json" (elements of a list) or "rows" (made by other libraries).
-        payload: bytes for "jsonl" and "json"; else dicts, or a string that says what is wrong.
+        payload: bytes for "jsonl" and "json", dicts for "rows"; or a string that says what is
+            wrong.
     """
 
     file: str
@@ -89,8 +104,16 @@ def files(source) -> list[Path]:
     splits side by side needs a glob.
 
     Raises:
-        ValueError: there is nothing to read, a file is empty, or of no known kind.
+        ValueError: there is nothing to read, a file is empty, not a regular file, or of no known
+            kind.
     """
+    try:
+        return _files(source)
+    except OSError as error:
+        raise ValueError(f"source.path = {source.path!r} cannot be read: {error}") from error
+
+
+def _files(source) -> list[Path]:
     given = source.path
     if not given:
         raise ValueError("source.path is empty: name a file, glob, folder or hub data set")
@@ -102,12 +125,14 @@ def files(source) -> list[Path]:
             raise ValueError(
                 f"source.path = {given!r} holds several splits: name one, such as its train"
             )
-        found = _matches(os.path.join(glob.escape(str(path)), "**"))
-    elif glob.has_magic(given):
-        found = _matches(str(path))
+        found = _data_files(_below(path))
+    elif glob.has_magic(given) and not path.exists():
+        found = _data_files(_matches(path))
     elif HUB_NAME.fullmatch(given) and not _kind(path):
         return _hub_files(source)
     else:
+        if path.exists():
+            regular.check_mode(given, path.stat().st_mode)
         looked = "" if os.path.isabs(given) else f" in {Path.cwd()}"
         raise ValueError(f"source.path = {given!r} does not exist{looked}")
     if source.subset or source.revision or source.split != "train":
@@ -119,9 +144,45 @@ def files(source) -> list[Path]:
     return found
 
 
-def _matches(pattern: str) -> list[Path]:
-    found = (Path(name) for name in glob.glob(pattern, recursive=True))
-    return sorted(file for file in found if not file.is_dir() and not _is_beside_data(file))
+def _below(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder but hidden ones; unlike glob, fail where one is not readable.
+
+    Raises:
+        ValueError: links lead to one folder twice; in a circle, that would never end.
+    """
+    seen: dict[tuple[int, int], Path] = {}
+    pending = [folder]
+    while pending:
+        here = pending.pop()
+        status = here.stat()
+        other = seen.setdefault((status.st_dev, status.st_ino), here)
+        if other is not here:
+            raise ValueError(
+                f"source.path = {str(folder)!r}: {str(other)!r} and {str(here)!r} are the same "
+                "folder"
+            )
+        with os.scandir(here) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    if entry.is_dir():
+                        pending.append(Path(entry.path))
+                    else:
+                        yield Path(entry.path)
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    """Yield what a glob matches: files, and folders that are called as a data file is."""
+    if "**" in pattern.parts:
+        plain = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts)
+        if (above := Path(*plain)).is_dir():
+            collections.deque(_below(above), maxlen=0)  # glob would follow links in a circle
+    for name in glob.iglob(str(pattern), recursive=True):
+        if _kind(file := Path(name)) or not file.is_dir():
+            yield file
+
+
+def _data_files(found: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in found if not _is_beside_data(file))
 
 
 def _is_beside_data(file: Path) -> bool:
@@ -153,6 +214,8 @@ def _check_files(given: str, found: Sequence[Path]) -> None:
         )
     if missing := [str(file) for file in found if not file.exists()]:
         raise ValueError(f"source.path = {given!r}: {missing[0]!r} is a link to nothing")
+    for file in found:
+        regular.check_mode(file, file.stat().st_mode)
     if empty := [str(file) for file in found if file.stat().st_size == 0]:
         raise ValueError(f"source.path = {given!r}: {empty[0]!r} is empty")
 
@@ -173,6 +236,7 @@ def _hub_files(source) -> list[Path]:
             "source.limit, or several sources"
         )
     datasets = importlib.import_module("datasets")  # takes over a second, and few sources need it
+    httpx = importlib.import_module("httpx")  # which the hub's library uses, and datasets loads
     try:
         rows = datasets.load_dataset(
             source.path,
@@ -180,31 +244,38 @@ def _hub_files(source) -> list[Path]:
             split=source.split,
             revision=source.revision or None,
         )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (*LIBRARY_ERRORS, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"source.path = {source.path!r} is no local path, and no such data set (split "
-            f"{source.split!r}) can be had from the Hugging Face hub: {error}"
+            f"{source.split!r}) can be had from the Hugging Face hub: {type(error).__name__}: "
+            f"{error}"
         ) from error
-    return [Path(file["filename"]) for file in rows.cache_files]
+    found = [Path(file["filename"]) for file in rows.cache_files]
+    if not found:
+        raise ValueError(f"source.path = {source.path!r} (split {source.split!r}) has no rows")
+    return found
 
 
 # ---- chunks --------------------------------------------------------------------------------------
 
 
-def chunks(source, files: Sequence[Path]) -> Iterator[Chunk]:
+def chunks(source, files: Sequence[Path], max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[Chunk]:
     """Cut files into chunks of up to MAX_ROWS rows or about BLOCK bytes; no chunk spans two files.
 
     Rows that cannot be parsed count as rows, also for `source.limit`. Memory does not grow with
     the files.
 
+    Args:
+        max_row_bytes: about; a longer row is one that cannot be used, and is never held.
+
     Raises:
         ValueError: a file that is broken as a whole or from some place on, or has no rows.
     """
-    left = source.limit or math.inf
+    left, used = source.limit or math.inf, formats.columns(source)
     for file in files:
         num_rows = 0
         try:
-            for chunk in _read(file):
+            for chunk in _read(file, used, max_row_bytes):
                 if (size := len(chunk)) > left:
                     chunk, size = _first_rows(chunk, left), left
                 if size:
@@ -224,15 +295,15 @@ def _first_rows(chunk: Chunk, num_rows: float) -> Chunk:
     return dataclasses.replace(chunk, payload=chunk.payload[:end])
 
 
-def _read(file: Path) -> Iterator[Chunk]:
+def _read(file: Path, used: Collection[str], max_bytes: int) -> Iterator[Chunk]:
     kind = _kind(file)
     if kind == "json":
         kind = "json" if _starts_with_bracket(file) else "jsonl"
-    readers = {
-        **{"jsonl": _read_jsonl, "json": _read_json_list, "csv": _read_csv, "tsv": _read_csv},
-        **{"parquet": _read_parquet, "arrow": _read_arrow},
-    }
-    return readers[kind](file)
+    if kind == "parquet":
+        return _numbered(file, tables.parquet_rows(file, used, MAX_ROWS, BLOCK, max_bytes))
+    if kind == "arrow":
+        return _numbered(file, tables.arrow_rows(file, used, MAX_ROWS, BLOCK, max_bytes))
+    return {"jsonl": _read_jsonl, "json": _read_json_list}.get(kind, _read_csv)(file, max_bytes)
 
 
 def _open(file: Path) -> io.BufferedReader:
@@ -241,16 +312,41 @@ def _open(file: Path) -> io.BufferedReader:
     pyarrow reads all members or frames of an archive and raises OSError where one is cut off.
     """
     codec = CODECS.get(file.suffix.lower())
-    # Any: not a RawIOBase, though it has all that is needed of one.
-    raw: Any = pa.CompressedInputStream(pa.OSFile(str(file)), codec) if codec else io.FileIO(file)
+    raw = _Unpacked(file, codec) if codec else regular.open_regular(file).detach()
     return io.BufferedReader(raw, BLOCK)
 
 
-def _read_jsonl(file: Path) -> Iterator[Chunk]:
+class _Unpacked(io.RawIOBase):
+    """A compressed file; refuses to unpack what is far larger than data can be."""
+
+    def __init__(self, file: Path, codec: str):
+        self._most = max(BOMB, MAX_RATIO * file.stat().st_size)
+        self._stream = pa.CompressedInputStream(pa.OSFile(str(file)), codec)
+        self._num_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        num_bytes = self._stream.readinto(buffer)
+        self._num_bytes += num_bytes
+        if self._num_bytes > self._most:
+            raise ValueError(
+                f"unpacks to over {self._most:,} bytes, more than {MAX_RATIO} times its size: "
+                "unpack it if that is right"
+            )
+        return num_bytes
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def _read_jsonl(file: Path, max_bytes: int) -> Iterator[Chunk]:
     first = 1
     with _open(file) as stream:
-        while lines := stream.readlines(BLOCK):  # splits at b"\n" only, as text would not
-            if first == 1:
+        for lines in json_rows.lines(stream, BLOCK, max_bytes):
+            if first == 1 and isinstance(lines[0], bytes):
                 lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
             for start in range(0, len(lines), MAX_ROWS):
                 yield Chunk(str(file), first + start, "jsonl", lines[start : start + MAX_ROWS])
@@ -265,9 +361,9 @@ def _starts_with_bracket(file: Path) -> bool:
     return block.lstrip().startswith(b"[")
 
 
-def _read_json_list(file: Path) -> Iterator[Chunk]:
+def _read_json_list(file: Path, max_bytes: int) -> Iterator[Chunk]:
     with _open(file) as stream:
-        rows = json_rows.elements(stream, BLOCK)
+        rows = json_rows.elements(stream, BLOCK, max_bytes)
         yield from _grouped(file, "json", ((row, len(row)) for row in rows))
 
 
@@ -284,19 +380,11 @@ def _grouped(file: Path, kind: str, rows: Iterable[tuple[Any, int]]) -> Iterator
         yield Chunk(str(file), first, kind, payload)
 
 
-def _read_csv(file: Path) -> Iterator[Chunk]:
+def _read_csv(file: Path, max_bytes: int) -> Iterator[Chunk]:
     with _open(file) as stream:
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
         delimiter = "\t" if _kind(file) == "tsv" else ","
-        yield from _grouped(file, "rows", tables.csv_rows(text, delimiter))
-
-
-def _read_parquet(file: Path) -> Iterator[Chunk]:
-    return _numbered(file, tables.parquet_rows(file, MAX_ROWS, BLOCK))
-
-
-def _read_arrow(file: Path) -> Iterator[Chunk]:
-    return _numbered(file, tables.arrow_rows(file, MAX_ROWS, BLOCK))
+        yield from _grouped(file, "rows", tables.csv_rows(text, delimiter, max_bytes))
 
 
 def _numbered(file: Path, lists: Iterable[list]) -> Iterator[Chunk]:
