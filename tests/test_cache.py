@@ -596,6 +596,29 @@ def test_a_write_that_the_system_cuts_short_leaves_nothing(build, tmp_path):
     assert stores(tmp_path / "cache") == []
 
 
+def test_a_data_file_that_goes_while_it_is_tokenized_is_named(build, tmp_path, monkeypatch):
+    file = write(tmp_path / "a.jsonl", rows(3))
+    tokenize = worker.tokenize
+
+    def remove_meanwhile(*args):
+        yield from tokenize(*args)
+        file.unlink()
+
+    monkeypatch.setattr(worker, "tokenize", remove_meanwhile)
+    with pytest.raises(ValueError, match=r"a\.jsonl cannot be read: .*No such file"):
+        build(file)
+    assert stores(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize(
+    "damage", ["[" * 100_000, "{}", "[1]", '["a", 1, 1, 1, 1, 1, 1]', '[["a"], 1, 1, 1, 1, 1, "a"]']
+)
+def test_hashes_that_are_none_are_passed_over(build, tmp_path, damage):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/hashes.jsonl").write_text(damage + "\n\xff\n")
+    assert len(build(write(tmp_path / "a.jsonl", rows(3))).starts) == 3
+
+
 def test_a_data_file_that_cannot_be_read_is_told(build, tmp_path, monkeypatch):
     open_regular = regular.open_regular
 

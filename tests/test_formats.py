@@ -284,6 +284,41 @@ def test_an_answer_of_nothing_is_history_only():
         assert messages({"role": role, "content": ""}, ANSWER)[0]["content"] == ""
 
 
+@pytest.mark.parametrize(
+    "blank", [" ", "\n\t", "\u200b", "\ufeff \u2060", "\u3164", "\xa0\u3000", "\0"]
+)
+def test_an_answer_of_blanks_is_one_of_nothing(blank):
+    said = {"role": "assistant", "content": blank}
+    match = "has only blanks, so it would train the model to say nothing"
+    for name, row in {
+        "messages": {"messages": [USER, said]},
+        "sharegpt": {"conversations": [{"from": "gpt", "value": blank}]},
+        "prompt_response": {"prompt": "a", "response": blank},
+        "prompt_completion": {"prompt": "a", "completion": blank},
+        "text": {"text": blank},
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            formats.FORMATS[name](row, source())
+    thought = said | {"reasoning_content": blank}
+    for name, row in {
+        "messages": {"messages": [USER, thought]},
+        "prompt_completion": {"prompt": [USER], "completion": [said]},
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            formats.FORMATS[name](row, source())
+    for fields in ({"train": False}, {"weight": 0}, {"reasoning_content": "because"}):
+        formats.FORMATS["messages"]({"messages": [USER, said | fields]}, source())
+    for words in ("0", "\u200bא", ".", "👍", "\ufffd", "\u0301"):
+        formats.FORMATS["messages"]({"messages": [USER, said | {"content": words}]}, source())
+
+
+def test_a_number_that_json_does_not_have_is_no_argument():
+    call = {"name": "f", "arguments": '{"x": [1e999]}'}
+    row = {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
+    with pytest.raises(ValueError, match="a number that JSON does not have: inf"):
+        formats.FORMATS["messages"](row, source())
+
+
 @pytest.mark.parametrize("found", [[], None, "3", {"role": "user"}, 3])
 def test_a_column_that_is_no_list_of_messages_is_named(found):
     assert refused({"messages": found}) == (
@@ -658,10 +693,10 @@ def test_any_row_makes_an_item_or_a_short_value_error(row):
 
 def test_messages_in_a_table_may_be_json_text():
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    item = formats.messages({"messages": json.dumps(turns)}, config.source(""))
-    assert item == formats.messages({"messages": turns}, config.source(""))
+    item = formats.messages({"messages": json.dumps(turns)}, source())
+    assert item == formats.messages({"messages": turns}, source())
     with pytest.raises(ValueError, match="field 'messages' is not JSON"):
-        formats.messages({"messages": "[{"}, config.source(""))
+        formats.messages({"messages": "[{"}, source())
 
 
 OPTIONS = {

@@ -4,10 +4,14 @@ import csv
 import gzip
 import io
 import json
+import os
 import pickle
 import random
+import socket
 import subprocess
 import sys
+import time
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -695,6 +699,140 @@ def test_a_folder_saved_by_datasets_gives_its_rows(tmp_path):
     datasets.enable_progress_bars()
     assert (tmp_path / "saved/state.json").exists()
     assert rows(config.source(tmp_path / "saved")) == ROWS
+
+
+# ---- hostile rows --------------------------------------------------------------------------------
+
+
+LONG = "is longer than data.max_row_bytes = 2,000"
+
+
+def bounded(source, max_row_bytes: int = 2000) -> list[str]:
+    """What is wrong with each row, or "" where nothing is."""
+    found = read.chunks(source, read.files(source), max_row_bytes)
+    return [record.error[: len(LONG)] for chunk in found for record in read.parse(chunk)]
+
+
+def a_row(size: int, filler: str = "x") -> str:
+    return json.dumps({"prompt": "a", "response": filler * (size // len(filler))})
+
+
+@pytest.mark.parametrize("block", [300, 1_000_000])
+@pytest.mark.parametrize("filler", ["x", '"', "\\", "][}{", "a\nb,"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.arrow"])
+def test_a_row_over_the_bound_is_one_bad_row(write, tmp_path, monkeypatch, name, filler, block):
+    monkeypatch.setattr(read, "BLOCK", block)
+    sizes = [10, 900, 60_000, 10, 2001 * len(filler), 10]
+    objects = [json.loads(a_row(size, filler)) for size in sizes]
+    if name == "a.csv":
+        table = io.StringIO()
+        writer = csv.DictWriter(table, ["prompt", "response"])
+        writer.writeheader()
+        writer.writerows(objects)
+        source = write(table.getvalue(), name)
+    elif name in ("a.parquet", "a.arrow"):
+        write_table(pa.Table.from_pylist(objects), tmp_path / name)
+        source = config.source(tmp_path / name)
+    else:
+        source = write(objects if name == "a.jsonl" else json.dumps(objects), name)
+    assert bounded(source) == ["", "", LONG, "", LONG, ""]
+    if name == "a.jsonl":
+        assert [chunk.first for chunk in chunks(source)][0] == 1
+
+
+def test_a_long_row_is_passed_over_without_holding_it(write):
+    names = {"a.jsonl": "%s\n%s\n%s\n", "a.json": "[%s,\n%s,\n%s]"}
+    for name, layout in names.items():
+        source = write(layout % (a_row(10), a_row(30_000_000), a_row(10)), name)
+        tracemalloc.start()
+        assert bounded(source) == ["", LONG, ""]
+        assert tracemalloc.get_traced_memory()[1] < 28_000_000
+        tracemalloc.stop()
+
+
+def test_what_unpacks_to_far_more_than_data_can_is_refused(write, monkeypatch):
+    monkeypatch.setattr(read, "BOMB", 1_000_000)
+    alike = [{"prompt": "a" * 100, "response": random.randbytes(9).hex()} for _ in range(10_000)]
+    lines = "".join(json.dumps(row) + "\n" for row in alike).encode()
+    assert len(bounded(write(gzip.compress(lines), "a.jsonl.gz"))) == 10_000
+    for content in (b"x", b"\n"):
+        packed = pa.compress(content * 5_000_000, "zstd", asbytes=True)
+        with pytest.raises(ValueError, match="b.jsonl.zst: unpacks to over .* 300 times its size"):
+            bounded(write(packed, "b.jsonl.zst"))
+
+
+def test_lines_are_numbered_past_blocks_of_blanks(write, monkeypatch):
+    monkeypatch.setattr(read, "BLOCK", 10)
+    source = write("{}\n" + "\n" * 95 + "1\n" + " " * 40 + "\n" * 30 + "2")
+    assert [error.partition(" must")[0] for error in errors(source)] == ["line 97", "line 128"]
+
+
+def test_a_row_of_many_keys_or_columns_takes_no_time_of_its_square(write):
+    keys = ", ".join(f'"k{n}": 1' for n in range(100_000))
+    started = time.monotonic()
+    assert errors(write("{" + keys + ', "k0": 2}'))[0].endswith("key 'k0' is there twice")
+    source = write(",".join(f"c{n}" for n in range(100_000)) + "\na,b\n", "a.csv")
+    assert errors(source) == ["row 1 has 2 values for 100000 columns"]
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"a":' * 100_000, '{"a": ' + "9" * 100_000 + "}", "\0", '"\\ud800"']
+)
+def test_hostile_json_is_an_error_of_that_row_alone(write, line):
+    assert [bool(error) for error in bounded(write(line + '\n{"a": 1}\n'), 10**6)] == [True, False]
+
+
+def test_quotes_that_never_close_are_named_by_the_line_of_the_row(write):
+    source = write('prompt,response\na,b\na,"' + "x\n" * 5000, "a.csv")
+    with pytest.raises(ValueError, match="row that starts at line 3: the file ends within quotes"):
+        bounded(source)
+
+
+def test_a_column_that_is_not_used_is_not_read(tmp_path):
+    late = pa.array([2**62], pa.timestamp("us"))  # which Python's dates do not reach
+    for name in TABLES:
+        table = pa.table({"prompt": ["a"], "response": ["b"], "when": late})
+        write_table(table, tmp_path / name)
+        assert rows(config.source(tmp_path / name)) == [
+            {"prompt": "a", "response": "b", "when": None}
+        ]
+        write_table(pa.table({"prompt": ["a"], "response": late}), tmp_path / name)
+        (error,) = errors(config.source(tmp_path / name))
+        assert error.startswith("row 1 field 'response' cannot be read: ")
+        write_table(pa.table({"x": [1, 2]}), tmp_path / name)
+        assert rows(config.source(tmp_path / name)) == [{"x": None}] * 2
+
+
+def test_only_regular_files_are_read(tmp_path, write):
+    write(ROWS, "data/a.jsonl")
+    os.mkfifo(tmp_path / "data/b.jsonl")
+    fifo = tmp_path / "data/b.jsonl"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "c.jsonl"))
+        for path in (fifo, tmp_path / "data", tmp_path / "data/*.jsonl", tmp_path / "data/**"):
+            with pytest.raises(ValueError, match=r"b\.jsonl is a FIFO, not a regular file"):
+                read.files(config.source(path))
+        with pytest.raises(ValueError, match="is a socket, not a regular file"):
+            read.files(config.source(tmp_path / "c.jsonl"))
+    with pytest.raises(ValueError, match="/dev/zero is a device"):
+        read.files(config.source("/dev/zero"))
+    with pytest.raises(ValueError, match="is a FIFO"):
+        read._open(fifo)  # which became one after it was looked for
+    fifo.unlink()
+    write(ROWS, "data/b.jsonl/part.jsonl")
+    assert len(read.files(config.source(tmp_path / "data"))) == 2
+    with pytest.raises(ValueError, match="b.jsonl is a folder, not a regular file"):
+        read.files(config.source(tmp_path / "data/*.jsonl"))
+
+
+def test_links_in_a_circle_do_not_hang_a_glob(tmp_path, write):
+    write(ROWS, "data/a/a.jsonl")
+    for name in ("x", "y"):
+        (tmp_path / "data/a" / name).symlink_to(tmp_path / "data")
+    for pattern in ("data", "data/**/*.jsonl"):
+        with pytest.raises(ValueError, match="are the same folder"):
+            read.files(config.source(tmp_path / pattern))
 
 
 # ---- memory --------------------------------------------------------------------------------------

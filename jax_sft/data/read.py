@@ -343,14 +343,12 @@ class _Unpacked(io.RawIOBase):
 
 
 def _read_jsonl(file: Path, max_bytes: int) -> Iterator[Chunk]:
-    first = 1
     with _open(file) as stream:
-        for lines in json_rows.lines(stream, BLOCK, max_bytes):
+        for first, lines in json_rows.lines(stream, BLOCK, max_bytes):
             if first == 1 and isinstance(lines[0], bytes):
                 lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
             for start in range(0, len(lines), MAX_ROWS):
                 yield Chunk(str(file), first + start, "jsonl", lines[start : start + MAX_ROWS])
-            first += len(lines)
 
 
 def _starts_with_bracket(file: Path) -> bool:

@@ -6,6 +6,7 @@ objects have the fields that they were written with.
 
 import collections
 import csv
+import io
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow
 PIECE = 1 << 20  # characters of a long row that are held at once
 ESCAPED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 
+LARGE_GROUP = 1 << 29  # bytes
 PARQUET_ROWS = 100  # decoded at once: a value that many rows share is copied for each
 # What pyarrow raises of values that Python does not have: times before the year 1, intervals.
 NOT_CONVERTED = (
@@ -85,6 +87,7 @@ class _Lines:
         self._text, self.max_size = text, max_size
         self._number = 0  # of whole lines read
         self._last = ""
+        self._ahead = io.StringIO()  # read already, and not taken
         self.start_row()
 
     def start_row(self) -> None:
@@ -104,17 +107,31 @@ class _Lines:
     def finish_row(self) -> None:
         """Read on to the end of the row: to a line's end where its quotes pair up."""
         while not self._last.endswith(("\n", "\r")) or self._num_quotes % 2:
+            if self._num_quotes % 2:
+                self._skip_to_quote()
             if not self._read(PIECE):
                 if self._num_quotes % 2:
                     raise csv.Error("the file ends within quotes")
                 return
 
+    def _skip_to_quote(self) -> None:
+        """Pass over text, and lines, up to the next quote."""
+        while piece := self._ahead.read(PIECE) or self._text.read(PIECE):
+            before, quote, behind = piece.partition('"')
+            self._number += before.count("\n")
+            if quote:
+                self._ahead = io.StringIO(quote + behind + self._ahead.read(), newline="")
+                return
+
     def _read(self, size: int) -> str:
-        self._last = self._text.readline(size)
-        self._size += len(self._last)
-        self._num_quotes += self._last.count('"')
-        self._number += self._last.endswith(("\n", "\r"))
-        return self._last
+        line = self._ahead.readline(size)
+        if not line.endswith(("\n", "\r")):
+            line += self._text.readline(size - len(line))
+        self._last = line
+        self._size += len(line)
+        self._num_quotes += line.count('"')
+        self._number += line.endswith(("\n", "\r"))
+        return line
 
 
 def _csv_row(columns: list[str], values: list[str]) -> dict[str, str] | str:
@@ -156,7 +173,8 @@ def _parquet_parts(
     names = opened.schema_arrow.names
     for number in range(opened.metadata.num_row_groups):
         num_rows, size = _group_size(opened.metadata.row_group(number), columns)
-        if size > max_bytes * num_rows:  # hardly any row is within the bound: none is read
+        # Decoding could fill the memory, and hardly any row is within the bound: none is read.
+        if size > max(max_bytes * num_rows, LARGE_GROUP):
             yield from (([json_rows.too_long(max_bytes)], 0) for _ in range(num_rows))
         else:
             at_once = min(PARQUET_ROWS, max(1, num_rows * block // max(1, size)))
