@@ -175,7 +175,8 @@ def _parquet_parts(
         num_rows, size = _group_size(opened.metadata.row_group(number), columns)
         # Decoding could fill the memory, and hardly any row is within the bound: none is read.
         if size > max(max_bytes * num_rows, LARGE_GROUP):
-            yield from (([json_rows.too_long(max_bytes)], 0) for _ in range(num_rows))
+            for _ in range(num_rows):
+                yield [json_rows.too_long(max_bytes)], 0
         else:
             at_once = min(PARQUET_ROWS, max(1, num_rows * block // max(1, size)))
             batches = opened.iter_batches(at_once, [number], columns, use_threads=False)
