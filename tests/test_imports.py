@@ -33,7 +33,7 @@ LEVELS = [
     "planning.targets planning.hlo_kernels planning.hlo_loops",
     "launching.child launching.fleet models.sizes "
     "agree outputs watchdog preemption preflight data.tables data.formats data.examples "
-    "data.template data.packing data.mixture data.show ops.cudnn ops.tokamax "
+    "data.template data.tokenizer_file data.packing data.mixture data.show ops.cudnn ops.tokamax "
     "planning.hlo_collectives",
     "compilation_cache "
     "launching.supervisor launching.ssh launching.ray_cluster "

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from jax_sft.data import chat_templates, confined, turns
+from jax_sft.data import chat_templates, confined, tokenizer_file, turns
 from jax_sft.data.confined import Stage
 from jax_sft.data.examples import Encoded
 from jax_sft.data.formats import Conversation, Item, Text, Tokens
@@ -57,9 +57,13 @@ def load_tokenizer(folder: Path, needs_template: bool = True, chat_template: str
     import transformers
 
     with confined.library_errors(f"{folder} has no tokenizer that can be loaded"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        options = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        if tokenizer.is_fast and tokenizer_file.difference(tokenizer, folder):
+            # The class of the model type has its own rules; this one has those of the file.
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, **options)
+            if different := tokenizer_file.difference(tokenizer, folder):
+                raise ValueError(f"it is not what its file says, and what is served: {different}")
     if not tokenizer.is_fast:
         raise ValueError(f"{folder} has no tokenizer.json: character offsets need a fast tokenizer")
     if chat_template:
@@ -125,18 +129,23 @@ class Encoder:
             )
 
     def _load(self, tokenizer) -> None:
-        # A copy: what tokenizer.json says about truncation and padding is not for whole texts, and
-        # offsets must not leave white space out.
-        described = tokenizer.backend_tokenizer.to_str()
-        described = described.replace('"trim_offsets":true', '"trim_offsets":false')
-        self._backend = tokenizers.Tokenizer.from_str(described)
+        # What tokenizer.json says about truncation and padding is not for whole texts, and offsets
+        # must not leave white space out.
+        self._backend = tokenizer.backend_tokenizer
+        described = self._backend.to_str()
+        untrimmed = described.replace('"trim_offsets":true', '"trim_offsets":false')
+        if untrimmed != described:
+            self._backend = tokenizers.Tokenizer.from_str(untrimmed)
         self._backend.no_truncation()
         self._backend.no_padding()
         added = tokenizer.added_tokens_decoder
         special = {i for i, token in added.items() if token.special} | {*tokenizer.all_special_ids}
         self._special_ids = frozenset(special)
         # SentencePiece puts a space before a text.
-        self._adds_space = self._backend.encode("a", add_special_tokens=False).tokens[0] != "a"
+        first = self._backend.encode("a", add_special_tokens=False).tokens[:1]
+        if not first:
+            raise ValueError("it makes no token of a text: is its tokenizer.json missing?")
+        self._adds_space = first != ["a"]
         self._eos: int | None = tokenizer.eos_token_id
         self._blank: dict[int, bool] = {}
         self._before, self._after = self._added_around()
@@ -279,7 +288,7 @@ class Encoder:
     def _is_other(self, text: str, ids: list[int], offsets: np.ndarray, start: int) -> bool:
         """Whether the tokens before a start are others than those of the text up to there."""
         first = int(np.count_nonzero(offsets[:, 1] <= start))
-        return ids[:first] != self._backend.encode(text[:start], add_special_tokens=False).ids
+        return ids[:first] != self._tokenize(text[:start]).ids
 
     def _shorten(self, placed: "_Placed") -> "_Placed":
         """Leave out as few of the oldest turns as make the rest fit; all but one where none does.

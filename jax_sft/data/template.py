@@ -126,12 +126,13 @@ class ChatTemplate:
 
     def tagged(self, messages: Sequence[dict], tools: Sequence[dict] | None) -> list[Span]:
         """Return the {% generation %} spans of the rendered messages."""
-        from transformers.utils.chat_template_utils import _render_with_assistant_indices
-
-        compiled = self._compiled(bool(tools))[0]
-        sandbox.begin(compiled)
         confined.at(Stage.RENDERING)
         with library_errors("the chat template refuses the conversation"):
+            # Not public: where a version of transformers has it no more, this says so.
+            from transformers.utils.chat_template_utils import _render_with_assistant_indices
+
+            compiled = self._compiled(bool(tools))[0]
+            sandbox.begin(compiled)
             _, spans = _render_with_assistant_indices(
                 compiled_template=compiled,
                 messages=messages,
