@@ -23,6 +23,7 @@ from jax_sft.data.turns import Rendered, Turn
 
 _Spans = list[tuple[int, int]]
 LEADS = ("\n", "|", "0", "a")
+MOST_TEMPLATE = 1_000_000  # bytes
 SENTENCEPIECE_SPACE = "\u2581"
 
 
@@ -56,6 +57,9 @@ def load_tokenizer(folder: Path, needs_template: bool = True, chat_template: str
     # Imported only here: a program first decides whether it may bring PyTorch along, see command.
     import transformers
 
+    template = template_file(folder)
+    if template.suffix == ".jinja" and (size := template.stat().st_size) > MOST_TEMPLATE:
+        raise ValueError(f"{template} has {size:,} bytes; chat templates have a few thousand")
     with confined.library_errors(f"{folder} has no tokenizer that can be loaded"):
         options = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
@@ -115,6 +119,7 @@ class Encoder:
     def __init__(self, tokenizer, options: Options):
         with confined.library_errors("the tokenizer cannot be used"):
             self._load(tokenizer)
+        confined.at(Stage.COMPILING)
         self._options = options
         self._template = (
             ChatTemplate(tokenizer, options.template_args, options.date)
@@ -144,7 +149,7 @@ class Encoder:
         # SentencePiece puts a space before a text.
         first = self._backend.encode("a", add_special_tokens=False).tokens[:1]
         if not first:
-            raise ValueError("it makes no token of a text: is its tokenizer.json missing?")
+            raise ValueError("it makes no token of a text: is its tokenizer.json missing or empty?")
         self._adds_space = first != ["a"]
         self._eos: int | None = tokenizer.eos_token_id
         self._blank: dict[int, bool] = {}

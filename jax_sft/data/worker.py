@@ -125,7 +125,6 @@ class Encoder:
         needs_template = job.format not in NO_TEMPLATE
         template = job.options.chat_template
         tokenizer = load_tokenizer(job.tokenizer_folder, needs_template, template)
-        confined.at(Stage.COMPILING)
         try:
             self._encoder = chat.Encoder(tokenizer, job.options)
         except ValueError as error:

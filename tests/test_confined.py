@@ -1,0 +1,198 @@
+"""Programs that come with a model end within bounds of time and memory, without a traceback."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers.utils import chat_template_utils
+
+from jax_sft import config, tiny
+from jax_sft.data import cache, chat, confined, formats, template
+
+SORTS = (
+    "{% set a = range(100000)|list %}{% for i in range(100000) %}"
+    "{% set y = (a|sort(reverse=True))[0] %}{% endfor %}"
+)
+GROWS = (
+    "{% set ns = namespace(a=['x' * 1000]) %}{% for i in range(24) %}"
+    "{% set ns.a = [ns.a[0] ~ ns.a[0]] %}{% endfor %}{{ ns.a|length }}"
+)
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tiny.write_tokenizer(folder)
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    return folder
+
+
+@pytest.fixture
+def build(model, tmp_path):
+    """Tokenize rows with the model's files as they are now."""
+
+    def make(*prompts: str) -> cache.Store:
+        rows = [{"prompt": prompt, "response": "b"} for prompt in prompts]
+        file = tmp_path / "a.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = config.source(str(file))
+        return cache.open_or_build(
+            source,
+            model,
+            chat.Options(),
+            tmp_path / "cache",
+            2,
+            stop_at_bad_row=False,
+            progress=False,
+        )
+
+    return make
+
+
+@pytest.fixture
+def one_second(monkeypatch):
+    """Processes that are started within the test compute for a second, and what they need more."""
+    confined._end_kept()
+    child = confined.CHILD.replace("confined.serve", "confined.BOUND_S = 1; confined.serve")
+    monkeypatch.setattr(confined, "CHILD", child)
+    yield
+    confined._end_kept()
+
+
+def edit(folder: Path, **changes) -> None:
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+# ---- bounds -------------------------------------------------------------------------------------
+
+
+def test_a_template_out_of_bounds_is_refused_by_name_on_whichever_row(build, model, one_second):
+    file = model / "chat_template.jinja"
+    late = "{% if messages[0].content == 'late' %}CODE{% endif %}" + tiny.CHAT_TEMPLATE
+    for code, bound in ((SORTS, "2 s of computing"), (GROWS, "GB of memory")):
+        file.write_text(late.replace("CODE", code))
+        with pytest.raises(confined.OutOfBounds) as raised:
+            build("a", "b", "late", "c")
+        assert str(file) in str(raised.value) and bound in str(raised.value)
+        assert "a.jsonl, line 3" in str(raised.value) and "\n" not in str(raised.value)
+        assert len(build("a", "b").rows) == 2  # the next process is as good as new
+
+
+def test_a_process_of_its_own_loads_templates_that_crash_the_parser(build, model):
+    for code in ("{{ " + "not " * 100_000 + "1 }}", "{% for i in [1] %}{% endfor %}{% break %}"):
+        (model / "chat_template.jinja").write_text(code)
+        with pytest.raises(ValueError, match=r"model: the chat template cannot be compiled"):
+            build("a")
+    (model / "chat_template.jinja").write_text(" " * 1_100_000)
+    with pytest.raises(ValueError, match=r"chat_template\.jinja has 1,100,000 bytes"):
+        build("a")
+
+
+def test_a_row_on_which_the_tokenizer_panics_is_one_bad_row(model):
+    class PanicException(BaseException):
+        """As pyo3's: no Exception, and of no module that can be imported."""
+
+    class Panics:
+        def __init__(self, backend):
+            self._backend = backend
+
+        def __getattr__(self, name):
+            return getattr(self._backend, name)
+
+        def encode(self, text, **options):
+            if "blanks" in text:
+                raise PanicException("Onig: Regex search error: retry-limit-in-match over")
+            return self._backend.encode(text, **options)
+
+    encoder = chat.Encoder(chat.load_tokenizer(model), chat.Options())
+    encoder._backend = Panics(encoder._backend)
+    items = [formats.Text(text, "b") for text in ("a", "blanks", "c")]
+    first, second, third = encoder.encode(items)
+    assert second == (
+        "the tokenizer fails on the text: Onig: Regex search error: retry-limit-in-match over"
+    )
+    assert isinstance(first, list) and isinstance(third, list)
+
+
+# ---- files that cannot be loaded ----------------------------------------------------------------
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+def nest(file: Path) -> None:
+    file.write_text("[" * 100_000 + "]" * 100_000)
+
+
+def scramble(file: Path) -> None:
+    file.write_bytes(b"\xff\xfe\x00")
+
+
+def fold(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def renew(file: Path) -> None:
+    edit(file.parent, model={"type": "BPE2"})
+
+
+def match_badly(file: Path) -> None:
+    pattern = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
+    edit(file.parent, pre_tokenizer=pattern)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        *(("tokenizer.json", spoil) for spoil in (remove, nest, scramble, fold)),
+        *(("tokenizer.json", spoil) for spoil in (renew, match_badly)),
+        *((name, nest) for name in ("tokenizer_config.json", "config.json")),
+        *((name, nest) for name in ("special_tokens_map.json", "added_tokens.json")),
+        *((name, scramble) for name in ("tokenizer_config.json", "chat_template.jinja")),
+    ],
+)
+def test_a_file_that_cannot_be_loaded_is_one_line_that_names_the_folder(model, build, name, spoil):
+    spoil(model / name)
+    with pytest.raises(ValueError) as raised:
+        build("a")
+    assert str(raised.value).startswith(str(model)) and "\n" not in str(raised.value)
+
+
+# ---- tokenizer.json is what tokenizes -----------------------------------------------------------
+
+
+def test_the_file_tokenizes_where_the_class_of_the_model_type_has_other_rules(model):
+    edit(model, normalizer={"type": "Lowercase"})
+    tokenizer = chat.load_tokenizer(model)
+    ids = tokenizer("ABC", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["a", "b", "c"]
+
+
+def test_a_tokenizer_with_several_answers_for_one_text_is_refused(model):
+    described = json.loads((model / "tokenizer.json").read_text())
+    edit(model, model=described["model"] | {"dropout": 0.1})
+    with pytest.raises(ValueError, match=r"tokenizer\.json: one text has several answers"):
+        chat.load_tokenizer(model)
+
+
+def test_official_tokenizers_do_what_their_files_say(tmp_path):
+    official = Path(__file__).resolve().parents[2] / "shared" / "tokenizers" / "smollm2"
+    if not official.is_dir():
+        pytest.skip("../shared/tokenizers is not there")
+    shutil.copytree(official, tmp_path / "model")
+    tokenizer = chat.load_tokenizer(tmp_path / "model")
+    (example,) = chat.Encoder(tokenizer, chat.Options()).encode([formats.Text("", "1234")])
+    assert isinstance(example, list) and np.all(example[0].weights == 1)
+
+
+def test_a_transformers_without_the_private_functions_is_one_line(model, monkeypatch):
+    tokenizer = chat.load_tokenizer(model)
+    monkeypatch.delattr(chat_template_utils, "_compile_jinja_template")
+    with pytest.raises(ValueError, match="cannot be compiled: cannot import name '_compile_jinja"):
+        template.ChatTemplate(tokenizer, {}, "2024-07-26")
