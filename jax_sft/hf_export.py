@@ -88,9 +88,26 @@ def export(
             those that did not train, or `out` is no place for an export or has no room.
         OSError: the file system refused something; an older export is as it was.
     """
-    planned = plan(
-        checkpoint, step=step, shard_bytes=shard_bytes, dtype=dtype, merge=merge, base=base
-    )
+    folder, step = steps.locate(paths.local(checkpoint, "--checkpoint"), step)
+
+    def write(chosen: int | None) -> Path:
+        planned = _plan(folder, chosen, shard_bytes, dtype, merge, base)
+        return _export(planned, out, shard_bytes, dtype, overwrite, progress, tokenizer_eos, say)
+
+    return steps.newest_again(folder, step, write, say)
+
+
+def _export(
+    planned: "Plan",
+    out: str | Path,
+    shard_bytes: int,
+    dtype: str,
+    overwrite: bool,
+    progress: bool,
+    tokenizer_eos: bool,
+    say: Callable[[str], object],
+) -> Path:
+    """Write what is planned; the arguments are those of `export`."""
     place = outputs.check(out, outputs.EXPORT, overwrite=overwrite, reads=planned.reads)
     outputs.check_room(place.out, planned.layout.nbytes)
     eos = stop_tokens.eos_text(planned.kept, planned.turn_ends) if tokenizer_eos else ""
@@ -314,6 +331,15 @@ def plan(
         ValueError: no such checkpoint or step, a damaged one, or an unknown dtype.
     """
     folder, step = steps.locate(paths.local(checkpoint, "--checkpoint"), step)
+    return steps.newest_again(
+        folder, step, lambda chosen: _plan(folder, chosen, shard_bytes, dtype, merge, base)
+    )
+
+
+def _plan(
+    folder: Path, step: int | None, shard_bytes: int, dtype: str, merge: bool, base: str
+) -> Plan:
+    """The plan of a step; the other arguments are those of `export`."""
     kept = model_files.verify(folder).manifest
     assert kept
     if dtype and dtype not in hf.NAMES:

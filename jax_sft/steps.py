@@ -12,7 +12,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jax_sft import manifest
 
@@ -21,6 +21,8 @@ CORRUPT = ".corrupt"
 DELETED = ".deleted"
 KEPT = "model_files"  # what a checkpoint folder keeps of its model, see model_files
 IN_RUN = "checkpoints"  # the checkpoint folder, in the folder of a run
+T = TypeVar("T")
+_TRIES = 5  # of reading the newest step of a run that goes on
 LAST_OF_FORMAT_1 = "41753b1"
 PARAMS = "params/"  # names of the arrays that are parameters begin with it
 _STEP = re.compile(r"0|[1-9]\d*")
@@ -173,6 +175,30 @@ def choose(folder: Path, step: int | None = None) -> int:
             f"{folder} has no step {'' if step is None else step}: it has {found[::-1]}"
         )
     return found[0] if step is None else step
+
+
+def newest_again(
+    folder: Path,
+    step: int | None,
+    use: Callable[[int | None], T],
+    say: Callable[[str], object] = print,
+) -> T:
+    """Return what `use` returns for a step; for the newest one where none is named.
+
+    A run beside it may remove a step while it is read: then it is done again, a few times.
+
+    Raises:
+        ValueError, OSError: `use` raised it for a step that was named, or is still there.
+    """
+    for _ in range(_TRIES):
+        newest = next(iter(present(folder)), None) if step is None else step
+        try:
+            return use(newest)
+        except (ValueError, OSError):
+            if step is not None or newest is None or (folder / str(newest)).exists():
+                raise
+            say(f"step {newest} was removed while it was read: taking the newest again")
+    return use(step)
 
 
 def params(folder: Path, step: int) -> dict[str, dict[str, Any]]:

@@ -34,7 +34,7 @@ from jax_sft import lifecycle  # noqa: E402
 if __name__ == "__main__":
     lifecycle.begin()
 
-from jax_sft import exit_codes, hf, hf_export, hub  # noqa: E402
+from jax_sft import exit_codes, hf, hf_export, hub, paths, steps  # noqa: E402
 from scripts import verify_export  # noqa: E402
 
 
@@ -104,21 +104,29 @@ def run(options: argparse.Namespace) -> int:
         merge=options.merge,
         base=options.base,
     )
-    planned = hf_export.plan(options.checkpoint, **chosen)
-    chosen["step"] = planned.step  # also if a newer one comes meanwhile
-    if options.dry_run:
+    folder, step = steps.locate(paths.local(options.checkpoint, "--checkpoint"), options.step)
+
+    def write(step: int | None) -> tuple[hf_export.Plan, Path | None]:
+        chosen["step"] = step
+        planned = hf_export.plan(folder, **chosen)
+        chosen["step"] = planned.step  # also if a newer one comes meanwhile
+        if options.dry_run:
+            return planned, None
+        if options.verify and (problem := verify_export.missing(planned)):
+            raise ValueError(problem)
+        if options.push_to_hub:
+            hub.check(options.push_to_hub)
+        return planned, hf_export.export(
+            *(folder, options.out),
+            **chosen,
+            overwrite=options.overwrite,
+            tokenizer_eos=options.tokenizer_eos,
+        )
+
+    planned, out = steps.newest_again(folder, step, write)
+    if out is None:
         print("\n".join(planned.lines()))
         return exit_codes.DONE
-    if options.verify and (problem := verify_export.missing(planned)):
-        raise ValueError(problem)
-    if options.push_to_hub:
-        hub.check(options.push_to_hub)
-    out = hf_export.export(
-        *(options.checkpoint, options.out),
-        **chosen,
-        overwrite=options.overwrite,
-        tokenizer_eos=options.tokenizer_eos,
-    )
     print(f"wrote {out}")
     if options.verify and verify_export.check_files(out):
         return exit_codes.BAD_DATA

@@ -629,6 +629,27 @@ def test_the_advice_keeps_what_was_allowed_before(saved):
         drifted(saved, changes, allow=("seed",))
 
 
+def test_a_step_that_goes_while_it_is_read_is_not_called_damaged(tmp_path):
+    for step in (1, 2):
+        (tmp_path / str(step)).mkdir()
+    used, said = [], []
+
+    def use(step):
+        used.append(step)
+        if len(used) == 1:  # the run has saved the next one, and removes this
+            (tmp_path / "3").mkdir()
+            (tmp_path / "2").rmdir()
+        if step != 3:
+            raise ValueError(f"{step} is damaged")
+        return step
+
+    assert steps.newest_again(tmp_path, None, use, said.append) == 3 and used == [2, 3]
+    assert said == ["step 2 was removed while it was read: taking the newest again"]
+    for step in (1, 2):  # a step that is named, there or not
+        with pytest.raises(ValueError, match=f"{step} is damaged"):
+            steps.newest_again(tmp_path, step, use, said.append)
+
+
 def test_a_step_of_an_older_format_names_it_and_stays(tmp_path):
     step = tmp_path / "7"
     step.mkdir()
