@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import safe_open
 
-from jax_sft import hf, lora, parallel
+from jax_sft import hf, lora, parallel, patterns
 from jax_sft.model import ModelDef
 from jax_sft.models.spec import Weight
 
@@ -24,6 +24,7 @@ _IGNORED = {
     *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision"),
     *("inference_mode", "auto_mapping", "megatron_core", "qalora_group_size"),
     *("ensure_weight_tying", "runtime_config", "eva_config"),
+    "fan_in_fan_out",  # PEFT itself sets it to false for linear layers
 }
 # Of init_lora_weights: those that leave the weights of the model as they were.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -43,47 +44,203 @@ def read_settings(folder: Path) -> lora.Settings:
         problems.append(f"peft_type = {config.get('peft_type')!r}: only LORA is known")
     if config.get("init_lora_weights", True) not in _INITS:
         problems.append(
-            f"init_lora_weights = {config['init_lora_weights']!r} has changed the weights of the "
-            "model itself: convert the adapter with PEFT first"
+            f"init_lora_weights = {config['init_lora_weights']!r} is not supported: most such "
+            "methods change the weights of the model itself. Convert the adapter with PEFT first "
+            "(path_initial_model_for_weight_conversion)"
         )
     if config.get("bias", "none") != "none":
         problems.append(f"bias = {config['bias']!r} is not implemented: none")
     rank: Any = config.get("r")
-    targets: Any = config.get("target_modules")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         problems.append(f"r = {rank!r} must be a positive integer")
     alpha, dropout = config.get("lora_alpha", 8), config.get("lora_dropout", 0.0)
     for name, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
             problems.append(f"{name} = {value!r} must be a number from 0 up")
-    targets = [targets] if isinstance(targets, str) else targets
-    if not targets or not all(isinstance(one, str) for one in targets):
-        problems.append(f"target_modules = {targets!r} must be names of modules")
-    read = {"init_lora_weights", "bias", "r", "target_modules", "lora_alpha", "lora_dropout"}
-    read |= {"use_rslora", "use_dora"}
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    if not problems and ranks.keys() == alphas.keys():
-        # As `write_config` has them: what a tensor for several kernels needs.
-        power = 0.5 if config.get("use_rslora") else 1.0
-        if all(
-            math.isclose(alphas[name] / ranks[name] ** power, alpha / rank**power) for name in ranks
-        ):
-            read |= {"rank_pattern", "alpha_pattern"}
+    if not problems and dropout >= 1:
+        problems.append(f"lora_dropout = {dropout!r} must be below 1")
+    problems += _selection_problems(config)
+    read = {"init_lora_weights", "bias", "r", "lora_alpha", "lora_dropout", *_SELECTION}
+    read |= {"use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
     problems += [
-        f"{name} = {value!r} is not implemented"
+        f"{name} = {value!r} is not supported"
         for name, value in config.items()
-        if name not in read | _IGNORED and value not in (None, False, [], {}, "")
+        if name not in read | _IGNORED and not (value is False or value in (None, [], {}, ""))
     ]
     if problems:
         raise ValueError(f"{folder / CONFIG}: {'; '.join(problems)}")
+    modules = _modules(folder)
+    rank, alpha = _rank(folder, config, modules)
     return lora.Settings(
         rank=int(rank),
         alpha=float(alpha),
         dropout=float(dropout),
-        targets=tuple(targets),
+        targets=_targets(config, modules),
         rslora=bool(config.get("use_rslora")),
         dora=bool(config.get("use_dora")),
     )
+
+
+# ---- which layers an adapter is for -------------------------------------------------------------
+
+_SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_A = ".lora_A.weight"
+
+
+def _selection_problems(config: Mapping[str, Any]) -> list[str]:
+    """Say which of the fields that choose modules have another form than PEFT writes."""
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    problems = []
+    if not targets or not _are_names(targets):
+        problems.append(f"target_modules = {targets!r} must be names of modules")
+    if not _are_names(config.get("exclude_modules") or []):
+        problems.append(f"exclude_modules = {config['exclude_modules']!r} must be names of modules")
+    numbers = layers if isinstance(layers, list) else [0 if layers is None else layers]
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+        problems.append(f"layers_to_transform = {layers!r} must be numbers of layers")
+    named = config.get("layers_pattern") or []
+    named = [named] if isinstance(named, str) else named
+    if not _are_names(named) or not all(re.fullmatch(r"\w+", name) for name in named):
+        problems.append(f"layers_pattern = {named!r} must be plain names of lists of layers")
+    for name, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
+        given = config.get(name) or {}
+        if not isinstance(given, dict) or not all(
+            isinstance(value, int | float) and not isinstance(value, bool) and value >= least
+            for value in given.values()
+        ):
+            problems.append(f"{name} = {given!r} must map names of modules to numbers")
+    return problems
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(name, str) for name in value)
+    )
+
+
+def _modules(folder: Path) -> list[str]:
+    """Return the names of the modules that have tensors in a folder."""
+    if not (folder / WEIGHTS).is_file():
+        pickled = (folder / WEIGHTS).with_suffix(".bin")
+        reason = "it is not a PEFT adapter"
+        if pickled.is_file():
+            reason = (
+                f"{pickled.name} is a pickle file, which is never read. Save it with PEFT again"
+            )
+        raise ValueError(f"{folder} has no {WEIGHTS}: {reason}")
+    headers, problems = hf.read_headers(folder)
+    if problems:
+        raise ValueError(f"{folder}: {'; '.join(problems)}")
+    return [lora.target_of(name) for name in headers if name.endswith(_A)]
+
+
+def _rank(folder: Path, config: Mapping[str, Any], modules: Sequence[str]) -> tuple[int, float]:
+    """Return the rank and alpha that all modules have; patterns of both may change them.
+
+    Raises:
+        ValueError: modules differ in their rank or scale.
+    """
+    of_module = {}
+    for field, default in (("rank_pattern", config["r"]), ("alpha_pattern", config["lora_alpha"])):
+        given = config.get(field) or {}
+        # As PEFT's get_pattern_key: the first that matches.
+        expressions = [rf"(.*\.)?({key})$" for key in given]
+        answers = patterns.matches(f"{folder / CONFIG}: {field}", expressions, modules, "match")
+        of_module[field] = [
+            next(
+                (value for value, hits in zip(given.values(), answers, strict=True) if hits[n]),
+                default,
+            )
+            for n in range(len(modules))
+        ]
+    pairs = {*zip(of_module["rank_pattern"], of_module["alpha_pattern"], strict=True)}
+    if len(pairs) == 1:
+        return pairs.pop()
+    # As `write_config` has them: tensors for several kernels have more ranks, at the same scale.
+    power = 0.5 if config.get("use_rslora") else 1.0
+    scale = config["lora_alpha"] / config["r"] ** power
+    if all(math.isclose(alpha / rank**power, scale) for rank, alpha in pairs):
+        return config["r"], config["lora_alpha"]
+    raise ValueError(
+        f"{folder / CONFIG}: rank_pattern = {config.get('rank_pattern')!r} and alpha_pattern = "
+        f"{config.get('alpha_pattern')!r} give modules different ranks or scales, which is not "
+        "supported: all must have the same"
+    )
+
+
+def _targets(config: Mapping[str, Any], modules: Sequence[str]) -> tuple[str, ...]:
+    """Return `Settings.targets`: the names as they are given where these say all, otherwise those
+    of the modules with tensors, which `check` compares with what PEFT would choose.
+    """
+    targets = config["target_modules"]
+    if any(config.get(field) not in (None, [], "") for field in _SELECTION[1:]):
+        return tuple(modules)
+    if isinstance(targets, str):
+        is_all = targets.lower() == lora.ALL_LINEAR
+        return (lora.ALL_LINEAR,) if is_all else tuple(modules) or (targets,)
+    # PEFT passes over names that no module has.
+    named = [name for name in targets if any(_is_ending(name, module) for module in modules)]
+    return tuple(named or targets)
+
+
+def _is_ending(name: str, module: str) -> bool:
+    return module == name or module.endswith("." + name)
+
+
+def chosen(config: Mapping[str, Any], modules: Sequence[str], where: str) -> list[bool]:
+    """Whether PEFT would give each linear layer an adapter, by its check_target_module_exists.
+
+    Args:
+        where: file of the config, in messages.
+    """
+    targets, excluded = config["target_modules"], config.get("exclude_modules") or []
+    if isinstance(targets, str):
+        is_all = targets.lower() == lora.ALL_LINEAR
+        found = [True] * len(modules)
+        if not is_all:
+            (found,) = patterns.matches(f"{where}: target_modules", [targets], modules, "fullmatch")
+    else:
+        found = [
+            module in targets
+            or (any(_is_ending(name, module) for name in targets) and _is_in_layers(config, module))
+            for module in modules
+        ]
+    if isinstance(excluded, str) and excluded:
+        (left,) = patterns.matches(f"{where}: exclude_modules", [excluded], modules, "fullmatch")
+    else:
+        left = [any(_is_ending(name, module) for name in excluded) for module in modules]
+    return [yes and not no for yes, no in zip(found, left, strict=True)]
+
+
+def _is_in_layers(config: Mapping[str, Any], module: str) -> bool:
+    """Whether `layers_to_transform` has the layer of a module."""
+    layers, named = config.get("layers_to_transform"), config.get("layers_pattern") or []
+    if layers is None or layers == []:
+        return True
+    named = [named] if isinstance(named, str) else named
+    expressions = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in named] or [r".*?\.[^.]*\.(\d+)\."]
+    match = next((m for one in expressions if (m := re.match(one, module))), None)
+    return match is not None and int(match[1]) in (layers if isinstance(layers, list) else [layers])
+
+
+def _selection_differences(folder: Path, model_def: ModelDef) -> list[str]:
+    """Compare the layers that PEFT would choose with those of a model that has adapters."""
+    known = [module for modules in lora.modules(model_def).values() for module in modules]
+    config = hf.read_json(folder / CONFIG)
+    by_peft = {
+        m for m, yes in zip(known, chosen(config, known, str(folder / CONFIG)), strict=True) if yes
+    }
+    here = {
+        lora.target_of(name)
+        for row in model_def.moving
+        if row.path.endswith(".lora.a.kernel")
+        for _, name in tensors(row, model_def)
+    }
+    fields = " with ".join(name for name in _SELECTION if config.get(name) not in (None, [], ""))
+    return [
+        *(f"{name} has no tensors, but {fields} chooses it" for name in by_peft - here),
+        *(f"{name} has tensors, but {fields} does not choose it" for name in here - by_peft),
+    ]
 
 
 def load(folder: Path, model_def: ModelDef, mesh: Mesh, dtype) -> dict[str, jax.Array]:
@@ -120,14 +277,13 @@ def check(folder: Path, model_def: ModelDef) -> None:
     Raises:
         ValueError: every unknown, missing or misshapen tensor at once.
     """
-    if not (folder / WEIGHTS).is_file():
-        raise ValueError(f"{folder} has no {WEIGHTS}: it is not a PEFT adapter")
     found, problems = hf.read_headers(folder)
     wanted = {
         name: _shapes(row, model_def.dims)
         for row in model_def.moving
         for _, name in tensors(row, model_def)
     }
+    problems += _selection_differences(folder, model_def)
     problems += [f"{name} belongs to no adapter" for name in found.keys() - wanted.keys()]
     for name, shapes in wanted.items():
         if name not in found:

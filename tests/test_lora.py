@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,12 +11,15 @@ import numpy as np
 import peft
 import pytest
 import torch
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from safetensors.numpy import load_file, save_file
 
 import jax_sft
-from jax_sft import lora, parallel, patterns, steps
+from jax_sft import lora, parallel, patterns, steps, tiny
+from jax_sft import peft as ours
 from jax_sft.inference import LoadedModel
 from jax_sft.step import batch_sums
+from tests.conftest import ODD
 from tests.test_parity import (
     OPTIMIZER,
     packed_batches,
@@ -77,7 +81,12 @@ VARIANTS = {
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "dora_some": {"use_dora": True, "target_modules": ["o_proj", "down_proj", "k_proj"]},
-    "regex": {"target_modules": r".*\.[02]\.(self_attn\.(q|o)_proj|mlp\.down_proj)"},
+    "regex": {
+        "target_modules": r"(?!.*layers\.1).*(q|o|down)_proj",
+        "exclude_modules": ["2.mlp.down_proj"],
+        "rank_pattern": {"[a-z]+_proj": 2},
+        "alpha_pattern": {".*": 7},
+    },
 }
 
 
@@ -306,6 +315,15 @@ def test_settings_that_cannot_be_used_are_refused_before_the_data_are_read(
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.fixture(scope="module")
+def refused_folder(tmp_path_factory):
+    """A model and an adapter of all its linear layers."""
+    folder = tmp_path_factory.mktemp("refused")
+    tiny.write_tokenizer(folder)
+    tiny.write_model(folder, ODD | FAMILIES["qwen2"])
+    return folder, make_adapter(folder, tmp_path_factory.mktemp("adapter") / "adapter")
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
@@ -314,7 +332,27 @@ def test_settings_that_cannot_be_used_are_refused_before_the_data_are_read(
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
-        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"layers_to_transform": [0]}, "with layers_to_transform does not choose it"),
+        ({"layers_to_transform": 0}, "with layers_to_transform does not choose it"),
+        ({"layers_to_transform": ["0"]}, "layers_to_transform"),
+        ({"layers_to_transform": [0], "layers_pattern": "(a+)+"}, "layers_pattern"),
+        ({"exclude_modules": ["q_proj"]}, "exclude_modules does not choose it"),
+        ({"exclude_modules": "(.+)+Z"}, "exclude_modules: '(.+)+Z' takes over"),
+        ({"rank_pattern": {"(.+)+Z": 4}}, "rank_pattern: '(.*\\\\.)?((.+)+Z)$' takes over"),
+        ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 7}}, "alpha_pattern"),
+        ({"target_modules": r".*\.q_proj"}, "target_modules does not choose it"),
+        ({"target_modules": "q_proj"}, "target_modules does not choose it"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"trainable_token_indices": [0]}, "trainable_token_indices"),
+        ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"init_lora_weights": "mica"}, "mica"),
+        ({"field_of_a_later_peft": 1}, "field_of_a_later_peft"),
+        ({"megatron_config": {"x": 1}}, "megatron_config"),
         ({"r": 5}, "lora_A.weight has shape (4, 48), not (5, 48)"),
         ({"r": "4"}, "r = '4'"),
         ({"target_modules": ["q_proj"]}, "belongs to no adapter"),
@@ -324,10 +362,12 @@ def test_settings_that_cannot_be_used_are_refused_before_the_data_are_read(
     ids=str,
 )
 def test_an_adapter_that_is_not_understood_is_refused_by_name(
-    make_strong_model, tmp_path, changes, word
+    refused_folder, tmp_path, changes, word, monkeypatch
 ):
-    folder = make_strong_model(**FAMILIES["qwen2"])
-    adapter = make_adapter(folder, tmp_path / "adapter")
+    monkeypatch.setattr(patterns, "SECONDS", 1)
+    folder, made = refused_folder
+    adapter = tmp_path / "adapter"
+    shutil.copytree(made, adapter)
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ValueError) as error:
@@ -447,3 +487,60 @@ def test_adapters_of_kernels_that_share_a_tensor(make_strong_model, make_config,
     save_file(stored, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="beside its diagonal"):
         jax_sft.load(folder, adapter=file.parent)
+
+
+# ---- PEFT's rules --------------------------------------------------------------------------------
+
+NAMES = [
+    *(f"model.layers.{n}.self_attn.{part}_proj" for n in (0, 1, 2, 10, 11) for part in "qkvo"),
+    *(f"model.layers.{n}.mlp.{part}_proj" for n in (0, 1, 2, 10, 11) for part in ("up", "down")),
+]
+SELECTIONS = [
+    {"target_modules": ["q_proj", "up_proj"]},
+    {"target_modules": ["proj", "q", "j"]},
+    {"target_modules": ["self_attn.q_proj", "model.layers.1.mlp.up_proj"]},
+    {"target_modules": r"(?!.*layers\.0).*q_proj"},
+    {"target_modules": "q_proj"},
+    {"target_modules": r"(?i)MODEL\.LAYERS\.1.*"},
+    {"target_modules": r".*\.(q|v)_proj", "exclude_modules": r".*\.1\d?\..*"},
+    {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["1.self_attn.q_proj", "mlp"]},
+    {"target_modules": ["q_proj"], "layers_to_transform": 0},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1, 10]},
+    {"target_modules": ["q_proj"], "layers_to_transform": []},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h"]},
+    {
+        "target_modules": ["q_proj", "model.layers.2.mlp.up_proj"],
+        "layers_to_transform": [0],
+        "exclude_modules": ["model.layers.0.self_attn.q_proj"],
+    },
+]
+
+
+@pytest.mark.parametrize("selection", SELECTIONS, ids=str)
+def test_the_layers_of_an_adapter_are_those_that_peft_chooses(selection):
+    config = peft.LoraConfig(**selection)
+    theirs = [bool(check_target_module_exists(config, n)) for n in NAMES]
+    theirs = [
+        yes and not isinstance(check_target_module_exists(config, n), _ExcludedModule)
+        for n, yes in zip(NAMES, theirs, strict=True)
+    ]
+    saved = config.to_dict()
+    saved = {k: sorted(v) if isinstance(v, set) else v for k, v in saved.items()}
+    assert ours.chosen(saved, NAMES, "adapter_config.json") == theirs
+
+
+def test_every_field_of_peft_is_read_ignored_or_refused_by_name(tmp_path):
+    fields = peft.LoraConfig(target_modules=["q_proj"]).to_dict()
+    plain = fields | {"peft_type": "LORA", "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    known = {*ours._IGNORED, *ours._SELECTION, "r", "lora_alpha", "lora_dropout", "use_dora"}
+    known |= {"use_rslora", "rank_pattern", "alpha_pattern"}
+    for name in sorted(fields.keys() - known):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(plain | {name: "strange"}))
+        with pytest.raises(ValueError, match=rf"adapter_config.json: {name} = 'strange'"):
+            ours.read_settings(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(plain, default=str))
+    with pytest.raises(ValueError, match=r"adapter_model.bin is a pickle file.*never read"):
+        ours.read_settings(tmp_path)
