@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -789,9 +790,9 @@ def test_a_boolean_of_transformers_is_implemented_or_refused_or_changes_no_logit
     plain |= {"pad_token_id": None, "num_hidden_layers": 1} | EXPERTS.get(name, {})
     theirs = transformers.AutoConfig.for_model(name, **plain)
     kinds = {key: value for key, value in theirs.to_dict().items() if isinstance(value, bool)}
-    source = inspect.getsource(
-        inspect.getmodule(transformers.AutoModelForCausalLM.from_config(theirs).__class__)
-    ) + inspect.getsource(transformers.masking_utils)
+    modelling = type(transformers.AutoModelForCausalLM.from_config(theirs)).__module__
+    source = inspect.getsource(sys.modules[modelling])
+    source += inspect.getsource(transformers.masking_utils)
     asked = re.findall(r'getattr\((?:self\.)?config, "(\w+)", (?:True|False|None)\)', source)
     # return_dict changes what a call returns, not the logits in it.
     flips = [(key, not value) for key, value in kinds.items() if key != "return_dict"]
