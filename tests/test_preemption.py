@@ -121,3 +121,29 @@ def test_a_run_told_to_stop_is_saved_and_goes_on_bitwise(make_config, tmp_path, 
     keys = ("step", "loss", "grad_norm", "learning_rate")
     expected, found = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "parts")
     assert [[m[k] for k in keys] for m in found] == [[m[k] for k in keys] for m in expected]
+
+
+def test_in_a_program_of_somebody_else_ctrl_c_raises_and_ends_nothing():
+    ends = []
+    with Preemption(end=ends.append), pytest.raises(KeyboardInterrupt, match="nothing to save yet"):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+    with Preemption(end=ends.append) as told:
+        told.saves_from_here()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1.5 * lifecycle.SAME_INTERRUPT_S)
+        assert told.reached()
+        with pytest.raises(KeyboardInterrupt, match="second time"):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+    assert ends == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_export_is_left_by_an_exception_so_that_its_files_are_removed(number):
+    ends = []
+    with Preemption(end=ends.append) as told, pytest.raises(Preempted, match="not exported"):
+        with told.raising(Preempted("not exported yet")):
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+    assert ends == []
