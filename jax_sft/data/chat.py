@@ -61,7 +61,7 @@ def load_tokenizer(folder: Path, needs_template: bool = True, chat_template: str
     if template.suffix == ".jinja" and (size := template.stat().st_size) > MOST_TEMPLATE:
         raise ValueError(f"{template} has {size:,} bytes; chat templates have a few thousand")
     with confined.library_errors(f"{folder} has no tokenizer that can be loaded"):
-        options = {"local_files_only": True, "trust_remote_code": False}
+        options: Any = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         if tokenizer.is_fast and tokenizer_file.difference(tokenizer, folder):
             # The class of the model type has its own rules; this one has those of the file.
