@@ -22,6 +22,7 @@ FREE = {
     "model.remat": "the same numbers, computed again or kept",
     "model.offload": "as above",
     "data.cache_dir": "the place of a copy",
+    "data.cache_gb": "how many copies are kept",
     "data.chat_template": "compared by its text, wherever the file is",
     "data.max_lost": "whether a run starts",
     "data.num_workers": "how fast the same data are made",
@@ -138,6 +139,7 @@ def default() -> Config:
     data.packing = "best_fit"  # or "none": one example per row, padded to the batch's bucket
     data.max_segments = 256  # examples per row at most
     data.cache_dir = ""  # of tokenized data; "" = $XDG_CACHE_HOME/jax_sft or ~/.cache/jax_sft
+    data.cache_gb = 50.0  # most that tokenized data take there: 10 billion tokens; 0 = no bound
     data.num_workers = 0  # processes that tokenize; 0 = one per core
 
     batch: Config = ConfigDict()

@@ -20,7 +20,7 @@ import xxhash
 
 import jax_sft
 from jax_sft import config, regular, tiny
-from jax_sft.data import cache, chat, confined, worker
+from jax_sft.data import cache, cache_room, chat, confined, worker
 from jax_sft.data import store as store_module
 
 REPO = Path(jax_sft.__file__).parent.parent
@@ -65,6 +65,7 @@ def build(model, tmp_path):
         cache_dir=tmp_path / "cache",
         num_workers=1,
         stop_at_bad_row=True,
+        cache_gb=0,
         **changes,
     ) -> cache.Store:
         return cache.open_or_build(
@@ -76,6 +77,7 @@ def build(model, tmp_path):
             stop_at_bad_row=stop_at_bad_row,
             progress=False,
             name="main",
+            cache_gb=cache_gb,
         )
 
     return make
@@ -541,6 +543,39 @@ def test_a_store_of_links_and_special_files_is_not_followed(build, tmp_path):
     shutil.rmtree(folder)
     folder.write_text("")
     assert not build(file).cached and build(file).cached
+
+
+def test_the_cache_is_bounded_and_what_is_in_use_stays(build, tmp_path):
+    first, second = (build(write(tmp_path / f"{n}.jsonl", rows(5, first=n))) for n in range(2))
+    for age, store in enumerate((second, first), start=1):
+        os.utime(store.folder, (time.time() - age, time.time() - age))
+    found = cache_room.entries(tmp_path / "cache")
+    assert [entry.folder for entry in found] == [first.folder, second.folder]
+    assert [entry.names for entry in found] == [["0.jsonl"], ["1.jsonl"]]
+    assert found[0].num_tokens == len(first.ids)
+    part = first.ids[3:7]  # all that is left of the store
+    folders = [first.folder, second.folder]
+    (tmp_path / "cache/not-ours").mkdir()
+    del first, second, store
+    assert not cache_room.remove(found[0]) and len(part) == 4
+    last = build(write(tmp_path / "c.jsonl", rows(6)), cache_gb=1e-6)
+    assert [folder.exists() for folder in folders] == [True, False] and last.folder.exists()
+    del part
+    assert cache_room.remove(found[0]) and (tmp_path / "cache/not-ours").exists()
+
+
+def test_a_holder_of_the_lock_that_hangs_is_named(build, tmp_path, monkeypatch, capfd):
+    file = write(tmp_path / "a.jsonl", rows(3))
+    key = build(file).folder.name
+    shutil.rmtree(tmp_path / "cache" / key)
+    monkeypatch.setattr(cache, "HUNG_S", 0.3)
+    monkeypatch.setattr(cache, "SAY_AGAIN_S", 0.1)
+    with open(tmp_path / "cache" / f"{key}.lock", "r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=rf"process {os.getpid()} on .* written nothing"):
+            build(file)
+    assert capfd.readouterr().err.count("waiting for another process") > 1
+    assert not build(file).cached
 
 
 def test_a_damaged_store_where_nothing_can_be_written_is_named(build, tmp_path, monkeypatch):

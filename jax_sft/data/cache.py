@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import secrets
 import shutil
@@ -24,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jax_sft import cache_folder, regular
-from jax_sft.data import chat, formats, read, worker
+from jax_sft.data import cache_room, chat, formats, read, worker
 from jax_sft.data.store import Damaged, Store, Writer, open_store, publish
 
 # Keys of a source that do not change its tokens: a moved file is found again.
@@ -40,6 +41,8 @@ SHOW_HASHING = 1_000_000_000  # bytes from which hashing shows a progress bar
 HASH_FIELDS = [str, int, int, int, int, int, str]
 SIZE, CHANGED = 3, 5
 MAX_HASHES = 16 << 20  # bytes: some 60,000 files; a larger hashes.jsonl is begun anew
+HUNG_S = 900  # a build that writes nothing for so long hangs
+SAY_AGAIN_S = 60
 RACY_NS = 2_000_000_000  # the coarsest time stamp of a file system: FAT's 2 s
 LEFTOVER_S = 24 * 3600  # a build that wrote nothing for so long is dead
 
@@ -77,6 +80,7 @@ def open_or_build(
     progress: bool,
     name: str = "",
     max_row_bytes: int = read.MAX_ROW_BYTES,
+    cache_gb: float = 0,
 ) -> Store:
     """Return the tokens of a source, from the cache or made now.
 
@@ -90,6 +94,7 @@ def open_or_build(
         progress: show a bar.
         name: of the source, in messages; "" = its path.
         max_row_bytes: see `read.chunks`.
+        cache_gb: after a build, remove other stores until all take no more; 0 = none.
 
     Raises:
         ValueError: nothing to read, a bad row under `stop_at_bad_row`, a tokenizer that cannot be
@@ -116,6 +121,11 @@ def open_or_build(
                 _make_room(request.cache, key, locked, store)
                 _build(request, key)
                 store = _built(request, key)
+                if cache_gb:
+                    for old in cache_room.make_room(request.cache, cache_gb * 1e9, store.folder):
+                        names = ", ".join(old.names[:3])
+                        print(f"removed cached tokens of {names} (data.cache_gb)", file=sys.stderr)
+    cache_room.touch(store.folder)
     if stop_at_bad_row:
         for error in store.errors():
             raise _bad_row(request, error["where"], error["error"])
@@ -334,17 +344,62 @@ def _lock(request: _Request, key: str, damage: Damaged | None) -> Iterator[bool]
     """
     with _explained(request.cache, damage):
         request.cache.mkdir(parents=True, exist_ok=True)
-        stream = open(request.cache / f"{key}.lock", "ab")
+        # Not blocking: a FIFO in its place would never open.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
+        stream = open(os.open(request.cache / f"{key}.lock", flags, 0o666), "r+b", buffering=0)
     with stream:
         locked = _try_lock(stream)
         if locked is False:
+            _wait(request, key, stream)
+        if locked is not None:
+            _sign(stream)
+        yield locked is not None
+
+
+def _sign(stream) -> None:
+    """Write who holds a lock, for those who wait."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    with contextlib.suppress(OSError):  # a full disk
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}".encode())
+
+
+def _wait(request: _Request, key: str, stream) -> None:
+    """Wait for another process to build a store; name it now and then.
+
+    Raises:
+        ValueError: it has written nothing for HUNG_S.
+    """
+    said, size, grown = -math.inf, -1, time.monotonic()
+    while _try_lock(stream) is False:
+        now, before = time.monotonic(), size
+        size = sum(_size(file) for file in request.cache.glob(f"{key}.unfinished-*/*"))
+        if size != before:
+            grown = now
+        stream.seek(0)
+        holder = stream.read(200).decode("utf-8", "replace") or "unknown"
+        if now - grown > HUNG_S:
+            raise ValueError(
+                f"source {request.name!r}: another process ({holder}) tokenizes it, and has "
+                f"written nothing for {HUNG_S / 60:.0f} minutes: end that process, or set "
+                "data.cache_dir to another folder"
+            )
+        if now - said > SAY_AGAIN_S:
+            said = now
             print(
-                f"source {request.name!r}: waiting for another process that tokenizes it",
+                f"source {request.name!r}: waiting for another process that tokenizes it "
+                f"({holder}; {size / 1e6:,.1f} MB written)",
                 file=sys.stderr,
                 flush=True,
             )
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield locked is not None
+        time.sleep(0.1)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # it has been renamed or removed
+        return 0
 
 
 def _try_lock(stream) -> bool | None:

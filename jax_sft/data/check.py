@@ -12,7 +12,7 @@ CHOICES = {
     "on_bad_row": ("raise", "skip"),
     "packing": ("best_fit", "none"),
 }
-AT_LEAST = {"seq_len": 1, "max_segments": 1, "num_workers": 0, "max_row_bytes": 1000}
+AT_LEAST = {"seq_len": 1, "max_segments": 1, "num_workers": 0, "max_row_bytes": 1000, "cache_gb": 0}
 
 
 def problems(data) -> list[str]:

@@ -157,6 +157,7 @@ def open_sources(data: Any, folder: Path) -> list[Source]:
                 stop_at_bad_row=False,
                 progress=sys.stderr.isatty(),
                 name=name,
+                cache_gb=data.cache_gb,
                 max_row_bytes=data.max_row_bytes,
             )
         except confined.OutOfBounds:  # the other sources would only take as long

@@ -63,6 +63,7 @@ def prepare(
             stop_at_bad_row=stops,
             progress=progress,
             name=name,
+            cache_gb=data.cache_gb,
             max_row_bytes=data.max_row_bytes,
         )
         fit = fit_length(store, data.seq_len, data.overlong, name)
