@@ -354,8 +354,12 @@ def test_a_dry_run_of_an_export_lists_what_the_export_then_has(
     converted = hf_convert.convert(make_model(), tmp_path / "converted", progress=False)
     options = (f"--checkpoint={converted}", "--shard-size=40KB", "--dtype=float16")
     code, printed, _ = run(export_hf, monkeypatch, capsys, *options, "--dry-run")
-    *lines, total = printed.splitlines()
-    assert code == 0 and total.startswith("step 0: 14 arrays -> 38 tensors, 0.000 GB in ")
+    *lines, total, stops = printed.splitlines()
+    assert (
+        code == 0
+        and "generation_config.json" in stops
+        and total.startswith("step 0: 14 arrays -> 38 tensors, 0.000 GB in ")
+    )
     out = hf_export.export(converted, tmp_path / "out", shard_bytes=40_000, dtype="float16")
     listed = [line.split(" -> ")[1].split(" ")[0] + line.split(" in ")[1] for line in lines]
     files = [*out.glob("*.safetensors")]
@@ -374,6 +378,8 @@ def test_verify_finds_an_export_that_is_not_the_checkpoint(
         return out
 
     monkeypatch.setattr(hf_export, "export", wrong)
+    # The sums of the files would tell it first.
+    monkeypatch.setattr(verify_export, "check_files", lambda _: 0)
     pushed = []
     monkeypatch.setattr(hub, "check", lambda *_: None)
     monkeypatch.setattr(hub, "push", lambda *args, **_: pushed.append(args))
