@@ -78,6 +78,13 @@ SPELLINGS = {
         {"rope_parameters": {"rope_type": "linear", "factor": 4.0}, "rope_theta": THETA},
     ),
     "null_scaling": ("default", {"rope_scaling": None, "rope_theta": THETA}),
+    "yarn_finetuned": ("yarn", {"rope_scaling": YARN | {"finetuned": True}, "rope_theta": THETA}),
+    # vLLM multiplies by attn_factor, transformers reads attention_factor alone.
+    "yarn_of_two_engines": (
+        "yarn_attention_factor",
+        {"rope_parameters": YARN | {"attention_factor": 0.7, "attn_factor": 0.7 / 1.138629436}}
+        | {"rope_theta": THETA},
+    ),
 }
 
 
@@ -415,6 +422,7 @@ def test_rope_variants_all_differ_and_spellings_do_not():
         (YARN | {"short_factor": [1] * 16}, ["yarn", "short_factor"]),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 32}, ["linear", "beta_fast"]),
         (YARN | {"extrapolation": 3}, ["yarn", "extrapolation"]),
+        (YARN | {"attn_factor": 0.8782488562869419}, ["attn_factor", "add attention_factor = 1,"]),
         ({"rope_type": "linear"}, ["linear", "factor"]),
         ({"rope_type": "yarn"}, ["yarn", "factor"]),
         ({"rope_type": "llama3", "factor": 8.0}, ["llama3", "low_freq_factor"]),
@@ -748,7 +756,7 @@ def test_an_unknown_field_is_refused_by_name(name):
     [
         {"hidden_act": "gelu"},
         {"attention_dropout": 0.1},
-        {"pretraining_tp": 2},
+        {"shared_expert_intermediate_size": 8},
         {"partial_rotary_factor": 0.5},
         {"use_sliding_window": True},
         {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},

@@ -42,6 +42,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "rope_local_base_freq": (1.001, 1e15),
     "factor": (1.0, 1e6),
     "attention_factor": (1e-3, 1e3),
+    "attn_factor": (1e-3, 1e3),
     "beta_fast": (1e-6, 1e6),
     "beta_slow": (1e-6, 1e6),
     "mscale": (0.0, 1e3),
@@ -65,6 +66,7 @@ _IGNORED = {
     *("attn_implementation", "experts_implementation", "use_flash_attn", "max_sequence_length"),
     *("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan"),
     *("use_flash_attention", "use_flash_attention_2", "model_max_length", "seq_length"),
+    "dual_chunk_attention_config",  # of Qwen2.5-1M: how vLLM may serve it; transformers has no such
     # Parameters of generation, which transformers takes out of config.json.
     *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature"),
     *("top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
@@ -82,6 +84,7 @@ _NO_DROPOUT = (0.0, None)
 # neither table null and what is empty pass, false does not: nobody knows whether it is neutral.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),  # transformers from 5.2: anything else is bidirectional attention
+    "activation": ("swiglu", "silu", None),  # of Falcon3, beside hidden_act
     **dict.fromkeys(("no_bias", "causal", "use_rope", "use_rotary", "use_rms_norm"), (True, None)),
     **dict.fromkeys(
         (
@@ -101,6 +104,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
             *("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout"),
             *("dropout", "dropout_rate", "layerdrop", "ffn_dropout", "mlp_dropout"),
             *("router_jitter_noise", "chunk_size_feed_forward", "num_nextn_predict_layers"),
+            "shared_expert_intermediate_size",
         ),
         _NO_DROPOUT,
     ),

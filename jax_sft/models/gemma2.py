@@ -37,6 +37,8 @@ class Config(Sizes):
             [LAYER_TYPES[(n + 1) % 2] for n in range(common["num_layers"])],
             window=4096,
         )
+        # Published ones have this older name too.
+        fields.only("sliding_window_size", fields.get("sliding_window", 4096))
         cfg = cls(
             **common,
             rope=Rope.from_hf(config, common["head_dim"]),

@@ -26,6 +26,8 @@ class Config(Sizes):
         common = sizes.read(fields)
         fields.known(*Rope.FIELDS)
         rope = Rope.from_hf(config, common["head_dim"])
+        # In how many parts older versions of transformers multiplied: the same sums.
+        fields.unused("pretraining_tp")
         attention_bias, mlp_bias = fields.flag("attention_bias"), fields.flag("mlp_bias")
         cfg = cls(**common, rope=rope, attention_bias=attention_bias, mlp_bias=mlp_bias)
         fields.done()

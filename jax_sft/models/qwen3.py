@@ -25,6 +25,7 @@ class Config(Sizes):
         common = sizes.read(fields, head_dim=128)
         fields.known(*Rope.FIELDS)
         rope = Rope.from_hf(config, common["head_dim"])
+        fields.only("use_qk_norm", True)  # of Qwen3-Coder
         fields.unused("sliding_window", "max_window_layers")  # used with use_sliding_window only
         cfg = cls(**common, rope=rope, attention_bias=fields.flag("attention_bias"))
         fields.done()

@@ -28,6 +28,7 @@ class Config(Sizes):
         fields = Fields(config)
         common = sizes.read(fields, mlp=("moe_intermediate_size", 768))
         fields.known(*Rope.FIELDS)
+        fields.only("use_qk_norm", True)  # of Qwen3-Coder
         fields.unused("sliding_window", "max_window_layers")  # used with use_sliding_window only
         # A mix of sparse and dense layers, whose inner size is intermediate_size.
         fields.only("decoder_sparse_step", 1)

@@ -273,6 +273,7 @@ def _yarn(
             f"max_position_embeddings = {max_positions}"
         )
     truncate = scaling.pop("truncate", True)
+    scaling.pop("finetuned", None)  # of the models of YaRN's authors: of dynamic scaling only
     mscale, mscale_all = scaling.pop("mscale", None), scaling.pop("mscale_all_dim", None)
 
     def dimension(rotations: float) -> float:
@@ -289,10 +290,16 @@ def _yarn(
     low, high = max(low, 0), min(high, head_dim - 1)
     high += 0.001 if low == high else 0.0  # no division by zero
     ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0.0, 1.0)
-    attention_factor = scaling.pop("attention_factor", None)
-    if attention_factor is None:
-        if mscale and mscale_all:
-            attention_factor = attention_scale(factor, mscale) / attention_scale(factor, mscale_all)
-        else:
-            attention_factor = attention_scale(factor)
+    default = attention_scale(factor)
+    if mscale and mscale_all:
+        default = attention_scale(factor, mscale) / attention_scale(factor, mscale_all)
+    attention_factor = scaling.pop("attention_factor", default)
+    # Of DeepSeek-R1-0528-Qwen3-8B: engines would not agree on what the model computes.
+    wanted = default * scaling.pop("attn_factor", attention_factor / default)
+    if not math.isclose(attention_factor, wanted, rel_tol=1e-3):
+        raise ValueError(
+            f"config.json: vLLM multiplies by the attn_factor of rope type 'yarn', transformers by "
+            f"attention_factor = {attention_factor:.4g}: add attention_factor = {wanted:.4g}, or "
+            "leave attn_factor out"
+        )
     return ramp * inv_freq / factor + (1 - ramp) * inv_freq, float(attention_factor)
