@@ -41,7 +41,7 @@ BLOCK = 1_000_000  # bytes; about the size of a chunk, and of one read
 MAX_ROW_BYTES = 16_000_000
 # Text shrinks to a tenth, tables of one sentence to a hundredth.
 MAX_RATIO = 300
-BOMB = 1 << 30  # bytes, unpacked, from which the ratio is looked at
+BOMB = 8 << 30  # bytes, unpacked, from which the ratio is looked at: some 10 s
 
 # What `datasets` raises of data sets that it cannot read; it documents no list.
 LIBRARY_ERRORS = (
