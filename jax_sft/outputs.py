@@ -390,7 +390,7 @@ def _move_inside(new: Path, out: Path) -> None:
         for path in names:
             os.rename(path, out / path.name)
             moved.append((path, out / path.name))
-    except OSError:
+    except BaseException:  # a request to stop, too
         for before, after in reversed(moved):
             os.rename(after, before)
         raise

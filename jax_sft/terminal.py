@@ -115,7 +115,14 @@ def _may_block(number: int) -> bool:
 class _Stream(io.TextIOWrapper):
     """Stdout or stderr of a program."""
 
+    is_in_bar = False  # the cursor is behind a progress bar: what comes next begins a line
+
     def write(self, text: str, /) -> int:
+        if not text:
+            return 0
+        if self.is_in_bar and text[0] not in "\r\n\x1b":
+            super().write("\n")
+        self.is_in_bar = text[0] == "\r" and text[-1] not in "\r\n"
         return super().write(printable(text))
 
     def write_trusted(self, text: str) -> None:
@@ -238,5 +245,6 @@ def print_trusted(text: str) -> None:
 
 def write_at_once(text: str) -> None:
     """Write to stderr past all buffers, e.g. from within a write or a signal handler."""
+    start = "\n" if getattr(sys.stderr, "is_in_bar", False) else ""
     with contextlib.suppress(OSError):
-        os.write(STDERR, escaped(text).encode(errors="backslashreplace"))
+        os.write(STDERR, (start + escaped(text)).encode(errors="backslashreplace"))

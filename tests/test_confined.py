@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +68,32 @@ def one_second(monkeypatch):
 def edit(folder: Path, **changes) -> None:
     file = folder / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+# ---- its end ------------------------------------------------------------------------------------
+
+
+def test_it_ends_with_its_parent_in_the_middle_of_a_request():
+    code = (
+        "import os, time\nfrom jax_sft.data import confined\n"
+        "process = confined.Process()\n"
+        "print(process.call(os.getpid), flush=True)\n"
+        "process.send(time.sleep, 60)\n"
+        "os._exit(0)"
+    )
+    pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    deadline = time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 # ---- bounds -------------------------------------------------------------------------------------

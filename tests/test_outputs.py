@@ -212,18 +212,18 @@ def test_a_mount_point_is_filled_and_replaced_from_within(tmp_path, monkeypatch)
         write(out, overwrite=True, a=text)
         assert (out / "a").read_text() == text and out.stat().st_ino == inode
         assert {path.name for path in out.iterdir()} == {"a", sums.NAME}
-    rename = os.rename
+    rename, before = os.rename, everything(out)
+    for error in (OSError(5, "Input/output error"), KeyboardInterrupt()):
 
-    def fails(source, target):
-        if target == out / sums.NAME and Path(source).parent.name == "new":
-            raise OSError(5, "Input/output error")
-        rename(source, target)
+        def fails(source, target, error=error):
+            if target == out / sums.NAME and Path(source).parent.name == "new":
+                raise error
+            rename(source, target)
 
-    before = everything(out)
-    monkeypatch.setattr(os, "rename", fails)
-    with pytest.raises(OSError):
-        write(out, overwrite=True, a="3rd")
-    assert everything(out) == before
+        monkeypatch.setattr(os, "rename", fails)
+        with pytest.raises(type(error)):
+            write(out, overwrite=True, a="3rd")
+        assert everything(out) == before
 
 
 @pytest.mark.parametrize("moment", ["writing", "replacing"])

@@ -97,6 +97,15 @@ def test_control_characters_are_shown_and_progress_bars_move():
     assert terminal.printable("\rx\x1b[A\r") == "\rx\\x1b[A\\x0d"
 
 
+def test_a_line_after_a_progress_bar_begins_a_line():
+    raw = io.BytesIO()
+    stream = terminal._Stream(raw, encoding="utf-8")
+    for text in ("\r 5%", "\r 6%", "told\n", "\r 7%", "\n", "a\n", "\r 8%", "\r   ", "\r", "b\n"):
+        stream.write(text)
+    stream.flush()
+    assert raw.getvalue() == b"\r 5%\r 6%\ntold\n\r 7%\na\n\r 8%\r   \rb\n"
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_what_cannot_be_encoded_is_replaced(encoding):
     found = run("print('é ⟪ \\x1b[31m \\udcff')", env={"PYTHONIOENCODING": encoding})

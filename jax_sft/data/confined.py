@@ -7,6 +7,7 @@ it ends with the process that started it.
 
 import atexit
 import contextlib
+import ctypes
 import enum
 import math
 import mmap
@@ -46,6 +47,7 @@ ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "RUST_BACKTRACE": "0",
 }
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _NOTES = struct.Struct("=iii")  # stage, row, seconds allowed
 _NOT_OF_LIBRARIES = (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit)
 _OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -264,6 +266,8 @@ def serve(file_descriptor: int, notes: int) -> None:
     """Answer requests until the other end closes; the main function of the process."""
     global _notes
     _notes = mmap.mmap(notes, _NOTES.size)
+    if sys.platform == "linux":  # whoever started this one may be gone within a request
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for module in PRELOADED:
         import_module(module)
