@@ -5,6 +5,7 @@ ends it with one line. Within `main`, Ctrl-C is an exception (`Interrupted`), so
 files are removed; `train` has `preemption` instead, which saves.
 """
 
+import atexit
 import contextlib
 import os
 import shlex
@@ -90,6 +91,7 @@ def begin(requeues: bool = False) -> None:
     terminal.install(runs_on=requeues)
     _Program.is_ours, _Program.requeues = True, requeues
     listen(_end_at_once)
+    atexit.register(listen, signal.SIG_IGN)  # the last of all: see `run`
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `huge_pages`
 
 
@@ -103,7 +105,7 @@ def keeps(folder: Path) -> None:
     _Program.folder = folder
 
 
-def listen(handler: Callable[[int, Any], Any]) -> dict[int, Any]:
+def listen(handler: Callable[[int, Any], Any] | signal.Handlers) -> dict[int, Any]:
     """Take the signals over, but for those that are ignored (nohup, a shell's background jobs).
 
     Returns:
@@ -141,6 +143,8 @@ def run(main: Callable[[], Any], end: Callable[[int], Any] = sys.exit) -> NoRetu
             code = _code_of(main)
     except KeyboardInterrupt as late:  # while an error was reported
         code = report(late)
+    # A second Ctrl-C ends what still waits for threads. Behind that Python gives signals back their
+    # defaults, and the exit code would be that of a signal: there they are ignored.
     listen(_end_at_once)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -202,6 +202,21 @@ def test_ctrl_c_undoes_and_a_second_one_ends_at_once(work, signals, code, lines)
     assert err == f"stopped: {signal.Signals(signals[0]).name}\n"
 
 
+def test_a_signal_while_python_ends_does_not_change_the_exit_code():
+    body = """\
+    import os, signal, sys
+    class Late:
+        def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGINT):
+            kill(pid, number)
+    sys.modules["late"] = Late()
+    return 75
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(requeues=True, body=body)], cwd=ROOT
+    )
+    assert found.returncode == 75
+
+
 def test_a_second_request_is_told_from_one_that_comes_twice(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(lifecycle.time, "monotonic", lambda: now[0])
