@@ -381,19 +381,12 @@ def _move_inside(new: Path, out: Path) -> None:
     """Move the files of an output into a folder that cannot be renamed itself: a mount point."""
     old = new.parent / _OLD
     old.mkdir()
-    moved: list[tuple[Path, Path]] = []
     names = sorted(new.iterdir(), key=lambda path: path.name == sums.NAME)  # the last of all
-    try:
-        for path in _entries(out):
-            os.rename(path, old / path.name)
-            moved.append((path, old / path.name))
-        for path in names:
-            os.rename(path, out / path.name)
-            moved.append((path, out / path.name))
-    except BaseException:  # a request to stop, too
-        for before, after in reversed(moved):
-            os.rename(after, before)
-        raise
+    with contextlib.ExitStack() as undo:  # whatever ends this early, a request to stop included
+        for path, to in [*((p, old) for p in _entries(out)), *((p, out) for p in names)]:
+            os.rename(path, to / path.name)
+            undo.callback(os.rename, to / path.name, path)
+        undo.pop_all()
     manifest.sync(out)
 
 
