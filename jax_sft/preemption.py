@@ -42,6 +42,7 @@ class Preemption:
         self._told = threading.Event()
         self._requests = lifecycle.Requests()
         self._saves = False
+        self._idle = "there is nothing to save yet"
         self._on_signal: BaseException | None = None  # is raised instead of ending the process
         self._raises: BaseException | None = None  # by the main thread, as soon as it can
         self._changing = threading.Condition()
@@ -85,11 +86,14 @@ class Preemption:
         return self._told.is_set()
 
     def saves_from_here(self, saves: bool = True) -> None:
-        """Note that there is work to be saved from now on, or that there is none any more."""
+        """Note that there is work to be saved from now on, or that there is none any more.
+
+        Then a process that was told to stop does not wait for others; one alone is done.
+        """
         with self._changing:
-            self._saves = saves
-        if not saves and self.told:
-            self._end_at_once("nothing is left to save")
+            self._saves, self._idle = saves, "nothing is left to save"
+        if not saves and self.told and cluster.num_processes() > 1:
+            self._end_at_once(self._idle)
 
     @contextmanager
     def raising(self, error: BaseException) -> Iterator[None]:
@@ -137,7 +141,7 @@ class Preemption:
             if saves and self._posted is None:
                 self._posted = self._begun
         if not saves:
-            self._end_at_once("there is nothing to save yet")
+            self._end_at_once(self._idle)
             return
         cluster.publish(f"stop/{cluster.process_id()}", str(self._posted))
         found = cluster.read_all("stop")
@@ -169,7 +173,7 @@ class Preemption:
         elif on_signal:
             self._raise(on_signal, number)
         else:
-            self._end_at_once(f"{name}: there is nothing to save yet", number)
+            self._end_at_once(f"{name}: {self._idle}", number)
 
     def _end_at_once(self, why: str, number: int = 0) -> None:
         print(f"stopped at once: {why}", file=sys.stderr, flush=True)

@@ -136,6 +136,20 @@ def test_in_a_program_of_somebody_else_ctrl_c_raises_and_ends_nothing():
         with pytest.raises(KeyboardInterrupt, match="second time"):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(10)
+    with Preemption(end=ends.append) as told:  # in the last save: the run is done
+        told.saves_from_here()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert told._told.wait(10)
+        told.saves_from_here(False)
+        time.sleep(1.5 * lifecycle.SAME_INTERRUPT_S)
+        with pytest.raises(KeyboardInterrupt, match="second time"):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+    with Preemption(end=ends.append) as told, pytest.raises(KeyboardInterrupt, match="is left to"):
+        told.saves_from_here()
+        told.saves_from_here(False)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
     assert ends == []
 
 
