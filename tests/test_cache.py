@@ -578,6 +578,10 @@ def test_a_holder_of_the_lock_that_hangs_is_named(build, tmp_path, monkeypatch, 
             build(file)
     assert capfd.readouterr().err.count("waiting for another process") > 1
     assert not build(file).cached
+    with open(tmp_path / "cache" / f"{key}.lock", "r+b", buffering=0) as lock:
+        assert lock.read()  # as who waits does
+        cache._sign(lock)
+    assert (tmp_path / "cache" / f"{key}.lock").read_bytes().startswith(b"process")
 
 
 def test_a_damaged_store_where_nothing_can_be_written_is_named(build, tmp_path, monkeypatch):

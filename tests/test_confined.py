@@ -1,6 +1,7 @@
 """Programs that come with a model end within bounds of time and memory, without a traceback."""
 
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from jax_sft import config, tiny
-from jax_sft.data import cache, chat, confined, formats, template
+from jax_sft.data import cache, chat, confined, formats, read, template, worker
 
 SORTS = (
     "{% set a = range(100000)|list %}{% for i in range(100000) %}"
@@ -109,6 +110,65 @@ def test_a_template_out_of_bounds_is_refused_by_name_on_whichever_row(build, mod
         assert str(file) in str(raised.value) and bound in str(raised.value)
         assert "a.jsonl, line 3" in str(raised.value) and "\n" not in str(raised.value)
         assert len(build("a", "b").rows) == 2  # the next process is as good as new
+
+
+def test_no_row_has_more_than_the_bound_however_many_messages_it_has(
+    model, tmp_path, one_second, monkeypatch
+):
+    child = confined.CHILD.replace("confined.serve", "confined.MOST_MORE_S = 1; confined.serve")
+    monkeypatch.setattr(confined, "CHILD", child)
+    turn = [{"role": role, "content": "ab"} for role in ("user", "assistant")]
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"messages": turn * 5000}))  # 5000 texts of 10,000 messages
+    with pytest.raises(confined.OutOfBounds, match=r"within 2 s.*line 1\): .*leave out the row"):
+        cache.open_or_build(
+            config.source(str(file)),
+            model,
+            chat.Options(),
+            tmp_path / "cache",
+            1,
+            stop_at_bad_row=False,
+            progress=False,
+        )
+
+
+def test_one_process_alone_has_the_first_chunk(model, tmp_path, monkeypatch):
+    rows = [{"prompt": "a" * 70, "response": "b"}] * 40
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(worker, "FEW_CHUNKS", 1)
+    monkeypatch.setattr(read, "BLOCK", 1000)
+    sent = []
+    send = confined.Process.send
+
+    def note(process, function, *args):
+        sent.append((process, function.__name__, process.pending))
+        send(process, function, *args)
+
+    monkeypatch.setattr(confined.Process, "send", note)
+    source = config.source(str(tmp_path / "a.jsonl"))
+    job = worker.Job(model, chat.Options(), source, "prompt_response")
+    chunks = list(read.chunks(source, [tmp_path / "a.jsonl"]))
+    found = [len(result.rows) for _, result in worker.tokenize(job, iter(chunks), 2)]
+    assert found == [len(chunk) for chunk in chunks] and len(chunks) > 2
+    first = sent[0][0]
+    assert [(one is first, name) for one, name, _ in sent[:2]] == [
+        (True, "_begin"),
+        (True, "_encode"),
+    ]
+    assert {one for one, *_ in sent} > {first}  # the other one came in behind it
+    assert sent[2][1] == "_begin" and sent[2][0] is not first
+
+
+def test_an_end_within_an_answer_is_explained():
+    process = confined.Process()
+    process.connection.close()
+    process.connection, theirs = multiprocessing.Pipe()
+    theirs._send((1000).to_bytes(4, "big") + b"half an answer")  # pyright: ignore
+    theirs.close()
+    process.popen.kill()
+    with pytest.raises(confined.Ended):
+        process.receive()
+    process.close()
 
 
 def test_a_process_of_its_own_loads_templates_that_crash_the_parser(build, model):

@@ -1,5 +1,7 @@
 """Rows to items: each format against hand-made items; what is wrong with a row is named."""
 
+import datetime
+import decimal
 import json
 
 import pytest
@@ -427,6 +429,17 @@ def test_a_malformed_tool_call_is_named(calls, message):
 def test_malformed_tools_are_named(tools, message):
     assert refused({"messages": TURNS, "tools": tools}).startswith(message)
     assert refused({"prompt": "a", "response": "b", "tools": tools}).startswith(message)
+
+
+def test_what_json_does_not_have_is_refused_where_a_template_writes_json():
+    for value in (datetime.date(2024, 1, 1), decimal.Decimal("1.5"), b"a"):  # as tables hold
+        call = {"function": {"name": "f", "arguments": {"x": [{"y": value}]}}}
+        answer = {"role": "assistant", "content": "b", "tool_calls": [call]}
+        where = "messages[1].tool_calls[0].function.arguments"
+        reason = refused({"messages": [USER, answer]})
+        assert reason.startswith(f"{where} has a value that JSON does not have: ")
+        assert "JSON does not have" in refused({"messages": [USER], "tools": [{"x": value}]})
+        assert messages(USER | {"time": value})  # which no template need read
 
 
 def test_objects_too_deep_for_a_template_are_named():

@@ -360,6 +360,7 @@ def _sign(stream) -> None:
     """Write who holds a lock, for those who wait."""
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     with contextlib.suppress(OSError):  # a full disk
+        stream.seek(0)  # who waited has read it
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}".encode())
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 BOUND_S = 8  # of computing, for a request; the machine may be busy with other things
+MOST_MORE_S = 16  # of computing, for a request that is given much
 BOUND_BYTES = 1_800_000_000  # beyond what the process has when a request arrives
 STILL_S = 600  # without any computing, before a process is given up
 OUT_OF_MEMORY = 3  # exit code
@@ -140,7 +141,7 @@ class Process:
             wait_for([self])
         try:
             kind, value = self.connection.recv()
-        except (EOFError, ConnectionResetError) as error:
+        except (EOFError, OSError) as error:  # OSError: it ended in the middle of an answer
             raise self._ended() from error
         self.pending -= 1
         if kind == "refused":
@@ -279,7 +280,7 @@ def serve(file_descriptor: int, notes: int) -> None:
             at(Stage.IDLE)
             at_row(-1)
             allow()
-            connection.send(_answer(function, args))
+            _send(connection, _answer(function, args))
     os._exit(0)
 
 
@@ -292,14 +293,23 @@ def _answer(function: Callable, args: tuple) -> tuple[str, Any]:
         os._exit(OUT_OF_MEMORY)  # nothing here can be relied on any more
 
 
+def _send(connection: Connection, answer: tuple[str, Any]) -> None:
+    try:
+        connection.send(answer)
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
+
+
 def allow(more_s: float = 0, more_bytes: int = 0) -> None:
     """Let this process compute and allocate up to its bounds, and more, from here on.
+
+    Whatever it is given, it may compute for at most MOST_MORE_S longer.
 
     Nothing outside a confined process is bounded.
     """
     if not isinstance(_notes, mmap.mmap):
         return
-    bound_s = math.ceil(BOUND_S + more_s)
+    bound_s = math.ceil(BOUND_S + min(more_s, MOST_MORE_S))
     struct.pack_into("=i", _notes, 8, bound_s)
     _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + bound_s)
     with contextlib.suppress(OSError), open("/proc/self/statm") as stream:  # Linux

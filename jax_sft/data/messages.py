@@ -146,6 +146,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise ValueError(f"{where}.arguments must be an object, not {shown(arguments)}")
     around = {name: part for name, part in around.items() if part is not None}
+    _check_json(arguments, f"{where}.arguments")
     whole = function | {"name": name, "arguments": arguments}
     return around | {"type": "function", "function": whole}
 
@@ -185,7 +186,19 @@ def to_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError(f"{where} must be a list of objects, not {shown(tools)}")
     _check_depth(tools or [], where)
+    _check_json(tools, where)
     return tools or None
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Refuse what JSON does not have; tables hold dates, bytes and decimals too."""
+    pending = [value]
+    while pending:
+        inner = pending.pop()
+        if isinstance(inner, dict | list):
+            pending += inner.values() if isinstance(inner, dict) else inner
+        elif inner is not None and not isinstance(inner, str | int | float | tuple):
+            raise ValueError(f"{where} has a value that JSON does not have: {shown(inner)}")
 
 
 def _check_depth(value: dict | list, where: str, depth: int = 0) -> None:

@@ -37,6 +37,7 @@ LONGEST_REASON = 1000  # characters
 LOADED_PER_S = 2_000_000  # bytes of a tokenizer's files
 RENDERED_PER_S = 1_000_000  # bytes
 BYTES_PER_BYTE = 200  # of memory, a token per byte
+MOST_FOR_LOADING = 200_000_000  # bytes of memory, for the files of a large tokenizer
 LONG = 20  # messages
 LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow")
 
@@ -110,7 +111,7 @@ def load_tokenizer(folder: Path, needs_template: bool = False, chat_template: st
     """Load a tokenizer within the bounds of a confined process; see `chat.load_tokenizer`."""
     confined.at(Stage.LOADING)
     size = sum(file.stat().st_size for file in folder.glob("tokenizer*"))
-    confined.allow(size / LOADED_PER_S, 20 * size)
+    confined.allow(size / LOADED_PER_S, min(20 * size, MOST_FOR_LOADING))
     return chat.load_tokenizer(folder, needs_template, chat_template)
 
 
@@ -263,20 +264,24 @@ def _emptied(queue: collections.deque) -> Iterator[Any]:
 class _Processes:
     """The processes that tokenize for this one, each with at most one chunk at a time.
 
-    A process is sent a chunk only when it waits for one, so neither end blocks on a full pipe.
+    A process is sent a chunk only when it waits for one, so neither end blocks on a full pipe. The
+    first process loads the tokenizer and has the first chunk alone: what fills the memory fills it
+    once, not in all processes at the same time. The others take as long to start anyway.
     """
 
     def __init__(self, job: Job, num_workers: int):
         self._job, self._num_workers = job, num_workers
         self._processes: list[confined.Process] = []
         self._working: dict[confined.Process, tuple[int, read.Chunk]] = {}
+        self._not_begun: list[confined.Process] = []
 
     def __enter__(self) -> "_Processes":
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             for _ in range(self._num_workers):
                 self._processes.append(confined.take())
-                self._send(self._processes[-1], _begin, self._job, CODE)
+            self._not_begun = self._processes[1:]
+            self._send(self._processes[0], _begin, self._job, CODE)
             undo.pop_all()
         return self
 
@@ -311,6 +316,8 @@ class _Processes:
                 if process in working:
                     number, chunk = working.pop(process)
                     done[number] = chunk, result
+                    while self._not_begun:
+                        self._send(self._not_begun.pop(), _begin, self._job, CODE)
 
     def _send(self, process: confined.Process, function: Callable, *args: Any) -> None:
         try:
@@ -361,7 +368,7 @@ def explained(
         on = f" (at {where})" if where else ""
         return confined.OutOfBounds(
             f"the chat template {template or chat.template_file(folder)} {ended.excess()}{on}: "
-            "mend it, or use that of another model"
+            f"mend it, {'leave out the row, ' if where else ''}or use that of another model"
         )
     if ended.stage == Stage.READING and where:
         return confined.OutOfBounds(f"{where}: reading this row {ended.excess()}: remove it")
