@@ -297,7 +297,8 @@ def _chosen(model_def: ModelDef, settings: Settings) -> dict[str, np.ndarray]:
     if unused or not chosen:
         first = [names[0] for names in known.values()]
         raise ValueError(
-            f"lora.targets: {unused} names no linear layer of the model. There are "
+            f"lora.targets, or target_modules of an adapter: {unused} names no linear layer of the "
+            f"model that can have one. There are "
             f"{', '.join(first)}, and the same of the other layers; use endings of these, regular "
             f'expressions, or "{ALL_LINEAR}"'
         )

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,8 @@ def _are_names(value: Any) -> bool:
     )
 
 
-def _modules(folder: Path) -> list[str]:
-    """Return the names of the modules that have tensors in a folder."""
+def _modules(folder: Path) -> dict[str, int]:
+    """Return {name of a module that has tensors in a folder: rank of these}."""
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / WEIGHTS).with_suffix(".bin")
         reason = "it is not a PEFT adapter"
@@ -131,16 +131,20 @@ def _modules(folder: Path) -> list[str]:
     headers, problems = hf.read_headers(folder)
     if problems:
         raise ValueError(f"{folder}: {'; '.join(problems)}")
-    return [lora.target_of(name) for name in headers if name.endswith(_A)]
+    return {
+        lora.target_of(name): tensor.shape[0] if tensor.shape else 0
+        for name, tensor in headers.items()
+        if name.endswith(_A)
+    }
 
 
-def _rank(folder: Path, config: Mapping[str, Any], modules: Sequence[str]) -> tuple[int, float]:
+def _rank(folder: Path, config: Mapping[str, Any], stored: Mapping[str, int]) -> tuple[int, float]:
     """Return the rank and alpha that all modules have; patterns of both may change them.
 
     Raises:
         ValueError: modules differ in their rank or scale.
     """
-    of_module = {}
+    modules, of_module = [*stored], {}
     for field, default in (("rank_pattern", config["r"]), ("alpha_pattern", config["lora_alpha"])):
         given = config.get(field) or {}
         # As PEFT's get_pattern_key: the first that matches.
@@ -159,7 +163,8 @@ def _rank(folder: Path, config: Mapping[str, Any], modules: Sequence[str]) -> tu
     # As `write_config` has them: tensors for several kernels have more ranks, at the same scale.
     power = 0.5 if config.get("use_rslora") else 1.0
     scale = config["lora_alpha"] / config["r"] ** power
-    if all(math.isclose(alpha / rank**power, scale) for rank, alpha in pairs):
+    fits = of_module["rank_pattern"] == [*stored.values()]
+    if fits and all(math.isclose(alpha / rank**power, scale) for rank, alpha in pairs):
         return config["r"], config["lora_alpha"]
     raise ValueError(
         f"{folder / CONFIG}: rank_pattern = {config.get('rank_pattern')!r} and alpha_pattern = "
@@ -168,7 +173,7 @@ def _rank(folder: Path, config: Mapping[str, Any], modules: Sequence[str]) -> tu
     )
 
 
-def _targets(config: Mapping[str, Any], modules: Sequence[str]) -> tuple[str, ...]:
+def _targets(config: Mapping[str, Any], modules: Iterable[str]) -> tuple[str, ...]:
     """Return `Settings.targets`: the names as they are given where these say all, otherwise those
     of the modules with tensors, which `check` compares with what PEFT would choose.
     """
@@ -293,6 +298,8 @@ def check(folder: Path, model_def: ModelDef) -> None:
         elif found[name].dtype not in hf.DTYPES:
             problems.append(f"{name} has dtype {found[name].dtype}: not one of {[*hf.DTYPES]}")
     if problems:
+        if ranks := hf.read_json(folder / CONFIG).get("rank_pattern"):
+            problems.append(f"{CONFIG} has rank_pattern = {ranks!r}, but one rank is supported")
         shown = sorted(problems)[:50] + ["..."] * (len(problems) > 50)
         raise ValueError(f"{folder} does not fit the model:\n  " + "\n  ".join(shown))
 

@@ -7,6 +7,7 @@ config.json. `train` shows both kinds at the start and stores the trained ones w
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,11 +175,19 @@ def names(folder: Path) -> dict[int, str]:
     if isinstance(config, dict) and config:
         added = list(config.items())
     else:
-        added = [(token["id"], token) for token in _added_tokens(folder / "tokenizer.json")]
-    return {int(token): str(content["content"]) for token, content in added}
+        entries = _added_tokens(folder / "tokenizer.json")
+        entries = entries if isinstance(entries, list) else []
+        added = [(entry.get("id"), entry) for entry in entries if isinstance(entry, dict)]
+    return {
+        int(str(token)): entry["content"]
+        for token, entry in added
+        if re.fullmatch(r"[0-9]{1,9}", str(token))
+        and isinstance(entry, dict)
+        and isinstance(entry.get("content"), str)
+    }
 
 
-def _added_tokens(file: Path) -> list[dict[str, Any]]:
+def _added_tokens(file: Path) -> Any:
     """Return the added tokens of a tokenizer.json without parsing its vocabulary, 1 s for 11 MB."""
     if not file.is_file():
         return []
@@ -227,7 +236,7 @@ def _ids(content: Mapping[str, Any] | None) -> list[int]:
     """The token ids that a file's eos_token_id names: one, a list or none."""
     value = (content or {}).get(KEY)
     ids = value if isinstance(value, list) else [value]
-    return [token for token in ids if type(token) is int and token >= 0]
+    return [token for token in ids if type(token) is int and 0 <= token < 2**31]
 
 
 def _compact(ids: list[int]) -> int | list[int]:

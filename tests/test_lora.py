@@ -80,6 +80,7 @@ VARIANTS = {
     "lora": {},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
+    "dora_rslora": {"use_dora": True, "use_rslora": True, "rank_pattern": {".*": 2}},
     "dora_some": {"use_dora": True, "target_modules": ["o_proj", "down_proj", "k_proj"]},
     "regex": {
         "target_modules": r"(?!.*layers\.1).*(q|o|down)_proj",
@@ -338,6 +339,7 @@ def refused_folder(tmp_path_factory):
         ({"layers_to_transform": [0], "layers_pattern": "(a+)+"}, "layers_pattern"),
         ({"exclude_modules": ["q_proj"]}, "exclude_modules does not choose it"),
         ({"exclude_modules": "(.+)+Z"}, "exclude_modules: '(.+)+Z' takes over"),
+        ({"rank_pattern": {"o_proj": 8}, "alpha_pattern": {"o_proj": 10}}, "rank_pattern = {'o_"),
         ({"rank_pattern": {"(.+)+Z": 4}}, "rank_pattern: '(.*\\\\.)?((.+)+Z)$' takes over"),
         ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 7}}, "alpha_pattern"),

@@ -188,6 +188,18 @@ def test_a_folder_of_adapters_gets_the_stops_that_the_model_lacks(tmp_path, monk
         assert not (folder / "config.json").exists()
 
 
+@pytest.mark.parametrize("entry", ["x", None, {}, {"content": 3}, [1], {"id": [], "content": None}])
+def test_a_damaged_table_of_added_tokens_costs_their_names_only(tmp_path, entry):
+    for name, content in (
+        ("tokenizer_config.json", {"added_tokens_decoder": {"258": entry, "x": {"content": "a"}}}),
+        ("tokenizer.json", {"added_tokens": [entry]}),
+        ("tokenizer.json", {"added_tokens": entry}),
+    ):
+        (folder := tmp_path / f"{len(list(tmp_path.iterdir()))}").mkdir()
+        (folder / name).write_text(json.dumps(content))
+        assert stop_tokens.names(folder) == {}
+
+
 def test_an_answer_fails_only_behind_a_trained_end():
     ended = verify_export.Answer("hi<|im_end|>", (1, NEW), (OLD, NEW))
     assert ended.line == "a sample answer ends after 2 tokens: 'hi<|im_end|>'"
