@@ -8,6 +8,7 @@ with such a name is opened here, and named by its descriptor: /proc/self/fd/N.
 import fcntl
 import os
 import re
+import resource
 import threading
 import zlib
 from pathlib import Path
@@ -58,11 +59,14 @@ def _open(folder: Path) -> int:
     """Open a folder under a number that follows from its name.
 
     Orbax compares the paths of all processes, so each has to use the same number. These are above
-    those in use, and below the usual limit of 1024.
+    those in use, and below the usual limit of 1024, or a lower one.
     """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = 1000 if limit == resource.RLIM_INFINITY else min(1000, limit)
+    first = most * 3 // 5
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        number = 600 + zlib.crc32(os.fsencode(folder)) % 400
+        number = first + zlib.crc32(os.fsencode(folder)) % (most - first)
         return fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, number)
     finally:
         os.close(opened)

@@ -134,7 +134,8 @@ class RunLock:
             elif alive:
                 raise Refused(
                     f"{self._folder} is in use by {holder} ({NAME} there), and takes one run at a "
-                    "time: wait for that run to end, stop it, or choose another workdir"
+                    "time: wait for that run to end, stop it, or choose another workdir. (In a "
+                    f"copy of its workdir, remove {NAME}.)"
                 )
             elif self._take_over(seen):
                 why = f"silent for {WATCH_S:.0f} s" if alive is None else "that process is gone"

@@ -26,8 +26,10 @@ _TRIES = 5  # of reading the newest step of a run that goes on
 LAST_OF_FORMAT_1 = "41753b1"
 PARAMS = "params/"  # names of the arrays that are parameters begin with it
 _STEP = re.compile(r"0|[1-9]\d*")
+# Exactly the names that are given here and by Orbax: a copy that somebody keeps has another one.
 _LEFTOVER = re.compile(
-    r"\d+(\.incomplete.*|\.deleted.*|.*\.orbax-checkpoint-tmp.*)|\.model_files.+|\..+\.probe"
+    r"\d+\.incomplete(-\d+)?|\d+\.deleted-[0-9a-f]+|\d+.*\.orbax-checkpoint-tmp.*"
+    r"|\.model_files(-[0-9a-f]{8}|[a-z0-9_]{8})|\.[0-9a-f]+\.probe"
 )
 _METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's, with what we add to it
 
@@ -127,7 +129,7 @@ def remove_all(folder: Path, unwanted: Iterable[int]) -> None:
     """Remove steps, and what an earlier removal left: renamed first, so that none is half there."""
     for step in unwanted:
         os.rename(folder / str(step), folder / f"{step}{DELETED}-{uuid.uuid4().hex[:8]}")
-    for path in folder.glob(f"*{DELETED}*"):
+    for path in filter(lambda path: is_leftover(path.name), folder.glob(f"*{DELETED}-*")):
         remove(path)
 
 

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -172,6 +173,17 @@ def test_a_name_that_cannot_be_stored_under_is_refused_at_the_start(tmp_path, mo
         checkpoint.check_folder(tmp_path / "a[1]")
 
 
+def test_any_name_can_be_stored_under_where_few_files_may_be_open(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    folder = tmp_path / "a[1]"
+    folder.mkdir()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        assert plain_paths.plain(folder).samefile(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_a_save_that_could_not_be_read_is_not_published(tmp_path, monkeypatch):
     monkeypatch.setattr(plain_paths, "is_plain", lambda _: True)
     checkpoints, said = opened(tmp_path / "a[1]")  # Orbax finds nothing to merge, and succeeds
@@ -246,10 +258,12 @@ def test_leftovers_of_killed_saves_are_removed_and_never_loaded(folder):
         "1.deleted-ab",
     ):
         shutil.copytree(folder / str(NEW), folder / name)
-    (folder / ".model_filesab12").mkdir()
+    (folder / ".model_files-0123abcd").mkdir()
     (folder / ".ab.probe").write_text("")
-    kept = {"1", "2", "model_files", "notes"}
-    (folder / "notes").write_text("mine")
+    mine = {"notes", "1.deleted-by-me", "2.incomplete.bak", ".model_files.bak", ".mine.probe"}
+    for name in mine:
+        (folder / name).write_text("mine")
+    kept = {"1", "2", "model_files", *mine}
     step, state, said = resume(folder)
     assert step == NEW and damage.same(STATE, state)
     assert {path.name for path in folder.iterdir()} == kept
