@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 
 # A URL, also after `Path` has made one slash of two; a folder of such a name is ./NAME:/...
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+:/")
 _MOST_BYTES = 255  # of one name, on every file system of Linux
+_MOST_PATH_BYTES = 3800  # Linux takes 4095, and what is written below a folder has to fit
 
 
 def local(text: str | os.PathLike, key: str) -> Path:
@@ -23,7 +24,7 @@ def local(text: str | os.PathLike, key: str) -> Path:
         key: of the config, or the option, as the user writes it: `--workdir`, `model.path`.
 
     Raises:
-        ValueError: an empty text, a URL, a NUL byte, a name that no file system takes, or a home
+        ValueError: an empty text, a URL, a NUL byte, a name or a path that is too long, or a home
             folder that is not known.
     """
     text = os.fspath(text)
@@ -33,7 +34,7 @@ def local(text: str | os.PathLike, key: str) -> Path:
     if _URL.match(text):
         raise ValueError(
             f"{given} is a URL, and only local paths are supported: copy the files or mount the "
-            f"storage, and name a folder (./{text.partition(':')[0]}:/... if it is one)"
+            f"storage, and name a folder (./{text.strip().partition(':')[0]}:/... if it is one)"
         )
     if "\0" in text:
         raise ValueError(f"{given} contains a NUL byte, which no path can")
@@ -42,7 +43,7 @@ def local(text: str | os.PathLike, key: str) -> Path:
             f"{key}: a name of over {_MOST_BYTES} bytes is no file's: {text[:80]!r}..."
         )
     try:
-        return Path(text).expanduser().absolute()
+        path = Path(text).expanduser().absolute()
     except RuntimeError as error:  # pathlib's, where there is no such user or no HOME
         name = text.partition("/")[0]
         raise ValueError(
@@ -50,3 +51,9 @@ def local(text: str | os.PathLike, key: str) -> Path:
             + ("set HOME, or " if name == "~" else "")
             + "write the path without it"
         ) from error
+    if (num_bytes := len(os.fsencode(path))) > _MOST_PATH_BYTES:
+        raise ValueError(
+            f"{key}: a path of {num_bytes} bytes ({str(path)[:80]}...) is too long, use at most "
+            f"{_MOST_PATH_BYTES}"
+        )
+    return path

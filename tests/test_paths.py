@@ -23,8 +23,10 @@ def test_a_relative_path_is_below_the_working_folder_and_home_is_expanded(monkey
         ("s3://bucket/run", "is a URL"),
         (Path("gs://bucket/run"), "is a URL"),
         ("file:///tmp/x", "is a URL"),
+        (" s3://bucket/run", "is a URL"),
         ("a\0b", "NUL byte"),
         ("x" * 256, "over 255 bytes"),
+        ("x/" * 2000, "too long"),  # steps in it would be
         ("~no-such-user/x", "home folder ~no-such-user is not known"),
     ],
 )
