@@ -23,7 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jax_sft import config
-from jax_sft.data import json_rows, read
+from jax_sft.data import json_rows, read, tables
 
 ROWS = [{"prompt": f"ask {n}", "response": f"answer {n}"} for n in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -618,6 +618,19 @@ def test_an_object_of_a_table_has_only_its_own_fields(tmp_path, name):
     assert table.to_pylist()[0]["messages"][0]["tool_calls"] is None  # what is to be undone
     # "n" is a column that no format uses: it is named, and not read.
     assert rows(config.source(tmp_path / name)) == [row | {"n": None} for row in MESSAGES]
+
+
+def test_a_row_that_refers_to_one_huge_value_again_and_again_is_not_decoded(tmp_path, monkeypatch):
+    file = tmp_path / "a.parquet"
+    turn = {"role": "user", "content": "ab " * 1_000_000}
+    pq.write_table(pa.table({"messages": [[turn] * 5]}), file, compression="zstd")
+    assert file.stat().st_size < 5000
+    source = config.source(str(file))
+    (chunk,) = read.chunks(source, [file])
+    assert chunk.payload[0]["messages"] == [turn] * 5
+    monkeypatch.setattr(tables, "BOMB", 10_000_000)
+    (chunk,) = read.chunks(source, [file])
+    assert "longer than data.max_row_bytes" in chunk.payload[0]
 
 
 def test_json_within_parquet_is_parsed(tmp_path):

@@ -22,6 +22,8 @@ PIECE = 1 << 20  # characters of a long row that are held at once
 ESCAPED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 
 LARGE_GROUP = 1 << 29  # bytes
+BOMB = 1 << 30  # bytes, of the values of a column that shrank to almost nothing
+MAX_RATIO = 300  # of a column: see read.MAX_RATIO
 PARQUET_ROWS = 100  # decoded at once: a value that many rows share is copied for each
 # What pyarrow raises of values that Python does not have: times before the year 1, intervals.
 NOT_CONVERTED = (
@@ -172,29 +174,46 @@ def _parquet_parts(
 ) -> Iterator[tuple[list[dict[str, Any] | str], int]]:
     names = opened.schema_arrow.names
     for number in range(opened.metadata.num_row_groups):
-        num_rows, size = _group_size(opened.metadata.row_group(number), columns)
+        group = opened.metadata.row_group(number)
+        num_rows, size = _group_size(group, columns)
+        shrunk = [part for part in _parts(group, columns) if _is_one_value(part)]
+        bomb = any(
+            part.num_values * part.total_uncompressed_size > BOMB
+            for part in shrunk
+            if "." in part.path_in_schema  # a row may have any number of them
+        )
         # Decoding could fill the memory, and hardly any row is within the bound: none is read.
-        if size > max(max_bytes * num_rows, LARGE_GROUP):
+        if bomb or size > max(max_bytes * num_rows, LARGE_GROUP):
             for _ in range(num_rows):
                 yield [json_rows.too_long(max_bytes)], 0
         else:
-            at_once = min(PARQUET_ROWS, max(1, num_rows * block // max(1, size)))
+            at_once = 1 if shrunk else min(PARQUET_ROWS, max(1, num_rows * block // max(1, size)))
             batches = opened.iter_batches(at_once, [number], columns, use_threads=False)
             yield from _sliced(names, batches, block, max_bytes)
 
 
 def _group_size(group, columns: Collection[str]) -> tuple[int, int]:
     """Return the rows of a row group, and the bytes of some of its columns."""
-    parts = (group.column(number) for number in range(group.num_columns))
-    sizes = (
-        part.total_uncompressed_size
-        for part in parts
-        if any(
-            part.path_in_schema == name or part.path_in_schema.startswith(name + ".")
-            for name in columns
-        )
-    )
+    sizes = (part.total_uncompressed_size for part in _parts(group, columns))
     return group.num_rows, sum(sizes)
+
+
+def _parts(group, columns: Collection[str]) -> Iterator[Any]:
+    """Yield what the metadata of a row group says of some columns."""
+    for number in range(group.num_columns):
+        part = group.column(number)
+        path = part.path_in_schema
+        if any(path == name or path.startswith(name + ".") for name in columns):
+            yield part
+
+
+def _is_one_value(part) -> bool:
+    """Whether a column seems to refer to one huge value, that shrank to almost nothing, again and
+    again: each reference would be a copy.
+    """
+    size = part.total_uncompressed_size
+    is_large = size > max(1 << 20, 16 * part.num_values)
+    return is_large and size > MAX_RATIO * part.total_compressed_size
 
 
 def arrow_rows(
