@@ -25,6 +25,7 @@ EXPORT, CONVERSION = "export", "conversion"
 _OWNER = "owner.json"  # in the folder that an unfinished output is written in
 _NEW, _OLD = "new", "old"
 _RUN = "the folder of a run"
+_RUN_FILES = ("run.lock", "metrics.jsonl", "data_report.json")  # the first as soon as it starts
 _SHOWN = 5  # files named in a message
 _MOST_NAME_BYTES = 200
 _SPARE_BYTES = 100_000_000  # for tokenizer files and headers
@@ -243,7 +244,7 @@ def _describe(folder: Path) -> str:
 
 def _is_run(folder: Path) -> bool:
     inner = folder / "checkpoints"
-    files = (folder / name for name in ("metrics.jsonl", "data_report.json"))
+    files = (folder / name for name in _RUN_FILES)
     return os.path.isdir(inner) and (
         os.path.isdir(inner / "model_files") or any(map(os.path.isfile, files))
     )

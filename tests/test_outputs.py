@@ -44,6 +44,7 @@ def world(tmp_path, monkeypatch):
         "run/metrics.jsonl": "",
         "run/checkpoints/model_files/tensor_dtypes.json": "{}",
         "run/checkpoints/3/manifest.0.json": "{}",
+        "starting/run.lock": "",
         "model/config.json": '{"model_type": "qwen2"}',
         "model/model.safetensors": "weights",
         "adapter/adapter_config.json": "{}",
@@ -61,6 +62,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home/user"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "links").mkdir()
+    (tmp_path / "starting/checkpoints").mkdir()
     for name in ("run", "run/checkpoints", "model", "mine", "home/user"):
         (tmp_path / "links" / name.replace("/", "-")).symlink_to(tmp_path / name)
     return tmp_path
@@ -80,6 +82,8 @@ REFUSED = {
     "run/checkpoints/3": "is a part of a checkpoint folder",
     "run/checkpoints/new": "is in a checkpoint folder",
     "run/checkpoints/3/params/new": "is in a part of a checkpoint folder",
+    "starting": "is the folder of a run",
+    "starting/checkpoints": "is a checkpoint folder",
     "model": "is a model folder",
     "model/sub": "is in a model folder",
     "model/a/b": "is in a model folder",
