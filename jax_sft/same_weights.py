@@ -22,7 +22,7 @@ _TIMEOUT_S = 600
 _SHOWN = 10  # names of files in a message
 
 
-def check(folder: Path, adapter: Path | None = None) -> None:
+def check(folder: Path, adapter: Path | None = None, step: int | None = None) -> None:
     """Compare model folders over all processes, before weights are read.
 
     A difference is found with certainty in config and tokenizer files, in headers, and in weights
@@ -32,13 +32,14 @@ def check(folder: Path, adapter: Path | None = None) -> None:
     Args:
         folder: that `hf.resolve` returned.
         adapter: a folder with a PEFT adapter; None = there is none.
+        step: of a checkpoint folder; None = the newest.
 
     Raises:
         ValueError: a process has other files; it is named, with the first that differ.
     """
     if cluster.num_processes() == 1:
         return
-    found = digests(folder)
+    found = digests(folder, step)
     of_adapter = digests(adapter) if adapter else {}
     found |= {f"adapter/{name}": value for name, value in of_adapter.items()}
     remedy = f"Every host must have the same files in {folder}: copy them again"
@@ -49,7 +50,7 @@ def check(folder: Path, adapter: Path | None = None) -> None:
     cluster.check_same("files of the model", found, remedy, _TIMEOUT_S)
 
 
-def digests(folder: Path) -> dict[str, str]:
+def digests(folder: Path, step: int | None = None) -> dict[str, str]:
     """Return {name: digest} of the files of a model, adapter or checkpoint folder."""
     whole = [folder / name for name in hf.side_files(folder)]
     whole += [
@@ -57,8 +58,8 @@ def digests(folder: Path) -> dict[str, str]:
     ]
     weights = sorted(folder.glob("*.safetensors"))
     if model_files.is_kept(folder):  # its manifests have checksums, which loading compares
-        step = folder.parent / str(steps.choose(folder.parent, None))
-        whole += sorted(file for file in step.glob("*.json") if file.is_file())
+        chosen = folder.parent / str(steps.choose(folder.parent, step))
+        whole += sorted(file for file in chosen.glob("*.json") if file.is_file())
     total = sum(file.stat().st_size for file in weights)
     share = min(1.0, BUDGET / max(total, 1))
     found = {os.path.relpath(file, folder): _of_file(file) for file in whole}

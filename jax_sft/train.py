@@ -256,7 +256,8 @@ def _train(
     watch.at("loading the weights")
     if first_process:
         lifecycle.keeps(workdir)
-    same_weights.check(folder, paths.local(cfg.lora.path, "lora.path") if cfg.lora.path else None)
+    adapter = paths.local(cfg.lora.path, "lora.path") if cfg.lora.path else None
+    same_weights.check(folder, adapter, hf.step_of(cfg.model.path))
     checkpoints = checkpoint.Checkpoints(
         workdir / "checkpoints",
         cfg.checkpoint,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jax_sft import cluster, same_weights
+from jax_sft import cluster, model_files, same_weights
 
 
 @pytest.fixture
@@ -75,6 +75,22 @@ def test_of_a_large_model_each_tensor_is_looked_at_within_the_budget(
             compare(here, there)
         shutil.copy(here / "model.safetensors", there)
     compare(here, there)
+
+
+def test_the_step_that_is_read_is_compared_and_not_the_newest(make_model, tmp_path, compare):
+    model, here, there = make_model("model"), tmp_path / "here", tmp_path / "there"
+    kept = here / model_files.NAME
+    shutil.copytree(model, kept)
+    (kept / "model.safetensors").unlink()
+    (kept / model_files.DTYPES_FILE).write_text("{}")
+    for step in ("1", "2"):
+        (here / step).mkdir()
+        (here / step / "manifest.json").write_text("{}")
+    shutil.copytree(here, there)
+    (there / "1" / "manifest.json").write_text('{"a": 1}')
+    compare(kept, there / model_files.NAME)
+    with pytest.raises(ValueError, match=r"1/manifest\.json of process 1 "):
+        compare(kept, there / model_files.NAME, step=1)
 
 
 def test_a_process_that_is_alone_reads_nothing(tmp_path):

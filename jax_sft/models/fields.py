@@ -66,6 +66,7 @@ _IGNORED = {
     *("attn_implementation", "experts_implementation", "use_flash_attn", "max_sequence_length"),
     *("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan"),
     *("use_flash_attention", "use_flash_attention_2", "model_max_length", "seq_length"),
+    "cache_implementation",
     "dual_chunk_attention_config",  # of Qwen2.5-1M: how vLLM may serve it; transformers has no such
     # Parameters of generation, which transformers takes out of config.json.
     *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature"),

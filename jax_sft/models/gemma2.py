@@ -31,7 +31,7 @@ class Config(Sizes):
         gelu = "gelu_pytorch_tanh"
         common = sizes.read(fields, head_dim=256, tied=True, act=gelu)
         fields.only("hidden_activation", gelu)
-        fields.known(*Rope.FIELDS, "cache_implementation")
+        fields.known(*Rope.FIELDS)
         windowed, window = fields.windows(
             # Every second layer sees whole segments.
             [LAYER_TYPES[(n + 1) % 2] for n in range(common["num_layers"])],

@@ -33,7 +33,6 @@ class Config(Sizes):
         gelu = "gelu_pytorch_tanh"
         common = sizes.read(fields, head_dim=256, tied=True, act=gelu)
         fields.only("hidden_activation", gelu)
-        fields.known("cache_implementation")
         pattern = fields.size("sliding_window_pattern", 6)  # its last layer sees whole segments
         windowed, window = fields.windows(
             [LAYER_TYPES[(n + 1) % pattern > 0] for n in range(common["num_layers"])], window=4096
