@@ -20,6 +20,8 @@ ADDED = {
     **{"attention_dropout": 0.0, "use_cache": False, "pad_token_id": 0, "rope_scaling": None},
     **{"unsloth_version": "2025.1.1", "unsloth_fixed": True, "transformers.js_config": {"a": 1}},
     **{"auto_map": {"AutoConfig": "a.B"}, "pretraining_tp": 1, "quantization_config": None},
+    **{"max_new_tokens": 2048, "padding_side": "right", "unk_token_id": 0, "max_seq_len": 4096},
+    **{"use_logn_attn": False, "license": "mit", "initializer_std": 0.02, "mask_token_id": None},
     **{"tokenizer_class": None, "pruned_heads": {}, "id2label": {"0": "LABEL_0"}},
 }
 

@@ -66,9 +66,12 @@ _IGNORED = {
     *("attn_implementation", "experts_implementation", "use_flash_attn", "max_sequence_length"),
     *("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan"),
     *("use_flash_attention", "use_flash_attention_2", "model_max_length", "seq_length"),
-    "cache_implementation",
+    *("cache_implementation", "max_seq_len", "max_seq_length", "initializer_std", "torch_compile"),
+    *("unk_token_id", "mask_token_id", "padding_idx", "padding_side", "add_bos_token", "bos_token"),
+    *("eos_token", "license", "language", "revision", "trust_remote_code", "custom_pipelines"),
     "dual_chunk_attention_config",  # of Qwen2.5-1M: how vLLM may serve it; transformers has no such
     # Parameters of generation, which transformers takes out of config.json.
+    *("max_new_tokens", "renormalize_logits", "num_logits_to_keep"),
     *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature"),
     *("top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids"),
@@ -94,6 +97,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
             *("rope_interleaved", "attention_bias", "mlp_bias", "qkv_bias", "bias", "use_bias"),
             *("lm_head_bias", "attn_bias", "qk_layernorm", "qk_norm", "use_qk_norm"),
             *("use_parallel_residual", "scale_embedding", "attn_output_gate", "norm_head"),
+            *("use_logn_attn", "logn_attn", "use_moe", "moe"),
             *("mtp_hidden_states_first", "alibi", "use_alibi", "is_quantized"),
         ),
         _OFF,
