@@ -1,6 +1,7 @@
 """Programs that come with a model end within bounds of time and memory, without a traceback."""
 
 import json
+import mmap
 import multiprocessing
 import shutil
 import subprocess
@@ -130,6 +131,18 @@ def test_no_row_has_more_than_the_bound_however_many_messages_it_has(
             stop_at_bad_row=False,
             progress=False,
         )
+
+
+@pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="needs Linux's /proc")
+def test_the_bounds_of_time_and_memory_have_a_bound():
+    """The 2 GB of memory and 30 s, whatever the files and the rows are."""
+    with confined.borrowed() as process:
+        process.call(confined.allow, 1e9, 10**12)
+        limits = Path(f"/proc/{process.popen.pid}/limits").read_text().splitlines()
+        size = int(Path(f"/proc/{process.popen.pid}/statm").read_text().split()[0]) * mmap.PAGESIZE
+        most = {line[:26].strip(): line[26:].split()[0] for line in limits}
+        assert int(most["Max address space"]) <= size + 2_000_000_000
+        assert int(most["Max cpu time"]) <= process.cpu_s() + 26
 
 
 def test_one_process_alone_has_the_first_chunk(model, tmp_path, monkeypatch):

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 BOUND_S = 8  # of computing, for a request; the machine may be busy with other things
-MOST_MORE_S = 16  # of computing, for a request that is given much
+# For a request that is given much: 2 GB in all, which is a row of 12 MB in Qwen's tokens.
+MOST_MORE_S, MOST_MORE_BYTES = 16, 200_000_000
 BOUND_BYTES = 1_800_000_000  # beyond what the process has when a request arrives
 STILL_S = 600  # without any computing, before a process is given up
 OUT_OF_MEMORY = 3  # exit code
@@ -303,7 +304,7 @@ def _send(connection: Connection, answer: tuple[str, Any]) -> None:
 def allow(more_s: float = 0, more_bytes: int = 0) -> None:
     """Let this process compute and allocate up to its bounds, and more, from here on.
 
-    Whatever it is given, it may compute for at most MOST_MORE_S longer.
+    Whatever it is given, it is allowed at most MOST_MORE_S and MOST_MORE_BYTES more.
 
     Nothing outside a confined process is bounded.
     """
@@ -314,7 +315,7 @@ def allow(more_s: float = 0, more_bytes: int = 0) -> None:
     _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + bound_s)
     with contextlib.suppress(OSError), open("/proc/self/statm") as stream:  # Linux
         size = int(stream.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        _limit(resource.RLIMIT_AS, size + BOUND_BYTES + more_bytes)
+        _limit(resource.RLIMIT_AS, size + BOUND_BYTES + min(more_bytes, MOST_MORE_BYTES))
 
 
 def _limit(kind: int, most: int) -> None:

@@ -37,7 +37,6 @@ LONGEST_REASON = 1000  # characters
 LOADED_PER_S = 2_000_000  # bytes of a tokenizer's files
 RENDERED_PER_S = 1_000_000  # bytes
 BYTES_PER_BYTE = 200  # of memory, a token per byte
-MOST_FOR_LOADING = 200_000_000  # bytes of memory, for the files of a large tokenizer
 LONG = 20  # messages
 LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow")
 
@@ -111,7 +110,7 @@ def load_tokenizer(folder: Path, needs_template: bool = False, chat_template: st
     """Load a tokenizer within the bounds of a confined process; see `chat.load_tokenizer`."""
     confined.at(Stage.LOADING)
     size = sum(file.stat().st_size for file in folder.glob("tokenizer*"))
-    confined.allow(size / LOADED_PER_S, min(20 * size, MOST_FOR_LOADING))
+    confined.allow(size / LOADED_PER_S, 20 * size)
     return chat.load_tokenizer(folder, needs_template, chat_template)
 
 
