@@ -46,10 +46,11 @@ def with_fault(meter, *arguments):
 metrics.Meter.add = with_fault
 sys.argv[0] = "train"
 from absl import app, flags
-from jax_sft import command
+from jax_sft import command, lifecycle
+lifecycle.begin(requeues=True)
 command.define_config()
 flags.DEFINE_string("workdir", "", "")
-app.run(train.main, flags_parser=command.parse_flags)
+lifecycle.run(lambda: app.run(train.main, flags_parser=command.parse_flags), train.end)
 """
 
 
