@@ -148,7 +148,7 @@ def test_weights_load_alike_from_a_folder_and_from_checkpoints_and_return(
         vocabulary=vocabulary.Vocabulary.of(planned.rows, vocab),
     )
     as_dict = config.to_dict(config.default())
-    checkpoints.start(as_dict, 10)
+    checkpoints.start(as_dict)
     step = jax.device_put(np.int32(1), parallel.sharding(mesh))
     checkpoints.save(state.TrainState(step, there, {"count": step}), as_dict, wait=True)
     out = hf_export.export(tmp_path / "run", tmp_path / "out", progress=False)
