@@ -118,7 +118,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_the_dump_marks_exactly_the_response_and_its_end_of_turn(make, run, model):
-    rows = [("hi", "hello"), ("näh ✓", "👩‍🚀 ja"), ("a" * 20, "\n")]
+    rows = [("hi", "hello"), ("näh ✓", "👩‍🚀 ja"), ("a" * 20, "\nx")]
     cfg = make(
         b=[ask(*row) for row in rows[:2]],
         a=[ask(*rows[2])],
