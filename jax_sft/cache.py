@@ -10,22 +10,34 @@ import argparse
 import time
 from pathlib import Path
 
-from jax_sft import cache_folder, lifecycle, paths
+from jax_sft import lifecycle
+
+if __name__ == "__main__":
+    lifecycle.begin()
+
+from jax_sft import cache_folder, paths
 from jax_sft.data import cache_room
 
 DAY_S = 24 * 3600
 
 
 def main() -> int:
+    """List or clear what is asked for; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dir", default="", help="data.cache_dir, where it is set")
     parser.add_argument("--clear", action="store_true", help="remove what is listed")
     parser.add_argument(
-        "--older-than", type=float, default=0, help="only what was not used for DAYS"
+        "--older-than",
+        type=float,
+        default=0,
+        metavar="DAYS",
+        help="only what was not used for DAYS",
     )
     options = parser.parse_args()
+    if not 0 <= options.older_than < float("inf"):
+        parser.error(f"--older-than={options.older_than}: use a number of days from 0 up")
     folder = paths.local(options.dir, "--dir") if options.dir else cache_folder.default()
     before = time.time() - options.older_than * DAY_S
     for entry in cache_room.entries(folder):

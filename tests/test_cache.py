@@ -19,6 +19,7 @@ import pytest
 import xxhash
 
 import jax_sft
+from jax_sft import cache as cache_command
 from jax_sft import config, regular, tiny
 from jax_sft.data import cache, cache_room, chat, confined, worker
 from jax_sft.data import store as store_module
@@ -564,6 +565,34 @@ def test_the_cache_is_bounded_and_what_is_in_use_stays(build, tmp_path):
     assert [folder.exists() for folder in folders] == [True, False] and last.folder.exists()
     del part
     assert cache_room.remove(found[0]) and (tmp_path / "cache/not-ours").exists()
+
+
+def test_the_command_clears_old_sources_and_programs_and_nothing_else(
+    build, tmp_path, monkeypatch, capsys
+):
+    old, new = (build(write(tmp_path / f"{n}.jsonl", rows(5, first=n))).folder for n in range(2))
+    programs = tmp_path / "cache/compiled/jaxlib-1"
+    programs.mkdir(parents=True)
+    for name, age in (("old-cache", 3), ("new-cache", 0), ("notes.txt", 3)):
+        (programs / name).write_bytes(bytes(1000))
+        os.utime(programs / name, (time.time() - age * 86400,) * 2)
+    os.utime(old, (time.time() - 3 * 86400,) * 2)
+
+    def run(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["cache", f"--dir={tmp_path / 'cache'}", *options])
+        assert cache_command.main() == 0
+        return capsys.readouterr().out
+
+    assert all(text in run() for text in ("0.jsonl", "1.jsonl", "2 compiled programs"))
+    assert old.exists() and new.exists()
+    said = run("--clear", "--older-than=2")
+    assert "0.jsonl" in said and "1.jsonl" not in said and "1 compiled programs" in said
+    assert not old.exists() and new.exists()
+    assert {file.name for file in programs.iterdir()} == {"new-cache", "notes.txt"}
+    run("--clear")
+    assert not new.exists() and [file.name for file in programs.iterdir()] == ["notes.txt"]
+    with pytest.raises(SystemExit):
+        run("--clear", "--older-than=nan")
 
 
 def test_a_holder_of_the_lock_that_hangs_is_named(build, tmp_path, monkeypatch, capfd):

@@ -69,8 +69,10 @@ def remove(entry: Entry) -> bool:
     `open_store` holds a shared lock on the ids for as long as an array of the store is alive.
     """
     try:
-        with open(entry.folder / "ids", "r+b") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.ExitStack() as stack:
+            if (entry.folder / "ids").exists():  # without, it is damaged and nobody can use it
+                stream = stack.enter_context(open(entry.folder / "ids", "r+b"))
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             name = f"{entry.folder.name}.unfinished-{socket.gethostname()}-{secrets.token_hex(4)}"
             gone = entry.folder.rename(entry.folder.parent / name)
     except OSError:
