@@ -4,9 +4,9 @@ Called wherever a file that somebody else made is read.
 """
 
 import errno
+import io
 import os
 import stat
-from typing import BinaryIO
 
 KINDS = {
     **{stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"},
@@ -14,7 +14,7 @@ KINDS = {
 }
 
 
-def open_regular(file: str | os.PathLike, *, follow: bool = True) -> BinaryIO:
+def open_regular(file: str | os.PathLike, *, follow: bool = True) -> io.BufferedReader:
     """Open a regular file for reading.
 
     Args:
