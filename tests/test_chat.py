@@ -560,7 +560,7 @@ def test_a_template_that_would_not_end_or_fill_the_memory_is_refused(
     began, template = time.process_time(), ENDLESS[attack] + tiny.CHAT_TEMPLATE
     with pytest.raises(ValueError, match="chat template"):
         encode(templated(template), CONVERSATIONS["one turn"])
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 15
 
 
 def test_large_numbers_and_long_texts_of_the_data_pass_a_template(templated):
