@@ -26,7 +26,7 @@ WORDS = [
     "🙂",
     '"quoted"',
     "\\",
-    "\u2028",
+    "\u2028b",  # an answer of blanks alone is refused
     CONTROL,
 ]
 FIELD = re.compile(

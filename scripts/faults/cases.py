@@ -41,7 +41,7 @@ class Expected:
 EXPECTED = {
     "01": Expected((r"exit 0", r"already there|nothing is left to do"), (r"no good step",), 2),
     "02": Expected((r"(?m)^error: ", r"(?m)^checkpoints$", r"(?m)^metrics\.jsonl$"), lines=2),
-    "03": Expected((r"exit 0", r"'hello<\|im_end\|>'\s*\Z", r'"eos_token_id": ?\[\s*\d+, *\d+')),
+    "03": Expected((r"exit 0", r"'hello<\|im_end\|>'\s*\Z", r'"eos_token_id": ?\[\s*\d+,\s*\d+')),
     "04": Expected(wrong=(r"largest difference",)),
     "05": Expected((r"exit 64\nerror: .*parts/model",), lines=2),
     "06": Expected((r"would refuse nothing",), (r"leaves out",)),
