@@ -85,6 +85,7 @@ def plan_of(case: Case, folder: Path) -> dict:
         "tie_word_embeddings": False,
     }
     (model / "config.json").write_text(json.dumps(config))
+    workdir = folder / f"{model.name}-plan"  # outputs do not go into a model's folder
     data, fsdp, tensor, sequence = case.mesh
     lines = [
         "from jax_sft import config",
@@ -101,15 +102,15 @@ def plan_of(case: Case, folder: Path) -> dict:
     file = folder / f"{name}.py"
     file.write_text("\n".join(lines) + "\n")
     command = [sys.executable, "-m", "jax_sft.plan", f"--config={file}", "--target=h200"]
-    command += [f"--hosts={case.hosts}", f"--workdir={model}"]
+    command += [f"--hosts={case.hosts}", f"--workdir={workdir}"]
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     wrapped = [sys.executable, "-c", MEASURED, *command]
     done = subprocess.run(wrapped, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stderr
     *_, peak_kib, cpu_s = done.stderr.split()
     assert "Traceback" not in done.stderr, done.stderr
-    assert (model / "plan.html").exists()
-    found = json.loads((model / "plan.json").read_text())
+    assert (workdir / "plan.html").exists()
+    found = json.loads((workdir / "plan.json").read_text())
     measured = {"exit_code": done.returncode, "printed": done.stdout}
     return found | measured | {"rss_bytes": int(peak_kib) * 1024, "cpu_s": float(cpu_s)}
 
