@@ -1,4 +1,4 @@
-"""Where the caches of this user are, and whether somebody else could write there."""
+"""Folders of the caches of this user, and a check that nobody else can write to them."""
 
 import grp
 import os

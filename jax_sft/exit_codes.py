@@ -56,6 +56,7 @@ def of(error: BaseException) -> int:
         return BAD_DATA
     if isinstance(error, KeyboardInterrupt):
         return getattr(error, "exit_code", 130)
+    # RecursionError and NotImplementedError are RuntimeErrors to Python, but come again each time.
     passes = isinstance(error, _PASSING) and not isinstance(
         error, (*_OF_USER, RecursionError, NotImplementedError)
     )

@@ -253,7 +253,7 @@ class Plan:
 
     @property
     def turn_ends(self) -> dict[int, int] | None:
-        """What ends the trained turns, see `stop_tokens`; None = the step does not say."""
+        """Return the tokens that end the trained turns (`stop_tokens`); None = not recorded."""
         return stop_tokens.stored(self.metadata)
 
     @functools.cached_property
@@ -266,7 +266,7 @@ class Plan:
 
     @property
     def stop_line(self) -> str:
-        """Where generation with the export stops."""
+        """Return the line that says at which tokens generation with the export stops."""
         line = stop_tokens.export_line(self.kept, self.turn_ends, self.stops)
         if self.is_adapter and self.stops:
             line += (

@@ -315,7 +315,7 @@ def under_stored_names(
     def grouped(names: Iterable[str]) -> dict[str, list[str]]:
         groups: dict[str, list[str]] = {}
         for name in names:
-            place, _, rest = _PLACE.fullmatch(name).groups()  # type: ignore[union-attr]
+            place, _, rest = _parts(name)
             groups.setdefault(f"{place} {rest}", []).append(name)
         return {rest: sorted(of_rest, key=_places) for rest, of_rest in groups.items()}
 
@@ -330,9 +330,15 @@ def under_stored_names(
 
 
 def _places(name: str) -> list[int]:
-    """The numbers in front of a name of the optimizer's state."""
-    numbers = _PLACE.fullmatch(name)[2]  # type: ignore[index]
-    return [int(number) for number in numbers.split(".") if number]
+    """Return the numbers in front of a name of the optimizer's state."""
+    return [int(number) for number in _parts(name)[1].split(".") if number]
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """Split a name into its kind, its places in the chain, and the rest."""
+    match = _PLACE.fullmatch(name)
+    assert match, name  # every text matches
+    return match[1], match[2], match[3]
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What `data.chat_template` names: a file, or one of the templates below; and its place in a model.
+"""Chat templates for `data.chat_template`: read from a file or shipped here, put into a model folder.
 
 `prepare` turns the key into a text, which is part of `chat.Options` and so of all that depends on
 the data; `model_files` puts it into the folder that exports are made of.

@@ -56,7 +56,7 @@ _OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal
 
 
 class Stage(enum.IntEnum):
-    """What the process is doing; the value is shared with its parent."""
+    """Stage of the work of the process; shared with its parent."""
 
     IDLE = 0
     LOADING = 1  # a tokenizer

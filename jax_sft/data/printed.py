@@ -65,7 +65,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _count(leaf: Any, printed: str, text: str, enough: int) -> int:
-    """How often a text has a value, in all forms together; it stops where that is enough."""
+    """Count the occurrences of a value in a text, in all forms together, until there are enough."""
     forms = _forms_of_text(printed) if isinstance(leaf, str) else (printed, str(leaf))
     count = 0
     for form in dict.fromkeys(forms):

@@ -183,7 +183,7 @@ def _checksum(meta: Mapping[str, Any]) -> str:
 
 @dataclasses.dataclass
 class _Totals:
-    """What is counted while the files of a store are read."""
+    """Counts taken while the files of a store are read."""
 
     lowest_id: int = 0
     highest_id: int = -1

@@ -25,7 +25,9 @@ LARGE_GROUP = 1 << 29  # bytes
 BOMB = 1 << 30  # bytes, of the values of a column that shrank to almost nothing
 MAX_RATIO = 300  # of a column: see read.MAX_RATIO
 PARQUET_ROWS = 100  # decoded at once: a value that many rows share is copied for each
-# What pyarrow raises of values that Python does not have: times before the year 1, intervals.
+# What pyarrow raises of values that Python does not have. It documents no list; seen are ValueError
+# and OverflowError (times before the year 1) and NotImplementedError (intervals), the others are
+# those of converting extension types. The row becomes a bad row, which is counted.
 NOT_CONVERTED = (
     *(ValueError, OverflowError, RecursionError, LookupError, TypeError, NotImplementedError),
     pa.ArrowException,

@@ -4,6 +4,7 @@ transformers builds its own normalizer and pre-tokenizer for some model types, w
 has: a model would be trained on tokens that it is never served. Called by `chat.load_tokenizer`.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def difference(tokenizer: Any, folder: Path) -> str:
         )
     for text, ours, theirs in zip(texts, found, wanted, strict=True):
         if ours != theirs:
-            place = next((n for n, (a, b) in enumerate(zip(ours, theirs)) if a != b), 0)  # noqa: B905
+            place = len(os.path.commonprefix([ours, theirs]))
             return (
                 f"of {text[:60]!r} transformers' {type(tokenizer).__name__} makes "
                 f"{_shown(ours, place)}, {file} makes {_shown(theirs, place)}"

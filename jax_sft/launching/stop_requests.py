@@ -13,7 +13,7 @@ class StopRequests:
 
     @property
     def count(self) -> int:
-        """How many came."""
+        """Number of requests so far."""
         return self._requests.count
 
     def listen(self) -> None:
