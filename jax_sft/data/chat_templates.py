@@ -1,4 +1,4 @@
-"""Chat templates for `data.chat_template`: read from a file, or shipped here, and how they are stored.
+"""Chat templates for `data.chat_template`: read from a file or shipped, put into a model folder.
 
 `prepare` turns the key into a text, which is part of `chat.Options` and so of all that depends on
 the data; `model_files` puts it into the folder that exports are made of.
