@@ -206,15 +206,8 @@ def check(
             (problems if harmful else warnings).append(note + (harmful and f", and {harmful}"))
         elif path.endswith(_PICKLES):
             problems.append(f"{path} has the name of a pickle file, which can run code when read")
-    same_size = []
-    for path, (size, _) in manifest.files.items():
-        if path not in sizes:
-            problems.append(f"{path} is missing ({size} bytes)")
-        elif sizes[path] != size:
-            what = "truncated" if sizes[path] < size else "longer than it was"
-            problems.append(f"{path} is {what}: {sizes[path]} bytes, not {size}")
-        else:
-            same_size.append(path)
+    same_size, changed = compare_sizes(manifest.files, sizes)
+    problems += changed
     read_whole = [path for path in same_size if hashes or sizes[path] < SMALL]
     try:
         found = sha256_of(folder, read_whole[part[0] :: part[1]], progress)
@@ -242,6 +235,27 @@ def _pickle(file: Path) -> str:
     if start.startswith(_PICKLE_STARTS):
         return "it starts like a pickle file, which can run code when read"
     return ""
+
+
+def compare_sizes(
+    wanted: Mapping[str, tuple[int, str]], sizes: Mapping[str, int]
+) -> tuple[list[str], list[str]]:
+    """Compare files with a list of them; return (those of the right size, problems).
+
+    Args:
+        wanted: {path: (bytes, sha256)}.
+        sizes: {path: bytes} of the files that exist.
+    """
+    same, problems = [], []
+    for path, (size, _) in wanted.items():
+        if path not in sizes:
+            problems.append(f"{path} is missing ({size} bytes)")
+        elif sizes[path] != size:
+            what = "truncated" if sizes[path] < size else "longer than it was"
+            problems.append(f"{path} is {what}: {sizes[path]} bytes, not {size}")
+        else:
+            same.append(path)
+    return same, problems
 
 
 def sha256_of(folder: Path, paths: Iterable[str], progress: str = "") -> dict[str, str]:

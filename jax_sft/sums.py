@@ -106,15 +106,8 @@ def check(
     foreign = [path for path in files if path not in sums.files and path != NAME]
     foreign += [f"{path}/" for path in folders if path not in parents]
     problems += [f"{path} is foreign: {NAME} does not list it" for path in sorted(foreign)]
-    same_size = []
-    for path, (size, _) in sums.files.items():
-        if path not in files:
-            problems.append(f"{path} is missing ({size} bytes)")
-        elif files[path] != size:
-            what = "cut" if files[path] < size else "longer than it was"
-            problems.append(f"{path} is {what}: {files[path]} bytes, not {size}")
-        else:
-            same_size.append(path)
+    same_size, changed = manifest.compare_sizes(sums.files, files)
+    problems += changed
     found = manifest.sha256_of(folder, same_size, progress) if hashes else {}
     return problems + [
         f"{path} was changed: its sha256 is not that in {NAME}"

@@ -509,7 +509,7 @@ def test_verify_export_names_what_is_not_as_it_was_written(
     assert code == 1 and text.splitlines()[-1].endswith("4 DIFFER")
     for line in (
         "model.safetensors was changed: its sha256 is not that in SHA256SUMS",
-        "generation_config.json is cut: 1 bytes, not ",
+        "generation_config.json is truncated: 1 bytes, not ",
         "tokenizer.json is missing (",
         "mine.py is foreign: SHA256SUMS does not list it",
     ):

@@ -159,7 +159,7 @@ CHANGES = {
     "notes/ is foreign": lambda out: (out / "notes").mkdir(),
     "link is foreign": lambda out: (out / "link").symlink_to("/"),
     "a was changed": lambda out: (out / "a").write_text("2ND"),
-    "a is cut: 1 bytes, not 3": lambda out: (out / "a").write_text("1"),
+    "a is truncated: 1 bytes, not 3": lambda out: (out / "a").write_text("1"),
     "a is longer than it was": lambda out: (out / "a").write_text("longer"),
     "a is missing": lambda out: (out / "a").unlink(),
     "not of an export": lambda out: (out / sums.NAME).unlink(),
