@@ -101,16 +101,20 @@ def is_running(pid: int) -> bool:
 # ---- bounds -------------------------------------------------------------------------------------
 
 
-def test_a_template_out_of_bounds_is_refused_by_name_on_whichever_row(build, model, one_second):
+@pytest.mark.parametrize("code, bound", [(SORTS, "2 s of computing"), (GROWS, "GB of memory")])
+def test_a_template_out_of_bounds_is_refused_by_name_on_whichever_row(
+    build, model, code, bound, request
+):
+    if code is SORTS:  # GROWS needs seconds to fill the memory
+        request.getfixturevalue("one_second")
     file = model / "chat_template.jinja"
     late = "{% if messages[0].content == 'late' %}CODE{% endif %}" + tiny.CHAT_TEMPLATE
-    for code, bound in ((SORTS, "2 s of computing"), (GROWS, "GB of memory")):
-        file.write_text(late.replace("CODE", code))
-        with pytest.raises(confined.OutOfBounds) as raised:
-            build("a", "b", "late", "c")
-        assert str(file) in str(raised.value) and bound in str(raised.value)
-        assert "a.jsonl, line 3" in str(raised.value) and "\n" not in str(raised.value)
-        assert len(build("a", "b").rows) == 2  # the next process is as good as new
+    file.write_text(late.replace("CODE", code))
+    with pytest.raises(confined.OutOfBounds) as raised:
+        build("a", "b", "late", "c")
+    assert str(file) in str(raised.value) and bound in str(raised.value)
+    assert "a.jsonl, line 3" in str(raised.value) and "\n" not in str(raised.value)
+    assert len(build("a", "b").rows) == 2  # the next process is as good as new
 
 
 def test_no_row_has_more_than_the_bound_however_many_messages_it_has(
