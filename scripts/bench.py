@@ -1,8 +1,8 @@
 """Speed beside the peers: the same weights, tokens and arithmetic, on this machine, in one run.
 
-    python scripts/bench.py --model=SMOLLM2 --table=BUILD.md        # all CPU cases, 3 repeats
-    python scripts/bench.py --cases=a --only=ours,trl --repeats=1   # a quick look
-    python scripts/bench.py --smoke                                 # a toy, our own trainer only
+    python -m scripts.bench --model=SMOLLM2 --table=BUILD.md        # all CPU cases, 3 repeats
+    python -m scripts.bench --cases=a --only=ours,trl --repeats=1   # a quick look
+    python -m scripts.bench --smoke                                 # a toy, our own trainer only
 
 Every subject (our trainer, TRL's SFTTrainer, a plain torch loop, Tunix's PeftTrainer packed by hand
 and padded) runs in fresh processes, in turn, each in a virtual environment of its own that is made
@@ -27,16 +27,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# What subjects see; this process itself leaves the devices to them.
-ENVIRONMENT = dict(os.environ)
-os.environ["JAX_PLATFORMS"] = "cpu"
+import jax
+
+from jax_sft import metrics, outputs
+from scripts import bench_cases, bench_table
+
 REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
-
-# JAX reads its platform, and Python finds the package, by the lines above: hence E402.
-from jax_sft import metrics, outputs  # noqa: E402
-from scripts import bench_cases, bench_table  # noqa: E402
-
 PEERS = REPO / "scripts" / "peers"
 SHARED = REPO.parent / "shared"
 
@@ -76,6 +72,7 @@ MATMULS = {
 
 def main() -> int:
     options = parse()
+    jax.config.update("jax_platforms", "cpu")  # the devices are left to the subjects
     say(f"{machine('cpu')}; work folder {options.work}")
     works = {name: prepare(name, options) for name in options.cases}
     pythons = Pythons(options.work / "venvs", options.python)
@@ -236,7 +233,8 @@ def run(
 
 def environment(device: str, compiled: Path) -> dict[str, str]:
     """Return the variables of a subject's process."""
-    env = ENVIRONMENT | {
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")])),
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -315,7 +313,7 @@ class Pythons:
         pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
         with log.open("w") as out:
             for command in ([sys.executable, "-m", "venv", str(venv)], [*pip, "-r", str(file)]):
-                done = subprocess.run(command, stdout=out, stderr=out, env=ENVIRONMENT)
+                done = subprocess.run(command, stdout=out, stderr=out)
                 if done.returncode:
                     return Failure(f"could not be installed: {last_line(log)[:300]} ({log})")
         stamp.write_text(wanted)

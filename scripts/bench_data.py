@@ -1,9 +1,9 @@
 """Measure the data pipe: each figure beside a named baseline on the same data in the same run.
 
-    python scripts/bench_data.py planning [--data FILE ... --tokenizer FOLDER]
-    python scripts/bench_data.py balance  [the same]
-    python scripts/bench_data.py loading
-    python scripts/bench_data.py tokenizing --data FILE ... --tokenizer FOLDER
+    python -m scripts.bench_data planning [--data FILE ... --tokenizer FOLDER]
+    python -m scripts.bench_data balance  [the same]
+    python -m scripts.bench_data loading
+    python -m scripts.bench_data tokenizing --data FILE ... --tokenizer FOLDER
 
 Lengths are log-normal (median 200 tokens), and with --data those of the texts of JSON or JSONL
 files under a tokenizer.json. Planning and ordering take one thread, and their times are processor
@@ -16,7 +16,6 @@ import heapq
 import json
 import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,13 +27,10 @@ import grain
 import numpy as np
 from tokenizers import Tokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-# Python finds the package by the line above: hence E402.
-from jax_sft import config, parallel  # noqa: E402
-from jax_sft.data import chat, confined, formats, packing, read, worker  # noqa: E402
-from jax_sft.data.examples import Examples  # noqa: E402
-from jax_sft.data.loader import Loader, Schedule, empty_rows, fill_row  # noqa: E402
+from jax_sft import config, parallel
+from jax_sft.data import chat, confined, formats, packing, read, worker
+from jax_sft.data.examples import Examples
+from jax_sft.data.loader import Loader, Schedule, empty_rows, fill_row
 
 NODE_TOKENS_PER_S = 100_000  # what eight H200s train of a 7B model, about
 # Grain's packers without threads: with its default of 16, two cores are ten times slower.

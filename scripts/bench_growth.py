@@ -1,8 +1,8 @@
 """How the cost of a run grows: measured here factor by factor, and predicted for many GPUs.
 
-    python scripts/bench_growth.py step [--smoke]
-    python scripts/bench_growth.py start [--smoke]
-    python scripts/bench_growth.py gpus [--sizes 7b 32b 72b]
+    python -m scripts.bench_growth step [--smoke]
+    python -m scripts.bench_growth start [--smoke]
+    python -m scripts.bench_growth gpus [--sizes 7b 32b 72b]
 
 `step` measures the trainer's step on this machine, one device and random weights, and changes one
 factor at a time. `start` runs the command twice for each size of model and data, with empty caches
@@ -24,18 +24,17 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
 
-# JAX reads its platform, and Python finds the package, by the two lines above: hence E402.
-from jax_sft import tiny  # noqa: E402
-from jax_sft.planning import chips, targets  # noqa: E402
-from jax_sft.planning.analysis import Target, analyse  # noqa: E402
-from jax_sft.planning.flops import full_row  # noqa: E402
-from jax_sft.planning.tables import Plan  # noqa: E402
-from jax_sft.validate import validate  # noqa: E402
-from scripts import gpu_step  # noqa: E402
-from scripts.gpu_cases import SHAPES, shape  # noqa: E402
+from jax_sft import tiny
+from jax_sft.planning import chips, targets
+from jax_sft.planning.analysis import Target, analyse
+from jax_sft.planning.flops import full_row
+from jax_sft.planning.tables import Plan
+from jax_sft.validate import validate
+from scripts import gpu_step
+from scripts.gpu_cases import SHAPES, shape
+
+REPO = Path(__file__).resolve().parent.parent
 
 Started = tuple[float, str]  # seconds, and how they divide
 

@@ -1,6 +1,6 @@
 """Measure what the output head costs when few of the tokens train.
 
-    python scripts/bench_head.py [--layers 2 --features 512 --vocab 32768 --rows 4 --seq-len 1024]
+    python -m scripts.bench_head [--layers 2 --features 512 --vocab 32768 --rows 4 --seq-len 1024]
 
 Times the loss alone and the whole model, forward and backward, without the optimizer, on the first
 device of this machine. Trained tokens lie together at the end of each row, as answers do. Each
@@ -11,23 +11,18 @@ does not count; weights are random and float32.
 import argparse
 import functools
 import platform
-import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-# Python finds the package by the line above: hence E402.
-from jax_sft import models, parallel  # noqa: E402
-from jax_sft.model import ModelDef  # noqa: E402
-from jax_sft.ops.cross_entropy import chunk_sizes, cross_entropy  # noqa: E402
-from jax_sft.step import value_and_grad  # noqa: E402
+from jax_sft import models, parallel
+from jax_sft.model import ModelDef
+from jax_sft.ops.cross_entropy import chunk_sizes, cross_entropy
+from jax_sft.step import value_and_grad
 
 SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
 

@@ -1,6 +1,6 @@
 """Measure one case of scripts/gpu_cases.py, which starts this for each; in JAX.
 
-    python scripts/gpu_case.py SYSTEM/SIZE/LENGTH --out FILE [--smoke]
+    python -m scripts.gpu_case SYSTEM/SIZE/LENGTH --out FILE [--smoke]
 
 Prints what it finds and appends it to the file as JSON lines.
 """
@@ -17,26 +17,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts import stand_ins
 
-# Python finds the package by the line above: hence E402.
-from scripts import stand_ins  # noqa: E402
+if missing := stand_ins.install():
+    print(f"stand-ins for {missing}, which are not installed", file=sys.stderr)
 
-stand_ins.install()
+import jax
+import jax.numpy as jnp
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-
-from jax_sft import parallel  # noqa: E402
-from jax_sft.ops import attention  # noqa: E402
-from jax_sft.planning import chips, targets  # noqa: E402
-from jax_sft.planning.analysis import Target, analyse  # noqa: E402
-from jax_sft.planning.flops import RowWork  # noqa: E402
-from jax_sft.validate import validate  # noqa: E402
-from scripts import gpu_cases, gpu_measure, gpu_profile, gpu_step  # noqa: E402
-from scripts.gpu_cases import MEDIANS, Case, Setting  # noqa: E402
-from scripts.gpu_checks import Row, record  # noqa: E402
-from scripts.peers import jax_plain  # noqa: E402
+from jax_sft import parallel
+from jax_sft.ops import attention
+from jax_sft.planning import chips, targets
+from jax_sft.planning.analysis import Target, analyse
+from jax_sft.planning.flops import RowWork
+from jax_sft.validate import validate
+from scripts import gpu_cases, gpu_measure, gpu_profile, gpu_step
+from scripts.gpu_cases import MEDIANS, Case, Setting
+from scripts.gpu_checks import Row, record
+from scripts.peers import jax_plain
 
 MAX_SEGMENTS = 256  # of a row: the default of data.max_segments
 NUM_STEPS = 6  # timed, after the first

@@ -1,13 +1,14 @@
 """How fast whole training steps are on one GPU, ours beside others, in calls of ten minutes.
 
-    python scripts/gpu_cases.py [--only PATTERN ...] [--out FILE] [--budget SECONDS] [--smoke]
-    python scripts/gpu_cases.py --list | --predict | --table FILE ...
+    python -m scripts.gpu_cases [--only PATTERN ...] [--out FILE] [--budget SECONDS] [--smoke]
+    python -m scripts.gpu_cases --list | --predict | --table FILE ...
 
 A case is SYSTEM/SIZE/LENGTH: the shape of Qwen2.5 with random weights, on packed rows of so many
 tokens, multiplied in bfloat16. Each runs in a process of its own (scripts/gpu_case.py) with a time
 limit; what it finds is printed and appended to the file as JSON lines at once. What matters most
-comes first. Nothing is downloaded. --only takes patterns such as "*/7b/*"; --smoke runs toy sizes
-on CPU; --predict plans our cases without a GPU; --table shows results as Markdown.
+comes first. Run it in the clone's root; the package need not be installed. Nothing is downloaded.
+--only takes patterns such as "*/7b/*"; --smoke runs toy sizes on CPU; --predict plans our cases
+without a GPU; --table shows results as Markdown.
 """
 
 import argparse
@@ -19,10 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-# Python finds the scripts by the line above: hence E402.
-from scripts.gpu_checks import Row, Task, run_all  # noqa: E402
+from scripts.gpu_checks import Row, Task, run_all
 
 CASE = Path(__file__).resolve().parent / "gpu_case.py"
 TORCH = Path(__file__).resolve().parent / "gpu_torch.py"

@@ -1,11 +1,12 @@
 """Every check that needs a GPU, in one command of less than ten minutes on one H200.
 
-    python scripts/gpu_checks.py [--only CHECK ...] [--out FILE] [--budget SECONDS] [--smoke]
+    python -m scripts.gpu_checks [--only CHECK ...] [--out FILE] [--budget SECONDS] [--smoke]
 
 Each task is a process of its own (scripts/gpu_measure.py) with a time limit, so that a crash or a
 hang loses nothing else; what it finds is printed, and appended to the file as JSON lines, at once.
-Nothing is downloaded. --smoke runs all in toy sizes on CPU. The exit code is 1 when a task failed.
-All GPUs are used by `model` and `flags`, one by the others.
+Run it in the clone's root; the package need not be installed. Nothing is downloaded. --smoke runs
+all in toy sizes on CPU. The exit code is 1 when a task failed. All GPUs are used by `model` and
+`flags`, one by the others.
 """
 
 import argparse
@@ -20,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-MEASURE = Path(__file__).resolve().parent / "gpu_measure.py"
+REPO = Path(__file__).resolve().parent.parent
+MEASURE = REPO / "scripts" / "gpu_measure.py"
 CHECKS = ("versions", "selftest", "model", "attention", "cross_entropy", "flags")
 BACKENDS = ("cudnn", "tokamax", "blockwise")  # of attention, in tasks of their own
 
@@ -112,6 +114,7 @@ def run_task(task: Task, out: Path, limit_s: float, *, smoke: bool) -> str:
     command = [sys.executable, str(task.script or MEASURE), task.name, "--out", str(out)]
     command += ["--smoke"] if smoke else []
     env = os.environ | task.env
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
     env["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {task.env.get('XLA_FLAGS', '')}".strip()
     env |= {"JAX_PLATFORMS": "cpu"} if smoke else {}
     with tempfile.TemporaryFile() as errors:

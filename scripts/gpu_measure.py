@@ -1,6 +1,6 @@
 """Measure one thing on the GPUs of this machine: `scripts/gpu_checks.py` starts this for each.
 
-    python scripts/gpu_measure.py CHECK[/ARGUMENT] --out FILE [--smoke]
+    python -m scripts.gpu_measure CHECK[/ARGUMENT] --out FILE [--smoke]
 
 Prints what it finds and appends it to the file as JSON lines, each at once. Weights and tokens are
 random. The exit code is 1 when something computes wrongly.
@@ -24,20 +24,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scripts import stand_ins
+
+if missing := stand_ins.install():
+    print(f"stand-ins for {missing}, which are not installed", file=sys.stderr)
+
+from jax_sft import parallel
+from jax_sft.models.layers import INIT_STD
+from jax_sft.ops import attention, cudnn
+from jax_sft.ops.cross_entropy import cross_entropy
+from scripts import gpu_step
+from scripts.gpu_checks import Row, record
+
 REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
-
-# Python finds the package by the line above: hence E402.
-from scripts import stand_ins  # noqa: E402
-
-stand_ins.install()
-
-from jax_sft import parallel  # noqa: E402
-from jax_sft.models.layers import INIT_STD  # noqa: E402
-from jax_sft.ops import attention, cudnn  # noqa: E402
-from jax_sft.ops.cross_entropy import cross_entropy  # noqa: E402
-from scripts import gpu_step  # noqa: E402
-from scripts.gpu_checks import Row, record  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)

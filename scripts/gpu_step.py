@@ -21,6 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scripts import stand_ins
+
+if missing := stand_ins.install():
+    print(f"stand-ins for {missing}, which are not installed", file=sys.stderr)
+
+from jax_sft import parallel, program, state
+from jax_sft.models.layers import INIT_STD
+from jax_sft.models.spec import Weight
+from jax_sft.planning.chips import CHIPS
+from jax_sft.validate import validate
+
 REPO = Path(__file__).resolve().parent.parent
 PLAN = """
 import runpy
@@ -28,18 +39,6 @@ from scripts import stand_ins
 stand_ins.install()
 runpy.run_module("jax_sft.plan", run_name="__main__", alter_sys=True)
 """
-sys.path.insert(0, str(REPO))
-
-# Python finds the package by the line above: hence E402.
-from scripts import stand_ins  # noqa: E402
-
-stand_ins.install()
-
-from jax_sft import parallel, program, state  # noqa: E402
-from jax_sft.models.layers import INIT_STD  # noqa: E402
-from jax_sft.models.spec import Weight  # noqa: E402
-from jax_sft.planning.chips import CHIPS  # noqa: E402
-from jax_sft.validate import validate  # noqa: E402
 
 
 def write_config(folder: Path, raw: dict[str, Any], rows: int, changes: dict[str, Any]) -> Path:

@@ -1,6 +1,6 @@
 """Measure a case of scripts/gpu_cases.py in PyTorch: a transformers model as TRL trains it.
 
-    python scripts/gpu_torch.py torch/SIZE/LENGTH --out FILE [--smoke]
+    python -m scripts.gpu_torch torch/SIZE/LENGTH --out FILE [--smoke]
 
 Packed rows lie one after the other in a batch of one (TRL's padding-free batches), attention is
 FlashAttention over their segments, every layer is recomputed in the backward pass (TRL's default),
@@ -19,19 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
+import torch
+import transformers
+from torch.nn.attention import varlen
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# Python finds the scripts by the line above: hence E402.
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from torch.nn.attention import varlen  # noqa: E402
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
-
-from scripts import gpu_case, gpu_cases, gpu_profile, gpu_step  # noqa: E402
-from scripts.gpu_case import MAX_SEGMENTS, NUM_STEPS, PROFILED_STEPS  # noqa: E402
-from scripts.gpu_cases import MEDIANS, Case, Setting  # noqa: E402
-from scripts.gpu_checks import Row, record  # noqa: E402
+from scripts import gpu_case, gpu_cases, gpu_profile, gpu_step
+from scripts.gpu_case import MAX_SEGMENTS, NUM_STEPS, PROFILED_STEPS
+from scripts.gpu_cases import MEDIANS, Case, Setting
+from scripts.gpu_checks import Row, record
 
 OWN = "varlen"  # our name for PyTorch's own FlashAttention
 PURE = ("7b",)  # sizes whose weights and moments are bfloat16

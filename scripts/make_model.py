@@ -1,6 +1,6 @@
 """Make a model folder of a real model's shape with random bfloat16 weights, to try big folders.
 
-    python scripts/make_model.py --like=7b --out=DIR [--headers-only]
+    python -m scripts.make_model --like=7b --out=DIR [--headers-only]
 
 Weights are written in blocks, so that memory stays small. With --headers-only the files have their
 headers and sizes but no content (they are sparse): enough for --dry-run.
@@ -10,22 +10,19 @@ import argparse
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# JAX reads its platform, and Python finds the package, by the two lines above: hence E402.
-from jax_sft import lifecycle  # noqa: E402
+from jax_sft import lifecycle
 
 if __name__ == "__main__":
     lifecycle.begin()
 
-import numpy as np  # noqa: E402
-from ml_dtypes import bfloat16  # noqa: E402
+import numpy as np
+from ml_dtypes import bfloat16
 
-from jax_sft import hf_write, models, outputs, paths, tiny  # noqa: E402
+from jax_sft import hf_write, models, outputs, paths, tiny
 
 # Sizes of Qwen2.5 (their config.json on the hub) and into how many files they are cut.
 SHAPES = {

@@ -286,7 +286,7 @@ def test_a_run_that_fails_is_a_reason(tmp_path, monkeypatch, body, limit, reason
 def test_the_command_runs_and_writes_its_table(tmp_path):
     table = tmp_path / "TABLE.md"
     table.write_text("# Speed\n")
-    command = [sys.executable, "scripts/bench.py", "--smoke", "--repeats=1", f"--table={table}"]
+    command = [sys.executable, "-m", "scripts.bench", "--smoke", "--repeats=1", f"--table={table}"]
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(
         [*command, f"--work={tmp_path / 'work'}"],

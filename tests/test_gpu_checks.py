@@ -160,7 +160,7 @@ def test_flags_of_the_environment_win(monkeypatch):
 
 def test_the_command_runs(tmp_path):
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "scripts/gpu_checks.py", "--smoke", "--only", "versions"]
+    command = [sys.executable, "-m", "scripts.gpu_checks", "--smoke", "--only=versions"]
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(
         [*command, "--out", str(out)], cwd=REPO, env=env, capture_output=True, text=True

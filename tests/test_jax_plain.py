@@ -1,6 +1,7 @@
 """scripts/peers/jax_plain.py, the plain JAX step that ours is compared with, is right itself."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -128,7 +129,10 @@ def test_the_subject_prints_its_result(tmp_path, make_model):
     (tmp_path / "spec.json").write_text(json.dumps(spec))
     script = REPO / "scripts" / "peers" / "jax_plain.py"
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "spec.json")], capture_output=True, text=True
+        [sys.executable, str(script), str(tmp_path / "spec.json")],
+        env=os.environ | {"PYTHONPATH": str(REPO)},  # as scripts/bench.py sets it
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

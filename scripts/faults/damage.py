@@ -1,6 +1,6 @@
 """Damage the files of a checkpoint in every way, and count what is found.
 
-    python scripts/faults/damage.py [--flips=100]
+    python -m scripts.faults.damage [--flips=100]
 
 Makes a checkpoint of two steps, then flips one bit at a time in each kind of file of the newer one;
 cuts, empties, removes, fills and adds files. Each time a run is resumed with the default settings
@@ -24,15 +24,13 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-# JAX reads its platform, and Python finds the package, by the lines above: hence E402.
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import numpy as np
 
-from jax_sft import checkpoint, config, manifest, model_files, parallel, steps, tiny  # noqa: E402
-from jax_sft.state import TrainState  # noqa: E402
-from scripts import verify_checkpoint  # noqa: E402
+from jax_sft import checkpoint, config, manifest, model_files, parallel, steps, tiny
+from jax_sft.state import TrainState
+from scripts import verify_checkpoint
 
 OLD, NEW = 1, 2
 # Data files get random names, and differ in kind by whether they are hashed by default.

@@ -1,7 +1,8 @@
 """What every subject of scripts/bench.py is told, how it keeps time, and what it prints.
 
-A subject is a script that runs in an environment of its own: `python SUBJECT.py SPEC.json`. Its
-last line of output is one JSON object, see `report`. Standard library and NumPy only.
+A subject is a script that runs in an environment of its own: `python SUBJECT.py SPEC.json`, with
+the clone's root on PYTHONPATH. Its last line of output is one JSON object, see `report`. Standard
+library and NumPy only.
 """
 
 import dataclasses

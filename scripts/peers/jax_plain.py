@@ -9,21 +9,17 @@ Shape suffixes: B rows, T tokens, D model, N heads, K kv heads, H head dim, V vo
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from safetensors import safe_open
 
-# Python finds the scripts by the line above: hence E402.
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-
-from scripts.peers import contract  # noqa: E402
+from scripts.peers import contract
 
 Params = dict[str, Any]  # {"embed", "head" unless tied, "norm", "layers": {name: all layers'}}
 Batch = dict[str, jax.Array]  # tokens, targets, weights, segment_ids, positions, each [B, T]

@@ -11,14 +11,10 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+import numpy as np
 
-# Python finds the scripts by the line above: hence E402.
-import numpy as np  # noqa: E402
-
-from scripts.peers import contract  # noqa: E402
+from scripts.peers import contract
 
 SIZES = {"cpu": (2048, 4096), "gpu": (8192, 16384)}
 SECONDS = 1.5  # spent on each size; the fastest product counts

@@ -9,20 +9,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-
-# Python finds the package and the scripts by the line above: hence E402.
-from jax_sft import huge_pages  # noqa: E402
+from jax_sft import huge_pages
 
 if __name__ == "__main__":
     huge_pages.use(__file__)  # as the command does
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import numpy as np
 
-import jax_sft  # noqa: E402
-from jax_sft import command, config  # noqa: E402
-from scripts.peers import contract  # noqa: E402
+import jax_sft
+from jax_sft import command, config
+from scripts.peers import contract
 
 
 def main() -> None:

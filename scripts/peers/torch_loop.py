@@ -5,15 +5,10 @@ tokens may see each other. The model's own loss: the head multiplies every token
 """
 
 import functools
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+import torch
 
-# Python finds the scripts by the line above: hence E402.
-import torch  # noqa: E402
-
-from scripts.peers import contract, torch_model  # noqa: E402
+from scripts.peers import contract, torch_model
 
 
 def main() -> None:

@@ -6,18 +6,13 @@ same examples is said in `how`. Its collator, loss, optimizer and loop are untou
 """
 
 import functools
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+import datasets
+import torch
+import transformers
+import trl  # pyright: ignore[reportMissingImports]
 
-# Python finds the scripts by the line above: hence E402.
-import datasets  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-import trl  # noqa: E402 # pyright: ignore[reportMissingImports]
-
-from scripts.peers import contract, torch_model  # noqa: E402
+from scripts.peers import contract, torch_model
 
 
 def main() -> None:

@@ -7,27 +7,23 @@ and a mask of their own, in its own loss and loop.
 
 import functools
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-
-# Python finds the scripts by the line above: hence E402.
 # pyright: reportMissingImports=false
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from flax import nnx  # noqa: E402
-from tunix.models.llama3 import model as llama_model  # noqa: E402
-from tunix.models.llama3 import params as llama_params  # noqa: E402
-from tunix.models.qwen2 import model as qwen_model  # noqa: E402
-from tunix.models.qwen2 import params as qwen_params  # noqa: E402
-from tunix.sft import hooks, peft_trainer, utils  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tunix.models.llama3 import model as llama_model
+from tunix.models.llama3 import params as llama_params
+from tunix.models.qwen2 import model as qwen_model
+from tunix.models.qwen2 import params as qwen_params
+from tunix.sft import hooks, peft_trainer, utils
 
-from scripts.peers import contract  # noqa: E402
+from scripts.peers import contract
 
 Arrays = dict[str, np.ndarray]
 
