@@ -14,6 +14,8 @@ import sys
 import time
 from typing import Any
 
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
 BEGAN_S = time.perf_counter()  # about when the process began, where one of our programs is run
 
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -1,4 +1,5 @@
-# Sourced by quickstart.sh and test.sh: make_venv FILE installs a requirements file into .venv.
+# Sourced by quickstart.sh and test.sh: make_venv FILE installs a requirements file and this clone,
+# editable, into .venv.
 
 make_venv() {
   local requirements=$1 python=${PYTHON:-python3} stamp
@@ -7,11 +8,14 @@ make_venv() {
     exit 64
   fi
   [ -x .venv/bin/python ] || "$python" -m venv .venv
-  stamp=".venv/installed-$(cat requirements*.txt constraints.txt | cksum | cut -d' ' -f1)-$requirements"
+  stamp=".venv/installed-$(cat requirements*.txt constraints.txt pyproject.toml setup.py | cksum | cut -d' ' -f1)-$requirements"
   if [ ! -e "$stamp" ]; then
     echo "installing $requirements into .venv"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-      -c constraints.txt -r "$requirements"
+      -c constraints.txt -r "$requirements" setuptools
+    # Without the network: setuptools is there, and so are all dependencies.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+      --no-deps --no-build-isolation -e .
     touch "$stamp"
   fi
 }
