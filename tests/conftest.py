@@ -27,6 +27,12 @@ _CACHE = tempfile.TemporaryDirectory(prefix="jax-sft-tests-")
 atexit.register(_CACHE.cleanup)
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
+
+def pytest_addoption(parser):
+    text = "write tests/token_digests.json anew, after TOKENS_VERSION was raised"
+    parser.addoption("--update-token-digests", action="store_true", help=text)
+
+
 # A small model in which no two dimensions are equal, so that a mix-up cannot go unnoticed.
 ODD = {
     "model_type": "qwen2",

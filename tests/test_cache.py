@@ -1,9 +1,7 @@
 """The token cache: the same tokens whatever happens, made once, and again when anything changes."""
 
-import ast
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -241,18 +239,18 @@ def test_every_ingredient_changes_the_key_and_no_two_alike(build, tmp_path, monk
     renamed = write(tmp_path / "b.jsonl", rows(3))
     found.append(build(renamed).meta["key"])
     found.append(build(write(file, rows(3, first=1))).meta["key"])
-    for name in cache.CODE:
+    for name in worker.VERSIONS:
         with monkeypatch.context() as patch:
-            patch.setitem(cache.CODE, name, "other")
+            patch.setattr(cache, "VERSIONS", worker.VERSIONS | {name: "other"})
             found.append(build(file).meta["key"])
-    assert len(set(found)) == len(found) > 25
+    assert len(set(found)) == len(found) == 25
 
 
 def test_the_content_changes_with_the_examples_and_with_nothing_else(build, tmp_path, monkeypatch):
     first = build(write(tmp_path / "a.jsonl", rows(3))).meta
     moved = write(tmp_path / "elsewhere/b.jsonl", rows(3))
     with monkeypatch.context() as patch:
-        patch.setitem(cache.CODE, next(iter(cache.CODE)), "a later version")
+        patch.setattr(cache, "VERSIONS", worker.VERSIONS | {"tokens": "later"})
         later = build(moved, num_workers=2).meta
     assert later["content"] == first["content"] and later["key"] != first["key"]
     said = {"role": "assistant", "content": "yes"}
@@ -286,32 +284,43 @@ def test_the_order_of_files_is_in_the_key(build, tmp_path):
     assert len(keys) == 2
 
 
-def test_the_key_holds_the_text_of_all_modules_that_decide_tokens_and_their_libraries():
-    needed = {"read", "formats", "messages", "template", "turns", "chat", "examples"}
-    needed |= {"json_rows", "tables", "worker", "cache", "store"}
-    assert {f"jax_sft.data.{name}" for name in needed} <= set(cache.CODE)
-    assert {"python", "tokenizers", "transformers", "jinja2"} <= set(cache.CODE)
-    assert "jax_sft.data.prepare" not in cache.CODE and "jax_sft.config" not in cache.CODE
-    text = Path(chat.__file__).read_bytes()
-    assert cache.CODE["jax_sft.data.chat"] == hashlib.sha256(text).hexdigest()
-    ours = {name for name in cache.CODE if name.startswith("jax_sft")}
-    assert ours == parsed_imports("jax_sft.data.cache")
+def test_the_key_holds_versions_and_no_text_of_ours():
+    assert worker.VERSIONS["tokens"] == str(worker.TOKENS_VERSION)
+    libraries = {"tokenizers", "transformers", "jinja2", "datasets", "pyarrow"}
+    assert worker.VERSIONS.keys() == {"tokens", "python", *libraries}
 
 
-def parsed_imports(module: str) -> set[str]:
-    """Return the loaded modules of ours that a module needs, by Python's parser."""
-    found, pending = set[str](), [module]
-    while pending:
-        name = pending.pop()
-        if name in found or name not in sys.modules or name.partition(".")[0] != "jax_sft":
-            continue
-        found.add(name)
-        for node in ast.walk(ast.parse(Path(str(sys.modules[name].__file__)).read_text())):
-            if isinstance(node, ast.Import):
-                pending += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                pending += [str(node.module), *(f"{node.module}.{a.name}" for a in node.names)]
-    return found
+def test_edited_docstrings_tokenize_nothing_again_and_a_raised_version_does(tmp_path):
+    model, data = write_model(tmp_path / "model"), write(tmp_path / "a.jsonl", rows(3))
+    package = Path(jax_sft.__file__).parent
+    copy = shutil.copytree(package, tmp_path / "copy" / "jax_sft")
+    code = (
+        "import sys\nfrom jax_sft import config\nfrom jax_sft.data import cache, chat\n"
+        "store = cache.open_or_build(config.source(sys.argv[2]), sys.argv[1], chat.Options(), "
+        "sys.argv[3], 1, stop_at_bad_row=True, progress=False)\nprint(cache.__file__, store.cached)"
+    )
+
+    def is_cached() -> bool:
+        ran = subprocess.run(
+            [sys.executable, "-c", code, str(model), str(data), str(tmp_path / "cache")],
+            cwd=copy.parent,
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert str(copy) in ran.stdout
+        return ran.stdout.split()[-1] == "True"
+
+    assert not is_cached()
+    for file in copy.rglob("*.py"):
+        file.write_text(file.read_text().replace('"""', '"""Edited. ', 1))
+    assert is_cached()
+    file = copy / Path(worker.__file__).relative_to(package)
+    version = f"TOKENS_VERSION = {worker.TOKENS_VERSION}"
+    assert version in file.read_text()
+    file.write_text(file.read_text().replace(version, version + "0"))
+    assert not is_cached()
+    assert len(stores(tmp_path / "cache")) == 2
 
 
 def test_a_moved_file_is_found_again_and_its_errors_name_the_new_place(build, tmp_path):
@@ -916,11 +925,21 @@ def test_a_process_that_fails_to_load_the_tokenizer_says_why(build, tmp_path, ta
     assert len(taken) == 2
 
 
-def test_processes_with_other_code_than_ours_are_refused(build, tmp_path, taken, monkeypatch):
-    monkeypatch.setitem(worker.CODE, "jax_sft.data.chat", "edited since")
+@pytest.mark.parametrize("what", ["a library", "a module"])
+def test_processes_with_other_code_than_ours_are_refused(build, tmp_path, taken, monkeypatch, what):
+    if what == "a library":
+        monkeypatch.setitem(worker.VERSIONS, "tokenizers", "before the update")
+    else:  # edited in the same place, without another version
+        time_ns, size = worker.SOURCES["jax_sft.data.chat"]
+        monkeypatch.setitem(worker.SOURCES, "jax_sft.data.chat", (time_ns - 1, size))
     with pytest.raises(ValueError, match="code of the program changed"):
         build(write(tmp_path / "a.jsonl", rows(2500)), num_workers=2)
     assert stores(tmp_path / "cache") == []
+
+
+def test_a_process_may_have_loaded_fewer_modules_than_ours(build, tmp_path, taken, monkeypatch):
+    monkeypatch.setitem(worker.SOURCES, "jax_sft.loaded_by_the_parent_only", (1, 1))
+    assert len(build(write(tmp_path / "a.jsonl", rows(3))).rows) == 3
 
 
 PROGRAM = """

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from jax_sft import cache_folder, regular
 from jax_sft.data import cache_room, chat, formats, read, worker
 from jax_sft.data.store import Damaged, Store, Writer, open_store, publish
+from jax_sft.data.worker import VERSIONS
 
 # Keys of a source that do not change its tokens: a moved file is found again.
 NOT_IN_KEY = ("path", "epochs", "weight")
@@ -212,7 +213,7 @@ def _key(request: _Request, progress: bool) -> str:
         "options": dataclasses.asdict(request.options),
         "max_row_bytes": request.max_row_bytes,
         "tokenizer": [[str(file.relative_to(folder)), contents[file]] for file in tokenizer_files],
-        "code": CODE,
+        "versions": VERSIONS,
     }
     # Not sorted: the order of keys within a template argument may show in the text.
     return hashlib.sha256(json.dumps(deciding, default=repr).encode()).hexdigest()
@@ -524,6 +525,3 @@ def _bar(request: _Request) -> tuple[tqdm, Callable[[read.Chunk], int]]:
         disable=not request.progress,
     )
     return bar, (lambda chunk: sum(map(len, chunk.payload)) + len(chunk.payload)) if plain else len
-
-
-CODE = worker.code_versions(__name__)  # of this module too: it decides what a store looks like

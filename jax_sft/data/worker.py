@@ -7,16 +7,14 @@ import collections
 import contextlib
 import dataclasses
 import gc
-import hashlib
 import importlib.metadata
 import itertools
 import os
 import platform
-import re
 import signal
 import sys
 import types
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +36,15 @@ LOADED_PER_S = 2_000_000  # bytes of a tokenizer's files
 RENDERED_PER_S = 1_000_000  # bytes
 BYTES_PER_BYTE = 200  # of memory, a token per byte
 LONG = 20  # messages
-LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow")
 
-# An import at the top of a module; all of ours are there. (Parsing would take 0.2 s of each start.)
-IMPORT = re.compile(r"^(?:from ([\w.]+) )?import (\([^)]*\)|.+)", re.MULTILINE)
+# Version of the tokens that this package makes of given data; part of the key of the token cache.
+# Raise it with every change after which any source may have other rows, tokens, weights, places or
+# refused rows than before, or after which the files of a store are laid out differently; all users'
+# data are then tokenized again. Leave it for anything else, reworded messages included. A test
+# compares a digest of the tokens of each format with tests/token_digests.json.
+TOKENS_VERSION = 1
+# Libraries whose update may change tokens: they tokenize, render templates and read files.
+LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +283,7 @@ class _Processes:
             for _ in range(self._num_workers):
                 self._processes.append(confined.take())
             self._not_begun = self._processes[1:]
-            self._send(self._processes[0], _begin, self._job, CODE)
+            self._send(self._processes[0], _begin, self._job, VERSIONS, SOURCES)
             undo.pop_all()
         return self
 
@@ -316,7 +319,7 @@ class _Processes:
                     number, chunk = working.pop(process)
                     done[number] = chunk, result
                     while self._not_begun:
-                        self._send(self._not_begun.pop(), _begin, self._job, CODE)
+                        self._send(self._not_begun.pop(), _begin, self._job, VERSIONS, SOURCES)
 
     def _send(self, process: confined.Process, function: Callable, *args: Any) -> None:
         try:
@@ -382,13 +385,48 @@ def _where(chunk: read.Chunk, row: int) -> str:
     return next(itertools.islice((record.where for record in read.parse(chunk)), row, None), "")
 
 
+# ---- versions -----------------------------------------------------------------------------------
+
+
+def _versions() -> dict[str, str]:
+    """Return the version of everything that decides the tokens of given data."""
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    # Python's own: its Unicode tables and its readers of JSON and CSV.
+    return {"tokens": str(TOKENS_VERSION), "python": platform.python_version()} | libraries
+
+
+def _sources() -> dict[str, tuple[int, int]]:
+    """Return {module: (time of its last change in ns, size)} of this package's loaded modules."""
+    package = __name__.partition(".")[0]
+    return {
+        name: _state(module.__file__)
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] == package and getattr(module, "__file__", None)
+    }
+
+
+def _state(file: Any) -> tuple[int, int]:
+    try:
+        found = os.stat(file)
+    except OSError:  # it was removed after it was loaded
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
+
+
+VERSIONS = _versions()
+# Taken now: the files may change while this process runs the old code. A process that it starts
+# after that would run the new code.
+SOURCES = _sources()
+
+
 # ---- in the process that tokenizes --------------------------------------------------------------
 
 _encoders: list[Encoder] = []  # of the source that is tokenized now
 
 
-def _begin(job: Job, code: dict[str, str]) -> None:
-    if code != CODE:
+def _begin(job: Job, versions: Mapping[str, str], sources: Mapping[str, tuple[int, int]]) -> None:
+    # The other process may have loaded more modules of this package than this one.
+    if versions != VERSIONS or not SOURCES.items() <= sources.items():
         raise ValueError("the code of the program changed since it started: start it again")
     _encoders.clear()
     _encoders.append(Encoder(job))
@@ -396,27 +434,3 @@ def _begin(job: Job, code: dict[str, str]) -> None:
 
 def _encode(chunk: read.Chunk) -> Tokenized:
     return _encoders[0].encode(chunk)
-
-
-def code_versions(module: str) -> dict[str, str]:
-    """Say what changes with the code: a hash of the source of a module and of each that it imports
-    of this package; the versions of the libraries and of Python itself (its Unicode tables).
-    """
-    package = __name__.partition(".")[0]
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    versions["python"] = platform.python_version()
-    pending = [module]
-    while pending:
-        name = pending.pop()
-        if name in versions or name not in sys.modules or name.partition(".")[0] != package:
-            continue
-        text = Path(str(sys.modules[name].__file__)).read_bytes()
-        versions[name] = hashlib.sha256(text).hexdigest()
-        for source, imported in IMPORT.findall(text.decode()):
-            names = re.findall(r"[\w.]+", imported)
-            pending += [source, *(f"{source}.{name}" for name in names)] if source else names
-    return dict(sorted(versions.items()))
-
-
-# Taken now: the text of a module may change while the process runs on with the old one.
-CODE = code_versions(__name__)
