@@ -6,7 +6,6 @@ A step holds two checkpointables, `params` and `optimizer`, and reads with plain
 `ocp.load_checkpointables(folder)`.
 """
 
-import concurrent.futures
 import math
 import shutil
 import threading
@@ -34,26 +33,27 @@ class Failed(RuntimeError):
 
 
 def _call(do: Callable[[], T]) -> T:
-    """Return what `do` returns.
-
-    Orbax raises whatever comes, at times a plain Exception in the place of what it was. A future
-    takes it all, and everything is handed on as one kind.
+    """Return what `do` returns, and raise whatever it raises as one kind of error.
 
     Raises:
         TimeoutError: it was raised.
         Failed: anything else was.
     """
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        future = pool.submit(do)
-        error = future.exception()
-    if error is None or isinstance(error, TimeoutError):
-        return future.result()
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = " ".join(f"{type(cause).__name__}: {cause}".split("[tensorstore_spec")[0].split())
+    try:
+        return do()
+    except TimeoutError:
+        raise
+    except Exception as error:  # Orbax raises any kind, at times a plain Exception for its cause
+        raise Failed(_first_cause(error)) from error
+
+
+def _first_cause(error: BaseException) -> str:
+    """Return the kind and the message of the error that began a chain, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(f"{type(error).__name__}: {error}".split("[tensorstore_spec")[0].split())
     text = plain_paths.shown(text)
-    raise Failed(text if len(text) <= 500 else text[:500] + " ...") from error
+    return text if len(text) <= 500 else text[:500] + " ..."
 
 
 def start_saving(
