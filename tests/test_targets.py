@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_sft import metrics
-from jax_sft.planning import chips, targets
+from jax_sft.planning import chips, hlo, hlo_collectives, hlo_loops, targets
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -78,7 +78,10 @@ def test_a_sharded_function_compiles_for_every_chip(name):
     step = jax.jit(jax.value_and_grad(loss), out_shardings=(whole, split))
     compiled = step.lower(w, x).compile(compiler_options=targets.compiler_options())
     text = compiled.as_text()
-    assert "all-gather-start" in text and "reduce-scatter" in text
+    module = hlo.parse(text)
+    collectives = hlo_collectives.collectives(module, hlo_loops.executions(module))
+    # Whether a gather blocks or has a start and a done depends on the chip and on jaxlib.
+    assert {"all-gather", "reduce-scatter"} <= {collective.kind for collective in collectives}
     assert "__cublas" in text and "__triton_gemm" not in text
     # Its shards of w, of x and of the gradient: 64 KiB, 512 KiB and 64 KiB, and a gathered w.
     assert 2 * 2**20 < compiled.memory_analysis().peak_memory_in_bytes < 16 * 2**20
