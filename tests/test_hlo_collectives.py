@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hlo_texts import NAMES, PER_LAYER, D, F, H, K, L, N, V, counts_of, module, module_of, text_of
 
-from jax_sft.planning import hlo_collectives, hlo_groups, hlo_loops
+from jax_sft.planning import hlo, hlo_collectives, hlo_groups, hlo_loops
 from jax_sft.planning.hlo_collectives import Collective, collectives
 from jax_sft.planning.hlo_kernels import Work
 
@@ -194,9 +194,32 @@ def test_modules_of_the_cpu():
     assert [c.wire_bytes for c in compiled] == [n * 128 * 128 * 4 * 7 / 8 for n in (1, 1, 2)]
 
 
+def test_the_compact_form_of_a_loop_has_the_trips_and_collectives_of_the_long_form():
+    assert [
+        (c.kind, c.dtypes, c.count, c.sliced, c.group_size, c.wire_bytes)
+        for c in found_in("cpu_partitioned_jax_0_12")
+    ] == [
+        ("all-gather", ("f32",), 6, False, 8, 128 * 128 * 4 * 7 / 8),
+        ("all-gather", ("f32",), 6, False, 8, 128 * 128 * 4 * 7 / 8),
+        ("all-reduce", ("f32",), 6, True, 8, 2 * 128 * 128 * 4 * 7 / 8),
+    ]
+
+
+def test_a_collective_in_an_asynchronous_kernel_is_between_the_start_and_the_done_of_that():
+    reduce, gather = found_in("part_of_an_axis_jax_0_12")
+    entry = module_of("part_of_an_axis_jax_0_12").computations["main.0_spmd"]
+    assert (reduce.kind, reduce.computation) == ("all-reduce", entry.name)
+    assert (reduce.blocking, reduce.exposed, reduce.overlap) == (False, True, Work())
+    assert (reduce.group_size, reduce.wire_bytes) == (4, 2 * 512 * 4 * 3 / 4)
+    assert reduce.window is not None
+    opcodes = [entry.instructions[place].opcode for place in reduce.window]
+    assert opcodes == ["fusion-start", "fusion-done"]
+    assert (gather.kind, gather.blocking, gather.group_size) == ("all-gather", True, 2)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_collective_of_the_text_is_left_out(name):
-    kinds = "|".join(hlo_collectives.KINDS)
+    kinds = "|".join(hlo.COLLECTIVES)
     lines = re.findall(rf" (?:{kinds})(?:-start)?\(", text_of(name))
     found = found_in(name)
     assert len(found) == len(lines)

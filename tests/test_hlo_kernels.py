@@ -119,6 +119,12 @@ custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="attention"}
         assert hlo_kernels.opaque_calls(module_of(name), counts_of(name)) == []
 
 
+def test_products_of_newer_text_are_those_of_the_program():
+    products = 6 * 4 * 2 * 128 * 1024 * 1024
+    assert flops_of("loops_and_scatter_jax_0_12") == products
+    assert flops_of("cpu_partitioned_jax_0_12") == 6 * 4 * 2 * 128 * 128 * 128
+
+
 # ---- bytes and buffers -------------------------------------------------------------------------
 
 
@@ -215,3 +221,23 @@ def test_offloaded_buffers_are_told_from_those_of_the_device():
     found = hlo_kernels.buffers(module_of("offload"))
     assert {b.dims for b in found if b.on_host} == {(6, 256, 1024)}
     assert (6, 256, 1024) not in {b.dims for b in found if not b.on_host}
+
+
+def test_an_asynchronous_kernel_moves_what_the_kernel_moves_and_a_collective_in_one_nothing():
+    read, counts = module_of("loops_and_scatter_jax_0_12"), counts_of("loops_and_scatter_jax_0_12")
+    body = read.computations["region_0.1_spmd"]
+    moved = {
+        instruction.name: hlo_kernels.work(read, counts, body, instruction).bytes
+        for instruction in body.instructions
+        if instruction.base == "fusion" and instruction.opcode != "fusion"
+    }
+    layer, index = 128 * 1024 * 4, 4
+    assert moved == {
+        "fusion-start.3": 2 * layer + index,  # reads one layer of a stack and writes it
+        "fusion-start.4": 2 * layer + index,  # writes one into a stack
+        "fusion-done.3": 0,
+        "fusion-done.4": 0,
+    }
+    read, counts = module_of("part_of_an_axis_jax_0_12"), counts_of("part_of_an_axis_jax_0_12")
+    entry = read.computations[read.entry]
+    assert hlo_kernels.computation_work(read, counts, entry) == hlo_kernels.Work()

@@ -32,6 +32,18 @@ PER_ELEMENT = frozenset(
 )
 
 
+# Instructions that move data between devices. A kernel that holds one is communication.
+COLLECTIVES = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
 @dataclass(frozen=True)
 class Shape:
     """One array. `layout` is what stands in the braces: minor-to-major order, tiles, memory."""
@@ -276,7 +288,7 @@ def _instruction(line: str, number: int) -> Instruction:
 
 
 def _operand(text: str) -> str:
-    """`%a`, `a` and `f32[8]{0} %a` are all a."""
+    """`%a`, `a` and `f32[8]{0} %a` are all a; `%a#1` is a#1."""
     return text.rpartition(" ")[2].removeprefix("%")
 
 
@@ -290,17 +302,46 @@ def _end_of_operands(rest: str, number: int) -> int:
 
 
 def _computation(name: str, instructions: list[Instruction]) -> Computation:
-    computation = Computation(name, tuple(instructions))
+    computation = Computation(name, tuple(_with_elements(instructions)))
     roots = sum(instruction.is_root for instruction in instructions)
-    if roots != 1 or len(computation.by_name) != len(instructions):
+    if roots != 1 or len(computation.by_name) != len(computation.instructions):
         raise ValueError(f"HLO computation {name} has {roots} roots or two instructions of a name")
-    for instruction in instructions:
+    for instruction in computation.instructions:
         for operand in instruction.operands:
             if operand not in computation.by_name:
                 raise ValueError(
                     f"{instruction.name} of {name} reads {operand}, which is not there"
                 )
     return computation
+
+
+def _with_elements(instructions: list[Instruction]) -> Iterator[Instruction]:
+    """Write out the get-tuple-elements of the compact form, each before its first reader.
+
+    Dumps of jaxlib 0.11 and newer (XLA's flag xla_dump_compact_gte) have no line for them: the
+    operand `a#1` is element 1 of the tuple a, and `a#1#0` is element 0 of that.
+    """
+    by_name: dict[str, Instruction] = {}
+    for instruction in instructions:
+        for operand in instruction.operands:
+            source, *indices = operand.split("#")
+            for index in indices:
+                name = f"{source}#{index}"
+                if name not in by_name and source in by_name:
+                    element = _element(by_name[source], name, index)
+                    by_name[name] = element
+                    yield element
+                source = name
+        by_name[instruction.name] = instruction
+        yield instruction
+
+
+def _element(source: Instruction, name: str, index: str) -> Instruction:
+    types = source.type if isinstance(source.type, tuple) else ()
+    if not index.isdecimal() or int(index) >= len(types):
+        raise ValueError(f"{name} is not an element of a tuple: {source.name} is {source.type}")
+    type_, attributes = types[int(index)], f"index={index}"
+    return Instruction(name, type_, "get-tuple-element", (source.name,), "", attributes, False)
 
 
 def _check_callees(computations: dict[str, Computation]) -> None:

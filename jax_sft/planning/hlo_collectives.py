@@ -6,7 +6,7 @@ In: a Module and its `executions`. All bytes are of one device and one execution
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from jax_sft.planning.hlo import Computation, Instruction, Module, Shape
+from jax_sft.planning.hlo import COLLECTIVES, Computation, Instruction, Module, Shape
 from jax_sft.planning.hlo_groups import (
     Groups,
     axis_of,
@@ -17,15 +17,6 @@ from jax_sft.planning.hlo_groups import (
 )
 from jax_sft.planning.hlo_kernels import Work, work
 
-KINDS = (
-    "all-gather",
-    "reduce-scatter",
-    "all-reduce",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
 # Kinds whose groups may be numbered by replica or by partition, as two attributes say.
 _BY_ATTRIBUTES = ("all-gather", "reduce-scatter", "all-reduce")
 
@@ -111,7 +102,7 @@ def collectives(module: Module, executions: Mapping[str, float]) -> list[Collect
         callee: (computation, instruction)
         for computation in module.computations.values()
         for instruction in computation.instructions
-        if instruction.opcode == "async-start"
+        if instruction.opcode in ("async-start", "fusion-start")
         for callee in instruction.callees
     }
     found = []
@@ -153,7 +144,7 @@ def _is_collective(instruction: Instruction) -> bool:
     host = instruction.attributes_text.find("is_host_transfer=true") >= 0
     if instruction.opcode in ("send", "recv") and not host:
         raise ValueError(f"{instruction.name} is a {instruction.opcode}: its bytes are not counted")
-    return instruction.base in KINDS and not instruction.opcode.endswith(("-done", "-update"))
+    return instruction.base in COLLECTIVES and not instruction.opcode.endswith(("-done", "-update"))
 
 
 def _collective(

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from jax_sft.planning.hlo import Computation, Instruction, Module, Shape
+from jax_sft.planning.hlo import COLLECTIVES, Computation, Instruction, Module, Shape
 
 CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
 CUDNN_CONVOLUTION = "__cudnn$convForward"
@@ -26,8 +26,7 @@ _RENAMES = frozenset(
 )
 # Opcodes that are no kernel either.
 _COMMUNICATION = frozenset(
-    """all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all collective-permute
-    collective-broadcast send recv infeed outfeed partition-id replica-id""".split()
+    (*COLLECTIVES, "send", "recv", "infeed", "outfeed", "partition-id", "replica-id")
 )
 _SLICES = ("slice", "dynamic-slice", "gather")
 
@@ -154,7 +153,8 @@ def work(
     """Return the work of one execution of an instruction, all that it calls included.
 
     A fusion with a matrix product in it counts by its FLOPs, any other by what it reads and writes:
-    of an operand that it only slices, the slice.
+    of an operand that it only slices, the slice. A fusion around a collective is communication and
+    counts as no work.
 
     Raises:
         ValueError: a loop or branch whose computation another instruction calls as well, which
@@ -178,6 +178,8 @@ def work(
             return inner
         if inner.flops:
             return Work(flops=inner.flops)
+        if any(i.opcode in COLLECTIVES for i in callee.instructions):
+            return Work()
         on_host = any(shape.on_host for shape in instruction.shapes)
         return Work() if on_host else Work(bytes=_fusion_bytes(callee))
     return Work(bytes=_bytes(computation, instruction))
