@@ -4,7 +4,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax_sft import cluster, manifest
+from jax_sft import cluster
+from jax_sft.text import at_most
 
 TIMEOUT_S = 600  # for one process to look through a folder, or for the others to read their part
 
@@ -31,7 +32,7 @@ def from_first(what: str, ask: Callable[[], Any]) -> Any:
 
 def gather(what: str, problems: Sequence[str], timeout_s: float = TIMEOUT_S) -> list[str]:
     """Return the problems of all processes, each once; it names who has it where not all do."""
-    mine = json.dumps(manifest.shown(problems, 50))
+    mine = json.dumps(at_most(problems, 50))
     everyone = [json.loads(text) for text in cluster.exchange(what, mine, timeout_s)]
     who: dict[str, list[int]] = {}
     for process, theirs in enumerate(everyone):

@@ -31,6 +31,7 @@ from jax_sft import (
 )
 from jax_sft.resume import FORMAT_VERSION, Found, Resume, named, nested
 from jax_sft.state import TrainState
+from jax_sft.text import at_most
 from jax_sft.vocabulary import Vocabulary
 
 PAUSES_S = (0, 2, 5)  # before each try of a save that is waited for
@@ -160,7 +161,7 @@ class Checkpoints:
         if changed:
             raise ValueError(
                 f"the checkpoints in {self._folder} belong to other weights than model.path has: "
-                f"{', '.join(manifest.shown(changed))} differ. Use the model that the run began "
+                f"{', '.join(at_most(changed))} differ. Use the model that the run began "
                 "with, or choose another workdir"
             )
 
@@ -411,7 +412,7 @@ class Checkpoints:
         present = steps.present(self._folder)
         kept = f"step {present[0]} stays the newest that is stored" if present else "none is stored"
         self._say(f"WARNING step {step} could NOT be saved to {self._folder}{free}; {kept}:")
-        for problem in manifest.shown(problems):
+        for problem in at_most(problems):
             self._say(f"WARNING   {problem}")
 
 

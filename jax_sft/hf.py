@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from jax_sft import parallel, paths, regular, steps, strict_json, vocabulary
 from jax_sft.models.spec import Weight
+from jax_sft.text import at_most
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -282,8 +283,8 @@ def check(
             f"{name} {wanted[name]} is missing{hint if name == 'lm_head.weight' else ''}"
         )
     if problems:
-        shown = problems[:50] + [f"... and {len(problems) - 50} more"] * (len(problems) > 50)
-        raise ValueError(f"{folder} does not fit its config.json:\n  " + "\n  ".join(shown))
+        lines = "\n  ".join(at_most(problems, 50))
+        raise ValueError(f"{folder} does not fit its config.json:\n  {lines}")
     return {name: found[name] for name in wanted}
 
 

@@ -20,7 +20,6 @@ from jax_sft import (
     hf,
     hf_write,
     lora,
-    manifest,
     model_files,
     models,
     nf4,
@@ -36,6 +35,7 @@ from jax_sft import (
 )
 from jax_sft.model import ModelDef
 from jax_sft.models.spec import Weight
+from jax_sft.text import at_most
 
 SHARD_BYTES = 5_000_000_000
 OF_RUN = "export"  # in the folder of a run
@@ -174,7 +174,7 @@ def of_run(
     old = sums.read(out)
     if old and old.kind == outputs.EXPORT and old.about == planned.about(tokenizer_eos):
         problems = sums.check(out, old, hashes=False)
-        note = f" ({'; '.join(manifest.shown(problems, 5))})" if problems else ""
+        note = f" ({'; '.join(at_most(problems, 5))})" if problems else ""
         say(f"{out} holds step {planned.step} already, and is left alone{note}")
         return out
     check_of_run(workdir, say)

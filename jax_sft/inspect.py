@@ -40,6 +40,7 @@ from jax_sft.data import check, outcomes, packing, prepare, show
 from jax_sft.data.detokenize import Detokenizer
 from jax_sft.data.examples import Examples
 from jax_sft.data.loader import Schedule
+from jax_sft.text import numbered
 
 EXIT_REFUSED = 1
 MOST_LEFT_OUT = 500  # refused and dropped rows listed per source; the dump has all
@@ -70,7 +71,7 @@ def inspect(cfg: config.Config, options: Options, color: bool) -> int:
         ValueError: a config or a source of which nothing can be shown.
     """
     if problems := check.problems(cfg.data):
-        raise ValueError(outcomes.listed("the config has {} problem(s)", problems))
+        raise ValueError(numbered("the config has {} problem(s)", problems))
     html = options.html and outputs.check_file(options.html, outputs.is_page, "--html")
     dump = options.dump and outputs.check_file(options.dump, is_dump, "--dump")
     folder = hf.resolve(cfg.model.path, cfg.model.revision, weights=False)

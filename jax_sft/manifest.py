@@ -11,7 +11,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -277,8 +277,3 @@ def sha256_of(folder: Path, paths: Iterable[str], progress: str = "") -> dict[st
 def _sha256(file: Path) -> str:
     with open(file, "rb", buffering=0) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def shown(problems: Sequence[str], most: int = 20) -> list[str]:
-    """Return at most so many lines, and how many more there are."""
-    return [*problems[:most], *([f"... and {len(problems) - most} more"] * (len(problems) > most))]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from jax_sft import hf, manifest, steps
 from jax_sft.data import chat_templates
+from jax_sft.text import at_most
 
 NAME = hf.KEPT
 DTYPES_FILE = "tensor_dtypes.json"
@@ -95,7 +96,7 @@ def verify(folder: Path) -> manifest.Check:
     if found.problems:
         steps.refuse_older_format(folder)
         raise ValueError(
-            f"{kept} is not as it was written: {'; '.join(manifest.shown(found.problems))}. "
+            f"{kept} is not as it was written: {'; '.join(at_most(found.problems))}. "
             "Restore it from a backup, or move it elsewhere: training writes it again from "
             "model.path"
         )

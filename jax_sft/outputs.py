@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_sft import manifest, owner, paths, sums
+from jax_sft.text import at_most
 
 EXPORT, CONVERSION = "export", "conversion"
 _OWNER = "owner.json"  # in the folder that an unfinished output is written in
@@ -295,7 +296,7 @@ def _with_article(kind: str) -> str:
 
 
 def _listed(lines: Sequence[str]) -> str:
-    return "; ".join(manifest.shown(lines, _SHOWN))
+    return "; ".join(at_most(lines, _SHOWN))
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from jax_sft import hf, lora, parallel, patterns
 from jax_sft.model import ModelDef
 from jax_sft.models.spec import Weight
+from jax_sft.text import at_most
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -130,7 +131,7 @@ def _modules(folder: Path) -> dict[str, int]:
         raise ValueError(f"{folder} has no {WEIGHTS}: {reason}")
     headers, problems = hf.read_headers(folder)
     if problems:
-        raise ValueError(f"{folder}: {'; '.join(problems)}")
+        raise ValueError(f"{folder}: {'; '.join(at_most(problems))}")
     return {
         lora.target_of(name): tensor.shape[0] if tensor.shape else 0
         for name, tensor in headers.items()

@@ -19,7 +19,6 @@ from jax_sft import (
     command,
     config,
     fingerprint,
-    manifest,
     model_files,
     steps,
     storage,
@@ -27,6 +26,7 @@ from jax_sft import (
 )
 from jax_sft.data import chat_templates
 from jax_sft.state import TrainState
+from jax_sft.text import at_most
 
 FORMAT_VERSION = 2
 _PLACE = re.compile(r"(params/|optimizer/|)((?:\d+\.)*)(.*)", re.DOTALL)
@@ -185,7 +185,7 @@ class Resume:
         )
         self._bad.append(aside)
         self._say(f"WARNING checkpoint step {step} is damaged and NOT used; kept as {aside}:")
-        for line in manifest.shown(problems):
+        for line in at_most(problems):
             self._say(f"WARNING   {line}")
         if self._untried:
             self._say(f"WARNING trying the step before it, {self._untried[0]}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jax_sft import manifest
+from jax_sft.text import at_most
 
 INCOMPLETE = ".incomplete"
 CORRUPT = ".corrupt"
@@ -237,12 +238,12 @@ def misfits(
         for name, shape in wanted.items()
         if name in arrays and cut(name, arrays[name]["shape"]) != tuple(shape)
     ]
-    return "; ".join(manifest.shown(sorted(problems)))
+    return "; ".join(at_most(sorted(problems)))
 
 
 def damaged(folder: Path, step: int, problems: Sequence[str]) -> str:
     """Say what is wrong with a step, and which others there are."""
-    lines = "\n  ".join(manifest.shown(problems))
+    lines = "\n  ".join(at_most(problems))
     others = present(folder)[::-1]
     return f"{folder / str(step)} is damaged:\n  {lines}\nThe steps are {others}: choose --step"
 

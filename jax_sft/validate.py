@@ -29,6 +29,7 @@ from jax_sft.data import check
 from jax_sft.model import ModelDef
 from jax_sft.models.spec import Weight
 from jax_sft.ops.attention import BACKENDS, resolve
+from jax_sft.text import numbered
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -114,8 +115,7 @@ def validate(cfg, num_devices: int, planned_for: tuple[int, ...] | None = None) 
     if planned_for is None:
         problems += check.problems(cfg.data)
     if problems:
-        lines = "\n".join(f"  {number}. {text}" for number, text in enumerate(problems, start=1))
-        raise ValueError(f"the config has {len(problems)} problem(s):\n{lines}")
+        raise ValueError(numbered("the config has {} problem(s)", problems))
     assert folder and sizes and attention
     return Resolved(folder, family, model_cfg, sizes, micro_rows, attention, adapters)
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax_sft import hf, models
 from jax_sft.data import cache, confined, losses, prepare
 from jax_sft.models.fields import size
+from jax_sft.text import numbered
 
 EVAL = "eval/"  # before the names of eval sets
 
@@ -169,7 +170,7 @@ def open_sources(data: Any, folder: Path) -> list[Source]:
         report = {"path": source.path} | prepare.describe(store, fit, data)
         found.append(Source(name, store, fit, data.seq_len, report))
     if problems:
-        raise ValueError(listed("{} source(s) cannot be read", problems))
+        raise ValueError(numbered("{} source(s) cannot be read", problems))
     return found
 
 
@@ -248,9 +249,3 @@ def verdict(data: Any, sources: Sequence[Source], refused: Sequence[str]) -> lis
     lines += [f"WARNING {line}" for line in warnings(data, sources)]
     lines += [f"training would refuse {reason}" for reason in refused]
     return lines if refused else [*lines, "training would refuse nothing"]
-
-
-def listed(heading: str, problems: Sequence[str]) -> str:
-    """All problems as one message."""
-    lines = [f"\n  {number}. {text}" for number, text in enumerate(problems, start=1)]
-    return heading.format(len(problems)) + ":" + "".join(lines)
