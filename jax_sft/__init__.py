@@ -18,7 +18,8 @@ __version__ = "0.1.0"  # pyproject.toml reads it here
 
 BEGAN_S = time.perf_counter()  # about when the process began, where one of our programs is run
 
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+_PROGRAM = os.path.basename(sys.argv[0]) if sys.argv else ""
+if _PROGRAM in ("-m", "jax-sft") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # One of our programs is about to be loaded: until `lifecycle.begin`, Ctrl-C prints nothing.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -26,12 +27,12 @@ if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 # Loaded on first use: config files and tokenizing processes must not wait for JAX.
-_HOMES = {"load": "jax_sft.inference", "export": "jax_sft.hf_export", "train": "jax_sft.train"}
+_HOMES = {"load": "jax_sft.inference", "export": "jax_sft.export", "train": "jax_sft.train"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'jax_sft' has no attribute {name!r}")
     home = importlib.import_module(_HOMES[name])
-    # The submodule `train` is callable itself: importing it binds its name to the module.
-    return home if name == "train" else getattr(home, name)
+    # Submodules of these names are callable: importing them binds their names to the modules.
+    return home if _HOMES[name] == f"jax_sft.{name}" else getattr(home, name)

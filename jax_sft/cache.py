@@ -24,7 +24,9 @@ DAY_S = 24 * 3600
 def main() -> int:
     """List or clear what is asked for; return the exit code."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=lifecycle.program(),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dir", default="", help="data.cache_dir, where it is set")
     parser.add_argument("--clear", action="store_true", help="remove what is listed")

@@ -65,7 +65,7 @@ def again(changes: Mapping[str, Any]) -> str:
     if not sys.argv[0].endswith("/jax_sft/train.py") or os.environ.get("JAX_SFT_NUM_PROCESSES"):
         return f"the same command with {options}"
     given = " ".join(_quoted(*arg.partition("=")[::2]) for arg in sys.argv[1:])
-    return f"python -m jax_sft.train {given} {options}"
+    return f"{lifecycle.program()} {given} {options}"
 
 
 def _quoted(option: str, value: str) -> str:

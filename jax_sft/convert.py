@@ -1,35 +1,34 @@
 """Write a Hugging Face model folder as a checkpoint of its parameters.
 
-    python scripts/convert_hf.py --model=FOLDER_OR_HUB_ID --out=DIR [--dry-run]
+    python -m jax_sft.convert --model=FOLDER_OR_HUB_ID --out=DIR [--dry-run]
 
 Training starts from it with --config.model.path=DIR: each process then reads only its own shards,
 which clusters that start often gain from. Weights keep their own dtype unless --dtype is given.
-scripts/export_hf.py --checkpoint=DIR makes a model folder of it again. No GPU is used, and under
-4 GiB of memory, whatever the size of the model.
+`python -m jax_sft.export --checkpoint=DIR` makes a model folder of it again. No GPU is used, and
+under 4 GiB of memory, whatever the size of the model.
 """
 
 import argparse
 import os
 import sys
-from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-# JAX reads its platform, and Python finds the package, by the two lines above: hence E402.
-from jax_sft import lifecycle  # noqa: E402
+from jax_sft import lifecycle
 
 if __name__ == "__main__":
     lifecycle.begin()
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported
 
-from absl import logging  # noqa: E402
+from absl import logging
 
-from jax_sft import exit_codes, hf, hf_convert, storage  # noqa: E402
+from jax_sft import exit_codes, hf, hf_convert, storage
 
 
 def main() -> int:
+    """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=lifecycle.program(),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="a model folder, or a hub id: downloaded")
     parser.add_argument("--revision", default="", help="commit or tag of a hub id [main]")

@@ -155,7 +155,9 @@ def check_collectives(findings: Findings, num_bytes: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=lifecycle.program(),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--workdir", default="runs", help="a folder that all hosts share [runs]")
     parser.add_argument("--megabytes", type=int, default=64, help="to move in each test [64]")

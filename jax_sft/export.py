@@ -1,6 +1,6 @@
 """Write a checkpoint of a run as a Hugging Face folder.
 
-    python scripts/export_hf.py --checkpoint=RUN --out=DIR [--step=N]
+    python -m jax_sft.export --checkpoint=RUN --out=DIR [--step=N]
         [--dry-run] [--verify] [--push-to-hub=NAMESPACE/NAME]
 
 --out must be new or empty; with --overwrite it may also be an older export that nobody changed.
@@ -22,20 +22,17 @@ import argparse
 import os
 import re
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-# JAX reads its platform, and Python finds the package, by the two lines above: hence E402.
-from jax_sft import lifecycle  # noqa: E402
+from jax_sft import lifecycle
 
 if __name__ == "__main__":
     lifecycle.begin()
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported
 
-from jax_sft import exit_codes, hf, hf_export, hub, paths, steps  # noqa: E402
-from scripts import verify_export  # noqa: E402
+from jax_sft import exit_codes, hf, hf_export, hf_verify, hub, paths, steps
 
 
 def parse_bytes(text: str) -> int:
@@ -49,12 +46,14 @@ def parse_bytes(text: str) -> int:
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=lifecycle.program(),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--checkpoint",
         required=True,
-        help="a run, or a step of it, or made by scripts/convert_hf.py",
+        help="a run, or a step of it, or what `convert` wrote",
     )
     parser.add_argument("--out", default="", help="the folder to write: new, or empty")
     parser.add_argument("--step", type=int, default=None, help="which step [the newest]")
@@ -112,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
         chosen["step"] = planned.step  # also if a newer one comes meanwhile
         if options.dry_run:
             return planned, None
-        if options.verify and (problem := verify_export.missing(planned)):
+        if options.verify and (problem := hf_verify.missing(planned)):
             raise ValueError(problem)
         if options.push_to_hub:
             hub.check(options.push_to_hub)
@@ -128,10 +127,10 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join(planned.lines()))
         return exit_codes.DONE
     print(f"wrote {out}")
-    if options.verify and verify_export.check_files(out):
+    if options.verify and hf_verify.check_files(out):
         return exit_codes.BAD_DATA
     if options.verify:
-        difference, most, answer = verify_export.compare(planned, out)
+        difference, most, answer = hf_verify.compare(planned, out)
         same = difference <= most  # false for NaN
         print(answer.line)
         print(
@@ -145,7 +144,18 @@ def run(options: argparse.Namespace) -> int:
     return exit_codes.DONE
 
 
+class _CallableModule(types.ModuleType):
+    """Lets `jax_sft.export` be both this module and the function, whichever is asked for first."""
+
+    def __call__(self, *args: Any, **options: Any) -> Path:
+        return hf_export.export(*args, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+
 def main() -> int:
+    """The command line."""
     options = parse()
     try:
         return run(options)

@@ -63,7 +63,7 @@ _COMPUTED = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 def resolve(path: str, revision: str = "", weights: bool = True) -> Path:
     """Return the local folder of a model: `path` itself, or a download of the hub id `path`.
 
-    Of a run, its checkpoint folder or a step, and of what scripts/convert_hf.py makes, it is what
+    Of a run, its checkpoint folder or a step, and of what `convert` makes, it is what
     that keeps of the model; see `pretrained` and `step_of` for the weights.
 
     Args:

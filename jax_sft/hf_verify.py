@@ -1,47 +1,31 @@
-"""Check the files of an export, its logits under transformers, and whether its answers end.
+"""Check an export: its files, its logits under transformers, and whether its answers end.
 
-    python scripts/verify_export.py --export=DIR
-
-compares every file with the SHA256SUMS that was written last (`sha256sum -c` does so too, but names
-no foreign files). It takes what export_hf.py and convert_hf.py wrote, or a run with an export.
-Exit code 0: all is as it was written; 1: it is not, each file is named; 64: nothing to check.
-
-export_hf.py --verify does this first, and compares the logits with ours. Both compute in float32,
-one after the other: 4 bytes of memory per parameter. Our weights are rounded to the dtypes of the
-export first, so that what is left is the order of sums alone, whatever dtypes are exported. One
-answer is generated as transformers does it by default, with the export's own generation config.
+Both models compute in float32, one after the other: 4 bytes of memory per parameter. Our weights
+are rounded to the dtypes of the export first, so that what is left is the order of sums alone,
+whatever dtypes are exported. One answer is generated as transformers does it by default, with the
+export's own generation config.
 """
 
-import argparse
 import dataclasses
 import importlib.util
-import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import jax.numpy as jnp
+import jinja2
+import numpy as np
 
-# JAX reads its platform, and Python finds the package, by the lines above: hence E402.
-import jax.numpy as jnp  # noqa: E402
-import jinja2  # noqa: E402
-import numpy as np  # noqa: E402
-
-from jax_sft import (  # noqa: E402
+from jax_sft import (
     exit_codes,
     hf,
-    hf_export,
     inference,
     parallel,
-    paths,
     stop_tokens,
     sums,
     trainable,
 )
-from jax_sft.hf_export import Plan  # noqa: E402
+from jax_sft.hf_export import Plan
 
 EXIT_CHANGED = 1
 SHAPE = (2, 48)  # rows and tokens
@@ -103,9 +87,7 @@ def check_files(folder: Path) -> int:
         OSError: a file cannot be read.
     """
     if not (folder / sums.NAME).exists():
-        raise ValueError(
-            f"{folder} has no {sums.NAME}: it is not what export_hf.py or convert_hf.py wrote"
-        )
+        raise ValueError(f"{folder} has no {sums.NAME}: it is not what `export` or `convert` wrote")
     if not (listed := sums.read(folder)):
         print(f"{folder / sums.NAME} is damaged, or another program wrote it")
         return EXIT_CHANGED
@@ -205,23 +187,3 @@ def generated(model: Any, tokenizer: Any, turn_ends: Mapping[int, int]) -> Answe
     names = dict(zip(missed, tokenizer.convert_ids_to_tokens(missed), strict=True))
     runs_on = stop_tokens.shown(missed, names, {}) if missed else ""
     return Answer(tokenizer.decode(found), tuple(found), tuple(stops), runs_on)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--export", required=True, help="a folder that was exported or converted")
-    options = parser.parse_args()
-    try:
-        folder = paths.local(options.export, "--export")
-        of_run = folder / hf_export.OF_RUN
-        is_run = not (folder / sums.NAME).exists() and (of_run / sums.NAME).exists()
-        return check_files(of_run if is_run else folder)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_codes.USER_ERROR
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -22,6 +22,7 @@ from jax_sft.launching.output import STDOUT, Printer
 from jax_sft.launching.supervisor import Options, Supervisor
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "launch.sh"  # of a clone; a wheel has none
 EXAMPLES = """\
   scripts/launch.sh --config=configs/tiny.py                  one process drives all local GPUs
   scripts/launch.sh --nproc=8 --config=...                    several processes share them
@@ -49,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """Define the launcher's options."""
     found = Parser(
-        prog="scripts/launch.sh",
+        prog=name if (name := lifecycle.program()).startswith("jax-sft") else "scripts/launch.sh",
         description="Starts a training on one or many hosts, and restarts it when one is lost.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -187,7 +188,7 @@ def by_ssh(options: argparse.Namespace, rest: list[str]) -> int:
         nproc=options.nproc,
         address=address,
         ssh=shlex.split(options.ssh),
-        root=ROOT,
+        launcher=[str(SCRIPT)] if SCRIPT.exists() else [options.python, "-m", "jax_sft.launch"],
         folder=Path.cwd(),
         environ=os.environ,
     )

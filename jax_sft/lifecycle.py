@@ -213,6 +213,16 @@ def typed() -> str:
     return os.environ.get("JAX_SFT_TYPED") or shlex.join(sys.orig_argv)
 
 
+def program() -> str:
+    """Return the name of this program as it was called: "jax-sft train", "python -m jax_sft.train".
+
+    The command `jax-sft` leaves the line that was typed in JAX_SFT_TYPED.
+    """
+    verb = Path(sys.argv[0]).stem
+    is_short = os.environ.get("JAX_SFT_TYPED", "").startswith("jax-sft ")
+    return f"jax-sft {verb}" if is_short else f"python -m jax_sft.{verb}"
+
+
 def shows_traceback() -> bool:
     """Whether JAX_SFT_TRACEBACK asks for tracebacks as well as one line."""
     return bool(os.environ.get("JAX_SFT_TRACEBACK"))

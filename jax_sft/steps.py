@@ -161,7 +161,7 @@ def refuse_older_format(folder: Path) -> None:
             raise ValueError(
                 f"{folder / str(step)} is a checkpoint of format 1, which was read until commit "
                 f"{LAST_OF_FORMAT_1} of jax_sft: export it with that version "
-                "(scripts/export_hf.py), and use the export as model.path, or choose another "
+                "(jax-sft export), and use the export as model.path, or choose another "
                 "workdir"
             )
 

@@ -1,10 +1,15 @@
-"""Check the files of a run's checkpoints, and name what is wrong.
+"""Check the files of a run's checkpoints or of an export, and name what is wrong.
 
-    python scripts/verify_checkpoint.py --checkpoint=RUN [--step=N] [--full]
+    python -m jax_sft.verify --checkpoint=RUN [--step=N] [--full]
+    python -m jax_sft.verify --export=DIR
 
-Compares all sizes, and the sha256 of files below 1 MiB, with the manifests that the run wrote. With
---full the sha256 of every file, and then the checksum of every array, read in blocks. Changes
-nothing. Exit code 0: all good; 1: something is damaged; 64: there is nothing to check.
+Of checkpoints it compares all sizes, and the sha256 of files below 1 MiB, with the manifests that
+the run wrote. With --full the sha256 of every file, and then the checksum of every array, read in
+blocks. Of what `export` and `convert` wrote, or of a run with an export, it compares every file
+with the SHA256SUMS that was written last (`sha256sum -c` does so too, but names no foreign files).
+
+Changes nothing. Exit code 0: all good; 1: something is damaged, each file is named; 64: there is
+nothing to check.
 """
 
 import argparse
@@ -13,18 +18,24 @@ import sys
 import time
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-# JAX reads its platform, and Python finds the package, by the two lines above: hence E402.
-from jax_sft import lifecycle  # noqa: E402
+from jax_sft import lifecycle
 
 if __name__ == "__main__":
     lifecycle.begin()
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported
 
-from tqdm import tqdm  # noqa: E402
+from tqdm import tqdm
 
-from jax_sft import model_files, paths, steps, storage  # noqa: E402
+from jax_sft import (
+    exit_codes,
+    hf_export,
+    hf_verify,
+    model_files,
+    paths,
+    steps,
+    storage,
+    sums,
+)
 
 
 def problems_of(folder: Path, step: int, full: bool) -> tuple[list[str], list[str], str]:
@@ -51,7 +62,7 @@ def verify(folder: Path, step: int | None, full: bool) -> int:
     if not present or (step is not None and step not in present):
         wanted = "steps" if step is None else f"step {step}"
         print(f"error: {folder} has no {wanted}; it has {present}", file=sys.stderr)
-        return 64
+        return exit_codes.USER_ERROR
     bad = 0
     began = time.monotonic()
     for number in present if step is None else [step]:
@@ -75,22 +86,38 @@ def verify(folder: Path, step: int | None, full: bool) -> int:
     return 1 if bad else 0
 
 
+def verify_export(folder: Path) -> int:
+    """Compare an export, or that of a run, with its SHA256SUMS; return the exit code."""
+    in_run = folder / hf_export.OF_RUN
+    is_run = not (folder / sums.NAME).exists() and (in_run / sums.NAME).exists()
+    return hf_verify.check_files(in_run if is_run else folder)
+
+
 def main() -> int:
+    """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=lifecycle.program(),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--checkpoint", required=True, help="a run, its checkpoint folder or a step"
-    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", help="a run, its checkpoint folder or a step")
+    what.add_argument("--export", help="a folder that was exported or converted, or its run")
     parser.add_argument("--step", type=int, default=None, help="which step [all]")
     parser.add_argument("--full", action="store_true", help="read all files and all arrays")
     options = parser.parse_args()
+    if options.export and (options.full or options.step is not None):
+        parser.error("--step and --full belong to --checkpoint; of an export all files are read")
+    # An export that cannot be read is the user's to mend; of a run `lifecycle` decides.
+    expected = (ValueError, OSError) if options.export else ValueError
     try:
+        if options.export:
+            return verify_export(paths.local(options.export, "--export"))
         folder = paths.local(options.checkpoint, "--checkpoint")
         return verify(*steps.locate(folder, options.step), options.full)
-    except ValueError as error:
+    except expected as error:
         print(f"error: {error}", file=sys.stderr)
-        return 64
+        return exit_codes.USER_ERROR
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ from jax_sft import (
     state,
     steps,
     storage,
+    verify,
     vocabulary,
 )
 from jax_sft.models.spec import Weight
-from scripts import verify_checkpoint
 from scripts.faults import damage
 
 # What Orbax leaves behind when files are damaged raises again as it is collected.
@@ -163,7 +163,7 @@ def test_a_save_below_any_name_reads_back_and_moves(tmp_path, name):
     (tmp_path / name).rename(tmp_path / "moved")  # nothing stored names the folder
     step, state, _ = resume(tmp_path / "moved" / "checkpoints")
     assert step == NEW and damage.same(STATE, state)
-    assert verify_checkpoint.problems_of(tmp_path / "moved" / "checkpoints", NEW, True)[0] == []
+    assert verify.problems_of(tmp_path / "moved" / "checkpoints", NEW, True)[0] == []
 
 
 def test_a_name_that_cannot_be_stored_under_is_refused_at_the_start(tmp_path, monkeypatch):
@@ -210,7 +210,7 @@ def test_training_goes_on_beside_a_save_and_does_not_change_it(tmp_path):
     checkpoints.close()
     assert checkpoints.saved_step == 4 and checkpoints.failures == 0
     for step in (4, 3, 2, 1):
-        assert verify_checkpoint.problems_of(tmp_path, step, full=True)[:2] == ([], [])
+        assert verify.problems_of(tmp_path, step, full=True)[:2] == ([], [])
         found, state, _ = resume(tmp_path)
         assert found == step and damage.same(expected[step], state)
         shutil.rmtree(tmp_path / str(step))
@@ -277,7 +277,7 @@ def test_every_damage_is_named_and_the_older_step_is_used(folder, name, which, c
     (file,) = next(files for kind, files in kinds.items() if which in kind)
     damage.WAYS[name](file)
     harmless = name == "foreign text"
-    code = verify_checkpoint.verify(folder, None, full=True)
+    code = verify.verify(folder, None, full=True)
     printed = capsys.readouterr().out
     assert code == (0 if harmless else 1)
     named = "notes.txt" if harmless else ""
@@ -734,14 +734,14 @@ def test_every_free_key_is_a_key(make_config):
 
 def test_verify_checkpoint_tells_good_from_damaged_and_a_wrong_path(folder, tmp_path, capsys):
     script = ["scripts/verify_checkpoint.py", "--checkpoint"]
-    assert verify_checkpoint.verify(folder, None, True) == 0
+    assert verify.verify(folder, None, True) == 0
     assert "step         2  good     17 files, 5 arrays" in capsys.readouterr().out
-    assert verify_checkpoint.verify(tmp_path / "none", None, False) == 64
-    assert verify_checkpoint.verify(folder, 3, False) == 64
+    assert verify.verify(tmp_path / "none", None, False) == 64
+    assert verify.verify(folder, 3, False) == 64
     assert "has no step 3; it has [1, 2]" in capsys.readouterr().err
     os.truncate(folder / "2" / "params" / "_METADATA", 5)
-    assert verify_checkpoint.verify(folder, OLD, False) == 0
-    root = Path(verify_checkpoint.__file__).parent.parent
+    assert verify.verify(folder, OLD, False) == 0
+    root = Path(verify.__file__).parent.parent
     done = subprocess.run(
         [sys.executable, *script, str(folder)], cwd=root, capture_output=True, text=True
     )

@@ -19,10 +19,13 @@ import jax_sft
 from jax_sft import (
     checkpoint,
     config,
+    convert,
+    export,
     fingerprint,
     hf,
     hf_convert,
     hf_export,
+    hf_verify,
     hub,
     manifest,
     model_files,
@@ -33,9 +36,10 @@ from jax_sft import (
     storage,
     sums,
     tiny,
+    verify,
     vocabulary,
 )
-from scripts import convert_hf, export_hf, make_model, verify_checkpoint, verify_export
+from scripts import make_model
 
 UNTIED = {"tie_word_embeddings": False, "model_type": "llama", "attention_bias": True}
 WEIGHTS = "model.safetensors"
@@ -86,11 +90,11 @@ def run(script, monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 def test_a_folder_returns_to_the_last_byte(make_model, tmp_path, monkeypatch, capsys, changes):
     folder = add_template(make_model(dtype="BF16", **changes))
     converted, out = tmp_path / "converted", tmp_path / "out"
-    done = run(convert_hf, monkeypatch, capsys, f"--model={folder}", f"--out={converted}")
+    done = run(convert, monkeypatch, capsys, f"--model={folder}", f"--out={converted}")
     assert done[:2] == (0, f"wrote {converted}\n")
-    assert verify_checkpoint.verify(converted, None, full=True) == 0
+    assert verify.verify(converted, None, full=True) == 0
     options = (f"--checkpoint={converted}", f"--out={out}", "--verify")
-    code, printed, _ = run(export_hf, monkeypatch, capsys, *options)
+    code, printed, _ = run(export, monkeypatch, capsys, *options)
     assert code == 0 and printed.endswith("is allowed: the same\n")
     assert_same_folder(folder, out)
 
@@ -229,7 +233,7 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(
     else:
         rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if n != GATE})
     before = sorted(tmp_path.rglob("*"))
-    code, _, said = run(convert_hf, monkeypatch, capsys, f"--model={folder}", f"--out={out}")
+    code, _, said = run(convert, monkeypatch, capsys, f"--model={folder}", f"--out={out}")
     assert code == 64
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(said)
@@ -253,11 +257,11 @@ def test_a_conversion_that_fails_leaves_nothing_and_what_was_there(
     with monkeypatch.context() as patch:
         patch.setattr(storage.Blocks, "write", full)
         options = (f"--model={folder}", f"--out={out}", "--overwrite")
-        code, _, said = run(convert_hf, monkeypatch, capsys, *options)
+        code, _, said = run(convert, monkeypatch, capsys, *options)
     assert code == 74 and "No space left on device" in said
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
     assert stamps() == before
-    assert run(convert_hf, monkeypatch, capsys, *options)[0] == 0
+    assert run(convert, monkeypatch, capsys, *options)[0] == 0
     assert steps.params(out, 0)["embed.table"]["dtype"] == "float32"
 
 
@@ -334,7 +338,7 @@ def test_a_dry_run_lists_every_tensor_of_a_folder_that_has_no_content(
     make_model.make("72b", folder, headers_only=True)
     assert sum(file.stat().st_size for file in folder.iterdir()) > 145e9
     assert sum(512 * file.stat().st_blocks for file in folder.iterdir()) < 1e6
-    code, printed, _ = run(convert_hf, monkeypatch, capsys, f"--model={folder}", "--dry-run")
+    code, printed, _ = run(convert, monkeypatch, capsys, f"--model={folder}", "--dry-run")
     *lines, total = printed.splitlines()
     assert code == 0 and len(lines) == 963 and "963 tensors, 145.412 GB" in total
     assert (
@@ -344,7 +348,7 @@ def test_a_dry_run_lists_every_tensor_of_a_folder_that_has_no_content(
     (folder / "config.json").write_text(
         json.dumps(make_model.config_of("72b") | {"intermediate_size": 29_567})
     )
-    code, _, said = run(convert_hf, monkeypatch, capsys, f"--model={folder}", "--dry-run")
+    code, _, said = run(convert, monkeypatch, capsys, f"--model={folder}", "--dry-run")
     assert code == 64 and "has shape (29568, 8192), config.json needs (29567, 8192)" in said
 
 
@@ -353,7 +357,7 @@ def test_a_dry_run_of_an_export_lists_what_the_export_then_has(
 ):
     converted = hf_convert.convert(make_model(), tmp_path / "converted", progress=False)
     options = (f"--checkpoint={converted}", "--shard-size=40KB", "--dtype=float16")
-    code, printed, _ = run(export_hf, monkeypatch, capsys, *options, "--dry-run")
+    code, printed, _ = run(export, monkeypatch, capsys, *options, "--dry-run")
     *lines, total, stops = printed.splitlines()
     assert (
         code == 0
@@ -379,12 +383,12 @@ def test_verify_finds_an_export_that_is_not_the_checkpoint(
 
     monkeypatch.setattr(hf_export, "export", wrong)
     # The sums of the files would tell it first.
-    monkeypatch.setattr(verify_export, "check_files", lambda _: 0)
+    monkeypatch.setattr(hf_verify, "check_files", lambda _: 0)
     pushed = []
     monkeypatch.setattr(hub, "check", lambda *_: None)
     monkeypatch.setattr(hub, "push", lambda *args, **_: pushed.append(args))
     options = (f"--checkpoint={converted}", f"--out={tmp_path / 'out'}", "--push-to-hub=a/b")
-    code, printed, _ = run(export_hf, monkeypatch, capsys, *options, "--verify")
+    code, printed, _ = run(export, monkeypatch, capsys, *options, "--verify")
     assert code == 65 and "is allowed: NOT THE SAME" in printed and not pushed
 
 
@@ -392,9 +396,9 @@ def test_verify_without_torch_is_refused_before_the_export(
     make_model, tmp_path, monkeypatch, capsys
 ):
     converted = hf_convert.convert(make_model(), tmp_path / "converted", progress=False)
-    monkeypatch.setattr(verify_export.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(hf_verify.importlib.util, "find_spec", lambda _: None)
     options = (f"--checkpoint={converted}", f"--out={tmp_path / 'out'}", "--verify")
-    code, _, said = run(export_hf, monkeypatch, capsys, *options)
+    code, _, said = run(export, monkeypatch, capsys, *options)
     assert code == 64 and "pip install torch" in said and not (tmp_path / "out").exists()
 
 
@@ -429,7 +433,7 @@ def test_an_export_is_uploaded_as_it_is_to_a_private_repository(
     monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: fake)
     out = tmp_path / "out"
     options = (f"--checkpoint={converted}", f"--out={out}", "--push-to-hub=ours/model")
-    code, printed, _ = run(export_hf, monkeypatch, capsys, *options)
+    code, printed, _ = run(export, monkeypatch, capsys, *options)
     assert code == 0 and printed.endswith("uploaded https://hub/commit\n")
     assert fake.calls == [
         ("create", "ours/model", {"private": True, "exist_ok": True}),
@@ -471,7 +475,7 @@ def test_a_run_its_checkpoints_and_a_step_are_taken_everywhere(
         assert hf.resolve(way).samefile(kept) and hf.step_of(way) in (None, 0)
         planned = hf_export.plan(way)
         assert (planned.folder.resolve(), planned.step) == (run_folder / "checkpoints", 0)
-        code, printed, _ = run(verify_checkpoint, monkeypatch, capsys, f"--checkpoint={way}")
+        code, printed, _ = run(verify, monkeypatch, capsys, f"--checkpoint={way}")
         assert code == 0 and printed.startswith("step         0  good")
     assert hf.step_of("~/latest") == hf.step_of("checkpoints/0") == 0
     wanted = load_file(folder / WEIGHTS)["model.embed_tokens.weight"]
@@ -481,7 +485,7 @@ def test_a_run_its_checkpoints_and_a_step_are_taken_everywhere(
         hf_export.plan("checkpoints/0", step=7)
     with pytest.raises(ValueError, match="has no step 7"):
         jax_sft.load(".", step=7)
-    code, _, said = run(verify_checkpoint, monkeypatch, capsys, f"--checkpoint={tmp_path}")
+    code, _, said = run(verify, monkeypatch, capsys, f"--checkpoint={tmp_path}")
     assert code == 64 and "has no steps" in said
 
 
@@ -493,7 +497,7 @@ def test_verify_export_names_what_is_not_as_it_was_written(
     capsys.readouterr()
 
     def check(folder: Path) -> tuple[int, str]:
-        code, printed, said = run(verify_export, monkeypatch, capsys, f"--export={folder}")
+        code, printed, said = run(verify, monkeypatch, capsys, f"--export={folder}")
         return code, printed + said
 
     for folder in (converted, out, tmp_path / "run"):

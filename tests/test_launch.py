@@ -301,7 +301,7 @@ def test_blanks_and_quotes_reach_the_other_host_as_they_are(tmp_path):
         nproc=1,
         address="h1:1",
         ssh=["ssh"],
-        root=Path("/opt/my project"),
+        launcher=["/opt/my project/scripts/launch.sh"],
         folder=folder,
         environ={"PYTHON": "/a b/python", "WANDB_API_KEY": "secret", "NCCL_DEBUG": "INFO"},
     )

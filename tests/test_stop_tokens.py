@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from jax_sft import hf_convert, hf_export, peft, steps, stop_tokens, tiny
-from scripts import export_hf, verify_export
+import jax_sft
+from jax_sft import hf_convert, hf_export, hf_verify, peft, steps, stop_tokens, tiny
 
 OLD, NEW, RARE = 256, 258, 257  # <|endoftext|>, <|im_end|>, <|im_start|>
 ABSENT = object()
@@ -121,7 +121,7 @@ def trained(base, monkeypatch):
 def export(capsys, monkeypatch, checkpoint, out, *options) -> tuple[int, str]:
     arguments = ["export_hf", f"--checkpoint={checkpoint}", f"--out={out}", *options]
     monkeypatch.setattr(sys, "argv", arguments)
-    code = export_hf.main()
+    code = jax_sft.export.main()
     return code, capsys.readouterr().out
 
 
@@ -201,7 +201,7 @@ def test_a_damaged_table_of_added_tokens_costs_their_names_only(tmp_path, entry)
 
 
 def test_an_answer_fails_only_behind_a_trained_end():
-    ended = verify_export.Answer("hi<|im_end|>", (1, NEW), (OLD, NEW))
+    ended = hf_verify.Answer("hi<|im_end|>", (1, NEW), (OLD, NEW))
     assert ended.line == "a sample answer ends after 2 tokens: 'hi<|im_end|>'"
-    assert "WARNING the stop tokens are right" in verify_export.Answer("hi", (1,), (NEW,)).line
-    assert "no stop token" in verify_export.Answer("hi", (1,)).line
+    assert "WARNING the stop tokens are right" in hf_verify.Answer("hi", (1,), (NEW,)).line
+    assert "no stop token" in hf_verify.Answer("hi", (1,)).line

@@ -32,17 +32,17 @@ def commands(
     nproc: int,
     address: str,
     ssh: Sequence[str],
-    root: Path,
+    launcher: Sequence[str],
     folder: Path,
     environ: Mapping[str, str],
 ) -> tuple[Host, ...]:
     """Return what is run for each host; process 0 is on the first.
 
     Args:
-        arguments: of scripts/launch.sh on each host.
+        arguments: of the launcher on each host.
         address: host:port of process 0, as all hosts know it.
         ssh: the command with the user's options.
-        root: of this project, and `folder` the one to work in: the same paths on every host.
+        launcher: its command, and `folder` the one to work in: the same paths on every host.
     """
     # No other variables: a token on a command line can be read by everybody on the host.
     carried = environment.given(environ)
@@ -52,7 +52,7 @@ def commands(
     for index, host in enumerate(hosts):
         values = (address, str(len(hosts) * nproc), str(index * nproc))
         variables = carried | dict(zip(BY_HAND, values, strict=True))
-        launch = [str(root / "scripts" / "launch.sh"), "--leash", *arguments]
+        launch = [*launcher, "--leash", *arguments]
         assigned = [f"{key}={value}" for key, value in variables.items()]
         there = f"cd {shlex.quote(str(folder))} && exec env {shlex.join([*assigned, *launch])}"
         # ssh joins its arguments with blanks and gives the line to the shell there.

@@ -4,8 +4,8 @@
 
 Makes a checkpoint of two steps, then flips one bit at a time in each kind of file of the newer one;
 cuts, empties, removes, fills and adds files. Each time a run is resumed with the default settings
-(it has to go on from the older step), and the step is checked as scripts/verify_checkpoint.py
---full does (it has to be called damaged). The third column resumes with no file hashed: what is
+(it has to go on from the older step), and the step is checked as `python -m jax_sft.verify
+--full` does (it has to be called damaged). The third column resumes with no file hashed: what is
 found then, Orbax and the checksums of arrays found; the rest changed nothing that is loaded.
 """
 
@@ -28,9 +28,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 import numpy as np
 
-from jax_sft import checkpoint, config, manifest, model_files, parallel, steps, tiny
+from jax_sft import checkpoint, config, manifest, model_files, parallel, steps, tiny, verify
 from jax_sft.state import TrainState
-from scripts import verify_checkpoint
 
 OLD, NEW = 1, 2
 # Data files get random names, and differ in kind by whether they are hashed by default.
@@ -144,14 +143,14 @@ def flip(file: Path, bit: int) -> None:
 
 
 def is_refused(folder: Path, file: Path) -> bool:
-    """Whether verify_checkpoint.py --full calls the damaged part damaged."""
+    """Whether `verify --full` calls the damaged part damaged."""
     if file.parent.name == model_files.NAME:
         try:
             model_files.verify(folder)
         except ValueError:
             return True
         return False
-    return bool(verify_checkpoint.problems_of(folder, NEW, full=True)[0])
+    return bool(verify.problems_of(folder, NEW, full=True)[0])
 
 
 def same(a: TrainState, b: TrainState | None) -> bool:
