@@ -1,10 +1,13 @@
-"""Write constraints.txt: the versions that pip chooses today for each Python that is supported.
+"""Write constraints.txt and constraints-gpu.txt: what pip chooses today for each supported Python.
 
     python scripts/pin.py python3.11 python3.12 python3.13
 
 Nothing is installed. CI, the quickstart and scripts/test.sh install with these versions; review
 the difference, run scripts/test.sh and commit. The tools of requirements-dev.txt are resolved for
 the first interpreter only, which should be the one that CI has.
+
+NVIDIA's libraries have a file of their own: the CUDA builds of torch pin other versions of them,
+and torch is installed with constraints.txt.
 """
 
 import json
@@ -19,6 +22,11 @@ DEV = "requirements-dev.txt"
 HEAD = """\
 # The versions that CI installs: pip install -c constraints.txt -r requirements.txt
 # Written by scripts/pin.py.
+"""
+GPU_HEAD = """\
+# The same with NVIDIA's libraries: pip install -c constraints-gpu.txt -r requirements-gpu.txt
+# Written by scripts/pin.py.
+-c constraints.txt
 """
 
 
@@ -65,7 +73,11 @@ def main(interpreters: Sequence[str]) -> None:
         print(f"{python}: {len(found)} packages")
         for name, pin in found.items():
             pins.setdefault(name, {})[version] = pin
-    (ROOT / "constraints.txt").write_text(HEAD + "\n".join(lines(pins, pythons)) + "\n")
+    pinned = lines(pins, pythons)
+    nvidia = [line for line in pinned if line.startswith("nvidia-")]
+    others = [line for line in pinned if line not in nvidia]
+    (ROOT / "constraints.txt").write_text(HEAD + "\n".join(others) + "\n")
+    (ROOT / "constraints-gpu.txt").write_text(GPU_HEAD + "\n".join(nvidia) + "\n")
 
 
 if __name__ == "__main__":
