@@ -97,4 +97,4 @@ def test_the_tests_have_the_setuptools_that_builds(metadata):
         r'requires = \["setuptools>=(\d+)"\]', (ROOT / "pyproject.toml").read_text()
     )
     assert int(importlib.metadata.version("setuptools").split(".")[0]) >= int(wanted)
-    assert f"setuptools>={wanted}" in (ROOT / "requirements-dev.txt").read_text().splitlines()
+    assert f"setuptools>={wanted}" in (ROOT / "requirements-test.txt").read_text().splitlines()
