@@ -6,4 +6,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
 make_venv requirements.txt
 # The simulated devices are CPUs, also on a machine that has a GPU.
-JAX_PLATFORMS=cpu exec .venv/bin/python -m scripts.quickstart
+JAX_PLATFORMS=cpu exec "${VENV:-.venv}/bin/python" -m scripts.quickstart

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
 make_venv requirements-dev.txt
-export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$PWD/${VENV:-.venv}/bin:$PATH"
 ruff format --check .
 ruff check .
 pyright
