@@ -10,6 +10,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+UNLISTED = ("jax_sft.configs", "jax_sft.inspect")  # the second has no __init__.py, and says why
 EXTRAS = ("gpu", "plan", "track", "dev")
 
 
@@ -24,7 +25,7 @@ def requirements(name: str) -> Iterator[str]:
 
 
 setup(
-    packages=[*find_packages(include=["jax_sft", "jax_sft.*"]), "jax_sft.configs"],
+    packages=[*find_packages(include=["jax_sft", "jax_sft.*"]), *UNLISTED],
     package_dir={"jax_sft.configs": "configs"},
     extras_require={extra: [*requirements(f"requirements-{extra}.txt")] for extra in EXTRAS},
 )

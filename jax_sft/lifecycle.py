@@ -218,7 +218,8 @@ def program() -> str:
 
     The command `jax-sft` leaves the line that was typed in JAX_SFT_TYPED.
     """
-    verb = Path(sys.argv[0]).stem
+    file = Path(sys.argv[0])
+    verb = file.parent.name if file.stem == "__main__" else file.stem
     is_short = os.environ.get("JAX_SFT_TYPED", "").startswith("jax-sft ")
     return f"jax-sft {verb}" if is_short else f"python -m jax_sft.{verb}"
 

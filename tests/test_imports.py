@@ -49,7 +49,7 @@ LEVELS = [
     "data.outcomes planning.compiling",
     "planning.analysis",
     "planning.search",
-    "launch train inspect plan doctor cache export convert verify __main__",
+    "launch train inspect.__main__ plan doctor cache export convert verify __main__",
 ]
 LEVEL = {f"jax_sft.{name}": level for level, row in enumerate(LEVELS) for name in row.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -13,8 +13,8 @@ import pytest
 import tokenizers
 
 from jax_sft import config, tiny
-from jax_sft import inspect as inspector
 from jax_sft.data import outcomes
+from jax_sft.inspect import __main__ as inspector
 
 ROOT = Path(__file__).resolve().parent.parent
 END = "<|im_end|>"

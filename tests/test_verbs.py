@@ -124,3 +124,22 @@ else:
 """
     done = run("-c", code)
     assert done.returncode == 0, done.stderr
+
+
+def test_pythons_own_inspect_is_found_within_the_folder_of_the_package(tmp_path):
+    """A file that is run puts its folder first on sys.path, and -c the current one."""
+    code = "import sys, inspect; print(inspect.getfile(inspect))"
+    for where in (ROOT / "jax_sft", ROOT):
+        done = run("-c", code, cwd=where)
+        assert done.stdout.strip().endswith("/inspect.py"), done.stderr
+        assert "jax_sft" not in done.stdout
+    (tmp_path / "inspect.py").write_text("")
+    assert run("-c", code, cwd=tmp_path).returncode == 1  # it can be false
+    found = run("-c", "import jax_sft.inspect; print(jax_sft.inspect.__path__)")
+    assert str(ROOT / "jax_sft" / "inspect") in found.stdout
+
+
+def test_a_verb_runs_as_a_file(tmp_path):
+    file = ROOT / "jax_sft" / "train.py"
+    done = run(str(file), "--help", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0 and "--workdir" in done.stdout, done.stderr

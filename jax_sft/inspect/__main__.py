@@ -27,6 +27,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+# This file is not jax_sft/inspect.py, and its folder has no __init__.py, so that Python still finds
+# its own module `inspect` where jax_sft/ itself is on sys.path: `python jax_sft/train.py` puts it
+# there, and so does any script in that folder.
 from jax_sft import lifecycle
 
 if __name__ == "__main__":
