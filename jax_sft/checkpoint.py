@@ -29,6 +29,7 @@ from jax_sft import (
     steps,
     storage,
 )
+from jax_sft.files import probe_folder
 from jax_sft.resume import FORMAT_VERSION, Found, Resume, named, nested
 from jax_sft.state import TrainState
 from jax_sft.text import at_most
@@ -311,7 +312,7 @@ class Checkpoints:
     def _obstacle(self, num_bytes: int) -> str:
         """Say why a save would fail here; "" = nothing is known. Mends a folder that is gone."""
         try:
-            steps.probe(self._folder)
+            probe_folder(self._folder)
             if cluster.process_id() == 0 and self._model:
                 model_files.keep(self._folder, self._model)
             free = shutil.disk_usage(self._folder).free
@@ -424,7 +425,7 @@ def check_folder(folder: Path) -> None:
     """
 
     def use() -> None:
-        steps.probe(folder)
+        probe_folder(folder)
         plain_paths.plain(folder)  # where its name cannot be stored under, nothing begins
 
     problem = _attempt(use)

@@ -17,7 +17,8 @@ import jax
 import jaxlib.version
 from jax.experimental.compilation_cache import compilation_cache
 
-from jax_sft import agree, cache_folder, cluster, paths, preflight, steps
+from jax_sft import agree, cache_folder, cluster, paths, preflight
+from jax_sft.files import probe_folder
 
 OFF = "none"
 MOST_BYTES = 10 << 30  # of all entries; a training step takes 0.3 MB on CPUs
@@ -84,7 +85,7 @@ def _obstacle(folder: Path) -> str:
         try:
             for made in (folder.parent, folder):  # the mode of parents is not that of the last one
                 made.mkdir(parents=True, exist_ok=True, mode=0o700)
-            steps.probe(folder)
+            probe_folder(folder)
             problem = cache_folder.untrusted(folder)
         except OSError as error:
             problem = str(error)

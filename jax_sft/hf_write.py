@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jax_sft import manifest, parallel, storage
+from jax_sft.files import write_at
 from jax_sft.hf import DTYPES, INDEX, SINGLE
 from jax_sft.models.spec import Weight
 
@@ -238,7 +239,7 @@ def _save_row(
         first, *rest = row.hf_index(block, dims)
         assert all(part == slice(0, n) for part, n in zip(rest, place.shape[1:], strict=True))
         offset = place.offset + first.start * (place.nbytes // place.shape[0])
-        write_at(descriptors[place.file], content, offset)
+        write_at(descriptors[place.file], content.data, offset)
         return place.file, offset, content.nbytes
 
     tasks = [
@@ -259,15 +260,3 @@ def _save_row(
 def threads(block_bytes: int) -> int:
     """Return how many blocks to work on at a time: each is in memory about three times."""
     return max(1, min(_MOST_THREADS, _BLOCKS_BYTES // block_bytes))
-
-
-def write_at(descriptor: int, content: np.ndarray, offset: int) -> None:
-    """Write all bytes of a uint8 array into a file, from an offset on.
-
-    Raises:
-        OSError: the file system refused something.
-    """
-    left = content.data
-    while left:
-        done = os.pwrite(descriptor, left, offset)
-        left, offset = left[done:], offset + done

@@ -17,6 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jax_sft.files import sync
+
 SMALL = 1 << 20  # bytes; smaller files are always read whole when checked
 _NAME = re.compile(r"manifest\.(0|[1-9]\d*)\.json")
 # Orbax puts what process N writes of an array's data into ocdbt.process_N.
@@ -109,15 +111,6 @@ def owner(path: str) -> int:
     """Return the process that lists a file of a step."""
     found = next(filter(None, map(_OF_PROCESS.fullmatch, PurePosixPath(path).parts)), None)
     return int(found[1]) if found else 0
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a folder's entries are on disk."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def scan(folder: Path) -> tuple[dict[str, int], list[str]]:

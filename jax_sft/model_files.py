@@ -15,6 +15,7 @@ from pathlib import Path
 
 from jax_sft import hf, manifest, steps
 from jax_sft.data import chat_templates
+from jax_sft.files import sync
 from jax_sft.text import at_most
 
 NAME = hf.KEPT
@@ -77,7 +78,7 @@ def keep(folder: Path, model: Model, anew: bool = False) -> None:
         os.rename(out, replaced := unfinished.with_name(f"{unfinished.name}.old"))
         shutil.rmtree(replaced)
     os.rename(unfinished, out)
-    manifest.sync(folder)
+    sync(folder)
 
 
 def verify(folder: Path) -> manifest.Check:

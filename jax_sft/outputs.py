@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_sft import manifest, owner, paths, sums
+from jax_sft import owner, paths, sums
+from jax_sft.files import sync
 from jax_sft.text import at_most
 
 EXPORT, CONVERSION = "export", "conversion"
@@ -376,7 +377,7 @@ def put_in_place(new: Path, place: Place) -> None:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise ValueError(f"{out} was written by another program meanwhile") from error
         raise
-    manifest.sync(out.parent)
+    sync(out.parent)
 
 
 def _move_inside(new: Path, out: Path) -> None:
@@ -389,7 +390,7 @@ def _move_inside(new: Path, out: Path) -> None:
             os.rename(path, to / path.name)
             undo.callback(os.rename, to / path.name, path)
         undo.pop_all()
-    manifest.sync(out)
+    sync(out)
 
 
 def remove_leftovers(out: Path, say: Callable[[str], object] = print) -> None:

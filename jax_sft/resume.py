@@ -25,6 +25,7 @@ from jax_sft import (
     vocabulary,
 )
 from jax_sft.data import chat_templates
+from jax_sft.files import probe_folder
 from jax_sft.state import TrainState
 from jax_sft.text import at_most
 
@@ -126,7 +127,7 @@ class Resume:
 
     def _prepare_folder(self) -> dict[str, Any]:
         """What the first process does and finds at the start."""
-        steps.probe(self._folder)
+        probe_folder(self._folder)
         steps.refuse_older_format(self._folder)
         said = [
             f"clean   {name}: left by a run that was killed, removed"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jax_sft import manifest
+from jax_sft.files import sync
 from jax_sft.text import at_most
 
 INCOMPLETE = ".incomplete"
@@ -27,7 +28,8 @@ _TRIES = 5  # of reading the newest step of a run that goes on
 LAST_OF_FORMAT_1 = "41753b1"
 PARAMS = "params/"  # names of the arrays that are parameters begin with it
 _STEP = re.compile(r"0|[1-9]\d*")
-# Exactly the names that are given here and by Orbax: a copy that somebody keeps has another one.
+# Exactly the names that are given here, by Orbax and by `files.probe_folder`: a copy that somebody
+# keeps has another one.
 _LEFTOVER = re.compile(
     r"\d+\.incomplete(-\d+)?|\d+\.deleted-[0-9a-f]+|\d+.*\.orbax-checkpoint-tmp.*"
     r"|\.model_files(-[0-9a-f]{8}|[a-z0-9_]{8})|\.[0-9a-f]+\.probe"
@@ -89,28 +91,13 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def probe(folder: Path) -> None:
-    """Make the folder if it is missing, and write, sync and remove a small file in it.
-
-    Raises:
-        OSError: something of this is not possible.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f".{uuid.uuid4().hex}.probe"
-    try:
-        file.write_bytes(bytes(4096))
-        manifest.sync(file)
-    finally:
-        file.unlink(missing_ok=True)
-
-
 def publish(incomplete: Path, step: int) -> Path:
     """Give a complete step its name, durably, in the place of an older one of the same step."""
     folder, final = incomplete.parent, incomplete.parent / str(step)
     if final.exists() or final.is_symlink():
         os.rename(final, folder / f"{step}{DELETED}-{uuid.uuid4().hex[:8]}")
     os.rename(incomplete, final)
-    manifest.sync(folder)
+    sync(folder)
     return final
 
 
@@ -122,7 +109,7 @@ def move_aside(folder: Path, step: int) -> Path:
         number += 1
         aside = folder / f"{step}{CORRUPT}-{number}"
     os.rename(folder / str(step), aside)
-    manifest.sync(folder)
+    sync(folder)
     return aside
 
 

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jax_sft import manifest
+from jax_sft.files import sync
 
 NAME = "SHA256SUMS"
 _ABOUT = "# jax_sft "
@@ -62,7 +63,7 @@ def write(
     file = folder / NAME
     file.write_bytes(os.fsencode("\n".join(lines) + "\n"))
     for path in (*files, NAME, *folders, "."):
-        manifest.sync(folder / path)
+        sync(folder / path)
 
 
 def read(folder: Path) -> Sums | None:

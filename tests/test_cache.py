@@ -638,7 +638,7 @@ def test_a_damaged_store_where_nothing_can_be_written_is_named(build, tmp_path, 
 @pytest.mark.parametrize("number", [1, 4, 9, 20])
 def test_a_full_disk_is_told_and_leaves_nothing(build, tmp_path, monkeypatch, number):
     file = write(tmp_path / "a.jsonl", rows(2500))
-    write_all, calls = store_module._write, []
+    write_all, calls = store_module.write_all, []
 
     def write_until_full(stream, data):
         calls.append(len(data))
@@ -646,11 +646,11 @@ def test_a_full_disk_is_told_and_leaves_nothing(build, tmp_path, monkeypatch, nu
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_all(stream, data)
 
-    monkeypatch.setattr(store_module, "_write", write_until_full)
+    monkeypatch.setattr(store_module, "write_all", write_until_full)
     with pytest.raises(ValueError, match="No space left on device: .* data.cache_dir"):
         build(file)
     assert len(calls) == number and stores(tmp_path / "cache") == []
-    monkeypatch.setattr(store_module, "_write", write_all)
+    monkeypatch.setattr(store_module, "write_all", write_all)
     assert not build(file).cached
 
 
@@ -767,14 +767,14 @@ def test_a_build_killed_at_any_moment_leaves_nothing_half_valid(tmp_path, model)
             function = getattr(place, name)
             def watched(*args, **kwargs):
                 moment()
-                if name == "_write":
+                if name == "write_all":
                     stream, data = args
                     function(stream, data[: len(data) // 2])
                     moment()
                     args = stream, data[len(data) // 2 :]
                 return function(*args, **kwargs)
             setattr(place, name, watched)
-        around(store_module, "_write"), around(os, "fsync"), around(json, "dump")
+        around(store_module, "write_all"), around(os, "fsync"), around(json, "dump")
         around(pathlib.Path, "rename"), around(pathlib.Path, "mkdir"), around(shutil, "rmtree")
         build(file, model, folder)
 

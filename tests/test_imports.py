@@ -16,7 +16,7 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 
 # A file imports only from levels below its own.
 LEVELS = [
-    "paths exit_codes terminal text models.fields",
+    "paths exit_codes terminal text files models.fields",
     "lifecycle regular data.cache_room",
     "config cache_folder huge_pages startup tree parallel "
     "models models.spec strict_json data.json_rows data.printed data.losses "

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from jax_sft import regular
 from jax_sft.data import worker
+from jax_sft.files import sync, write_all
 
 # The flat little-endian arrays of a store; weights are float32 where one is neither 0 nor 1.
 DTYPES = {
@@ -292,7 +293,7 @@ class Writer:
         self._write(name, array.astype(self._dtypes[name]).tobytes())
 
     def _write(self, name: str, data: bytes) -> None:
-        _write(self._streams[name], data)
+        write_all(self._streams[name], data)
         self._digests[name].update(data)
 
     def add(self, path: str, result: worker.Tokenized) -> None:
@@ -354,7 +355,7 @@ class Writer:
             json.dump(meta, stream, indent=2)
             stream.flush()
             os.fsync(stream.fileno())
-        _sync(self._folder)
+        sync(self._folder)
 
 
 def publish(folder: Path, final: Path) -> None:
@@ -364,23 +365,7 @@ def publish(folder: Path, final: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-    _sync(final.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Have the names in a folder written to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write(stream: BinaryIO, data: bytes) -> None:
-    """Write all of it: one call may write less than it is given."""
-    left = memoryview(data)
-    while left:
-        left = left[stream.write(left) :]
+    sync(final.parent)
 
 
 def _kind(reason: str) -> str:
