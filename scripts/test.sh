@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Formats, lints, type-checks and tests: what must pass before a change lands.
 # Extra arguments go to pytest: scripts/test.sh -m slow, scripts/test.sh tests/test_chat.py -x
+# Tests run on all cores; -n 0 runs them in one process, where --pdb and -s work.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
@@ -9,4 +10,5 @@ export PATH="$PWD/${VENV:-.venv}/bin:$PATH"
 ruff format --check .
 ruff check .
 pyright
-exec python -m pytest "$@"
+# worksteal: a worker keeps the tests of a file, with what they share, until the other has none.
+exec python -m pytest -n auto --dist worksteal "$@"

@@ -343,7 +343,7 @@ def test_a_malformed_list_is_fatal_from_that_place_on(write, content, message):
         *[("a.jsonl", "\n \r\n"), ("a.json", "[]"), ("a.json", " [ ]\n"), ("a.json", "  ")],
         *[("a.jsonl", "\ufeff"), ("a.csv", "prompt,response\n"), ("a.csv", "\n\n")],
         *[
-            ("a.jsonl.gz", gzip.compress(b"")),
+            ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
             ("a.tsv.zst", pa.compress(b"", "zstd", asbytes=True)),
         ],
     ],
