@@ -1,16 +1,18 @@
 """What the programs' command lines have in common: the config file, and how mistakes are told."""
 
+import itertools
 import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
 
+import jax_sft
 from jax_sft import exit_codes, lifecycle
 
 # What a mistake on the command line or in a config file raises.
@@ -34,6 +36,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     if HELP & {*argv[1:]}:
         app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)  # absl's own exits with 1
     try:
+        require_config_file(argv)
         rest = flags.FLAGS(argv)
         _ = flags.FLAGS.config.seed  # a file that could not be loaded says so only now
         if len(rest) > 1:
@@ -49,6 +52,32 @@ def parse_flags(argv: list[str]) -> list[str]:
         hint = "(--help lists the options; JAX_SFT_TRACEBACK=1 shows where)"
         print(f"error: {text}\n{hint}", file=sys.stderr)
         sys.exit(exit_codes.USER_ERROR)
+
+
+def require_config_file(argv: Sequence[str]) -> None:
+    """Check that the file of --config is there, before overrides of its keys hide that it is not.
+
+    Raises:
+        FileNotFoundError: it is not; the message names the example to use instead.
+    """
+    file = ""
+    for argument, following in itertools.zip_longest(argv[1:], argv[2:], fillvalue=""):
+        option, equals, value = argument.partition("=")
+        if option in ("--config", "-config"):
+            file = (value if equals else following).partition(":")[0]  # FILE:ARGUMENT
+    if not file or Path(file).exists():
+        return
+    examples = example_configs()
+    known = examples / Path(file).name
+    advice = f"use --config={known}, or a copy" if known.exists() else f"examples are in {examples}"
+    raise FileNotFoundError(f"there is no config file {file} in {Path.cwd()}: {advice}")
+
+
+def example_configs() -> Path:
+    """Return the folder of example configs: that of a clone, or within the package of a wheel."""
+    package = Path(jax_sft.__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def default_workdir() -> Path:

@@ -449,3 +449,27 @@ def test_micro_rows_are_not_free_where_they_change_losses(dropout, experts, is_b
     resolved = SimpleNamespace(adapters=SimpleNamespace(dropout=dropout), model_cfg=model_cfg)
     bound = jax_sft.train.bound_keys(config.default(), resolved)
     assert bound == (("batch.micro_rows",) if is_bound else ())
+
+
+@pytest.mark.parametrize("option", [["--config=configs/{}"], ["--config", "configs/{}:small"]])
+@pytest.mark.parametrize("name", ["qwen7b.py", "my own.py"])
+def test_a_config_file_that_is_not_there_is_named_with_an_example(
+    monkeypatch, tmp_path, capsys, option, name
+):
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", *(word.format(name) for word in option), "--config.seed=1"]
+    with pytest.raises(SystemExit) as ended:
+        command.parse_flags(argv)
+    examples = Path(jax_sft.__file__).parent.parent / "configs"
+    advice = (
+        "examples are in " if name == "my own.py" else f"use --config={examples / name}, or a copy"
+    )
+    said = capsys.readouterr().err
+    assert ended.value.code == 64
+    assert f"there is no config file configs/{name} in {tmp_path}: {advice}" in said
+
+
+def test_a_config_file_that_is_there_is_required_and_no_more(tmp_path):
+    (tmp_path / "a b.py").write_text("")
+    for option in ([f"--config={tmp_path}/a b.py:x"], ["--config", f"{tmp_path}/a b.py"], []):
+        command.require_config_file(["train", *option, "--config.data.train.main.path=none.jsonl"])
