@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_sft import parallel
+from jax_sft.models import spec as param_spec
 from jax_sft.models.spec import Weight
 
 
@@ -37,11 +37,6 @@ class TrainState:
         return self.params | self.frozen
 
 
-def param_shardings(rows: Iterable[Weight], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Return {our path: sharding}, by the logical axes of each row."""
-    return {row.path: parallel.sharding(mesh, *row.axes) for row in rows}
-
-
 def shardings(
     tx: optax.GradientTransformation,
     params: Mapping[str, Any],
@@ -55,7 +50,7 @@ def shardings(
         params: arrays or ShapeDtypeStructs of what trains.
         frozen: paths of what does not.
     """
-    everything = param_shardings(rows, mesh)
+    everything = param_spec.shardings(rows, mesh)
     of_params = {path: everything[path] for path in params}
     replicated = NamedSharding(mesh, PartitionSpec())
     of_moments = optax.tree_utils.tree_map_params(

@@ -13,8 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jax_sft import lora, nf4, paths, patterns, peft, pretrained, state
+from jax_sft import lora, nf4, paths, patterns, peft, pretrained
 from jax_sft.model import ModelDef
+from jax_sft.models import spec as param_spec
 
 
 def choose(
@@ -100,7 +101,7 @@ def read(
         {our path: array}, of packed ones the parts.
     """
     paths, found = list(paths), {}
-    shardings = state.param_shardings(model_def.rows, mesh)
+    shardings = param_spec.shardings(model_def.rows, mesh)
     # One after another, so that none stays whole; on all processes in the same order.
     packed = [path for path in paths if path in model_def.packed]
     for path in tqdm(packed, "packing weights", unit="array", disable=not (progress and packed)):

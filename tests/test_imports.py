@@ -16,9 +16,9 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 
 # A file imports only from levels below its own.
 LEVELS = [
-    "paths exit_codes terminal text files models.fields",
+    "paths exit_codes terminal text files parallel models.fields",
     "lifecycle regular data.cache_room",
-    "config cache_folder huge_pages startup tree parallel "
+    "config cache_folder huge_pages startup tree "
     "models models.spec strict_json data.json_rows data.printed data.losses "
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables "
     "manifest fingerprint hub owner patterns "

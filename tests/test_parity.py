@@ -24,6 +24,7 @@ from jax_sft import hf, models, optim, parallel, state
 from jax_sft.data.loader import Loader
 from jax_sft.data.prepare import prepare
 from jax_sft.model import ModelDef
+from jax_sft.models import spec as param_spec
 from jax_sft.program import objective
 from jax_sft.step import make_train_step, value_and_grad
 
@@ -227,7 +228,7 @@ def load(cfg, sizes: dict[str, int]):
     model_def = ModelDef.of(family, family.Config.from_hf(config), dtype="float32")
     rows, dims = model_def.rows, model_def.cfg.dims
     tensors = hf.check(folder, rows, dims, model_def.cfg.tied)
-    shardings = state.param_shardings(rows, mesh)
+    shardings = param_spec.shardings(rows, mesh)
     return model_def, hf.load(tensors, rows, dims, shardings, np.float32, progress=False), mesh
 
 
