@@ -30,8 +30,7 @@ from jax_sft import (
     storage,
 )
 from jax_sft.files import probe_folder
-from jax_sft.resume import FORMAT_VERSION, Found, Resume, named, nested
-from jax_sft.state import TrainState
+from jax_sft.resume import FORMAT_VERSION, Found, Resume, nested
 from jax_sft.text import at_most
 from jax_sft.vocabulary import Vocabulary
 
@@ -134,11 +133,13 @@ class Checkpoints:
         self.saved_step = found.step if found else None
         return found
 
-    def restore(self, found: Found, abstract: TrainState) -> tuple[TrainState, Found]:
-        """Return the state of the step that was found or an older one; see `Resume.restore`."""
-        state, found = self._resume.restore(found, abstract)
+    def restore(
+        self, found: Found, abstract: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[dict[str, jax.Array], Found]:
+        """Return the arrays of the step that was found or an older one; see `Resume.restore`."""
+        arrays, found = self._resume.restore(found, abstract)
         self.saved_step = found.step
-        return state, found
+        return arrays, found
 
     def keep_model_files(self) -> None:
         """Keep the model's files of today, see `Resume.keep_model_files`."""
@@ -170,17 +171,20 @@ class Checkpoints:
 
     def save(
         self,
-        state: TrainState,
+        step: int,
+        arrays: Mapping[str, jax.Array],
         config: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
         extra: Mapping[str, Any] | None = None,
         wait: bool = False,
     ) -> None:
-        """Store the state beside the training; returns once it may be changed.
+        """Store a state beside the training; returns once it may be changed.
 
         A failure is said and counted, not raised: see `saved_step`.
 
         Args:
+            step: optimizer steps done.
+            arrays: of the state after that step, see `TrainState.named`.
             config: the resolved config, stored with the step.
             metrics: of an evaluation of this very step, for `keep_best`.
             extra: anything small that goes through JSON; `Found.extra` of a resumed run.
@@ -189,7 +193,6 @@ class Checkpoints:
         Raises:
             cluster.Lost, cluster.Stopped: another process is gone.
         """
-        step = int(state.step)
         metadata = {
             "format_version": FORMAT_VERSION,
             "step": step,
@@ -213,7 +216,7 @@ class Checkpoints:
                 return
         for pause in PAUSES_S if wait else PAUSES_S[:1]:
             time.sleep(pause)
-            self._start_saving(step, state, metadata)
+            self._start_saving(step, arrays, metadata)
             if wait:
                 self._wait()
                 if self.saved_step == step:
@@ -260,10 +263,11 @@ class Checkpoints:
             raise lost
         return True
 
-    def _start_saving(self, step: int, state: TrainState, metadata: dict[str, Any]) -> None:
+    def _start_saving(
+        self, step: int, arrays: Mapping[str, jax.Array], metadata: dict[str, Any]
+    ) -> None:
         began = time.monotonic()
-        leaves = named(state)
-        num_bytes = sum(leaf.nbytes for leaf in leaves.values())
+        num_bytes = sum(array.nbytes for array in arrays.values())
         bound_s = max(LEAST_BOUND_S, 5 * self._slowest_s)
         if not self._slowest_s:
             bound_s = max(bound_s, num_bytes / SLOWEST_BYTES_PER_S)
@@ -277,12 +281,12 @@ class Checkpoints:
         number = self._num_saves
         name = f"{step}{steps.INCOMPLETE}" + (f"-{number}" if number > 1 else "")
         response, problem = None, ""
-        sums = fingerprint.start(leaves)
+        sums = fingerprint.start(arrays)
         # Orbax begins with collectives of its own. A CPU would run them beside ours, in any order,
         # and gloo mix them up; on a GPU they wait for ours, as the copies to the host do.
         if cluster.num_processes() > 1:
             jax.block_until_ready(sums)
-        parts = nested(leaves)
+        parts = nested(arrays)
         try:
             response = storage.start_saving(
                 self._folder / name, parts["params"], parts["optimizer"], metadata, bound_s
@@ -296,8 +300,8 @@ class Checkpoints:
             began=began,
             bound_s=bound_s,
             arrays={
-                name: {"shape": leaf.shape, "dtype": str(leaf.dtype)}
-                for name, leaf in leaves.items()
+                name: {"shape": array.shape, "dtype": str(array.dtype)}
+                for name, array in arrays.items()
             },
             sums=sums,
             response=response,

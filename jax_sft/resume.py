@@ -26,7 +26,6 @@ from jax_sft import (
 )
 from jax_sft.data import chat_templates
 from jax_sft.files import probe_folder
-from jax_sft.state import TrainState
 from jax_sft.text import at_most
 
 FORMAT_VERSION = 2
@@ -95,21 +94,23 @@ class Resume:
             self._check_drift(found, today)
         return found
 
-    def restore(self, found: Found, abstract: TrainState) -> tuple[TrainState, Found]:
-        """Return the state of the step that was found; of an older one if its arrays are damaged.
+    def restore(
+        self, found: Found, abstract: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[dict[str, jax.Array], Found]:
+        """Return the arrays of the step that was found; of an older one if these are damaged.
 
         Args:
-            abstract: dtypes, shapes and shardings to restore to. Stored arrays of other dtypes, or
-                with a vocabulary that was padded for another mesh, are converted after they were
-                checked.
+            abstract: {name: shape, dtype and sharding to restore to}, see `TrainState.named`.
+                Stored arrays of other dtypes, or with a vocabulary that was padded for another
+                mesh, are converted after they were checked.
 
         Raises:
             ValueError: the step is of another model or optimizer, or no step is good.
         """
         while True:
-            state, problems = self._load(found, abstract)
-            if state:
-                return state, found
+            arrays, problems = self._load(found, abstract)
+            if arrays:
+                return arrays, found
             self._set_aside(found.step, problems)
             older = self._next_good()
             assert older  # or _next_good has raised
@@ -245,9 +246,11 @@ class Resume:
         found = steps.check(self._folder, step, True, part, bar)
         return agree.gather("checkpoint files, all", found.problems)
 
-    def _load(self, found: Found, abstract: TrainState) -> tuple[TrainState | None, list[str]]:
-        """Return (the state, []) or (None, what is wrong with the step)."""
-        wanted = under_stored_names(named(abstract), found.arrays)
+    def _load(
+        self, found: Found, abstract: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[dict[str, jax.Array] | None, list[str]]:
+        """Return (the arrays under the names of `abstract`, []) or (None, the step's problems)."""
+        wanted = under_stored_names(abstract, found.arrays)
         self._check_shapes(found, wanted)
         stored = {}
         for name, array in wanted.items():
@@ -269,13 +272,8 @@ class Resume:
                 arrays[name] = vocabulary.resized(arrays[name], array.shape, array.sharding)
             if arrays[name].dtype != array.dtype:
                 arrays[name] = arrays[name].astype(array.dtype)
-        leaves = [arrays[name] for name in wanted]
-        params = dict(zip(abstract.params, leaves, strict=False))
-        opt_state = jax.tree.unflatten(
-            jax.tree.structure(abstract.opt_state), leaves[len(params) :]
-        )
-        step = jax.device_put(np.int32(found.step), abstract.step.sharding)
-        return TrainState(step=step, params=params, opt_state=opt_state), []
+        # `wanted` has the names of the step, in the order of `abstract`.
+        return {name: arrays[stored] for name, stored in zip(abstract, wanted, strict=True)}, []
 
     def _check_shapes(self, found: Found, wanted: Mapping[str, Any]) -> None:
         """Refuse a step of another model or optimizer.
@@ -292,15 +290,6 @@ class Resume:
                 f"checkpoint step {found.step} is of another model or optimizer than the config's: "
                 + problems
             )
-
-
-def named(state: TrainState) -> dict[str, Any]:
-    """Return {"params/PATH" or "optimizer/PATH": leaf} of a state, without its step."""
-    found = {f"params/{path}": leaf for path, leaf in state.params.items()}
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state.opt_state)
-    for path, leaf in leaves:
-        found[f"optimizer/{jax.tree_util.keystr(path, simple=True, separator='.')}"] = leaf
-    return found
 
 
 def under_stored_names(

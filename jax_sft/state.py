@@ -36,6 +36,33 @@ class TrainState:
         """All weights of the model."""
         return self.params | self.frozen
 
+    def named(self) -> dict[str, Any]:
+        """Return what a checkpoint stores: {"params/PATH" or "optimizer/PATH": leaf}.
+
+        The step is stored beside the arrays, frozen weights are not stored.
+        """
+        leaves = {f"params/{path}": leaf for path, leaf in self.params.items()}
+        moments, _ = jax.tree_util.tree_flatten_with_path(self.opt_state)
+        for path, leaf in moments:
+            leaves[f"optimizer/{jax.tree_util.keystr(path, simple=True, separator='.')}"] = leaf
+        return leaves
+
+    def from_named(self, step: int, leaves: Mapping[str, Any]) -> "TrainState":
+        """Return a state of this one's structure, without frozen weights.
+
+        Args:
+            leaves: under the names, and in the order, of `named`.
+        """
+        assert [*leaves] == [*self.named()], "not the leaves of this state"
+        values = [*leaves.values()]
+        return TrainState(
+            step=jax.device_put(np.int32(step), self.step.sharding),
+            params=dict(zip(self.params, values, strict=False)),
+            opt_state=jax.tree.unflatten(
+                jax.tree.structure(self.opt_state), values[len(self.params) :]
+            ),
+        )
+
 
 def shardings(
     tx: optax.GradientTransformation,

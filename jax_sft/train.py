@@ -286,7 +286,8 @@ def _train(
         progress=first_process,
     )
     if found:
-        current, found = checkpoints.restore(found, compiled.state)
+        arrays, found = checkpoints.restore(found, compiled.state.named())
+        current = compiled.state.from_named(found.step, arrays)
         say(f"resume  {workdir} from step {found.step} of {num_steps}")
         current = dataclasses.replace(
             current, frozen=read(row.path for row in rows if row.path not in compiled.state.params)
@@ -392,7 +393,8 @@ def _train(
         watch.at(f"saving step {done}")
         extra = {"skipped_steps": health.skipped, "owes_evaluation": owes_evaluation}
         is_last = done == num_steps
-        checkpoints.save(current, as_dict, evaluated, extra, wait=is_last or stopped)
+        wait = is_last or stopped
+        checkpoints.save(done, current.named(), as_dict, evaluated, extra, wait)
 
     # ---- the loop ------------------------------------------------------------------------------
     with contextlib.ExitStack() as stack:

@@ -26,7 +26,7 @@ from scripts import stand_ins
 if missing := stand_ins.install():
     print(f"stand-ins for {missing}, which are not installed", file=sys.stderr)
 
-from jax_sft import parallel, program
+from jax_sft import parallel, program, state
 from jax_sft.models import spec as param_spec
 from jax_sft.models.layers import INIT_STD
 from jax_sft.models.spec import Weight

@@ -73,14 +73,14 @@ def resume(folder: Path, **options):
     checkpoints, said = opened(folder, **options)
     found = checkpoints.start(CONFIG)
     assert found
-    state, found = checkpoints.restore(found, ABSTRACT)
+    state, found = damage.restore(checkpoints, found, ABSTRACT)
     return found.step, state, "\n".join(said)
 
 
 def test_what_is_saved_comes_back_bitwise_with_all_that_was_stored_beside(tmp_path):
     checkpoints, said = opened(tmp_path)
     assert checkpoints.start(CONFIG) is None
-    checkpoints.save(STATE, CONFIG, {"eval/loss": 2.5}, {"skipped": 3}, wait=True)
+    damage.save(checkpoints, STATE, CONFIG, {"eval/loss": 2.5}, {"skipped": 3}, wait=True)
     assert (checkpoints.saved_step, checkpoints.failures, said) == (NEW, 0, [])
     found = opened(tmp_path)[0].start(CONFIG)
     assert found and found.step == NEW and found.extra == {"skipped": 3}
@@ -121,19 +121,19 @@ def test_a_vocabulary_is_padded_anew_for_each_mesh(tmp_path, before, after):
     current = dataclasses.replace(current, step=jax.device_put(np.int32(3), current.step.sharding))
     writer = checkpoints()
     writer.start(CONFIG)
-    writer.save(current, CONFIG, wait=True)
+    damage.save(writer, current, CONFIG, wait=True)
     assert writer.saved_step == 3
     reader = checkpoints()
     found = reader.start(CONFIG)
     assert found
     wanted = jax.tree.map(filled, abstract(after))
-    read, _ = reader.restore(found, abstract(after))
+    read, _ = damage.restore(reader, found, abstract(after))
     assert damage.same(dataclasses.replace(wanted, step=read.step), read)
     for ours, theirs in zip(jax.tree.leaves(read), jax.tree.leaves(wanted), strict=True):
         assert ours.sharding == theirs.sharding
     # Of another model, tokens are not taken for padding.
     with pytest.raises(ValueError, match="of another model"):
-        checkpoints(267).restore(found, abstract(after, {"vocab": 267, "embed": 16}))
+        damage.restore(checkpoints(267), found, abstract(after, {"vocab": 267, "embed": 16}))
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -156,7 +156,7 @@ def test_a_save_below_any_name_reads_back_and_moves(tmp_path, name):
     checkpoints, said = opened(folder)
     checkpoint.check_folder(folder)
     checkpoints.start(CONFIG)
-    checkpoints.save(STATE, CONFIG, wait=True)
+    damage.save(checkpoints, STATE, CONFIG, wait=True)
     assert (checkpoints.saved_step, said) == (NEW, [])
     step, state, _ = resume(folder)
     assert step == NEW and damage.same(STATE, state)
@@ -188,7 +188,7 @@ def test_a_save_that_could_not_be_read_is_not_published(tmp_path, monkeypatch):
     monkeypatch.setattr(plain_paths, "is_plain", lambda _: True)
     checkpoints, said = opened(tmp_path / "a[1]")  # Orbax finds nothing to merge, and succeeds
     checkpoints.start(CONFIG)
-    checkpoints.save(STATE, CONFIG)
+    damage.save(checkpoints, STATE, CONFIG)
     checkpoints.close()
     assert (checkpoints.saved_step, checkpoints.failures) == (None, 1)
     assert "Orbax has not written optimizer/manifest.ocdbt" in "\n".join(said)
@@ -203,7 +203,7 @@ def test_training_goes_on_beside_a_save_and_does_not_change_it(tmp_path):
     for step in range(1, 5):
         current = grow(current)
         expected[step] = jax.tree.map(lambda x: np.array(x, copy=True), current)
-        checkpoints.save(current, CONFIG)
+        damage.save(checkpoints, current, CONFIG)
         for _ in range(3):  # donated at once, and again
             current = grow(current)
         current = jax.device_put(expected[step], jax.tree.map(lambda x: x.sharding, current))
@@ -226,8 +226,11 @@ def test_the_newest_and_the_best_steps_stay(tmp_path, keep, keep_best, kept):
             checkpoints.close()
             checkpoints, _ = opened(tmp_path, keep=keep, keep_best=keep_best)
             checkpoints.start(CONFIG)
-        checkpoints.save(
-            damage.make_state(step), CONFIG, {"eval/loss": loss} if loss is not None else None
+        damage.save(
+            checkpoints,
+            damage.make_state(step),
+            CONFIG,
+            {"eval/loss": loss} if loss is not None else None,
         )
     checkpoints.close()
     assert {*steps.present(tmp_path)} == kept
@@ -237,7 +240,7 @@ def test_the_newest_and_the_best_steps_stay(tmp_path, keep, keep_best, kept):
 def test_no_step_is_removed_before_the_next_is_complete(tmp_path, monkeypatch):
     checkpoints, _ = opened(tmp_path, keep=1)
     checkpoints.start(CONFIG)
-    checkpoints.save(damage.make_state(1), CONFIG, wait=True)
+    damage.save(checkpoints, damage.make_state(1), CONFIG, wait=True)
     seen = []
     real = steps.remove_all
 
@@ -246,7 +249,7 @@ def test_no_step_is_removed_before_the_next_is_complete(tmp_path, monkeypatch):
         real(folder, unwanted)
 
     monkeypatch.setattr(steps, "remove_all", spy)
-    checkpoints.save(damage.make_state(2), CONFIG, wait=True)
+    damage.save(checkpoints, damage.make_state(2), CONFIG, wait=True)
     assert seen == [([2, 1], 2)] and steps.present(tmp_path) == [2]
 
 
@@ -370,7 +373,9 @@ def test_another_model_or_optimizer_is_refused_and_nothing_is_moved(folder):
     with pytest.raises(
         ValueError, match=r"params/a.kernel has shape \(1024, 1024\), not \(8, 8\); para"
     ):
-        checkpoints.restore(found, checkpoint.TrainState(ABSTRACT.step, wrong, ABSTRACT.opt_state))
+        damage.restore(
+            checkpoints, found, state.TrainState(ABSTRACT.step, wrong, ABSTRACT.opt_state)
+        )
     assert resume(folder)[0] == NEW
 
 
@@ -411,12 +416,12 @@ def test_a_full_disk_fails_the_save_and_nothing_else(tmp_path, noticed, monkeypa
     with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=28m", "tmpfs") as small:
         checkpoints, said = opened(small, keep=1)
         checkpoints.start(CONFIG)
-        checkpoints.save(damage.make_state(1), CONFIG, wait=True)
+        damage.save(checkpoints, damage.make_state(1), CONFIG, wait=True)
         (small / "filling").write_bytes(bytes(shutil.disk_usage(small).free - 2_000_000))
         with monkeypatch.context() as patch:
             if noticed != "before it is written":
                 patch.setattr(checkpoint.Checkpoints, "_obstacle", lambda *_: "")
-            checkpoints.save(damage.make_state(2), CONFIG)
+            damage.save(checkpoints, damage.make_state(2), CONFIG)
             checkpoints.close()
         assert (checkpoints.saved_step, checkpoints.failures) == (1, 1)
         message = "\n".join(said)
@@ -428,7 +433,7 @@ def test_a_full_disk_fails_the_save_and_nothing_else(tmp_path, noticed, monkeypa
             checkpoints.require(2)
         assert exit_codes.of(error.value) == exit_codes.NOT_SAVED
         (small / "filling").unlink()
-        checkpoints.save(damage.make_state(3), CONFIG)  # the next one tries again
+        damage.save(checkpoints, damage.make_state(3), CONFIG)  # the next one tries again
         checkpoints.require(3)
         assert resume(small)[0] == 3
 
@@ -437,15 +442,15 @@ def test_a_folder_that_becomes_read_only_fails_saves_until_it_is_mended(tmp_path
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=40m", "tmpfs") as disk:
         checkpoints, said = opened(disk)
         checkpoints.start(CONFIG)
-        checkpoints.save(damage.make_state(1), CONFIG, wait=True)
+        damage.save(checkpoints, damage.make_state(1), CONFIG, wait=True)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        checkpoints.save(damage.make_state(2), CONFIG)
+        damage.save(checkpoints, damage.make_state(2), CONFIG)
         assert "Read-only file system" in "\n".join(said)
         for use in (checkpoint.check_folder, lambda path: opened(path)[0].start(CONFIG)):
             with pytest.raises(ValueError, match="Read-only file system"):
                 use(disk)
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-        checkpoints.save(damage.make_state(3), CONFIG, wait=True)
+        damage.save(checkpoints, damage.make_state(3), CONFIG, wait=True)
         assert (checkpoints.saved_step, checkpoints.failures) == (3, 1)
 
 
@@ -455,7 +460,7 @@ def test_a_folder_that_is_removed_while_running_is_made_again(folder, tmp_path):
     checkpoints = damage.open_folder(folder, model)
     checkpoints.start(CONFIG)
     shutil.rmtree(folder)
-    checkpoints.save(damage.make_state(3), CONFIG, wait=True)
+    damage.save(checkpoints, damage.make_state(3), CONFIG, wait=True)
     assert checkpoints.saved_step == 3 and model_files.verify(folder).problems == ()
     assert resume(folder)[0] == 3
 
@@ -472,10 +477,10 @@ def test_a_folder_that_is_removed_within_a_save_fails_that_save_only(tmp_path, m
             return done
 
         patch.setattr(storage, "is_saved", removed)
-        checkpoints.save(damage.make_state(1), CONFIG)
+        damage.save(checkpoints, damage.make_state(1), CONFIG)
         checkpoints.close()
     assert checkpoints.failures == 1 and "No such file or directory" in "\n".join(said)
-    checkpoints.save(damage.make_state(2), CONFIG, wait=True)
+    damage.save(checkpoints, damage.make_state(2), CONFIG, wait=True)
     assert checkpoints.saved_step == 2 and resume(tmp_path / "a")[0] == 2
 
 
@@ -492,13 +497,13 @@ def test_a_save_that_is_waited_for_is_tried_three_times(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "start_saving", failing)
     checkpoints, said = opened(tmp_path)
     checkpoints.start(CONFIG)
-    checkpoints.save(damage.make_state(1), CONFIG, wait=True)
+    damage.save(checkpoints, damage.make_state(1), CONFIG, wait=True)
     assert (checkpoints.saved_step, checkpoints.failures, len(calls)) == (1, 2, 3)
     assert "Input/output error" in "\n".join(said)
-    checkpoints.save(damage.make_state(1), CONFIG, wait=True)  # is there
+    damage.save(checkpoints, damage.make_state(1), CONFIG, wait=True)  # is there
     assert len(calls) == 3
     monkeypatch.setattr(storage, "start_saving", lambda *_: failing(calls.clear()))
-    checkpoints.save(damage.make_state(2), CONFIG, wait=True)
+    damage.save(checkpoints, damage.make_state(2), CONFIG, wait=True)
     assert (checkpoints.saved_step, checkpoints.failures) == (1, 5)
 
 
@@ -510,11 +515,11 @@ def test_a_save_that_hangs_ends_in_bounded_time(tmp_path, monkeypatch):
         patch.setattr(checkpoint, "SLOWEST_BYTES_PER_S", 1e9)
         patch.setattr(storage, "is_saved", lambda response, wait_s: time.sleep(wait_s))
         began = time.monotonic()
-        checkpoints.save(damage.make_state(1), CONFIG)
+        damage.save(checkpoints, damage.make_state(1), CONFIG)
         checkpoints.close()
         assert time.monotonic() - began < 5
     assert "it was not written within 0 s" in "\n".join(said)
-    checkpoints.save(damage.make_state(2), CONFIG, wait=True)
+    damage.save(checkpoints, damage.make_state(2), CONFIG, wait=True)
     assert checkpoints.saved_step == 2
 
 
@@ -529,7 +534,7 @@ def test_a_save_waits_for_the_one_before_it(tmp_path, monkeypatch):
     checkpoints, _ = opened(tmp_path, keep=3)
     checkpoints.start(CONFIG)
     for step in (1, 2, 3):
-        checkpoints.save(damage.make_state(step), CONFIG)
+        damage.save(checkpoints, damage.make_state(step), CONFIG)
         running.append(checkpoints.saved_step)
     checkpoints.close()
     assert running == [None, 1, 2] and steps.present(tmp_path) == [3, 2, 1]
@@ -599,7 +604,7 @@ def test_what_changes_the_training_is_refused_unless_allowed_by_key_or_prefix(sa
 def test_changed_data_under_an_unchanged_config_are_refused(saved, tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path, config.default().checkpoint, data="before")
     checkpoints.start(CONFIG)
-    checkpoints.save(damage.make_state(1), CONFIG, wait=True)
+    damage.save(checkpoints, damage.make_state(1), CONFIG, wait=True)
     assert drifted(tmp_path, {}, data="before") == ""
     with pytest.raises(ValueError, match=r"\n  data: the files are not those"):
         drifted(tmp_path, {}, data="after")
@@ -621,7 +626,7 @@ def test_data_that_were_moved_resume_where_their_tokens_are_the_same(tmp_path):
         options = {"data": data, "eval_data": {"b": held}, "say": said.append}
         checkpoints = checkpoint.Checkpoints(tmp_path, config.default().checkpoint, **options)
         if checkpoints.start(today) is None:
-            checkpoints.save(damage.make_state(1), today, wait=True)
+            damage.save(checkpoints, damage.make_state(1), today, wait=True)
         return "\n".join(said)
 
     assert start(cfg("here.jsonl")) == ""
@@ -697,11 +702,11 @@ def test_clipping_that_comes_or_goes_restores_every_moment(tmp_path):
         folder = tmp_path / str(before)
         writer, _ = opened(folder)
         writer.start(CONFIG)
-        writer.save(made(before), CONFIG, wait=True)
+        damage.save(writer, made(before), CONFIG, wait=True)
         reader, _ = opened(folder)
         found = reader.start(CONFIG)
         assert found
-        read, _ = reader.restore(found, damage.abstract_of(made(after)))
+        read, _ = damage.restore(reader, found, damage.abstract_of(made(after)))
         assert damage.same(read, made(after))
 
 

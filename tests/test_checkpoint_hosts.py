@@ -33,7 +33,8 @@ for action in actions:
     what, _, value = action.partition("=")
     if what == "save":
         began = time.monotonic()
-        checkpoints.save(damage.make_state(int(value), mesh=mesh), CONFIG, wait=value == "3")
+        state = damage.make_state(int(value), mesh=mesh)
+        damage.save(checkpoints, state, CONFIG, wait=value == "3")
         checkpoints.close()
         print(f"save {value}: {checkpoints.saved_step} {time.monotonic() - began:.1f}", flush=True)
     elif what == "limit" and cluster.process_id() == int(value):
@@ -41,7 +42,7 @@ for action in actions:
     elif what == "unlimit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
     elif what == "restore":
-        state, found = checkpoints.restore(found, abstract)
+        state, found = damage.restore(checkpoints, found, abstract)
         expected = damage.make_state(found.step, mesh=mesh)
         assert found.step == int(value), found.step
         for have, want in zip(*map(jax.tree.leaves, (state, expected)), strict=True):

@@ -39,8 +39,8 @@ from jax_sft import (
     verify,
     vocabulary,
 )
-from scripts import make_model
 from jax_sft.models import spec as param_spec
+from scripts import make_model
 
 UNTIED = {"tie_word_embeddings": False, "model_type": "llama", "attention_bias": True}
 WEIGHTS = "model.safetensors"
@@ -155,7 +155,8 @@ def test_weights_load_alike_from_a_folder_and_from_checkpoints_and_return(
     as_dict = config.to_dict(config.default())
     checkpoints.start(as_dict)
     step = jax.device_put(np.int32(1), parallel.sharding(mesh))
-    checkpoints.save(state.TrainState(step, there, {"count": step}), as_dict, wait=True)
+    saved = state.TrainState(step, there, {"count": step})
+    checkpoints.save(1, saved.named(), as_dict, wait=True)
     out = hf_export.export(tmp_path / "run", tmp_path / "out", progress=False)
     assert_same_folder(folder, out)
     one = param_spec.shardings(planned.rows, parallel.single_device_mesh())

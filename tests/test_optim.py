@@ -419,13 +419,14 @@ def test_a_checkpoint_gives_bfloat16_moments_back_bitwise_or_widened(tmp_path, r
     to = state.shardings(tx, saved.params, ROWS, mesh)
     keep = config.default().checkpoint
     with contextlib.closing(checkpoint.Checkpoints(tmp_path, keep)) as checkpoints:
-        checkpoints.save(jax.device_put(saved, to), {})
+        checkpoints.save(3, jax.device_put(saved, to).named(), {})
     resumed = optim.make(options(moments_dtype=resumed_dtype), STEPS, ROWS)
     wanted = state.abstract(resumed, ROWS, EVEN, jnp.dtype("float32"), mesh)
     checkpoints = checkpoint.Checkpoints(tmp_path, keep)
     stored = checkpoints.start(config.to_dict(config.default()))
     assert stored
-    found, _ = checkpoints.restore(stored, wanted)
+    arrays, _ = checkpoints.restore(stored, wanted.named())
+    found = wanted.from_named(stored.step, arrays)
     for array, like, old in zip(*map(jax.tree.leaves, (found, wanted, saved)), strict=True):
         assert (array.dtype, array.sharding) == (like.dtype, like.sharding)
         np.testing.assert_array_equal(np.float32(array), np.float32(old))

@@ -28,7 +28,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 import numpy as np
 
-from jax_sft import checkpoint, config, manifest, model_files, parallel, steps, tiny, verify
+from jax_sft import checkpoint, config, manifest, model_files, parallel, resume, steps, tiny, verify
 from jax_sft.state import TrainState
 
 OLD, NEW = 1, 2
@@ -71,7 +71,7 @@ def make(folder: Path) -> TrainState:
     as_dict = config.to_dict(config.default())
     checkpoints.start(as_dict)
     for step in (OLD, NEW):
-        checkpoints.save(make_state(step), as_dict, wait=True)
+        save(checkpoints, make_state(step), as_dict, wait=True)
     assert checkpoints.saved_step == NEW and checkpoints.failures == 0
     return make_state(NEW)
 
@@ -84,13 +84,26 @@ def open_folder(folder: Path, model: Path | None = None, say=lambda _: None, **o
     return checkpoint.Checkpoints(folder, keep, model=files, say=say)
 
 
+def save(checkpoints: checkpoint.Checkpoints, state: TrainState, *args, **options) -> None:
+    """Save a state."""
+    checkpoints.save(int(state.step), state.named(), *args, **options)
+
+
+def restore(
+    checkpoints: checkpoint.Checkpoints, found: resume.Found, abstract: TrainState
+) -> tuple[TrainState, resume.Found]:
+    """Return the state of the step that was found or an older one."""
+    arrays, found = checkpoints.restore(found, abstract.named())
+    return abstract.from_named(found.step, arrays), found
+
+
 def resumed(folder: Path, abstract: TrainState, **options) -> tuple[int, TrainState | None]:
     """Return (step, state) that a run would go on from; step -1 where it refuses to start."""
     checkpoints = open_folder(folder, **options)
     try:
         found = checkpoints.start(config.to_dict(config.default()))
         assert found
-        state, found = checkpoints.restore(found, abstract)
+        state, found = restore(checkpoints, found, abstract)
     except ValueError:
         return -1, None
     return found.step, state
