@@ -376,14 +376,12 @@ def load(
 
 
 class Blocks:
-    """One of our arrays, in blocks that are read from the tensors of a folder.
-
-    `blocks[slices]`, a slice of each dimension, that of a stacked one of a single index.
-    """
+    """A `BlockReader` of one of our arrays, from the tensors of a folder."""
 
     def __init__(self, tensors: Mapping[str, Tensor], row: Weight, dims: dict[str, int]):
         self._row, self._dims = row, dims
         self.shape = row.shape(dims)
+        self.chunk = (1,) * len(self.shape)
         self._names = dict(row.hf_tensors(dims))
         found = {tensors[name] for name in self._names.values()}
         self.dtype = np.dtype(jnp.result_type(*(DTYPES[tensor.dtype] for tensor in found)))
@@ -399,3 +397,6 @@ class Blocks:
         of_one = tuple(block[num_stacked:])
         part = self._slices[self._names[index]][self._row.hf_index(of_one, self._dims)]
         return self._row.from_hf(part, self._dims).reshape([stop - start for start, stop in block])
+
+    def finish(self) -> None:
+        """Do nothing: a safetensors file has no checksum."""

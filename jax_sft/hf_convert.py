@@ -16,6 +16,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from jax_sft import (
+    blocks,
     fingerprint,
     hf,
     hf_write,
@@ -185,8 +186,8 @@ def _write_row(planned: Plan, row: Weight, folder: Path) -> Iterator[tuple[str, 
     """Write one array; yield of each block its file, the file's sha256, its checksum and bytes."""
     dims, dtype, shape = planned.dims, planned.dtypes[row.path], row.shape(planned.dims)
     ones = (1,) * len(row.stacked)
-    blocks = [*row.parts(dims, storage.BLOCK_BYTES // dtype.itemsize, _ALIGNED)]
-    block_shape = ones + tuple(stop - start for start, stop in blocks[0])
+    parts = [*row.parts(dims, blocks.BLOCK_BYTES // dtype.itemsize, _ALIGNED)]
+    block_shape = ones + tuple(stop - start for start, stop in parts[0])
     array = storage.Blocks(
         folder, row.path, shape, dtype, block_shape, _piece(row, block_shape, dtype.itemsize)
     )
@@ -205,7 +206,7 @@ def _write_row(planned: Plan, row: Weight, folder: Path) -> Iterator[tuple[str, 
     tasks = [
         (index, planned.tensors[name], name, block)
         for index, name in row.hf_tensors(dims)
-        for block in blocks
+        for block in parts
     ]
     num_threads = hf_write.threads(math.prod(block_shape) * dtype.itemsize)
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:

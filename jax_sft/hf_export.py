@@ -33,6 +33,7 @@ from jax_sft import (
     sums,
     trainable,
 )
+from jax_sft.blocks import BlockReader
 from jax_sft.model import ModelDef
 from jax_sft.models.spec import Weight
 from jax_sft.text import at_most
@@ -415,13 +416,13 @@ def _describe_adapter(planned: Plan, out: Path) -> None:
     peft.write_config(out, planned.model_def, planned.settings, model["path"], model["revision"])
 
 
-class _Params(Mapping[str, Any]):
+class _Params(Mapping[str, BlockReader | np.ndarray]):
     """What is written, by our paths: each opened when it is asked for."""
 
     def __init__(self, planned: Plan):
         self._planned = planned
 
-    def __getitem__(self, path: str) -> Any:
+    def __getitem__(self, path: str) -> BlockReader | np.ndarray:
         planned = self._planned
         row = next(row for row in planned.model_def.rows if row.path == path)
         if peft.joined(row) != row:
@@ -455,9 +456,9 @@ class _Params(Mapping[str, Any]):
 class _Checked:
     """Blocks of a weight that did not train, compared with what the run had."""
 
-    def __init__(self, blocks: Any, noted: Mapping[str, Any], path: str):
+    def __init__(self, blocks: BlockReader, noted: Mapping[str, Any], path: str):
         self._blocks, self._noted, self._path = blocks, noted, path
-        self.shape, self.dtype = blocks.shape, blocks.dtype
+        self.shape, self.dtype, self.chunk = blocks.shape, blocks.dtype, blocks.chunk
         self._found, self._lock = 0, threading.Lock()
 
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
@@ -484,10 +485,12 @@ class _Packed:
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, blocks: Any, model_def: ModelDef, path: str, noted: Mapping[str, Any]):
+    def __init__(
+        self, blocks: BlockReader, model_def: ModelDef, path: str, noted: Mapping[str, Any]
+    ):
         self._blocks, self._model_def, self._path = blocks, model_def, path
         self._noted = noted[f"{path}.codes"]["sum"]
-        self.shape = blocks.shape
+        self.shape, self.chunk = blocks.shape, (1,) * len(blocks.shape)
         self._layers: dict[tuple[int, ...], np.ndarray] = {}
         self._found, self._lock = 0, threading.Lock()
 
@@ -526,8 +529,9 @@ class _Merged:
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, kernel: Any, row: Weight, adapter: tuple, settings: lora.Settings):
+    def __init__(self, kernel: BlockReader, row: Weight, adapter: tuple, settings: lora.Settings):
         self._kernel, self._settings = kernel, settings
+        self.shape, self.chunk = kernel.shape, kernel.chunk
         self._a, self._b, self._magnitude = adapter
         self._num_stacked = len(row.stacked)
         # How many dimensions of the kernel, after the stacked ones, are outputs, and where.

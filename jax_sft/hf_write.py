@@ -19,7 +19,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jax_sft import manifest, parallel, storage
+from jax_sft import blocks, manifest, parallel
+from jax_sft.blocks import BlockReader, InMemory
 from jax_sft.files import write_at
 from jax_sft.hf import DTYPES, INDEX, SINGLE
 from jax_sft.models.spec import Weight
@@ -124,7 +125,7 @@ def _header(shard: Mapping[str, Place]) -> bytes:
 
 
 def save(
-    params: Mapping[str, Any],
+    params: Mapping[str, BlockReader | np.ndarray | jax.Array],
     rows: Iterable[Weight],
     dims: dict[str, int],
     dtypes: Mapping[str, str],
@@ -136,9 +137,7 @@ def save(
     """Write the weights as safetensors files, in blocks of a tensor.
 
     Args:
-        params: {our path: array that this process can read whole, or storage.Stored, or anything
-            else that gives blocks for slices; what has a method `finish`, which is called when all
-            of it was read}.
+        params: {our path: reader of its blocks, or an array that this process can read whole}.
         out: an existing folder.
         dtypes, shard_bytes, single: see `layout`.
 
@@ -223,17 +222,19 @@ def begin(plan: Layout, out: Path) -> list[str]:
 
 
 def _save_row(
-    array: Any, row: Weight, dims: dict[str, int], plan: Layout, descriptors: Mapping[str, int]
+    array: BlockReader | np.ndarray | jax.Array,
+    row: Weight,
+    dims: dict[str, int],
+    plan: Layout,
+    descriptors: Mapping[str, int],
 ) -> Iterator[tuple[str, int, int]]:
     """Write all tensors of a row, several blocks at a time; yield (file, offset, bytes) of each."""
-    is_stored = isinstance(array, storage.Stored)
-    if isinstance(array, jax.Array):
-        array = np.asarray(array)
-    multiple = array.chunk[len(row.stacked) + row.cut] if is_stored else 1
+    reader = InMemory(array) if isinstance(array, np.ndarray | jax.Array) else array
+    multiple = reader.chunk[len(row.stacked) + row.cut]
 
     def write(index: tuple[int, ...], place: Place, block: parallel.Block):
         ours = (*((i, i + 1) for i in index), *block)
-        part = array[tuple(slice(*ends) for ends in ours)]
+        part = reader[tuple(slice(*ends) for ends in ours)]
         part = row.to_hf(part.reshape(part.shape[len(index) :]), dims)
         content = part.astype(DTYPES[place.dtype], copy=False).reshape(-1).view(np.uint8)
         first, *rest = row.hf_index(block, dims)
@@ -246,15 +247,14 @@ def _save_row(
         (index, plan.tensors[name], block)
         for index, name in row.hf_tensors(dims)
         if name in plan.tensors
-        for block in row.parts(dims, storage.BLOCK_BYTES // array.dtype.itemsize, multiple)
+        for block in row.parts(dims, blocks.BLOCK_BYTES // reader.dtype.itemsize, multiple)
     ]
-    largest = array.dtype.itemsize * max(
+    largest = reader.dtype.itemsize * max(
         math.prod(stop - start for start, stop in block) for *_, block in tasks
     )
     with concurrent.futures.ThreadPoolExecutor(threads(largest)) as pool:
         yield from pool.map(write, *zip(*tasks, strict=True))
-    if hasattr(array, "finish"):
-        array.finish()
+    reader.finish()
 
 
 def threads(block_bytes: int) -> int:

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from jax_sft import fingerprint, hf, model_files, steps, storage, vocabulary
+from jax_sft.blocks import BlockReader
 from jax_sft.models.spec import Weight
 
 Load = Callable[[Mapping[str, NamedSharding], Any, bool], dict[str, jax.Array]]
@@ -27,12 +28,12 @@ class Weights:
     Attributes:
         dtypes: {HF name: safetensors dtype}.
         load: ({our path: sharding}, dtype, progress) -> {our path: array} of these paths.
-        blocks: our path -> what gives blocks of the array for slices, without reading it whole.
+        blocks: our path -> reader of the array's blocks.
     """
 
     dtypes: Mapping[str, str]
     load: Load
-    blocks: Callable[[str], Any]
+    blocks: Callable[[str], BlockReader]
 
 
 def find(

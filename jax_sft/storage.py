@@ -18,12 +18,11 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from jax_sft import fingerprint, plain_paths
+from jax_sft import blocks, fingerprint, plain_paths
 
 T = TypeVar("T")
 # Read or written at a time where arrays are streamed. Memory of this size is used again by the C
 # library; larger pieces come from the kernel each time, page by page, at 0.6 s per GB.
-BLOCK_BYTES = 1 << 24
 _OCDBT = "manifest.ocdbt"  # is there where Orbax has put all arrays into one database
 Response = Any  # of Orbax: the result of a save that goes on
 
@@ -128,10 +127,10 @@ def require_readable(step_folder: Path, arrays: Mapping[str, Mapping[str, Any]])
 
 def _chunks(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
     """Cut a large array into chunks that are within one layer, so that an export reads few."""
-    if value.nbytes <= BLOCK_BYTES or value.ndim < 3:
+    if value.nbytes <= blocks.BLOCK_BYTES or value.ndim < 3:
         return None  # Orbax would cut tables across their rows, which an export reads
     return ocp.options.ArrayOptions.Saving.StorageOptions(
-        chunk_byte_size=BLOCK_BYTES, shard_axes=(0,)
+        chunk_byte_size=blocks.BLOCK_BYTES, shard_axes=(0,)
     )
 
 
@@ -212,7 +211,7 @@ class Stored:
         if (store.shape, self.dtype) != (self._whole, np.dtype(manifest["dtype"])):
             raise Failed(f"tensor {name} is {self.dtype} {store.shape}, not as in the manifest")
         across = [part == size for part, size in zip(self.chunk, self._whole, strict=True)]
-        is_table = len(self.shape) == 2 and any(across) and self.nbytes > BLOCK_BYTES
+        is_table = len(self.shape) == 2 and any(across) and self.nbytes > blocks.BLOCK_BYTES
         if is_table or (len(self.shape) > 2 and self.chunk[0] > 1):
             # Every block needs many chunks, or a part of one: they are kept, so as to be read once.
             context = ts.Context({"cache_pool": {"total_bytes_limit": self.nbytes}})
@@ -254,7 +253,7 @@ class Stored:
         whole = tuple(slice(0, size) for size in self.shape[1:])
         if self.shape:
             each = max(self.nbytes // max(self.shape[0], 1), 1)  # bytes of an index
-            step = max(BLOCK_BYTES // each // self.chunk[0], 1) * self.chunk[0]
+            step = max(blocks.BLOCK_BYTES // each // self.chunk[0], 1) * self.chunk[0]
             for start in range(0, self.shape[0], step):
                 self[slice(start, min(start + step, self.shape[0])), *whole]
         else:

@@ -54,12 +54,13 @@ def config_of(like: str) -> dict:
 
 
 class Random:
-    """An array of random bits that are never NaN or infinite, made where it is asked for."""
+    """A `BlockReader` of random bits that are never NaN or infinite, made where they are read."""
 
     dtype = np.dtype(bfloat16)
 
     def __init__(self, shape: tuple[int, ...], seed: int):
         self.shape, self._seed = shape, seed
+        self.chunk = (1,) * len(shape)
 
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
         """Return the block of these slices: the same bits for the same slices."""
@@ -68,6 +69,9 @@ class Random:
         words = np.frombuffer(rng.bytes(2 * math.prod(shape)), np.uint16)
         # Sign and fraction are random, the exponent is one of 8 below that of 0.125.
         return ((words & 0x83FF) | 0x3800).view(bfloat16).reshape(shape)
+
+    def finish(self) -> None:
+        """Do nothing: there is nothing to compare with."""
 
 
 def make(like: str, out: Path, headers_only: bool) -> None:

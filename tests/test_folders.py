@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import jax_sft
 from jax_sft import (
+    blocks,
     checkpoint,
     config,
     convert,
@@ -51,7 +52,7 @@ TEMPLATE = "additional_chat_templates/tool_use.jinja"
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of 3000 bytes: even the tiny model's matrices are cut, and not at equal parts."""
-    monkeypatch.setattr(storage, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
     monkeypatch.setattr(hf_convert, "_ALIGNED", 4)
     monkeypatch.setattr(hf_convert, "_LEAST_PIECE_BYTES", 500)
 
@@ -304,8 +305,8 @@ def test_an_export_of_float32_masters_reads_blocks_within_a_layer(make_model, tm
     manifest.write(step, arrays=arrays)
     for name, array in arrays.items():
         stored = storage.Stored(step, name, json.loads(json.dumps(array)))
-        if stored.nbytes > storage.BLOCK_BYTES and len(stored.shape) > 2:
-            assert math.prod(stored.chunk) * 4 <= storage.BLOCK_BYTES
+        if stored.nbytes > blocks.BLOCK_BYTES and len(stored.shape) > 2:
+            assert math.prod(stored.chunk) * 4 <= blocks.BLOCK_BYTES
             assert stored.chunk[0] == 1
     model_files.keep(step.parent, model_files.Model(folder, find.dtypes))
     out = hf_export.export(step.parent, tmp_path / "out", progress=False)
@@ -318,7 +319,7 @@ def jax_sft_sum(array) -> int:
 
 def test_memory_of_both_ways_does_not_grow_with_the_model(tmp_path, monkeypatch):
     # Of a model of 68 MB whose largest stacked parameter takes 17 MB; tracing it takes some 3 MB.
-    monkeypatch.setattr(storage, "BLOCK_BYTES", 1 << 17)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 17)
     sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 1024}
     folder = tmp_path / "model"
     folder.mkdir()

@@ -16,7 +16,7 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 
 # A file imports only from levels below its own.
 LEVELS = [
-    "paths exit_codes terminal text files parallel models.fields",
+    "paths exit_codes terminal text files parallel blocks models.fields",
     "lifecycle regular data.cache_room",
     "config cache_folder huge_pages startup tree "
     "models models.spec strict_json data.json_rows data.printed data.losses "
