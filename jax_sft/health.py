@@ -18,7 +18,6 @@ import numpy as np
 from jax_sft.data.examples import Examples
 from jax_sft.data.loader import Loader
 
-ON_NONFINITE = ("skip", "raise")
 WINDOW = 100  # steps over which the median loss is taken
 GUESSES = 2  # times ln(vocabulary), the loss of a model that guesses: more is a mistake
 FEWEST = 20  # losses before one can be called a spike

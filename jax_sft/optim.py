@@ -9,15 +9,6 @@ import optax
 
 from jax_sft.models.spec import Weight
 
-SCHEDULES = ("cosine", "linear", "constant", "wsd")
-NAMES = ("adamw",)
-MOMENTS_DTYPES = ("float32", "bfloat16")
-# The highest b1 and b2 with moments in bfloat16. A step moves a moment by (1 - b) of its distance
-# from the gradient, or from its square, and rounding undoes what is below half the spacing: 2^-9 to
-# 2^-8 of the moment. On random gradients the second moment is then off by 0.02% at 0.95, 0.5% at
-# 0.98 and 4% at 0.99; above 1 - 2^-8 = 0.996 it never falls again.
-MAX_BFLOAT16_DECAY = 0.98
-
 
 def warmup_steps(optimizer, num_steps: int) -> int:
     """Return the number of warm-up steps that `optimizer.warmup` means.

@@ -1,7 +1,6 @@
 """Where metrics go. A tracker is a class with `log(step, metrics)` and `close()`."""
 
 import functools
-import importlib.util
 import json
 import queue
 import threading
@@ -63,19 +62,7 @@ class Wandb:
         self._run.finish()
 
 
-# log.trackers -> (class, the package it needs).
-TRACKERS = {"tensorboard": (TensorBoard, "tensorboardX"), "wandb": (Wandb, "wandb")}
-
-
-def problems(names) -> list[str]:
-    """List the trackers that are unknown or whose package is missing."""
-    found = []
-    for name in names:
-        if name not in TRACKERS:
-            found.append(f"log.trackers: {name!r} is not one of {list(TRACKERS)}")
-        elif importlib.util.find_spec(TRACKERS[name][1]) is None:
-            found.append(f"log.trackers: {name!r} needs `pip install {TRACKERS[name][1]}`")
-    return found
+CLASSES = {"tensorboard": TensorBoard, "wandb": Wandb}  # by their names in log.trackers
 
 
 def start(
@@ -94,7 +81,7 @@ def start(
     others = []
     for name in names:
         with _Anything() as outcome:
-            others.append(Beside(name, TRACKERS[name][0](workdir, config, start_step), say))
+            others.append(Beside(name, CLASSES[name](workdir, config, start_step), say))
         if outcome.error and not isinstance(outcome.error, Exception):
             raise outcome.error  # Ctrl-C
         if outcome.error:

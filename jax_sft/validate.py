@@ -4,7 +4,9 @@ Called by `train` after devices are known and before any data or weight is read.
 """
 
 import dataclasses
+import importlib.util
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,13 @@ import jax
 from jax_sft import (
     compute,
     config,
-    health,
     hf,
     lora,
     models,
-    optim,
     parallel,
     paths,
     patterns,
     peft,
-    trackers,
     trainable,
 )
 from jax_sft.data import check
@@ -220,11 +219,11 @@ def _value_problems(cfg) -> list[str]:
         "model.grad_dtype": DTYPES,
         "model.attention": BACKENDS,
         "lora.quantize": ("", "nf4"),
-        "train.on_nonfinite": health.ON_NONFINITE,
-        "optimizer.name": optim.NAMES,
+        "train.on_nonfinite": config.ON_NONFINITE,
+        "optimizer.name": config.OPTIMIZERS,
         "checkpoint.verify": ("sizes", "hashes"),
-        "optimizer.schedule": optim.SCHEDULES,
-        "optimizer.moments_dtype": optim.MOMENTS_DTYPES,
+        "optimizer.schedule": config.SCHEDULES,
+        "optimizer.moments_dtype": config.MOMENTS_DTYPES,
     }
     at_least: dict[str, float] = {
         **{
@@ -268,7 +267,7 @@ def _value_problems(cfg) -> list[str]:
         problems.append(f"seed = {cfg.seed}: use one below 2**63")
     if cfg.train.steps >= MOST_STEPS:
         problems.append(f"train.steps = {cfg.train.steps}: use one below {MOST_STEPS} (2**31)")
-    highest = optim.MAX_BFLOAT16_DECAY
+    highest = config.MAX_BFLOAT16_DECAY
     problems += [
         f"{key} = {_get(cfg, key)} is too slow for bfloat16 moments, which round its steps away: "
         f'use at most {highest}, or optimizer.moments_dtype = "float32"'
@@ -300,7 +299,18 @@ def _value_problems(cfg) -> list[str]:
         f"checkpoint.allow_changes: {key!r} is no config key, nor the start of one"
         for key in config.unknown(cfg.checkpoint.allow_changes, cfg)
     ]
-    return problems + trackers.problems(cfg.log.trackers)
+    return problems + _tracker_problems(cfg.log.trackers)
+
+
+def _tracker_problems(names: Iterable[str]) -> list[str]:
+    """List the trackers that are unknown or whose package is missing."""
+    problems = []
+    for name in names:
+        if name not in config.TRACKERS:
+            problems.append(f"log.trackers: {name!r} is not one of {list(config.TRACKERS)}")
+        elif importlib.util.find_spec(package := config.TRACKERS[name]) is None:
+            problems.append(f"log.trackers: {name!r} needs `pip install {package}`")
+    return problems
 
 
 def _batch_problems(cfg, micro_rows: int, sizes: dict[str, int]) -> list[str]:

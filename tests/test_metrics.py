@@ -34,6 +34,7 @@ from jax_sft.model import ModelDef
 from jax_sft.models import qwen2
 from jax_sft.models import spec as param_spec
 from jax_sft.step import make_eval_step, no_sums
+from jax_sft.validate import validate
 
 # ---- FLOPs ---------------------------------------------------------------------------------------
 
@@ -388,7 +389,7 @@ def test_a_tracker_that_cannot_start_is_one_line(tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("No API key\nconfigured")
 
-    monkeypatch.setitem(trackers.TRACKERS, "wandb", (broken, "wandb"))
+    monkeypatch.setitem(trackers.CLASSES, "wandb", broken)
     with pytest.raises(ValueError, match="wandb cannot be started: RuntimeError: No API key conf"):
         trackers.start(("wandb",), tmp_path, {}, 0)
 
@@ -457,9 +458,12 @@ def test_wandb_logs_offline_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch
     assert list(tmp_path.glob("wandb/offline-run-*"))
 
 
-def test_problems_names_unknown_trackers():
-    assert trackers.problems(()) == []
-    assert trackers.problems(("x",)) == ["log.trackers: 'x' is not one of ['tensorboard', 'wandb']"]
+def test_an_unknown_tracker_is_named_at_the_start(make_config):
+    with pytest.raises(
+        ValueError, match=r"log.trackers: 'x' is not one of \['tensorboard', 'wandb'"
+    ):
+        validate(make_config(**{"log.trackers": ("x",)}), 8)
+    assert trackers.CLASSES.keys() == config.TRACKERS.keys()
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
