@@ -21,9 +21,9 @@ from jax_sft import (
     hf,
     inference,
     parallel,
+    pretrained,
     stop_tokens,
     sums,
-    trainable,
 )
 from jax_sft.hf_export import Plan
 
@@ -128,7 +128,7 @@ def our_logits(planned: Plan, tokens: np.ndarray) -> np.ndarray:
     params = {path: jnp.asarray(planned.read(path), jnp.float32) for path in planned.arrays}
     if planned.weights:
         rest = [row.path for row in planned.rows if row.path not in params]
-        params |= trainable.read(planned.weights, model_def, rest, mesh, jnp.float32, False)
+        params |= pretrained.read(planned.weights, model_def, rest, mesh, jnp.float32, False)
     for row in planned.rows:
         for index, name in row.hf_tensors(planned.dims):
             dtype = hf.DTYPES[planned.dtypes[name]]

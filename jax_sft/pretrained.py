@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
-from jax_sft import fingerprint, hf, model_files, steps, storage, vocabulary
+from jax_sft import fingerprint, hf, model_files, nf4, steps, storage, vocabulary
 from jax_sft.blocks import BlockReader
+from jax_sft.model import ModelDef
+from jax_sft.models import spec as param_spec
 from jax_sft.models.spec import Weight
 
 Load = Callable[[Mapping[str, NamedSharding], Any, bool], dict[str, jax.Array]]
@@ -67,6 +69,40 @@ def find(
         return hf.Blocks(tensors, next(row for row in rows if row.path == path), dims)
 
     return Weights({name: tensor.dtype for name, tensor in tensors.items()}, load, blocks)
+
+
+def read(
+    weights: Weights,
+    model_def: ModelDef,
+    paths: Iterable[str],
+    mesh: Mesh,
+    dtype,
+    progress: bool = True,
+) -> dict[str, jax.Array]:
+    """Read pretrained weights into their shards.
+
+    Args:
+        paths: ours, of the rows that are read.
+        dtype: of what trains; what is frozen has its own.
+
+    Returns:
+        {our path: array}, of packed ones the parts.
+    """
+    paths, found = list(paths), {}
+    shardings = param_spec.shardings(model_def.rows, mesh)
+    # One after another, so that none stays whole; on all processes in the same order.
+    packed = [path for path in paths if path in model_def.packed]
+    for path in tqdm(packed, "packing weights", unit="array", disable=not (progress and packed)):
+        dtype_there = weights.blocks(path).dtype
+        kernel = weights.load({path: shardings[path]}, dtype_there, False).pop(path)
+        found |= nf4.packed_arrays(model_def, path, kernel, mesh)
+        del kernel
+    rest = [path for path in paths if path not in model_def.packed]
+    dtypes = {path: np.dtype(model_def.frozen.get(path, dtype)) for path in rest}
+    for one in sorted(set(dtypes.values()), key=str):
+        wanted = {path: shardings[path] for path in dtypes if dtypes[path] == one}
+        found |= weights.load(wanted, one, progress)
+    return found
 
 
 def _of_checkpoint(

@@ -280,7 +280,7 @@ def _train(
         what = "adapters" if resolved.adapters else "what train.freeze leaves"
         say(f"trains  {what}: {metrics.count(trainable.count(model_def))} parameters")
     read = functools.partial(
-        *(trainable.read, pretrained_weights, model_def),
+        *(pretrained.read, pretrained_weights, model_def),
         mesh=mesh,
         dtype=cfg.model.param_dtype,
         progress=first_process,

@@ -5,17 +5,15 @@ And what the weights are when training begins.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
-from jax_sft import lora, nf4, paths, patterns, peft, pretrained
+from jax_sft import lora, nf4, paths, patterns, peft
 from jax_sft.model import ModelDef
-from jax_sft.models import spec as param_spec
 
 
 def choose(
@@ -81,40 +79,6 @@ def count(model_def: ModelDef) -> int:
         layers = model_def.trained.get(row.path, np.ones(shape[: len(row.stacked)], bool))
         total += int(layers.sum()) * math.prod(shape[len(row.stacked) :])
     return total
-
-
-def read(
-    weights: pretrained.Weights,
-    model_def: ModelDef,
-    paths: Iterable[str],
-    mesh: Mesh,
-    dtype,
-    progress: bool = True,
-) -> dict[str, jax.Array]:
-    """Read pretrained weights into their shards.
-
-    Args:
-        paths: ours, of the rows that are read.
-        dtype: of what trains; what is frozen has its own.
-
-    Returns:
-        {our path: array}, of packed ones the parts.
-    """
-    paths, found = list(paths), {}
-    shardings = param_spec.shardings(model_def.rows, mesh)
-    # One after another, so that none stays whole; on all processes in the same order.
-    packed = [path for path in paths if path in model_def.packed]
-    for path in tqdm(packed, "packing weights", unit="array", disable=not (progress and packed)):
-        dtype_there = weights.blocks(path).dtype
-        kernel = weights.load({path: shardings[path]}, dtype_there, False).pop(path)
-        found |= nf4.packed_arrays(model_def, path, kernel, mesh)
-        del kernel
-    rest = [path for path in paths if path not in model_def.packed]
-    dtypes = {path: np.dtype(model_def.frozen.get(path, dtype)) for path in rest}
-    for one in sorted(set(dtypes.values()), key=str):
-        wanted = {path: shardings[path] for path in dtypes if dtypes[path] == one}
-        found |= weights.load(wanted, one, progress)
-    return found
 
 
 def adapters(

@@ -40,9 +40,8 @@ LEVELS = [
     "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf "
     "planning.flops planning.page",
     "models.layers data.chat data.check state model_files hf_write planning.roofline",
-    "models.experts data.worker data.loader resume pretrained same_weights lora nf4 "
-    "planning.candidates",
-    f"{FAMILY} checkpoint data.store health hf_convert tiny peft",
+    "models.experts data.worker data.loader resume same_weights lora nf4 planning.candidates",
+    f"{FAMILY} checkpoint data.store health hf_convert tiny peft pretrained",
     "data.cache data.detokenize inference step trainable stop_tokens",
     "hf_export validate",
     "hf_verify data.prepare evaluate program",
