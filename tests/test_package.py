@@ -1,6 +1,9 @@
 """What pip installs: the package's description, and a wheel that runs away from the clone."""
 
+import dataclasses
 import importlib.metadata
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -42,6 +45,29 @@ def metadata(wheel) -> Message:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         return Parser().parsestr(archive.read(name).decode())
+
+
+@dataclasses.dataclass(frozen=True)
+class Installed:
+    """A wheel that is installed into a folder of its own."""
+
+    site: Path
+
+    def run(self, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run its command in a folder."""
+        env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_SFT_")}
+        env |= {"PYTHONPATH": str(self.site), "XLA_FLAGS": ""}
+        command = [str(self.site / "bin" / "jax-sft"), *arguments]
+        return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Installed:
+    """Install the wheel alone; this Python has the dependencies."""
+    site = tmp_path_factory.mktemp("site")
+    options = ["--no-deps", "--no-index", "--no-compile", f"--target={site}"]
+    subprocess.run([*PIP, "install", *options, str(wheel)], check=True)
+    return Installed(site)
 
 
 def requirement(line: str) -> tuple[str, frozenset[str]]:
@@ -98,3 +124,27 @@ def test_the_tests_have_the_setuptools_that_builds(metadata):
     )
     assert int(importlib.metadata.version("setuptools").split(".")[0]) >= int(wanted)
     assert f"setuptools>={wanted}" in (ROOT / "requirements-test.txt").read_text().splitlines()
+
+
+def test_the_command_of_a_wheel_runs_in_an_empty_folder(installed, tmp_path):
+    package = installed.site / "jax_sft"
+    shown = installed.run(tmp_path, "--help")
+    assert shown.returncode == 0 and "\n  train " in shown.stdout
+    missing = installed.run(tmp_path, "inspect", "--config=configs/tiny.py")
+    example = f"{package}/configs/tiny.py"
+    assert missing.returncode == 64 and f"use --config={example}, or a copy" in missing.stderr
+    rows = [{"prompt": f"{number}", "response": f"{number}"[::-1]} for number in range(20)]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = [f"--config.data.{name}.path=few.jsonl" for name in ("train.words", "eval.heldout")]
+    done = installed.run(tmp_path, "inspect", f"--config={example}", "--dump=all.jsonl", *few)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "all.jsonl").read_text().splitlines()) == 2 * len(rows)
+    assert not [path for path in package.rglob("*") if "runs" in path.parts]
+
+
+def test_a_launcher_without_a_clone_starts_the_package_on_other_hosts(installed, tmp_path):
+    options = ("--hosts=h1,h2", "--python=/opt/python", "--dry-run", "--config=x.py")
+    done = installed.run(tmp_path, "launch", *options)
+    assert done.returncode == 0, done.stderr
+    assert [line[:4] for line in done.stdout.splitlines()] == ["h1: ", "h2: "]
+    assert done.stdout.count("/opt/python -m jax_sft.launch --leash --config=x.py") == 2

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ SCRIPTS = {
 
 
 @pytest.fixture
-def started(monkeypatch) -> list[list[str]]:
+def started(monkeypatch) -> Iterator[list[list[str]]]:
     """Collect the programs that this process would become."""
     commands: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda _, command: commands.append(command))
@@ -104,23 +105,24 @@ def test_a_script_runs_from_any_folder_without_an_install(tmp_path, script, verb
     assert done.stdout.startswith(f"usage: python -m jax_sft.{verb} ")
 
 
-@pytest.mark.parametrize("name", ["train", "export"])
-@pytest.mark.parametrize("first", ["import jax_sft.{name}", "from jax_sft import {name}"])
-def test_a_function_and_its_module_share_a_name(name, first):
+@pytest.mark.parametrize("first", ["import jax_sft.{0}", "from jax_sft import {0}"])
+def test_a_function_and_its_module_share_a_name(first):
     """Whichever is asked for first: `jax_sft.export` is called, and has a main function."""
     code = f"""
 import types
-{first.format(name=name)}
+{first.format("export")}
+{first.format("train")}
 import jax_sft
-from jax_sft import {name}
-assert {name} is jax_sft.{name} and isinstance({name}, types.ModuleType)
-assert callable({name}) and callable({name}.main)
-try:
-    {name}()
-except TypeError as error:
-    assert "missing" in str(error)
-else:
-    raise AssertionError
+from jax_sft import export, train
+assert export is jax_sft.export and train is jax_sft.train
+for module in export, train:
+    assert isinstance(module, types.ModuleType) and callable(module.main)
+    try:
+        module()
+    except TypeError as error:
+        assert "missing" in str(error)
+    else:
+        raise AssertionError(module)
 """
     done = run("-c", code)
     assert done.returncode == 0, done.stderr
