@@ -11,9 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 10_000
 TRAINER = """
-import sys
 from pathlib import Path
-sys.path.insert(0, {root!r})
 from jax_sft import config, train
 from jax_sft.run_files import Jsonl
 cfg = config.default()
@@ -44,7 +42,6 @@ def test_memory_is_flat_over_10_000_steps_and_the_logs_are_bounded(make_config, 
         "checkpoint": {"every_steps": 500, "keep": 2},
     }
     trainer = TRAINER.format(
-        root=str(ROOT),
         changes=changes,
         data=cfg.data.train.main.path,
         found=str(tmp_path / "memory"),
@@ -52,6 +49,7 @@ def test_memory_is_flat_over_10_000_steps_and_the_logs_are_bounded(make_config, 
     )
     with (tmp_path / "log").open("w") as log:
         env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        env["PYTHONPATH"] = str(ROOT)
         subprocess.run([sys.executable, "-c", trainer], check=True, stdout=log, stderr=log, env=env)
     resident = {}
     for line in (tmp_path / "memory").read_text().splitlines():
