@@ -13,16 +13,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_sft import parallel, tree
+from jax_sft.remat_names import KEPT, NAMES
 
-# Values of a layer that can be named in model.remat and model.offload, [rows, tokens, ...]:
-NAMES = {
-    "residual": "the layer's input, features wide",
-    "qkv": "rotated queries and keys, and values",
-    "attention": "what attention returns, before its output projection",
-    "attention_lse": "log-sum-exp of the attention scores: with `attention`, its forward is kept",
-    "mlp": "gate and up of the MLP, by far the largest",
-    "dots": "what every matrix product with a weight returns",
-}
 _WEIGHT = "weight"  # a gathered weight; it is never kept
 
 
@@ -39,7 +31,6 @@ def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
 
 # model.remat: what the backward pass keeps of a layer instead of computing it again.
 REMAT: dict[str, Callable[..., Any]] = {"none": _all_but_gathered}
-_NAMED = {"full": (), "attn": ("attention", "attention_lse"), "dots": ("dots",)}
 
 
 def policy(remat: str, offload: tuple[str, ...] = ()) -> Callable[..., Any]:
@@ -60,10 +51,10 @@ def policy(remat: str, offload: tuple[str, ...] = ()) -> Callable[..., Any]:
                 '"full", "attn" or names'
             )
         return REMAT[remat]
-    saved = _NAMED[remat] if remat in _NAMED else tuple(remat.replace(" ", "").split(","))
+    saved = KEPT[remat] if remat in KEPT else tuple(remat.replace(" ", "").split(","))
     for key, value, names in (("remat", remat, saved), ("offload", list(offload), offload)):
         if any(name not in NAMES for name in names):
-            policies = f"one of {[*REMAT, *_NAMED]}, or " if key == "remat" else ""
+            policies = f"one of {[*REMAT, *KEPT]}, or " if key == "remat" else ""
             raise ValueError(
                 f"model.{key} = {value!r}: use {policies}names out of {list(NAMES)}"
                 + " joined by commas" * (key == "remat")

@@ -105,9 +105,9 @@ def default() -> Config:
     # sent, and rounds once per device and addition.
     model.grad_dtype = "float32"
     # What the backward pass keeps of a layer instead of computing it again: "none" (all is kept),
-    # "dots", "attn", "full" (all is computed again), or names of compute.NAMES joined by commas.
+    # "dots", "attn", "full" (all is computed again), or remat_names.NAMES joined by commas.
     model.remat = "full"
-    model.offload = ()  # names of compute.NAMES that are kept in pinned host memory
+    model.offload = ()  # names of remat_names.NAMES that are kept in pinned host memory
 
     lora: Config = ConfigDict()
     cfg.lora = lora  # adapters beside linear layers; everything else is frozen

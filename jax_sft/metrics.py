@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jax_sft.flops import model_flops
 from jax_sft.models.spec import Weight
 from jax_sft.planning.chips import CHIPS
 
@@ -44,26 +45,11 @@ def step_flops(
     pairs: float,
     frozen: Collection[str] = (),
 ) -> float:
-    """Return the model FLOPs of a training step: forward and twice that backward.
+    """Return the model FLOPs of a training step, as MFU is published: the head for every token.
 
-    Matrix products only, without the embedding lookup and without recomputation; of experts those
-    that a token takes; attention counts the query-key pairs that are visible (causal, within
-    segments), not the padded square. A sliding window is not counted: where segments are longer,
-    model FLOPs and MFU come out too high. Matrices that are frozen need no gradient of their own:
-    forward and once that backward.
-
-    Args:
-        tokens: tokens that are not padding.
-        pairs: visible query-key pairs.
-        frozen: paths of what does not train.
+    Args: as of `flops.model_flops`.
     """
-    products = 0
-    for row in rows:
-        is_looked_up = row.path == "embed.table" and not tied
-        if row.is_matrix and not is_looked_up:
-            products += (2 if row.path in frozen else 3) * row.active_size(dict(dims))
-    attention = 4 * dims["layers"] * dims["heads"] * dims["head_dim"] * pairs
-    return 2 * products * tokens + 3 * attention
+    return sum(model_flops(rows, dims, tied, tokens, pairs, tokens, frozen).values())
 
 
 class Meter:

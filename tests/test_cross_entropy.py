@@ -17,6 +17,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jax_sft import parallel
 from jax_sft.ops import cross_entropy as ce
+from jax_sft.ops import head_chunks
 
 MESHES = [m for m in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(m) == 8]
 TENSOR, MIXED = (1, 1, 8, 1), (1, 2, 2, 2)
@@ -138,7 +139,7 @@ def on_mesh(
     """(loss, weight, correct[, two more by source], gradients of hidden and head) of ours."""
     hidden_BTD, head_VD, targets_BT, weights_BT = problem
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh(sizes)):
-        patch.setitem(ce.CHUNKS, "cpu", chunks)
+        patch.setitem(head_chunks.CHUNKS, "cpu", chunks)
         run = compiled(sizes, chunks, bool(sources_BT), gradients, **settings)
         found = run(hidden_BTD, head_VD, weights_BT, targets_BT, *sources_BT)
         (value, others), grads = jax.device_get(found if gradients else (found, ()))
@@ -341,8 +342,8 @@ def test_each_device_computes_as_many_chunks_as_its_trained_tokens_fill(sizes, m
     + [(15, [0, 1, 1]), (21, [0, 1, 1]), (22, [1, 0, 0]), (28, [1, 0, 0]), (76, [2, 1, 1])],
 )
 def test_chunks_are_as_few_as_leave_less_than_the_smallest_empty(trained, counts):
-    assert ce.num_chunks(trained, (28, 14, 7)) == counts
-    of_array = ce.num_chunks(jnp.asarray(trained), (28, 14, 7))
+    assert head_chunks.num_chunks(trained, (28, 14, 7)) == counts
+    of_array = head_chunks.num_chunks(jnp.asarray(trained), (28, 14, 7))
     assert [int(count) for count in of_array] == counts
 
 
@@ -366,13 +367,13 @@ def test_the_size_of_chunks_changes_rounding_alone(chunks):
     ],
 )
 def test_the_logits_of_a_chunk_stay_below_a_gibibyte(num_ids, num_tokens, chunks):
-    assert ce.chunk_sizes(num_ids, num_tokens, "gpu") == chunks
+    assert head_chunks.chunk_sizes(num_ids, num_tokens, "gpu") == chunks
     assert 4 * num_ids * chunks[0] <= 2**30
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_each_size_of_chunks_is_a_multiple_of_the_next(platform):
-    sizes = ce.CHUNKS[platform]
+    sizes = head_chunks.CHUNKS[platform]
     assert all(large % small == 0 for large, small in itertools.pairwise(sizes))
 
 
@@ -426,7 +427,7 @@ def traced(sizes, dtype=jnp.float32, shape=LARGE, **settings):
         array(of_tokens[0], kind, *of_tokens[1]) for kind in (jnp.float32, jnp.int32, jnp.int32)
     )
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
-        patch.setitem(ce.CHUNKS, "cpu", CHUNKS)
+        patch.setitem(head_chunks.CHUNKS, "cpu", CHUNKS)
         run = compiled(sizes, CHUNKS, **settings)
         sources = (sources_BT,) if settings.get("sources") else ()
         return run.trace(hidden_BTD, head_VD, weights_BT, targets_BT, *sources)

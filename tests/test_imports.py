@@ -16,7 +16,8 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 
 # A file imports only from levels below its own.
 LEVELS = [
-    "paths exit_codes terminal text files parallel blocks models.fields",
+    "paths exit_codes terminal text files parallel blocks remat_names ops.head_chunks "
+    "models.fields",
     "lifecycle regular data.cache_room",
     "config cache_folder huge_pages startup tree "
     "models models.spec strict_json data.json_rows data.printed data.losses "
@@ -27,7 +28,7 @@ LEVELS = [
     "trackers "
     "launching.processes launching.leash launching.stop_requests launching.restarts "
     "models.rope "
-    "command cluster steps sums storage vocabulary data.messages data.sandbox compute "
+    "command cluster steps sums storage vocabulary data.messages data.sandbox compute flops "
     "data.chat_templates data.confined "
     "ops.segments ops.reference ops.blockwise ops.grouped "
     "planning.targets planning.hlo_kernels planning.hlo_loops",

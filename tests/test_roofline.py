@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_sft import compute, metrics, models, parallel
+from jax_sft import compute, models, parallel
 from jax_sft.model import ModelDef
 from jax_sft.models import llama, qwen2
-from jax_sft.ops import cross_entropy
 from jax_sft.planning import chips, flops, roofline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,13 +54,6 @@ def test_model_flops_by_part_are_those_counted_by_hand(tied):
         "mlp": 2 * 6 * 3 * 20 * 100,
         "head": 6 * 40 * 30,
     }
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_with_every_token_trained_they_are_what_the_meter_counts(tied):
-    rows, dims = tiny(tied)
-    found = flops.model_flops(rows, dims, tied, tokens=100, pairs=700, trained_tokens=100)
-    assert sum(found.values()) == metrics.step_flops(rows, dims, tied, tokens=100, pairs=700)
 
 
 @pytest.mark.parametrize(
@@ -262,8 +254,7 @@ def test_the_head_pays_for_its_last_chunk_once_per_pass_and_for_nothing_where_no
     assert once == unit * (1600 + 8 * 128) and four == unit * (1600 + 4 * 8 * 128)
     none = dataclasses.replace(few, trained=0)
     assert cost_of(none).hardware["head"] == 0
-    largest, *_, smallest = cross_entropy.CHUNKS["gpu"]
-    assert (flops.HEAD_CHUNK, flops.LAST_HEAD_CHUNK) == (largest, smallest)
+    assert (flops.HEAD_CHUNK, flops.LAST_HEAD_CHUNK) == (1024, 256)
 
 
 def test_padding_takes_time_and_gives_no_mfu():

@@ -13,6 +13,7 @@ import numpy as np
 
 from jax_sft import parallel
 from jax_sft.ops import blockwise, cross_entropy, cudnn, grouped
+from jax_sft.ops.head_chunks import chunk_sizes, num_chunks
 from jax_sft.planning import flops, hlo, hlo_collectives, hlo_groups, hlo_kernels, hlo_loops
 from jax_sft.planning.chips import Chip
 from jax_sft.planning.compiling import Compiled, compile_step, shard_bytes
@@ -112,8 +113,8 @@ class _Loops:
     def __call__(self, loop: hlo.Instruction) -> float:
         if size := re.search(rf"{cross_entropy.LOOP}_(\d+)", loop.op_name):
             trained = math.ceil(self._tokens * self._row.trained / self._row.slots)
-            sizes = cross_entropy.chunk_sizes(self._vocab, self._tokens, self._platform)
-            return cross_entropy.num_chunks(trained, sizes)[sizes.index(int(size[1]))]
+            sizes = chunk_sizes(self._vocab, self._tokens, self._platform)
+            return num_chunks(trained, sizes)[sizes.index(int(size[1]))]
         if blockwise.LOOP in loop.op_name:
             # A block of queries meets the blocks of keys that hold its visible pairs; in the
             # backward pass, a block of keys the device's blocks of queries.

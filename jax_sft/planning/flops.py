@@ -6,20 +6,20 @@ Arithmetic alone. Called by `plan` and `search`; `roofline` makes times of it.
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+from jax_sft.flops import model_flops
 from jax_sft.models.spec import Weight
+from jax_sft.ops.head_chunks import CHUNKS
+from jax_sft.remat_names import KEPT, NAMES
 
 # Attention's backward pass has five products for two of the forward pass: a flash kernel computes
 # the scores again. The model's own backward pass, which MFU counts, has four.
 _KERNEL_BACKWARD = 2.5
-# Tokens of a device whose logits live at a time, most and least: cross_entropy.CHUNKS["gpu"].
-HEAD_CHUNK, LAST_HEAD_CHUNK = 1024, 256
+# Tokens of a device whose logits live at a time, most and least.
+HEAD_CHUNK, *_, LAST_HEAD_CHUNK = CHUNKS["gpu"]
 # Tokens of the busiest expert over the mean, with which all of them advance: ops.grouped.
 LARGEST_GROUP = 2.0
-# Names of compute.NAMES that the policies keep which are made of names.
-_KEPT = {"full": (), "attn": ("attention", "attention_lse"), "dots": ("dots",)}
-_NAMES = ("residual", "qkv", "attention", "attention_lse", "mlp", "dots")
 
 
 # ---- what a row holds --------------------------------------------------------------------------
@@ -122,49 +122,6 @@ def _sample(counts: Mapping) -> list[tuple[float, float]]:
 
 
 # ---- FLOPs -------------------------------------------------------------------------------------
-
-
-def model_flops(
-    rows: Iterable[Weight],
-    dims: Mapping[str, int],
-    tied: bool,
-    tokens: float,
-    pairs: float,
-    trained_tokens: float,
-    frozen: Collection[str] = (),
-    forward_only: bool = False,
-) -> dict[str, float]:
-    """Return the FLOPs that the model needs, by part: forward and twice that backward.
-
-    Matrices that are frozen need no gradient of their own: forward and once that backward. Matrix
-    products only: a lookup in the embedding table has none. The head counts the tokens that train,
-    as nothing else needs its logits; with all tokens there the sum is that of
-    `metrics.step_flops`. Recomputation is not in it, see `hardware_flops`.
-
-    Args:
-        frozen: paths of what does not train.
-    """
-    parts = {"embedding": 0.0, "attention_projections": 0.0}
-    of_scores = (1 if forward_only else 3) * 4 * dims["heads"] * dims["head_dim"]
-    parts["attention_scores"] = of_scores * dims["layers"] * pairs
-    for row in rows:
-        if row.is_matrix and (part := _part(row, tied)) != "embedding":
-            applied = trained_tokens if part == "head" else tokens
-            products = 1 if forward_only else 2 if row.path in frozen else 3
-            flops = 2 * products * row.active_size(dict(dims)) * applied
-            parts[part] = parts.get(part, 0.0) + flops
-    return parts
-
-
-def _part(row: Weight, tied: bool) -> str:
-    names = row.path.split(".")
-    if names[0] == "embed":
-        return "head" if tied else "embedding"
-    if names[0] == "head":
-        return "head"
-    if "attn" in names:
-        return "attention_projections"
-    return "mlp" if "mlp" in names else "other"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,11 +242,11 @@ def recomputed(
     """
     if remat == "none":
         return {}
-    kept = {*_KEPT.get(remat, tuple(remat.replace(" ", "").split(","))), *offload}
-    if unknown := kept - set(_NAMES):
+    kept = {*KEPT.get(remat, tuple(remat.replace(" ", "").split(","))), *offload}
+    if unknown := kept - NAMES.keys():
         raise ValueError(
             f"model.remat = {remat!r}, model.offload = {list(offload)}: {sorted(unknown)} unknown: "
-            f"use {['none', *_KEPT]} or names out of {list(_NAMES)}"
+            f"use {['none', *KEPT]} or names out of {list(NAMES)}"
         )
     out = dims["heads"] / (2 * dims["heads"] + 2 * dims["kv_heads"])  # of all its projections
     if "dots" in kept:  # what attention's projections and the MLP's matrices return
