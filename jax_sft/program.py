@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from jax_sft import optim, state, trainable
-from jax_sft.data.loader import Batch, empty_rows
+from jax_sft.batch import Batch, empty_rows
 from jax_sft.model import ModelDef
 from jax_sft.state import TrainState
 from jax_sft.step import Sums, batch_shardings, make_eval_step, make_train_step

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from jax_sft import parallel, state
-from jax_sft.data.loader import Batch, fields
+from jax_sft.batch import Batch, fields
 from jax_sft.model import ModelDef
 from jax_sft.models import spec as param_spec
 from jax_sft.models.experts import balance_loss

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from jax_sft import hf, metrics, models, parallel, tiny
+from jax_sft.batch import FIELDS
 from jax_sft.data import prepare
 from jax_sft.data.examples import Examples
-from jax_sft.data.loader import FIELDS, Loader
+from jax_sft.data.loader import Loader
 from jax_sft.planning import flops
 from scripts.peers import ours
 from scripts.peers.contract import Spec

@@ -28,9 +28,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jax_sft import config, parallel
+from jax_sft.batch import empty_rows
 from jax_sft.data import chat, confined, formats, packing, read, worker
 from jax_sft.data.examples import Examples
-from jax_sft.data.loader import Loader, Schedule, empty_rows, fill_row
+from jax_sft.data.loader import Loader, Schedule, fill_row
 
 NODE_TOKENS_PER_S = 100_000  # what eight H200s train of a 7B model, about
 # Grain's packers without threads: with its default of 16, two cores are ten times slower.

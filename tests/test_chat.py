@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_sft import config, tiny
+from jax_sft.batch import empty_rows
 from jax_sft.data import chat, formats, sandbox
 from jax_sft.data.examples import Encoded, Example, Examples
-from jax_sft.data.loader import empty_rows, fill_row
+from jax_sft.data.loader import fill_row
 from jax_sft.data.template import ChatTemplate
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"

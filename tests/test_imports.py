@@ -16,7 +16,7 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 
 # A file imports only from levels below its own.
 LEVELS = [
-    "paths exit_codes terminal text files parallel blocks remat_names ops.head_chunks "
+    "paths exit_codes terminal text files batch parallel blocks remat_names ops.head_chunks "
     "models.fields",
     "lifecycle regular data.cache_room",
     "config cache_folder huge_pages startup tree "

@@ -19,24 +19,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_sft import parallel
+from jax_sft.batch import Batch, Row, empty_rows
 from jax_sft.data import mixture, packing
 from jax_sft.data.examples import Examples
 
-Batch = dict[str, jax.Array]
-Row = dict[str, np.ndarray]
-FIELDS = ("tokens", "targets", "weights", "segment_ids", "positions")
 SHORTEST_BUCKET = 128  # tokens; with the doublings, log2(seq_len / 64) shapes to compile at most
-
-
-def fields(per_source: bool) -> tuple[str, ...]:
-    """Return the names of a batch's arrays; `sources` is there for the loss of each source."""
-    return (*FIELDS, "sources") if per_source else FIELDS
-
-
-def empty_rows(num_rows: int, num_tokens: int, per_source: bool = False) -> Row:
-    """Return arrays [num_rows, num_tokens] of padding alone."""
-    dtypes = dict.fromkeys(fields(per_source), np.int32) | {"weights": np.float32}
-    return {name: np.zeros((num_rows, num_tokens), dtype) for name, dtype in dtypes.items()}
 
 
 def fill_row(row: Row, examples: Examples, ids: np.ndarray) -> None:
