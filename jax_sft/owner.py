@@ -1,5 +1,10 @@
-"""Which process something belongs to, as JSON in a file, and whether that process still runs."""
+"""Which process something belongs to, and whether that process still runs.
 
+`outputs` keeps a description as JSON beside an unfinished output; `run_lock` judges the holder of a
+workdir.
+"""
+
+import contextlib
 import os
 import re
 import socket
@@ -16,7 +21,7 @@ def this_process() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": pid,
-        "started": _started(pid),
+        "started": started(pid) or "",
         "where": _where(),
         "time": time.time(),
     }
@@ -26,16 +31,7 @@ def is_running(owner: dict[str, Any]) -> bool | None:
     """Whether the process of a description runs; None = it cannot be seen from here."""
     if owner.get("host") != socket.gethostname() or owner.get("where") != _where():
         return None
-    pid = owner.get("pid")
-    if not isinstance(pid, int) or pid <= 0:
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return owner.get("started") == _started(pid)  # another user's
-    return owner.get("started") == _started(pid)
+    return runs(owner.get("pid"), owner.get("started"))
 
 
 def name(owner: dict[str, Any]) -> str:
@@ -43,21 +39,45 @@ def name(owner: dict[str, Any]) -> str:
     return f"process {owner.get('pid')} on {owner.get('host')}"
 
 
-def _started(pid: int) -> str:
-    """Return when a process began, in clock ticks since the boot: process ids are used again."""
+def runs(pid: Any, start: Any) -> bool | None:
+    """Whether a process of this machine runs; None = not known.
+
+    Args:
+        start: when it was started, see `started`: process ids are used again.
+    """
+    if not isinstance(pid, int) or not 0 < pid < 1 << 31:
+        return False
     try:
-        content = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        with contextlib.suppress(PermissionError):  # another user's
+            os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    now = started(pid)
+    return None if now is None else now == start
+
+
+def started(pid: int) -> str | None:
+    """When a process was started, in ticks since the boot; "" = it has ended; None = not known."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:  # no /proc
+        return None
+    state, *fields = text.rpartition(")")[2].split()  # the name before it may hold anything
+    return "" if state in "ZX" else fields[18]
+
+
+def machine() -> str:
+    """Return an id of this boot of the machine and of the namespace of its process ids.
+
+    Process ids mean nothing outside of these. "" = not known.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
         return ""
-    fields = content.rpartition(")")[2].split()  # the name before it may hold anything
-    return fields[19] if len(fields) > 19 else ""
 
 
 def _where() -> str:
-    """Return the boot and the process namespace: ids mean nothing outside of these."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        inner = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
-    except OSError:
-        return ""
-    return f"{boot}-{inner}"
+    """`machine` as it is written in descriptions."""
+    return re.sub(r" \D*(\d*)\D*", r"-\1", machine())

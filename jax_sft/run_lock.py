@@ -17,6 +17,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from jax_sft import owner
+
 NAME = "run.lock"
 BEAT_S = 5.0
 WATCH_S = 30.0  # a holder that was not heard of for so long has lost the lock
@@ -316,50 +318,18 @@ def _this_process() -> Holder:
     return Holder(
         host=socket.gethostname(),
         pid=os.getpid(),
-        started=_started(os.getpid()) or "",
-        machine=_machine(),
+        started=owner.started(os.getpid()) or "",
+        machine=owner.machine(),
         time=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         token=uuid.uuid4().hex,
     )
 
 
-def _machine() -> str:
-    """An id of this start of the machine and of the namespace of its process ids."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> str | None:
-    """When a process was started; "" = it has ended; None = not known."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return None
-    state, *fields = text.rpartition(")")[2].split()
-    return "" if state in "ZX" else fields[18]
-
-
 def _is_alive(holder: Holder) -> bool | None:
     """Whether the process of a lock lives; None = it cannot be seen from here."""
-    if not holder.machine or holder.machine != _machine() or not 0 < holder.pid < 1 << 31:
+    if not holder.machine or holder.machine != owner.machine() or not 0 < holder.pid < 1 << 31:
         return None
-    if not _exists(holder.pid):
-        return False
-    started = _started(holder.pid)
-    return None if started is None else started == holder.started
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # another user's
-    return True
+    return owner.runs(holder.pid, holder.started)
 
 
 def _is_restart() -> bool:

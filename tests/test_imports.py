@@ -18,11 +18,11 @@ FAMILY = "models.FAMILY"  # stands for every model family, found by its file
 LEVELS = [
     "paths exit_codes terminal text files batch parallel blocks remat_names ops.head_chunks "
     "models.fields",
-    "lifecycle regular data.cache_room",
+    "lifecycle regular owner data.cache_room",
     "config cache_folder huge_pages startup tree "
     "models models.spec strict_json data.json_rows data.printed data.losses "
     "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables "
-    "manifest fingerprint hub owner patterns "
+    "manifest fingerprint hub patterns "
     "plain_paths run_lock run_files "
     "launching.coordinates launching.gpus launching.environment launching.output launching.tied",
     "trackers "

@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,20 @@ def test_a_process_id_that_was_used_again_is_not_the_owner():
     assert owner.is_running(mine | {"pid": 2**22 + 1}) is False
     assert owner.is_running(mine | {"host": "another"}) is None
     assert owner.is_running(mine | {"where": "another container"}) is None
+
+
+def test_a_process_that_ended_does_not_run_before_its_parent_has_waited_for_it():
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        start = owner.started(process.pid)
+        assert start and owner.runs(process.pid, start) is True
+        assert owner.runs(process.pid, "1") is False
+        process.kill()
+        deadline = time.monotonic() + 10
+        while owner.started(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert owner.runs(process.pid, start) is False
+    for pid in (0, -1, "1", 1 << 31, 1 << 80):
+        assert owner.runs(pid, start) is False
 
 
 @pytest.mark.parametrize("mask", [0o077, 0o002, 0o027])

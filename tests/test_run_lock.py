@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from jax_sft import run_lock
+from jax_sft import owner, run_lock
 from jax_sft.run_lock import NAME, Refused, RunLock
 
 
@@ -46,7 +46,7 @@ def test_a_second_run_is_refused_with_the_holder_and_the_lock_goes_with_the_firs
 @pytest.mark.parametrize("how", ["ended", "killed and not waited for", "id used again"])
 def test_the_lock_of_a_dead_process_here_is_taken_at_once(tmp_path, how):
     process = subprocess.Popen(["sleep", "60"])
-    write_lock(tmp_path, pid=process.pid, started=run_lock._started(process.pid))
+    write_lock(tmp_path, pid=process.pid, started=owner.started(process.pid))
     with pytest.raises(Refused):
         RunLock(tmp_path).__enter__()
     process.kill()
@@ -55,7 +55,7 @@ def test_the_lock_of_a_dead_process_here_is_taken_at_once(tmp_path, how):
     elif how == "id used again":
         write_lock(tmp_path, started="1")
     else:
-        while run_lock._started(process.pid):
+        while owner.started(process.pid):
             time.sleep(0.01)
     said: list[str] = []
     began = time.monotonic()
@@ -91,9 +91,9 @@ def test_a_holder_elsewhere_that_refreshes_its_lock_is_left_alone(tmp_path, monk
 def test_a_restarted_run_waits_for_its_predecessor_to_end(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_SFT_ATTEMPT", "1")
     process = subprocess.Popen(["sleep", "0.4"])
-    write_lock(tmp_path, pid=process.pid, started=run_lock._started(process.pid))
+    write_lock(tmp_path, pid=process.pid, started=owner.started(process.pid))
     with RunLock(tmp_path):
-        assert run_lock._started(process.pid) == ""  # ended; waited for below
+        assert owner.started(process.pid) == ""  # ended; waited for below
     process.wait()
 
 
