@@ -191,7 +191,7 @@ def modules(model_def: ModelDef) -> dict[str, list[str]]:
     return {
         row.path: [module_of(name) for _, name in row.hf_tensors(model_def.dims)]
         for row in model_def.rows
-        if isinstance(_module(model_def.abstract, row.path), Linear)
+        if isinstance(tree.module_at(model_def.abstract, row.path), Linear)
         and row.path.endswith(".kernel")
         and "experts" not in row.axes  # PEFT has no adapters for routers
     }
@@ -263,7 +263,7 @@ def init(
                     for _ in row.stacked:
                         of_layer = jax.vmap(of_layer)
                     stem = path.removesuffix(".lora.magnitude")
-                    found[path] = of_layer(_module(model, f"{stem}.kernel")).astype(dtype)
+                    found[path] = of_layer(tree.module_at(model, f"{stem}.kernel")).astype(dtype)
         return found
 
     shardings = {path: parallel.sharding(mesh, *row.axes) for path, row in rows.items()}
@@ -311,7 +311,7 @@ def _attached(
     """The abstract model with an adapter in each chosen linear layer."""
     model = tree.from_dict(model_def.abstract, tree.to_dict(model_def.abstract))  # a copy
     for path, layers in chosen.items():
-        linear = _module(model, path)
+        linear = tree.module_at(model, path)
         inputs, outputs = ({axis: model_def.dims[axis] for axis in axes} for axes in linear.axes)
         make = functools.partial(Adapter, inputs, outputs, settings, drops=drops)
         for _ in layers.shape:
@@ -319,8 +319,3 @@ def _attached(
         keys = jax.eval_shape(lambda shape=layers.shape: jax.random.split(jax.random.key(0), shape))
         linear.lora = jax.eval_shape(make, keys)
     return model
-
-
-def _module(model, path: str):
-    """The module that has the parameter of this path."""
-    return functools.reduce(getattr, path.split(".")[:-1], model)

@@ -132,7 +132,7 @@ def pack(model_def: ModelDef) -> ModelDef:
         dropping = tree.from_dict(dropping, tree.to_dict(dropping))
     packed, dims, frozen = {}, dict(model_def.dims), dict(model_def.frozen)
     for row in model_def.rows:
-        linear = functools.reduce(getattr, row.path.split(".")[:-1], model)
+        linear = tree.module_at(model, row.path)
         is_kernel = isinstance(linear, Linear) and row.path.endswith(".kernel")
         if not is_kernel or row.path not in frozen or "experts" in row.axes:  # a router is small
             continue
@@ -156,8 +156,7 @@ def pack(model_def: ModelDef) -> ModelDef:
             make = functools.partial(_stacked, make, size)
         for one in (model, dropping):
             if one is not None:
-                of_one = functools.reduce(getattr, row.path.split(".")[:-1], one)
-                of_one.kernel = jax.eval_shape(make)
+                tree.module_at(one, row.path).kernel = jax.eval_shape(make)
     axes = dict(model_def.compute.axes)
     for path, rows in packed.items():
         del axes[path]
@@ -231,6 +230,6 @@ def _packed_layer(kernel, num_inputs: int, inputs_last: bool) -> dict[str, jax.A
 
 def _form(model_def: ModelDef, path: str) -> dict[str, Any]:
     """How many dimensions of a layer's kernel are inputs, and whether these are the last."""
-    linear = functools.reduce(getattr, path.split(".")[:-1], model_def.abstract)
+    linear = tree.module_at(model_def.abstract, path)
     inputs, outputs = linear.axes
     return {"num_inputs": len(inputs), "inputs_last": "embed" in outputs}

@@ -4,6 +4,7 @@ The paths are the attribute paths of the NNX model (`layers.attn.q.kernel`) and 
 rows, shardings, moments and checkpoints alike.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -25,3 +26,8 @@ def from_dict(abstract: Any, params: dict[str, Any]) -> Any:
     """Return a model with the structure of `abstract` and the arrays of `params`."""
     leaves = [params[path] for path in paths(abstract)]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def module_at(model: Any, path: str) -> Any:
+    """Return the module of an NNX model that holds the array of a dotted path."""
+    return functools.reduce(getattr, path.split(".")[:-1], model)
