@@ -79,9 +79,9 @@ def test_a_sharded_function_compiles_for_every_chip(name):
     compiled = step.lower(w, x).compile(compiler_options=targets.compiler_options())
     text = compiled.as_text()
     module = hlo.parse(text)
-    collectives = hlo_collectives.collectives(module, hlo_loops.executions(module))
+    transfers = hlo_collectives.collectives(module, hlo_loops.executions(module))
     # Whether a gather blocks or has a start and a done depends on the chip and on jaxlib.
-    assert {"all-gather", "reduce-scatter"} <= {collective.kind for collective in collectives}
+    assert {"all-gather", "reduce-scatter"} <= {transfer.kind for transfer in transfers}
     assert "__cublas" in text and "__triton_gemm" not in text
     # Its shards of w, of x and of the gradient: 64 KiB, 512 KiB and 64 KiB, and a gathered w.
     assert 2 * 2**20 < compiled.memory_analysis().peak_memory_in_bytes < 16 * 2**20
