@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_sft import hf, lora, models, parallel, peft, pretrained
+from jax_sft import hf, lora, models, parallel, peft, placement, pretrained
 from jax_sft.model import ModelDef
-from jax_sft.models import spec as param_spec
 from jax_sft.ops import attention as attend
 
 
@@ -205,7 +204,7 @@ def load(
     arrays = {row.path: (row.axes, row.shape(model_def.dims)) for row in model_def.rows}
     if problems := parallel.size_problems(arrays, mesh.shape):
         raise ValueError("the mesh does not fit the model:\n  " + "\n  ".join(problems))
-    params = weights.load(param_spec.shardings(rows, mesh), jnp.dtype(dtype), progress)
+    params = weights.load(placement.shardings(rows, mesh), jnp.dtype(dtype), progress)
     if adapter:
         params |= peft.load(Path(adapter), model_def, mesh, jnp.dtype(dtype))
     return LoadedModel(model_def, params, mesh)

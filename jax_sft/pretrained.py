@@ -14,10 +14,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
-from jax_sft import fingerprint, hf, model_files, nf4, steps, storage, vocabulary
+from jax_sft import fingerprint, hf, model_files, nf4, placement, steps, storage, vocabulary
 from jax_sft.blocks import BlockReader
 from jax_sft.model import ModelDef
-from jax_sft.models import spec as param_spec
 from jax_sft.models.spec import Weight
 
 Load = Callable[[Mapping[str, NamedSharding], Any, bool], dict[str, jax.Array]]
@@ -89,7 +88,7 @@ def read(
         {our path: array}, of packed ones the parts.
     """
     paths, found = list(paths), {}
-    shardings = param_spec.shardings(model_def.rows, mesh)
+    shardings = placement.shardings(model_def.rows, mesh)
     # One after another, so that none stays whole; on all processes in the same order.
     packed = [path for path in paths if path in model_def.packed]
     for path in tqdm(packed, "packing weights", unit="array", disable=not (progress and packed)):

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_sft.models import spec as param_spec
+from jax_sft import placement
 from jax_sft.models.spec import Weight
 
 
@@ -77,7 +77,7 @@ def shardings(
         params: arrays or ShapeDtypeStructs of what trains.
         frozen: paths of what does not.
     """
-    everything = param_spec.shardings(rows, mesh)
+    everything = placement.shardings(rows, mesh)
     of_params = {path: everything[path] for path in params}
     replicated = NamedSharding(mesh, PartitionSpec())
     of_moments = optax.tree_utils.tree_map_params(

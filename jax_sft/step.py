@@ -14,10 +14,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jax_sft import parallel, state
+from jax_sft import parallel, placement, state
 from jax_sft.batch import Batch, fields
 from jax_sft.model import ModelDef
-from jax_sft.models import spec as param_spec
 from jax_sft.models.experts import balance_loss
 from jax_sft.ops.cross_entropy import cross_entropy
 from jax_sft.state import TrainState
@@ -194,7 +193,7 @@ def make_eval_step(
 
         return jax.lax.scan(add, jax.tree.map(jnp.asarray, no_sums()), batch)[0]
 
-    of_params = param_spec.shardings(model_def.stored, mesh)
+    of_params = placement.shardings(model_def.stored, mesh)
     return jax.jit(
         eval_step,
         in_shardings=(of_params, batch_shardings(mesh), parallel.sharding(mesh)),

@@ -26,8 +26,7 @@ from scripts import stand_ins
 if missing := stand_ins.install():
     print(f"stand-ins for {missing}, which are not installed", file=sys.stderr)
 
-from jax_sft import parallel, program, state
-from jax_sft.models import spec as param_spec
+from jax_sft import parallel, placement, program, state
 from jax_sft.models.layers import INIT_STD
 from jax_sft.models.spec import Weight
 from jax_sft.planning.chips import CHIPS
@@ -187,7 +186,7 @@ def random_params(
     rows = list(rows)
     params = {}
     for number, (row, sharding) in enumerate(
-        zip(rows, param_spec.shardings(rows, mesh).values(), strict=True)
+        zip(rows, placement.shardings(rows, mesh).values(), strict=True)
     ):
         mean = float(row.path.endswith(".scale"))
         make = functools.partial(hashed, row.shape(dims), number, mean, dtype)

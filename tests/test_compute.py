@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jax_sft import compute, models, parallel
+from jax_sft import compute, models, parallel, placement
 from jax_sft.model import ModelDef
-from jax_sft.models import spec as param_spec
 from jax_sft.step import value_and_grad
 
 RAW = {
@@ -24,7 +23,7 @@ def run(dtype: str = "float32", **options):
     model_def = ModelDef.of(family, family.Config.from_hf(RAW), dtype=dtype, **options)
     mesh = parallel.make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
     rng = np.random.default_rng(0)
-    shardings = param_spec.shardings(model_def.rows, mesh)
+    shardings = placement.shardings(model_def.rows, mesh)
     params = {}
     for row in model_def.rows:
         noise = 0.1 * rng.standard_normal(row.shape(model_def.cfg.dims))

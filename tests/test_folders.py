@@ -31,6 +31,7 @@ from jax_sft import (
     manifest,
     model_files,
     parallel,
+    placement,
     pretrained,
     state,
     steps,
@@ -40,7 +41,6 @@ from jax_sft import (
     verify,
     vocabulary,
 )
-from jax_sft.models import spec as param_spec
 from scripts import make_model
 
 UNTIED = {"tie_word_embeddings": False, "model_type": "llama", "attention_bias": True}
@@ -128,7 +128,7 @@ def test_weights_load_alike_from_a_folder_and_from_checkpoints_and_return(
     converted = hf_convert.convert(folder, tmp_path / "converted", progress=False)
     planned = hf_convert.plan(folder)
     mesh = parallel.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-    shardings = param_spec.shardings(planned.rows, mesh)
+    shardings = placement.shardings(planned.rows, mesh)
     shards = sizes.get("tensor", 1)
     what = planned.rows, planned.dims, False
 
@@ -160,7 +160,7 @@ def test_weights_load_alike_from_a_folder_and_from_checkpoints_and_return(
     checkpoints.save(1, saved.named(), as_dict, wait=True)
     out = hf_export.export(tmp_path / "run", tmp_path / "out", progress=False)
     assert_same_folder(folder, out)
-    one = param_spec.shardings(planned.rows, parallel.single_device_mesh())
+    one = placement.shardings(planned.rows, parallel.single_device_mesh())
     again, before = (find(p, 1).load(one, np.float32, False) for p in (tmp_path / "run", folder))
     for path, array in before.items():
         np.testing.assert_array_equal(again[path], array)
@@ -291,7 +291,7 @@ def test_a_flipped_bit_is_named_by_export_and_by_training(make_model, tmp_path):
 def test_an_export_of_float32_masters_reads_blocks_within_a_layer(make_model, tmp_path):
     folder = make_model(dtype="BF16", **UNTIED)
     planned = hf_convert.plan(folder)
-    shardings = param_spec.shardings(planned.rows, parallel.make_mesh({"fsdp": 4, "tensor": 2}))
+    shardings = placement.shardings(planned.rows, parallel.make_mesh({"fsdp": 4, "tensor": 2}))
     find = pretrained.find(folder, planned.rows, planned.dims, False)
     params = find.load(shardings, np.float32, False)
     step = tmp_path / "checkpoints/7"

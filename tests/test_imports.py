@@ -25,7 +25,7 @@ LEVELS = [
     "manifest fingerprint hub patterns "
     "plain_paths run_lock run_files "
     "launching.coordinates launching.gpus launching.environment launching.output launching.tied",
-    "trackers "
+    "trackers placement "
     "launching.processes launching.leash launching.stop_requests launching.restarts "
     "models.rope "
     "command cluster steps sums storage vocabulary data.messages data.sandbox compute flops "

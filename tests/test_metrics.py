@@ -22,6 +22,7 @@ from jax_sft import (
     metrics,
     models,
     parallel,
+    placement,
     run_files,
     tiny,
     trackers,
@@ -32,7 +33,6 @@ from jax_sft.data.loader import Loader
 from jax_sft.data.prepare import prepare
 from jax_sft.model import ModelDef
 from jax_sft.models import qwen2
-from jax_sft.models import spec as param_spec
 from jax_sft.step import make_eval_step, no_sums
 from jax_sft.validate import validate
 
@@ -497,7 +497,7 @@ def test_evaluation_weighs_every_token_of_every_example_once(sets):
     cfg = family.Config.from_hf(raw)
     model_def = ModelDef.of(family, cfg, dtype="float32")
     tensors = hf.check(folder, model_def.rows, cfg.dims, cfg.tied)
-    shardings = param_spec.shardings(model_def.rows, mesh)
+    shardings = placement.shardings(model_def.rows, mesh)
     params = hf.load(tensors, model_def.rows, cfg.dims, shardings, np.float32, progress=False)
     with jax.set_mesh(mesh):
         found = evaluate.evaluate(make_eval_step(model_def, mesh), params, loaders)

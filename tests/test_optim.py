@@ -10,9 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from jax_sft import checkpoint, config, optim, parallel, program, state
+from jax_sft import checkpoint, config, optim, parallel, placement, program, state
 from jax_sft.models import qwen2
-from jax_sft.models import spec as param_spec
 from jax_sft.models.spec import Weight
 from jax_sft.planning import chips, targets
 from jax_sft.validate import validate
@@ -171,7 +170,7 @@ def updates(optimizer, param_dtype, num_steps: int):
     mesh = parallel.make_mesh(MESH)
     tx = optim.make(optimizer, STEPS, ROWS)
     masters = {path: p.astype(param_dtype) for path, p in arrays(0, EVEN).items()}
-    masters = jax.device_put(masters, param_spec.shardings(ROWS, mesh))
+    masters = jax.device_put(masters, placement.shardings(ROWS, mesh))
     with jax.set_mesh(mesh):
         current = state.create(tx, masters, ROWS, mesh)
         to = state.shardings(tx, masters, ROWS, mesh)

@@ -20,11 +20,10 @@ from safetensors.numpy import load_file
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import jax_sft
-from jax_sft import hf, models, optim, parallel, state
+from jax_sft import hf, models, optim, parallel, placement, state
 from jax_sft.data.loader import Loader
 from jax_sft.data.prepare import prepare
 from jax_sft.model import ModelDef
-from jax_sft.models import spec as param_spec
 from jax_sft.program import objective
 from jax_sft.step import make_train_step, value_and_grad
 
@@ -228,7 +227,7 @@ def load(cfg, sizes: dict[str, int]):
     model_def = ModelDef.of(family, family.Config.from_hf(config), dtype="float32")
     rows, dims = model_def.rows, model_def.cfg.dims
     tensors = hf.check(folder, rows, dims, model_def.cfg.tied)
-    shardings = param_spec.shardings(rows, mesh)
+    shardings = placement.shardings(rows, mesh)
     return model_def, hf.load(tensors, rows, dims, shardings, np.float32, progress=False), mesh
 
 

@@ -23,6 +23,7 @@ from jax_sft import (
     models,
     optim,
     parallel,
+    placement,
     state,
     stop_tokens,
     storage,
@@ -30,7 +31,6 @@ from jax_sft import (
 from jax_sft.data.loader import Loader
 from jax_sft.data.prepare import prepare
 from jax_sft.model import ModelDef
-from jax_sft.models import spec as param_spec
 from jax_sft.ops import attention
 from jax_sft.step import make_train_step, value_and_grad
 
@@ -73,7 +73,7 @@ def on_mesh(cfg, sizes: tuple[int, ...], attention: str = "auto"):
     dims, rows = model_def.cfg.dims, model_def.rows
     tensors = hf.check(folder, rows, dims, model_def.cfg.tied)
     params = hf.load(
-        tensors, rows, dims, param_spec.shardings(rows, mesh), np.float32, progress=False
+        tensors, rows, dims, placement.shardings(rows, mesh), np.float32, progress=False
     )
     examples = prepare(cfg.data.train, folder, cfg.data, progress=False)
     loader = Loader(

@@ -6,10 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from jax_sft import models, parallel
+from jax_sft import models, parallel, placement
 from jax_sft.hf import read_json
 from jax_sft.model import ModelDef
-from jax_sft.models import spec as param_spec
 from jax_sft.planning.analysis import imbalance
 from jax_sft.step import value_and_grad
 
@@ -64,7 +63,7 @@ def long_row_gradient(folder, sizes, batch):
     devices = jax.devices()[: math.prod(sizes.values())]
     mesh = parallel.make_mesh(sizes, devices)
     rng = np.random.default_rng(0)
-    shardings = param_spec.shardings(model_def.rows, mesh)
+    shardings = placement.shardings(model_def.rows, mesh)
     params = {}
     for row in model_def.rows:
         shape = row.shape(model_def.cfg.dims)

@@ -7,11 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from jax_sft import config, hf, models, optim, parallel, state, tiny
+from jax_sft import config, hf, models, optim, parallel, placement, state, tiny
 from jax_sft.data.examples import Encoded, Examples
 from jax_sft.data.loader import Loader
 from jax_sft.model import ModelDef
-from jax_sft.models import spec as param_spec
 from jax_sft.step import make_eval_step, make_train_step, no_sums, value_and_grad
 
 MESHES = [(8, 1, 1, 1), (1, 2, 2, 2)]
@@ -45,7 +44,7 @@ def on_mesh(folder: Path, sizes: tuple[int, ...], per_source: bool):
     model_def = ModelDef.of(family, family.Config.from_hf(raw), dtype="float32")
     rows, dims = model_def.rows, model_def.cfg.dims
     tensors = hf.check(folder, rows, dims, model_def.cfg.tied)
-    shardings = param_spec.shardings(rows, mesh)
+    shardings = placement.shardings(rows, mesh)
     params = hf.load(tensors, rows, dims, shardings, np.float32, progress=False)
     cfg = config.default()
     cfg.data.seq_len = 64

@@ -11,9 +11,6 @@ import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-
-from jax_sft import parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +145,6 @@ class Weight:
         theirs = contiguous(array.transpose([self._ours.index(axis) for axis in self._theirs]))
         sizes = iter(theirs.shape)
         return theirs.reshape([math.prod(next(sizes) for _ in group) for group in self.factors])
-
-
-def shardings(rows: Iterable[Weight], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Return {our path: sharding}, by the logical axes of each row."""
-    return {row.path: parallel.sharding(mesh, *row.axes) for row in rows}
 
 
 def contiguous(view: np.ndarray) -> np.ndarray:
