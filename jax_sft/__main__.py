@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import jax_sft
-from jax_sft import exit_codes
+from jax_sft.runtime import exit_codes
 
 VERBS = {
     "inspect": "show which tokens a config would train, before it does",

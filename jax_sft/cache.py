@@ -10,13 +10,13 @@ import argparse
 import time
 from pathlib import Path
 
-from jax_sft import lifecycle
+from jax_sft.runtime import lifecycle
 
 if __name__ == "__main__":
     lifecycle.begin()
 
-from jax_sft import cache_folder, paths
-from jax_sft.data import cache_room
+from jax_sft.data.tokens import cache_room
+from jax_sft.files import cache_folder, paths
 
 DAY_S = 24 * 3600
 

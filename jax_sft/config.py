@@ -62,7 +62,7 @@ def source(path: str | os.PathLike, **changes) -> Config:
     """
     fields: Config = ConfigDict()
     fields.path = os.fspath(path)
-    fields.format = ""  # one of data.formats.FORMATS; "" = told by the columns, and shown
+    fields.format = ""  # one of data.sources.formats.FORMATS; "" = told by the columns, and shown
     fields.limit = 0  # rows to read from the start; 0 = all
     # In one epoch of the run a source gives `epochs` passes over itself; or, when the sources have
     # weights, its share of the examples: see data.mixture.
@@ -100,7 +100,7 @@ def default() -> Config:
     # Of the master weights. bfloat16 masters at SFT learning rates leave most weights unmoved: an
     # update below 1/256 of a weight rounds away.
     model.param_dtype = "float32"
-    model.attention = "auto"  # one of ops.attention.BACKENDS
+    model.attention = "auto"  # one of ops.attention.dispatch.BACKENDS
     # In which gradients of matrices are formed and added up over devices. bfloat16 halves what is
     # sent, and rounds once per device and addition.
     model.grad_dtype = "float32"

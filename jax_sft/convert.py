@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 
-from jax_sft import lifecycle
+from jax_sft.runtime import lifecycle
 
 if __name__ == "__main__":
     lifecycle.begin()
@@ -20,7 +20,9 @@ if __name__ == "__main__":
 
 from absl import logging
 
-from jax_sft import exit_codes, hf, hf_convert, storage
+from jax_sft.checkpoint import from_hf, orbax_io
+from jax_sft.runtime import exit_codes
+from jax_sft.weights import hf_reader
 
 
 def main() -> int:
@@ -34,7 +36,10 @@ def main() -> int:
     parser.add_argument("--revision", default="", help="commit or tag of a hub id [main]")
     parser.add_argument("--out", default="", help="the folder to write: new, or empty")
     parser.add_argument(
-        "--dtype", default="", choices=["", *hf.NAMES], help="of all arrays [that of the tensors]"
+        "--dtype",
+        default="",
+        choices=["", *hf_reader.NAMES],
+        help="of all arrays [that of the tensors]",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="list what would be written; reads only headers"
@@ -48,10 +53,10 @@ def main() -> int:
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant
     try:
         if options.dry_run:
-            planned = hf_convert.plan(options.model, revision=options.revision, dtype=options.dtype)
+            planned = from_hf.plan(options.model, revision=options.revision, dtype=options.dtype)
             print("\n".join(planned.lines()))
             return 0
-        out = hf_convert.convert(
+        out = from_hf.convert(
             options.model,
             options.out,
             revision=options.revision,
@@ -61,7 +66,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.USER_ERROR
-    except (OSError, storage.Failed) as error:
+    except (OSError, orbax_io.Failed) as error:
         print(f"error: {options.out} could not be written: {error}", file=sys.stderr)
         return exit_codes.NOT_SAVED
     print(f"wrote {out}")

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from jax_sft import lifecycle
+from jax_sft.runtime import lifecycle
 
 if __name__ == "__main__":
     lifecycle.begin()
@@ -27,7 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_sft import cluster, exit_codes, parallel, paths, preflight
+from jax_sft.files import paths
+from jax_sft.hosts import cluster, preflight
+from jax_sft.runtime import exit_codes
+from jax_sft.sharding import parallel
 
 LEAST_OPEN_FILES = 4096  # a sharded save or a data set of many files takes thousands
 LEAST_FREE_BYTES = 50e9

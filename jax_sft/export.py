@@ -26,13 +26,17 @@ import types
 from pathlib import Path
 from typing import Any
 
-from jax_sft import lifecycle
+from jax_sft.runtime import lifecycle
 
 if __name__ == "__main__":
     lifecycle.begin()
     os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported
 
-from jax_sft import exit_codes, hf, hf_export, hf_verify, hub, paths, steps
+from jax_sft import export_check
+from jax_sft.checkpoint import to_hf
+from jax_sft.files import paths, step_folders
+from jax_sft.runtime import exit_codes
+from jax_sft.weights import hf_reader, hub
 
 
 def parse_bytes(text: str) -> int:
@@ -61,7 +65,10 @@ def parse() -> argparse.Namespace:
         "--shard-size", type=parse_bytes, default="5GB", help="largest file [%(default)s]"
     )
     parser.add_argument(
-        "--dtype", default="", choices=["", *hf.NAMES], help="of all tensors [as in the original]"
+        "--dtype",
+        default="",
+        choices=["", *hf_reader.NAMES],
+        help="of all tensors [as in the original]",
     )
     parser.add_argument(
         "--merge", action="store_true", help="add adapters to their model's weights, write those"
@@ -103,34 +110,36 @@ def run(options: argparse.Namespace) -> int:
         merge=options.merge,
         base=options.base,
     )
-    folder, step = steps.locate(paths.local(options.checkpoint, "--checkpoint"), options.step)
+    folder, step = step_folders.locate(
+        paths.local(options.checkpoint, "--checkpoint"), options.step
+    )
 
-    def write(step: int | None) -> tuple[hf_export.Plan, Path | None]:
+    def write(step: int | None) -> tuple[to_hf.Plan, Path | None]:
         chosen["step"] = step
-        planned = hf_export.plan(folder, **chosen)
+        planned = to_hf.plan(folder, **chosen)
         chosen["step"] = planned.step  # also if a newer one comes meanwhile
         if options.dry_run:
             return planned, None
-        if options.verify and (problem := hf_verify.missing(planned)):
+        if options.verify and (problem := export_check.missing(planned)):
             raise ValueError(problem)
         if options.push_to_hub:
             hub.check(options.push_to_hub)
-        return planned, hf_export.export(
+        return planned, to_hf.export(
             *(folder, options.out),
             **chosen,
             overwrite=options.overwrite,
             tokenizer_eos=options.tokenizer_eos,
         )
 
-    planned, out = steps.newest_again(folder, step, write)
+    planned, out = step_folders.newest_again(folder, step, write)
     if out is None:
         print("\n".join(planned.lines()))
         return exit_codes.DONE
     print(f"wrote {out}")
-    if options.verify and hf_verify.check_files(out):
+    if options.verify and export_check.check_files(out):
         return exit_codes.BAD_DATA
     if options.verify:
-        difference, most, answer = hf_verify.compare(planned, out)
+        difference, most, answer = export_check.compare(planned, out)
         same = difference <= most  # false for NaN
         print(answer.line)
         print(
@@ -148,7 +157,7 @@ class _CallableModule(types.ModuleType):
     """Lets `jax_sft.export` be both this module and the function, whichever is asked for first."""
 
     def __call__(self, *args: Any, **options: Any) -> Path:
-        return hf_export.export(*args, **options)
+        return to_hf.export(*args, **options)
 
 
 sys.modules[__name__].__class__ = _CallableModule

@@ -14,9 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_sft import hf, lora, models, parallel, peft, placement, pretrained
-from jax_sft.model import ModelDef
-from jax_sft.ops import attention as attend
+from jax_sft import models
+from jax_sft.adapters import lora, peft
+from jax_sft.checkpoint import pretrained
+from jax_sft.nn.model_def import ModelDef
+from jax_sft.ops.attention import dispatch as attend
+from jax_sft.sharding import parallel
+from jax_sft.weights import hf_reader, placement
 
 
 class LoadedModel:
@@ -188,9 +192,9 @@ def load(
     Raises:
         ValueError: an unsupported model, or tensors that do not fit its config.json.
     """
-    path = hf.resolve(str(folder), revision)
-    step = hf.step_of(str(folder), step)
-    config = hf.read_json(path / "config.json")
+    path = hf_reader.resolve(str(folder), revision)
+    step = hf_reader.step_of(str(folder), step)
+    config = hf_reader.read_json(path / "config.json")
     family, cfg = models.read(config)
     mesh = parallel.single_device_mesh() if mesh is None else mesh
     shards = mesh.shape["tensor"]

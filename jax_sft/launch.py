@@ -11,15 +11,16 @@ import socket
 import sys
 from pathlib import Path
 
-from jax_sft import lifecycle
+from jax_sft.runtime import lifecycle
 
 if __name__ == "__main__":
     lifecycle.begin(requeues=True)
 
-from jax_sft import exit_codes
-from jax_sft.launching import coordinates, environment, fleet, leash, processes, ray_cluster, ssh
-from jax_sft.launching.output import STDOUT, Printer
-from jax_sft.launching.supervisor import Options, Supervisor
+from jax_sft.launching import coordinates, environment, processes
+from jax_sft.launching.local.output import STDOUT, Printer
+from jax_sft.launching.local.supervisor import Options, Supervisor
+from jax_sft.launching.remote import fleet, heartbeat, ray_cluster, ssh
+from jax_sft.runtime import exit_codes
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "launch.sh"  # of a clone; a wheel has none
@@ -128,7 +129,7 @@ def on_this_host(options: argparse.Namespace, rest: list[str]) -> int:
         return exit_codes.DONE
     if options.leash:
         printer.write(STDOUT, f"[{host}] launch: started\n".encode())
-        leash.hold(printer)
+        heartbeat.hold(printer)
     if where.num_processes > 1:
         printer.say("\n".join(lines))
     is_training = options.program == "train"

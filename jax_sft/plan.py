@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jax_sft import lifecycle
+from jax_sft.runtime import lifecycle
 
 if __name__ == "__main__":
     lifecycle.begin()
@@ -22,11 +22,15 @@ if __name__ == "__main__":
 import jax
 from absl import app, flags, logging
 
-from jax_sft import command, outputs, parallel, paths
-from jax_sft.planning import chips, page, search, targets
+from jax_sft import hardware
+from jax_sft.files import outputs, paths
+from jax_sft.planning import search, targets
 from jax_sft.planning.analysis import Target, analyse
-from jax_sft.planning.flops import RowWork, segment_pairs
-from jax_sft.planning.tables import Plan
+from jax_sft.planning.step_cost import RowWork, segment_pairs
+from jax_sft.report import plan_page
+from jax_sft.report.plan_tables import Plan
+from jax_sft.runtime import command_line
+from jax_sft.sharding import parallel
 from jax_sft.validate import validate
 
 EXIT_DOES_NOT_FIT = 1
@@ -48,11 +52,11 @@ def plan(
     hlo_file: Path | None = None,
     say=lambda line: None,
 ) -> Plan:
-    """Return the plan of a run as the dict of plan.json, see `planning.tables.Plan`.
+    """Return the plan of a run as the dict of plan.json, see `report.plan_tables.Plan`.
 
     Args:
         cfg: from `jax_sft.config.default()`.
-        target: a key of `chips.CHIPS`.
+        target: a key of `hardware.CHIPS`.
         report: a run's data_report.json; None = rows of one full segment, all trained.
         with_search: also try other meshes, micro-batches and remat policies.
         hlo_file: where to write the compiled program.
@@ -61,7 +65,7 @@ def plan(
     Raises:
         ValueError: anything wrong with the config or the arguments.
     """
-    chip = chips.find(target)
+    chip = hardware.find(target)
     num_devices = hosts * gpus_per_host
     if hosts < 1 or gpus_per_host < 1:
         raise ValueError(f"--hosts={hosts} --gpus-per-host={gpus_per_host}: use positive numbers")
@@ -147,7 +151,7 @@ def main(_: list[str]) -> None:
     """The command line."""
     logging.set_verbosity(logging.ERROR)
     options = flags.FLAGS
-    workdir = paths.local(options.workdir or command.default_workdir(), "--workdir")
+    workdir = paths.local(options.workdir or command_line.default_workdir(), "--workdir")
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} is a file: name a folder")
     plan_json = outputs.check_file(workdir / "plan.json", is_plan, "--workdir")
@@ -167,11 +171,11 @@ def main(_: list[str]) -> None:
         hlo_file=hlo_file,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    print(page.as_text(found))
+    print(plan_page.as_text(found))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         outputs.write_file(plan_json, [json.dumps(found, indent=2) + "\n"])
-        outputs.write_file(plan_html, [page.render(found)])
+        outputs.write_file(plan_html, [plan_page.render(found)])
     except OSError as error:
         raise ValueError(f"--workdir={workdir} cannot be written: {error}") from error
     print(f"\nwritten: {workdir / 'plan.json'}, {workdir / 'plan.html'}")
@@ -180,12 +184,12 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     targets.keep_off_gpus()
-    command.define_config()
-    flags.DEFINE_enum("target", "h200", list(chips.CHIPS), "The kind of GPU.")
+    command_line.define_config()
+    flags.DEFINE_enum("target", "h200", list(hardware.CHIPS), "The kind of GPU.")
     flags.DEFINE_integer("hosts", 1, "How many hosts.")
     flags.DEFINE_integer("gpus-per-host", 8, "GPUs in each host.")
     flags.DEFINE_bool("search", False, "Also try other meshes, micro-batches and remat policies.")
     flags.DEFINE_string("workdir", "", "Where plan.json goes; default runs/NAME_OF_CONFIG.")
     flags.DEFINE_string("data-report", "", "Default: data_report.json in the workdir.")
     flags.DEFINE_string("hlo", "", "Also write the compiled program to this file.")
-    lifecycle.run(lambda: app.run(main, flags_parser=command.parse_flags))
+    lifecycle.run(lambda: app.run(main, flags_parser=command_line.parse_flags))

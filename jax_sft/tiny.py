@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from jax_sft import hf_write, models
-from jax_sft.models.layers import INIT_STD
+from jax_sft import models
+from jax_sft.nn.layers import INIT_STD
+from jax_sft.weights import hf_writer
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
@@ -100,7 +101,7 @@ def write_model(folder: Path, config: dict, seed: int = 0, dtype: str = "F32") -
         noise = std * rng.standard_normal(row.shape(cfg.dims))
         params[row.path] = np.float32(noise + row.path.endswith(".scale"))
     dtypes = {name: dtype for row in rows for _, name in row.hf_tensors(cfg.dims)}
-    hf_write.save(params, rows, cfg.dims, dtypes, folder, 5_000_000_000, progress=False)
+    hf_writer.save(params, rows, cfg.dims, dtypes, folder, 5_000_000_000, progress=False)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": False}) + "\n")
 

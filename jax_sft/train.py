@@ -21,7 +21,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from jax_sft import huge_pages, lifecycle
+from jax_sft.runtime import huge_pages, lifecycle
 
 if __name__ == "__main__":
     lifecycle.begin(requeues=True)
@@ -32,46 +32,28 @@ import jax
 from absl import app, flags, logging
 
 import jax_sft
-from jax_sft import (
-    agree,
-    checkpoint,
-    cluster,
-    command,
-    compilation_cache,
-    config,
-    evaluate,
-    hf,
-    hf_export,
-    metrics,
-    model_files,
-    optim,
-    parallel,
-    paths,
-    preflight,
-    pretrained,
-    run_files,
-    run_lock,
-    same_weights,
-    state,
-    stop_tokens,
-    terminal,
-    trackers,
-    trainable,
-    vocabulary,
-)
-from jax_sft.data import confined, losses, prepare
-from jax_sft.data.detokenize import Detokenizer
-from jax_sft.data.examples import Examples
-from jax_sft.data.loader import Loader
-from jax_sft.health import Health, dump_batches
+from jax_sft import config
+from jax_sft.adapters import freeze
+from jax_sft.checkpoint import model_files, pretrained, same_weights, saving, stop_tokens, to_hf
+from jax_sft.data.batches.examples import Examples
+from jax_sft.data.batches.loader import Loader
+from jax_sft.data.tokens import losses, prepare
+from jax_sft.data.tokens.detokenize import Detokenizer
+from jax_sft.files import paths, run_files, run_lock
+from jax_sft.hosts import cluster, compilation_cache, consensus, preflight
+from jax_sft.hosts.preemption import Preempted, Preemption
+from jax_sft.hosts.watchdog import SLOW_PHASE_S, Watchdog
 from jax_sft.inference import LoadedModel
-from jax_sft.ops import attention
-from jax_sft.preemption import Preempted, Preemption
-from jax_sft.program import objective, program
-from jax_sft.startup import Startup
-from jax_sft.step import ROUTER_AUX
+from jax_sft.ops.attention import dispatch
+from jax_sft.runtime import command_line, confined, terminal
+from jax_sft.runtime.startup import Startup
+from jax_sft.sharding import parallel
+from jax_sft.training import evaluate, metrics, optim, state, trackers
+from jax_sft.training.program import objective, program
+from jax_sft.training.step import ROUTER_AUX
+from jax_sft.training.step_guard import Health, dump_batches
 from jax_sft.validate import MOST_STEPS, Resolved, validate
-from jax_sft.watchdog import SLOW_PHASE_S, Watchdog
+from jax_sft.weights import hf_reader, vocabulary
 
 # How XLA says that a device's memory is full; JAX has no exception of its own for it.
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
@@ -160,29 +142,29 @@ def _train(
     resolved = validate(cfg, jax.device_count())
     preflight.shared_folder(workdir)
     lock = take_lock(workdir, say, ends)
-    checkpoint.check_folder(workdir / "checkpoints")
+    saving.check_folder(workdir / "checkpoints")
     mesh = parallel.make_mesh(resolved.mesh_shape)
     family, model_cfg = resolved.family, resolved.model_cfg
     rows, dims = family.weights(model_cfg), model_cfg.dims
     num_params = sum(math.prod(row.shape(dims)) for row in rows)
-    folder = hf.resolve(cfg.model.path, cfg.model.revision)
+    folder = hf_reader.resolve(cfg.model.path, cfg.model.revision)
     shards = resolved.mesh_shape["tensor"]
     pretrained_weights = pretrained.find(
         *(folder, rows, dims, model_cfg.tied),
-        step=hf.step_of(cfg.model.path),
+        step=hf_reader.step_of(cfg.model.path),
         vocab_shards=shards,
     )
     if first_process and not prepare.is_cached(cfg.data, folder):
         confined.start_early()
     axes = " ".join(f"{axis}={size}" for axis, size in resolved.mesh_shape.items())
     say(f"model   {cfg.model.path}: {model_cfg.__module__}, {metrics.count(num_params)} parameters")
-    if pickles := hf.pickles(folder):
+    if pickles := hf_reader.pickles(folder):
         say(f"WARNING {', '.join(pickles)} in the model's folder: pickle files are never read")
     say(f"mesh    {axes} on {jax.device_count()} x {jax.devices()[0].device_kind}")
     if (padded := vocabulary.padded(dims, shards)["vocab"]) > model_cfg.vocab:
         of_mesh = f"mesh.tensor = {shards}"
         say(f"padded  vocabulary {model_cfg.vocab:,} -> {padded:,} for {of_mesh}")
-    chosen = attention.choose(
+    chosen = dispatch.choose(
         cfg.model.attention,
         say=say,
         dtype=cfg.model.dtype,
@@ -257,8 +239,8 @@ def _train(
     if first_process:
         lifecycle.keeps(workdir)
     adapter = paths.local(cfg.lora.path, "lora.path") if cfg.lora.path else None
-    same_weights.check(folder, adapter, hf.step_of(cfg.model.path))
-    checkpoints = checkpoint.Checkpoints(
+    same_weights.check(folder, adapter, hf_reader.step_of(cfg.model.path))
+    checkpoints = saving.Checkpoints(
         workdir / "checkpoints",
         cfg.checkpoint,
         model=model_files.Model(
@@ -278,7 +260,7 @@ def _train(
     model_def = compiled.model_def
     if model_def.frozen or model_def.trained:
         what = "adapters" if resolved.adapters else "what train.freeze leaves"
-        say(f"trains  {what}: {metrics.count(trainable.count(model_def))} parameters")
+        say(f"trains  {what}: {metrics.count(freeze.count(model_def))} parameters")
     read = functools.partial(
         *(pretrained.read, pretrained_weights, model_def),
         mesh=mesh,
@@ -295,14 +277,14 @@ def _train(
     else:
         weights = read([row.path for row in rows])
         if resolved.adapters:
-            weights |= trainable.adapters(cfg, resolved.adapters, model_def, weights, mesh)
+            weights |= freeze.adapters(cfg, resolved.adapters, model_def, weights, mesh)
         current = state.create(compiled.tx, weights, model_def.stored, mesh, model_def.frozen)
     checkpoints.keep_frozen(current.frozen, found)
     start = found.step if found else 0
     if start < num_steps:
         checkpoints.keep_model_files()
     if cfg.train.export and start < num_steps:
-        agree.from_first("export folder", lambda: hf_export.check_of_run(workdir, say))
+        consensus.from_first("export folder", lambda: to_hf.check_of_run(workdir, say))
     owed = bool(eval_sets) and (found.extra.get("owes_evaluation") if found else cfg.eval.at_start)
     if start >= num_steps:
         advice = how_to_train_on(cfg, start, loader)
@@ -475,7 +457,7 @@ def end_run(
             lock.check(look=True)
         told = "told to stop: the run is saved, and not exported yet"
         with preemption.raising(Preempted(told)):
-            hf_export.of_run(
+            to_hf.of_run(
                 workdir,
                 tokenizer_eos=cfg.train.export_tokenizer_eos,
                 say=lambda line: say(f"export  {line}"),
@@ -495,7 +477,7 @@ def how_to_train_on(cfg: config.Config, start: int, loader: Loader) -> str:
     return (
         f"nothing was trained or written. To train up to step {num_steps:.0f} (the learning rate "
         f"goes from {rate[0]:.2g} back to {rate[1]:.2g}): "
-        + command.again({key: f"{value:g}", "checkpoint.allow_changes": allowed})
+        + command_line.again({key: f"{value:g}", "checkpoint.allow_changes": allowed})
     )
 
 
@@ -521,7 +503,7 @@ def take_lock(
     def take() -> None:
         ends.enter_context(lock or contextlib.nullcontext())
 
-    agree.from_first("run lock", take)
+    consensus.from_first("run lock", take)
     return lock
 
 
@@ -566,7 +548,7 @@ sys.modules[__name__].__class__ = _CallableModule
 def main(_: list[str]) -> None:
     """The command line."""
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
-    workdir = flags.FLAGS.workdir or command.default_workdir()
+    workdir = flags.FLAGS.workdir or command_line.default_workdir()
     try:
         train(flags.FLAGS.config, workdir, jax_sft.BEGAN_S)
     except Preempted as stopped:
@@ -590,6 +572,6 @@ def end(code: int) -> None:
 if __name__ == "__main__":
     gc.freeze()  # what was imported stays: it is never looked at again
     gc.enable()
-    command.define_config()
+    command_line.define_config()
     flags.DEFINE_string("workdir", "", "The run's folder; default runs/NAME_OF_CONFIG")
-    lifecycle.run(lambda: app.run(main, flags_parser=command.parse_flags), end)
+    lifecycle.run(lambda: app.run(main, flags_parser=command_line.parse_flags), end)

@@ -12,23 +12,18 @@ from typing import Any
 
 import jax
 
-from jax_sft import (
-    compute,
-    config,
-    hf,
-    lora,
-    models,
-    parallel,
-    paths,
-    patterns,
-    peft,
-    trainable,
-)
+from jax_sft import config, models
+from jax_sft.adapters import freeze, lora, peft
 from jax_sft.data import check
-from jax_sft.model import ModelDef
-from jax_sft.models.spec import Weight
-from jax_sft.ops.attention import BACKENDS, resolve
-from jax_sft.text import numbered
+from jax_sft.files import paths
+from jax_sft.nn import compute
+from jax_sft.nn.model_def import ModelDef
+from jax_sft.ops.attention.dispatch import BACKENDS, resolve
+from jax_sft.runtime import patterns
+from jax_sft.runtime.text import numbered
+from jax_sft.sharding import parallel
+from jax_sft.weights import hf_reader
+from jax_sft.weights.param_spec import Weight
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -138,7 +133,7 @@ def _trained(
     """(rows, dims) of the model as it is to be trained; stored adapters are checked against it."""
     dtype = cfg.model.dtype if cfg.model.dtype in DTYPES else "float32"
     plain = ModelDef.of(family, model_cfg, dtype=dtype)
-    chosen = trainable.choose(plain, adapters, () if adapters else cfg.train.freeze)
+    chosen = freeze.choose(plain, adapters, () if adapters else cfg.train.freeze)
     if adapters and cfg.lora.path:
         peft.check(paths.local(cfg.lora.path, "lora.path"), chosen)
     return chosen.stored, chosen.dims
@@ -201,8 +196,8 @@ def _model(cfg, attempt) -> tuple[Path | None, Any, Any]:
             _fail, 'model.path is empty: name a model folder or a hub id like "Qwen/Qwen2.5-7B"'
         )
         return None, None, None
-    folder = attempt(hf.resolve, cfg.model.path, cfg.model.revision, False)
-    raw = attempt(hf.read_json, folder / "config.json") if folder else None
+    folder = attempt(hf_reader.resolve, cfg.model.path, cfg.model.revision, False)
+    raw = attempt(hf_reader.read_json, folder / "config.json") if folder else None
     family, model_cfg = (raw is not None and attempt(models.read, raw)) or (None, None)
     return folder, family, model_cfg
 

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from jax_sft import lifecycle
+from jax_sft.runtime import lifecycle
 
 if __name__ == "__main__":
     lifecycle.begin()
@@ -26,22 +26,16 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from jax_sft import (
-    exit_codes,
-    hf_export,
-    hf_verify,
-    model_files,
-    paths,
-    steps,
-    storage,
-    sums,
-)
+from jax_sft import export_check
+from jax_sft.checkpoint import model_files, orbax_io, to_hf
+from jax_sft.files import paths, step_folders, sums
+from jax_sft.runtime import exit_codes
 
 
 def problems_of(folder: Path, step: int, full: bool) -> tuple[list[str], list[str], str]:
     """Return (problems, warnings, what it holds) of a step."""
     bar = f"step {step}, files" if full else ""
-    found = steps.check(folder, step, hashes=full, progress=bar)
+    found = step_folders.check(folder, step, hashes=full, progress=bar)
     if found.manifest is None:
         return [*found.problems], [*found.warnings], ""
     size = sum(num_bytes for num_bytes, _ in found.manifest.files.values())
@@ -51,14 +45,14 @@ def problems_of(folder: Path, step: int, full: bool) -> tuple[list[str], list[st
     # Files that are known to be damaged are not given to Orbax.
     if full and not problems:
         for name, stored in tqdm(arrays.items(), f"step {step}, arrays", unit="array", delay=1):
-            problem = storage.problem(folder / str(step), name, stored)
+            problem = orbax_io.problem(folder / str(step), name, stored)
             problems += [problem] if problem else []
     return problems, [*found.warnings], holds
 
 
 def verify(folder: Path, step: int | None, full: bool) -> int:
     """Print a table of steps; return the exit code."""
-    present = steps.present(folder)[::-1]
+    present = step_folders.present(folder)[::-1]
     if not present or (step is not None and step not in present):
         wanted = "steps" if step is None else f"step {step}"
         print(f"error: {folder} has no {wanted}; it has {present}", file=sys.stderr)
@@ -80,7 +74,7 @@ def verify(folder: Path, step: int | None, full: bool) -> int:
         bad += 1
         print(f"{model_files.NAME:>14}  DAMAGED\n    {error}")
     for name in sorted(path.name for path in folder.iterdir()):
-        if steps.is_leftover(name) or steps.CORRUPT in name:
+        if step_folders.is_leftover(name) or step_folders.CORRUPT in name:
             print(f"{name:>14}  never loaded")
     print(f"{bad} damaged; {time.monotonic() - began:.1f} s")
     return 1 if bad else 0
@@ -88,9 +82,9 @@ def verify(folder: Path, step: int | None, full: bool) -> int:
 
 def verify_export(folder: Path) -> int:
     """Compare an export, or that of a run, with its SHA256SUMS; return the exit code."""
-    in_run = folder / hf_export.OF_RUN
+    in_run = folder / to_hf.OF_RUN
     is_run = not (folder / sums.NAME).exists() and (in_run / sums.NAME).exists()
-    return hf_verify.check_files(in_run if is_run else folder)
+    return export_check.check_files(in_run if is_run else folder)
 
 
 def main() -> int:
@@ -114,7 +108,7 @@ def main() -> int:
         if options.export:
             return verify_export(paths.local(options.export, "--export"))
         folder = paths.local(options.checkpoint, "--checkpoint")
-        return verify(*steps.locate(folder, options.step), options.full)
+        return verify(*step_folders.locate(folder, options.step), options.full)
     except expected as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.USER_ERROR

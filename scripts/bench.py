@@ -29,7 +29,8 @@ from typing import Any
 
 import jax
 
-from jax_sft import metrics, outputs
+from jax_sft.files import outputs
+from jax_sft.training import metrics
 from scripts import bench_cases, bench_table
 
 REPO = Path(__file__).resolve().parent.parent

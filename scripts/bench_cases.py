@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from jax_sft import hf, metrics, models, parallel, tiny
+from jax_sft import models, tiny
 from jax_sft.batch import FIELDS
-from jax_sft.data import prepare
-from jax_sft.data.examples import Examples
-from jax_sft.data.loader import Loader
-from jax_sft.planning import flops
+from jax_sft.data.batches.examples import Examples
+from jax_sft.data.batches.loader import Loader
+from jax_sft.data.tokens import prepare
+from jax_sft.planning import step_cost
+from jax_sft.sharding import parallel
+from jax_sft.training import metrics
+from jax_sft.weights import hf_reader
 from scripts.peers import ours
 from scripts.peers.contract import Spec
 
@@ -234,7 +237,7 @@ def work_of(model: Path, rows: Mapping[str, np.ndarray], warmup: int) -> dict[st
         model: a folder with config.json.
         rows: arrays [steps, rows, seq_len].
     """
-    raw = hf.read_json(model / "config.json")
+    raw = hf_reader.read_json(model / "config.json")
     family = models.find(raw["model_type"])
     cfg = family.Config.from_hf(raw)
     weights = family.weights(cfg)
@@ -243,7 +246,7 @@ def work_of(model: Path, rows: Mapping[str, np.ndarray], warmup: int) -> dict[st
     tokens = real.sum() / num_steps
     pairs = (rows["positions"][warmup:] + 1)[real].sum(dtype=np.int64) / num_steps
     trained = (rows["weights"][warmup:] > 0).sum() / num_steps
-    parts = flops.model_flops(weights, cfg.dims, cfg.tied, tokens, pairs, trained)
+    parts = step_cost.model_flops(weights, cfg.dims, cfg.tied, tokens, pairs, trained)
     sizes = (int(np.prod(row.shape(cfg.dims), dtype=np.int64)) for row in weights)
     return {
         "parameters": sum(sizes),

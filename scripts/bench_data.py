@@ -27,11 +27,16 @@ import grain
 import numpy as np
 from tokenizers import Tokenizer
 
-from jax_sft import config, parallel
+from jax_sft import config
 from jax_sft.batch import empty_rows
-from jax_sft.data import chat, confined, formats, packing, read, worker
-from jax_sft.data.examples import Examples
-from jax_sft.data.loader import Loader, Schedule, fill_row
+from jax_sft.data.batches import packing
+from jax_sft.data.batches.examples import Examples
+from jax_sft.data.batches.loader import Loader, Schedule, fill_row
+from jax_sft.data.chat import encoding
+from jax_sft.data.sources import formats, read
+from jax_sft.data.tokens import worker
+from jax_sft.runtime import confined
+from jax_sft.sharding import parallel
 
 NODE_TOKENS_PER_S = 100_000  # what eight H200s train of a 7B model, about
 # Grain's packers without threads: with its default of 16, two cores are ten times slower.
@@ -355,14 +360,16 @@ def tokenizing(options: argparse.Namespace) -> None:
     if not options.data:
         raise SystemExit("error: tokenizing needs --data and --tokenizer")
     os.environ |= confined.ENVIRONMENT
-    tokenizer = chat.load_tokenizer(options.tokenizer)
-    encoder, backend = chat.Encoder(tokenizer, chat.Options()), tokenizer.backend_tokenizer
+    tokenizer = encoding.load_tokenizer(options.tokenizer)
+    encoder, backend = encoding.Encoder(tokenizer, encoding.Options()), tokenizer.backend_tokenizer
     rows = []
     for file in options.data:
         source = guessed_source(file)
         chunks = list(read.chunks(source, [file]))
         name, _ = formats.choose(source, [r.row for r in read.parse(chunks[0]) if r.row])
-        encode = worker.Encoder(worker.Job(options.tokenizer, chat.Options(), source, name)).encode
+        encode = worker.Encoder(
+            worker.Job(options.tokenizer, encoding.Options(), source, name)
+        ).encode
         num_examples = num_tokens = 0
         alone_s = ours_s = 0.0
         for chunk in chunks:

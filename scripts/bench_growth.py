@@ -25,11 +25,11 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from jax_sft import tiny
-from jax_sft.planning import chips, targets
+from jax_sft import hardware, tiny
+from jax_sft.planning import targets
 from jax_sft.planning.analysis import Target, analyse
-from jax_sft.planning.flops import full_row
-from jax_sft.planning.tables import Plan
+from jax_sft.planning.step_cost import full_row
+from jax_sft.report.plan_tables import Plan
 from jax_sft.validate import validate
 from scripts import gpu_step
 from scripts.gpu_cases import SHAPES, shape
@@ -236,7 +236,7 @@ RUNS = (
 
 def planned(run: Run) -> Plan:
     """Compile the step of a run and return its plan."""
-    chip = chips.find("h200")
+    chip = hardware.find("h200")
     hosts = run.num_gpus // GPUS_PER_HOST
     changes = {
         "model.remat": run.remat,

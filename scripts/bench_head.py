@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_sft import models, parallel
-from jax_sft.model import ModelDef
+from jax_sft import models
+from jax_sft.nn.model_def import ModelDef
 from jax_sft.ops.cross_entropy import chunk_sizes, cross_entropy
-from jax_sft.step import value_and_grad
+from jax_sft.sharding import parallel
+from jax_sft.training.step import value_and_grad
 
 SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
 

@@ -25,11 +25,12 @@ if missing := stand_ins.install():
 import jax
 import jax.numpy as jnp
 
-from jax_sft import parallel
-from jax_sft.ops import attention
-from jax_sft.planning import chips, targets
+from jax_sft import hardware
+from jax_sft.ops.attention import dispatch
+from jax_sft.planning import targets
 from jax_sft.planning.analysis import Target, analyse
-from jax_sft.planning.flops import RowWork
+from jax_sft.planning.step_cost import RowWork
+from jax_sft.sharding import parallel
 from jax_sft.validate import validate
 from scripts import gpu_cases, gpu_measure, gpu_profile, gpu_step
 from scripts.gpu_cases import MEDIANS, Case, Setting
@@ -202,7 +203,7 @@ def machine(smoke: bool) -> Iterator[Row]:
     heads_per_kv, head_dim = sizes.head_shapes[0]
     began = time.perf_counter()
     failed: list[str] = []
-    backend = attention.choose(
+    backend = dispatch.choose(
         sizes.attention,
         say=failed.append,
         dtype=sizes.dtype,
@@ -217,7 +218,7 @@ def machine(smoke: bool) -> Iterator[Row]:
 def predict(case: Case) -> Iterator[Row]:
     """Plan each setting for one H200 that need not be there, on rows as they will be."""
     targets.keep_off_gpus()
-    chip = chips.find("h200")
+    chip = hardware.find("h200")
     for setting in case.settings:
         median = MEDIANS[case.length]
         _, positions = gpu_step.rows_of_segments(setting.rows, case.length, MAX_SEGMENTS, median)

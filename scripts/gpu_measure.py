@@ -29,10 +29,10 @@ from scripts import stand_ins
 if missing := stand_ins.install():
     print(f"stand-ins for {missing}, which are not installed", file=sys.stderr)
 
-from jax_sft import parallel
-from jax_sft.models.layers import INIT_STD
-from jax_sft.ops import attention, cudnn
+from jax_sft.nn.layers import INIT_STD
+from jax_sft.ops.attention import cudnn, dispatch
 from jax_sft.ops.cross_entropy import cross_entropy
+from jax_sft.sharding import parallel
 from scripts import gpu_step
 from scripts.gpu_checks import Row, record
 
@@ -170,7 +170,7 @@ def versions(_: str, sizes: Sizes) -> Iterator[Row]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     yield found
-    for backend in attention.BACKENDS:
+    for backend in dispatch.BACKENDS:
         problems = backend_problems(backend, sizes)
         yield {"attention": backend, "problems": "; ".join(problems) or "none"}
 
@@ -184,7 +184,7 @@ def selftest(backend: str, sizes: Sizes) -> Iterator[Row]:
     for num_heads_per_kv, head_dim in sizes.head_shapes:
         shape = {"heads_per_kv": num_heads_per_kv, "head_dim": head_dim}
         try:
-            attention.self_test(
+            dispatch.self_test(
                 backend,
                 dtype=sizes.dtype,
                 num_heads_per_kv=num_heads_per_kv,
@@ -206,12 +206,12 @@ def selftest(backend: str, sizes: Sizes) -> Iterator[Row]:
             for f, w in zip(found, wanted, strict=True)
         ]
         row = {"tokens": tokens, "rows of": kind, "largest_error": max(errors)}
-        yield {**row, "passed": max(errors) <= attention.TOLERANCE[sizes.dtype]}
+        yield {**row, "passed": max(errors) <= dispatch.TOLERANCE[sizes.dtype]}
 
 
 def backend_problems(backend: str, sizes: Sizes) -> list[str]:
     try:
-        attention.resolve(
+        dispatch.resolve(
             backend,
             platform=jax.default_backend(),
             dtype=sizes.dtype,
@@ -284,9 +284,7 @@ def attention_inputs(sizes: Sizes, tokens: int, kind: str) -> tuple[tuple, int]:
 def attend(backend: str) -> Callable:
     def forward(q, k, v, segments, positions):
         scale = 1 / math.sqrt(q.shape[-1])
-        return attention.packed_attention(
-            q, k, v, segments, positions, scale=scale, backend=backend
-        )
+        return dispatch.packed_attention(q, k, v, segments, positions, scale=scale, backend=backend)
 
     return forward
 

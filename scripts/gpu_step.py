@@ -26,11 +26,13 @@ from scripts import stand_ins
 if missing := stand_ins.install():
     print(f"stand-ins for {missing}, which are not installed", file=sys.stderr)
 
-from jax_sft import parallel, placement, program, state
-from jax_sft.models.layers import INIT_STD
-from jax_sft.models.spec import Weight
-from jax_sft.planning.chips import CHIPS
+from jax_sft.hardware import CHIPS
+from jax_sft.nn.layers import INIT_STD
+from jax_sft.sharding import parallel
+from jax_sft.training import program, state
 from jax_sft.validate import validate
+from jax_sft.weights import placement
+from jax_sft.weights.param_spec import Weight
 
 REPO = Path(__file__).resolve().parent.parent
 PLAN = """

@@ -14,7 +14,7 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from jax_sft import lifecycle
+from jax_sft.runtime import lifecycle
 
 if __name__ == "__main__":
     lifecycle.begin()
@@ -22,7 +22,9 @@ if __name__ == "__main__":
 import numpy as np
 from ml_dtypes import bfloat16
 
-from jax_sft import hf_write, models, outputs, paths, tiny
+from jax_sft import models, tiny
+from jax_sft.files import outputs, paths
+from jax_sft.weights import hf_writer
 
 # Sizes of Qwen2.5 (their config.json on the hub) and into how many files they are cut.
 SHAPES = {
@@ -93,10 +95,10 @@ def make(like: str, out: Path, headers_only: bool) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "generation_config.json").write_text(json.dumps({"do_sample": False}) + "\n")
     if headers_only:
-        hf_write.begin(hf_write.layout(rows, cfg.dims, dtypes, shard_bytes), out)
+        hf_writer.begin(hf_writer.layout(rows, cfg.dims, dtypes, shard_bytes), out)
     else:
         params = {row.path: Random(row.shape(cfg.dims), n) for n, row in enumerate(rows)}
-        hf_write.save(params, rows, cfg.dims, dtypes, out, shard_bytes)
+        hf_writer.save(params, rows, cfg.dims, dtypes, out, shard_bytes)
 
 
 def main() -> int:

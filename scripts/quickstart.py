@@ -9,7 +9,7 @@ import json
 import time
 from pathlib import Path
 
-from jax_sft import lifecycle
+from jax_sft.runtime import lifecycle
 
 if __name__ == "__main__":
     lifecycle.begin(requeues=True)
@@ -18,7 +18,7 @@ import transformers
 
 import jax_sft
 from configs import tiny
-from jax_sft import parallel
+from jax_sft.sharding import parallel
 
 WORKDIR = Path("runs/quickstart")
 

@@ -4,7 +4,7 @@ import gzip
 from functools import cache
 from pathlib import Path
 
-from jax_sft.planning import hlo, hlo_loops
+from jax_sft.planning.hlo import loops, parser
 
 FOLDER = Path(__file__).parent / "hlo"
 NAMES = sorted(file.name.split(".")[0] for file in FOLDER.glob("*.txt*"))
@@ -22,18 +22,18 @@ def text_of(name: str) -> str:
 
 
 @cache
-def module_of(name: str) -> hlo.Module:
-    return hlo.parse(text_of(name))
+def module_of(name: str) -> parser.Module:
+    return parser.parse(text_of(name))
 
 
 @cache
 def counts_of(name: str) -> dict[str, float]:
-    return hlo_loops.executions(module_of(name), dynamic=lambda loop: 5)
+    return loops.executions(module_of(name), dynamic=lambda loop: 5)
 
 
-def module(entry: str, before: str = "", header: str = "is_scheduled=true") -> hlo.Module:
+def module(entry: str, before: str = "", header: str = "is_scheduled=true") -> parser.Module:
     """A hand-written module of 8 devices: the lines of its entry, and computations before it."""
     lines = "\n".join(f"  {line.strip()}" for line in entry.strip().splitlines())
-    return hlo.parse(
+    return parser.parse(
         f"HloModule hand, {header}, num_partitions=8\n\n{before}\nENTRY %main {{\n{lines}\n}}\n"
     )

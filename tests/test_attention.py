@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_sft import compute, parallel
-from jax_sft.ops import attention, blockwise, reference
-from jax_sft.ops.attention import packed_attention
+from jax_sft.nn import compute
+from jax_sft.ops.attention import blockwise, dispatch, reference
+from jax_sft.ops.attention.dispatch import packed_attention
+from jax_sft.sharding import parallel
 
 BACKENDS = {"blockwise": blockwise.BACKEND, "reference": reference.BACKEND}
 SHAPES = [s for s in itertools.product([1, 2, 4, 8], repeat=4) if math.prod(s) == 8]
@@ -182,7 +183,7 @@ def test_a_soft_cap_and_a_window_that_the_layer_decides_equal_the_naive_ones(bac
     # compiled in.
     branches = dataclasses.replace(reference.BACKEND, takes_traced_window=False)
     fake = types.SimpleNamespace(BACKEND=branches)
-    monkeypatch.setitem(attention._MODULES, "branches", fake)
+    monkeypatch.setitem(dispatch._MODULES, "branches", fake)
     problem = attention_problem(num_kv_heads=4)
     grad_out = output_gradient(problem[3])
     for window in (4, None):

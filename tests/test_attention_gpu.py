@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_sft import parallel
-from jax_sft.ops import attention, cudnn, segments, tokamax
+from jax_sft.ops.attention import cudnn, dispatch, segments, tokamax
+from jax_sft.sharding import parallel
 
 GARBAGE = np.nan
 
@@ -359,10 +359,10 @@ def self_test(
     backend: str, has_window: bool = False, has_soft_cap: bool = False, **sizes: int
 ) -> None:
     mesh = parallel.make_mesh(sizes, devices=jax.devices()[: math.prod(sizes.values())])
-    attention.self_test.cache_clear()
+    dispatch.self_test.cache_clear()
     options = dict(num_heads_per_kv=3, head_dim=8)
     options |= dict(has_window=has_window, has_soft_cap=has_soft_cap)
-    attention.self_test(backend, dtype="float32", mesh=mesh, **options)
+    dispatch.self_test(backend, dtype="float32", mesh=mesh, **options)
 
 
 def test_cudnn_passes_the_self_test_in_several_classes(fake):
@@ -373,7 +373,7 @@ def test_cudnn_passes_the_self_test_in_several_classes(fake):
 def test_the_self_test_finds_a_window_that_is_not_heeded(fake, monkeypatch):
     self_test("cudnn", has_window=True, fsdp=1)
     right = fake.scores
-    for other in (None, attention._TEST_WINDOW + 1):
+    for other in (None, dispatch._TEST_WINDOW + 1):
         monkeypatch.setattr(fake, "scores", lambda *args, other=other: right(*args[:-1], other))
         with pytest.raises(ValueError, match="'cudnn' computes wrongly .* and a sliding window"):
             self_test("cudnn", has_window=True, fsdp=1)
@@ -500,7 +500,7 @@ def test_the_compiled_step_tells_cudnn_the_window_where_segments_are_longer(wind
 def test_the_compiled_step_has_cudnn_with_and_without_a_window_that_the_layer_decides():
     def step(q, k, v, ids, windowed):
         options = dict(scale=0.1, backend="cudnn", window=64, windowed=windowed)
-        return attention.packed_attention(q, k, v, *ids, **options)
+        return dispatch.packed_attention(q, k, v, *ids, **options)
 
     q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
     ids = (jax.ShapeDtypeStruct((1, 256), jnp.int32),) * 2
@@ -608,7 +608,7 @@ def test_tokamax_takes_a_window_that_the_layer_decides(on_cpu, windowed):
     @functools.partial(jax.jit, static_argnames="window")
     def attend(windowed, window):
         options = dict(scale=0.3, backend="tokamax", windowed=windowed, window=window)
-        return attention.packed_attention(q, k, v, *ids, **options)
+        return dispatch.packed_attention(q, k, v, *ids, **options)
 
     with jax.set_mesh(parallel.single_device_mesh()):
         found = attend(jnp.array(windowed), window=20)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_sft import parallel
-from jax_sft.ops import attention, blockwise, cudnn, reference, tokamax
-from jax_sft.ops.backend import Backend
+from jax_sft.ops.attention import blockwise, cudnn, dispatch, reference, tokamax
+from jax_sft.ops.attention.backend import Backend
+from jax_sft.sharding import parallel
 
 HERE = {"platform": "cpu", "dtype": "float32", "head_dim": 64, "sequence": 1}
 GPU = {**HERE, "platform": "gpu", "dtype": "bfloat16"}
@@ -29,14 +29,14 @@ def test_an_unknown_attention_is_refused_with_the_known_ones():
     with pytest.raises(
         ValueError, match="'flash' is unknown: use one of .*'auto', 'cudnn'"
     ) as error:
-        attention.resolve("flash", **HERE)
+        dispatch.resolve("flash", **HERE)
     assert str(error.value).startswith("model.attention = ")
 
 
 @pytest.mark.parametrize("name", ["cudnn", "tokamax"])
 def test_an_attention_that_cannot_run_is_refused_with_why_and_what_to_do(name):
     with pytest.raises(ValueError) as error:
-        attention.resolve(name, **HERE)
+        dispatch.resolve(name, **HERE)
     assert f"model.attention = '{name}' cannot be used: " in str(error.value)
     assert "runs on cpu" in str(error.value)
     assert 'model.attention = "auto"' in str(error.value)
@@ -44,12 +44,12 @@ def test_an_attention_that_cannot_run_is_refused_with_why_and_what_to_do(name):
 
 @pytest.mark.parametrize("name", ["blockwise", "reference"])
 def test_what_runs_everywhere_is_what_was_asked_for(name):
-    assert attention.resolve(name, **HERE) == name
-    assert attention.resolve(name, **GPU) == name
+    assert dispatch.resolve(name, **HERE) == name
+    assert dispatch.resolve(name, **GPU) == name
 
 
 def test_auto_is_blockwise_on_a_cpu():
-    assert attention.resolve("auto", **HERE) == "blockwise"
+    assert dispatch.resolve("auto", **HERE) == "blockwise"
 
 
 def test_auto_is_the_first_on_a_gpu_that_can_run(monkeypatch):
@@ -61,22 +61,22 @@ def test_auto_is_the_first_on_a_gpu_that_can_run(monkeypatch):
 
     for name, module in (("cudnn", cudnn), ("tokamax", tokamax)):
         monkeypatch.setattr(module, "problems", functools.partial(can_run, name))
-    assert attention.resolve("auto", **GPU) == "cudnn"
+    assert dispatch.resolve("auto", **GPU) == "cudnn"
     able.remove("cudnn")
-    assert attention.resolve("auto", **GPU) == "tokamax"
+    assert dispatch.resolve("auto", **GPU) == "tokamax"
     able.remove("tokamax")
-    assert attention.resolve("auto", **GPU) == "blockwise"
+    assert dispatch.resolve("auto", **GPU) == "blockwise"
 
 
 def test_auto_inside_a_model_is_told_by_the_devices_of_the_mesh(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        attention, "resolve", lambda name, **situation: asked.append(situation) or "reference"
+        dispatch, "resolve", lambda name, **situation: asked.append(situation) or "reference"
     )
     x = jnp.zeros((8, 4, 2, 6), jnp.bfloat16)
     ids = jnp.zeros((8, 4), jnp.int32)
     with jax.set_mesh(make_mesh((2, 2, 1, 2))):
-        jax.eval_shape(functools.partial(attention.packed_attention, scale=1.0), x, x, x, ids, ids)
+        jax.eval_shape(functools.partial(dispatch.packed_attention, scale=1.0), x, x, x, ids, ids)
     wanted = {"platform": "cpu", "dtype": "bfloat16", "head_dim": 6, "sequence": 2}
     assert asked == [wanted | {"has_soft_cap": False}]
 
@@ -85,10 +85,10 @@ def test_a_soft_cap_is_not_for_cudnn(monkeypatch):
     for module in (cudnn, tokamax):  # as on a GPU, whatever is installed here
         monkeypatch.setattr(module, "_missing_names", lambda: [], raising=False)
     planned = GPU | {"capability": (9, 0)}
-    assert attention.resolve("auto", **planned) == "cudnn"
-    assert attention.resolve("auto", **planned, has_soft_cap=True) == "blockwise"
+    assert dispatch.resolve("auto", **planned) == "cudnn"
+    assert dispatch.resolve("auto", **planned, has_soft_cap=True) == "blockwise"
     with pytest.raises(ValueError, match='no soft cap.* Or use model.attention = "auto"'):
-        attention.resolve("cudnn", **planned, has_soft_cap=True)
+        dispatch.resolve("cudnn", **planned, has_soft_cap=True)
 
 
 # ---- self-test -----------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def self_test(
 ):
     shape = {"num_heads_per_kv": group, "head_dim": head_dim, "has_window": window}
     shape |= {"has_soft_cap": soft_cap}
-    attention.self_test(backend, dtype=dtype, mesh=make_mesh(sizes), **shape)
+    dispatch.self_test(backend, dtype=dtype, mesh=make_mesh(sizes), **shape)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_backend_that_does_not_heed_the_soft_cap_is_refused(monkeypatch):
         return reference.BACKEND.forward(*args, **options)
 
     faulty = Backend(forward, reference.BACKEND.backward)
-    monkeypatch.setitem(attention._MODULES, "tokamax", types.SimpleNamespace(BACKEND=faulty))
+    monkeypatch.setitem(dispatch._MODULES, "tokamax", types.SimpleNamespace(BACKEND=faulty))
     with pytest.raises(ValueError, match="'tokamax' computes wrongly .* and a soft cap: out"):
         self_test("tokamax", soft_cap=True)
 
@@ -147,16 +147,16 @@ def test_a_backend_that_counts_the_window_otherwise_is_refused(change, monkeypat
         return reference.BACKEND.forward(*args, window=other, **options)
 
     faulty = Backend(forward, reference.BACKEND.backward)
-    monkeypatch.setitem(attention._MODULES, "tokamax", types.SimpleNamespace(BACKEND=faulty))
+    monkeypatch.setitem(dispatch._MODULES, "tokamax", types.SimpleNamespace(BACKEND=faulty))
     self_test("tokamax")
-    attention.self_test.cache_clear()
+    dispatch.self_test.cache_clear()
     with pytest.raises(ValueError, match="'tokamax' computes wrongly .* and a sliding window: out"):
         self_test("tokamax", window=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_rounding_takes_less_than_a_third_of_what_is_allowed(dtype, monkeypatch):
-    monkeypatch.setitem(attention.TOLERANCE, dtype, attention.TOLERANCE[dtype] / 3)
+    monkeypatch.setitem(dispatch.TOLERANCE, dtype, dispatch.TOLERANCE[dtype] / 3)
     self_test(dtype=dtype, group=4, head_dim=16)
 
 
@@ -272,7 +272,7 @@ def one_device(forward, backward):
 )
 def test_a_wrong_backend_is_refused_and_named(fault, dtype, sizes, wrong, monkeypatch):
     faulty = Backend(*fault(reference.BACKEND.forward, reference.BACKEND.backward))
-    monkeypatch.setitem(attention._MODULES, "tokamax", types.SimpleNamespace(BACKEND=faulty))
+    monkeypatch.setitem(dispatch._MODULES, "tokamax", types.SimpleNamespace(BACKEND=faulty))
     with pytest.raises(ValueError, match=r"model\.attention = 'tokamax' computes wrongly") as error:
         self_test("tokamax", dtype, sizes=sizes)
     message = str(error.value)
@@ -303,7 +303,7 @@ RIGHT = reference.BACKEND
 
 def choose(name: str, say=lambda line: None) -> str:
     mesh = make_mesh((1, 1, 1, 1))
-    return attention.choose(
+    return dispatch.choose(
         name, say=say, mesh=mesh, dtype="float32", head_dim=8, num_heads_per_kv=2
     )
 
@@ -315,15 +315,15 @@ def plant(monkeypatch):
     def plant(**backends: Backend):
         for name, backend in backends.items():
             module = types.SimpleNamespace(BACKEND=backend, problems=lambda **situation: [])
-            monkeypatch.setitem(attention._MODULES, name, module)
+            monkeypatch.setitem(dispatch._MODULES, name, module)
         as_on_a_gpu = functools.partial(
-            lambda real, name, **s: real(name, **s | {"platform": "gpu"}), attention.candidates
+            lambda real, name, **s: real(name, **s | {"platform": "gpu"}), dispatch.candidates
         )
-        monkeypatch.setattr(attention, "candidates", as_on_a_gpu)
+        monkeypatch.setattr(dispatch, "candidates", as_on_a_gpu)
 
-    attention.self_test.cache_clear()
+    dispatch.self_test.cache_clear()
     yield plant
-    attention.self_test.cache_clear()
+    dispatch.self_test.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -380,11 +380,11 @@ def test_all_processes_take_what_passes_on_each_of_them(plant, monkeypatch):
         return [text, others.get(what, text)]
 
     asked, lines = [], []
-    monkeypatch.setattr(attention.cluster, "exchange", exchange)
+    monkeypatch.setattr(dispatch.cluster, "exchange", exchange)
     assert choose("auto", lines.append) == "blockwise"
     (line,) = lines
     assert "'tokamax' fails" in line and "Boom: x [process 1]" in line
 
 
 def test_blocks_of_the_self_test_are_several():
-    assert attention._TEST_TOKENS > blockwise.BLOCK
+    assert dispatch._TEST_TOKENS > blockwise.BLOCK

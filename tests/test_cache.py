@@ -18,9 +18,12 @@ import xxhash
 
 import jax_sft
 from jax_sft import cache as cache_command
-from jax_sft import config, regular, tiny
-from jax_sft.data import cache, cache_room, chat, confined, worker
-from jax_sft.data import store as store_module
+from jax_sft import config, tiny
+from jax_sft.data.chat import encoding
+from jax_sft.data.tokens import cache, cache_room, worker
+from jax_sft.data.tokens import store as store_module
+from jax_sft.files import regular
+from jax_sft.runtime import confined
 
 REPO = Path(jax_sft.__file__).parent.parent
 
@@ -70,7 +73,7 @@ def build(model, tmp_path):
         return cache.open_or_build(
             config.source(file, **changes),
             tokenizer_folder,
-            options or chat.Options(),
+            options or encoding.Options(),
             cache_dir,
             num_workers,
             stop_at_bad_row=stop_at_bad_row,
@@ -115,8 +118,8 @@ def forbid(*_args, **_kwargs):
 
 def test_stored_tokens_are_those_of_the_encoder(build, model, tmp_path):
     data = rows(30)
-    store = build(write(tmp_path / "a.jsonl", data), options=chat.Options(turns="last"))
-    tokenizer = chat.load_tokenizer(model)
+    store = build(write(tmp_path / "a.jsonl", data), options=encoding.Options(turns="last"))
+    tokenizer = encoding.load_tokenizer(model)
     for n, row in enumerate(data):
         part = slice(store.starts[n], store.stops[n])
         text = (
@@ -215,16 +218,19 @@ def test_every_ingredient_changes_the_key_and_no_two_alike(build, tmp_path, monk
     found = [build(file).meta["key"]]
     for changes in (
         *({"format": "prompt_response"}, {"limit": 2}, {"tools_key": ""}),
-        *({"options": chat.Options(turns="last")}, {"options": chat.Options(max_tokens=9)}),
-        *({"options": chat.Options(date="2020-01-01")}, {"options": chat.Options(turns="from:1")}),
-        {"options": chat.Options(train_empty_think=True)},
+        *({"options": encoding.Options(turns="last")}, {"options": encoding.Options(max_tokens=9)}),
+        *(
+            {"options": encoding.Options(date="2020-01-01")},
+            {"options": encoding.Options(turns="from:1")},
+        ),
+        {"options": encoding.Options(train_empty_think=True)},
     ):
         found.append(build(file, **changes).meta["key"])
     reader = write_model(
         tmp_path / "reader", chat_template_jinja=tiny.CHAT_TEMPLATE + "{% if x %}{% endif %}"
     )
     for value in (1, True, "1", 1.5):
-        options = chat.Options(template_args={"x": value})
+        options = encoding.Options(template_args={"x": value})
         found.append(build(file, tokenizer_folder=reader, options=options).meta["key"])
     template = tiny.CHAT_TEMPLATE + "{# changed #}"
     other = write_model(tmp_path / "other", chat_template_jinja=template)
@@ -295,8 +301,9 @@ def test_edited_docstrings_tokenize_nothing_again_and_a_raised_version_does(tmp_
     package = Path(jax_sft.__file__).parent
     copy = shutil.copytree(package, tmp_path / "copy" / "jax_sft")
     code = (
-        "import sys\nfrom jax_sft import config\nfrom jax_sft.data import cache, chat\n"
-        "store = cache.open_or_build(config.source(sys.argv[2]), sys.argv[1], chat.Options(), "
+        "import sys\nfrom jax_sft import config\nfrom jax_sft.data.tokens import cache\n"
+        "from jax_sft.data.chat import encoding\n"
+        "store = cache.open_or_build(config.source(sys.argv[2]), sys.argv[1], encoding.Options(), "
         "sys.argv[3], 1, stop_at_bad_row=True, progress=False)\nprint(cache.__file__, store.cached)"
     )
 
@@ -659,11 +666,12 @@ def test_a_write_that_the_system_cuts_short_leaves_nothing(build, tmp_path):
     program = """
         import resource
         from jax_sft import config
-        from jax_sft.data import cache, chat
+        from jax_sft.data.tokens import cache
+from jax_sft.data.chat import encoding
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_001, 100_001))
         try:
             file, model, folder = sys.argv[1:]
-            cache.open_or_build(config.source(file), model, chat.Options(), folder, 1,
+            cache.open_or_build(config.source(file), model, encoding.Options(), folder, 1,
                                 stop_at_bad_row=True, progress=False)
         except ValueError as error:
             print(error)
@@ -721,10 +729,12 @@ def test_a_cache_folder_that_cannot_be_made_is_told(build, tmp_path):
 FORKS = """
     import os, signal, time
     from jax_sft import config
-    from jax_sft.data import cache, chat, worker
+    from jax_sft.data.tokens import cache, worker
+    from jax_sft.data.chat import encoding
 
     def build(file, model, folder, num_workers=1):
-        return cache.open_or_build(config.source(file), model, chat.Options(), folder, num_workers,
+        return cache.open_or_build(config.source(file), model, encoding.Options(), folder,
+                                   num_workers,
                                    stop_at_bad_row=True, progress=False)
 
     def fork(function):
@@ -930,8 +940,8 @@ def test_processes_with_other_code_than_ours_are_refused(build, tmp_path, taken,
     if what == "a library":
         monkeypatch.setitem(worker.VERSIONS, "tokenizers", "before the update")
     else:  # edited in the same place, without another version
-        time_ns, size = worker.SOURCES["jax_sft.data.chat"]
-        monkeypatch.setitem(worker.SOURCES, "jax_sft.data.chat", (time_ns - 1, size))
+        time_ns, size = worker.SOURCES["jax_sft.data.chat.encoding"]
+        monkeypatch.setitem(worker.SOURCES, "jax_sft.data.chat.encoding", (time_ns - 1, size))
     with pytest.raises(ValueError, match="code of the program changed"):
         build(write(tmp_path / "a.jsonl", rows(2500)), num_workers=2)
     assert stores(tmp_path / "cache") == []
@@ -945,11 +955,12 @@ def test_a_process_may_have_loaded_fewer_modules_than_ours(build, tmp_path, take
 PROGRAM = """
     import time
     from jax_sft import config
-    from jax_sft.data import cache, chat, worker
+    from jax_sft.data.tokens import cache, worker
+    from jax_sft.data.chat import encoding
     worker.FEW_CHUNKS = 1
     print("the program runs", flush=True)
     file, model, folder = sys.argv[1:]
-    store = cache.open_or_build(config.source(file), model, chat.Options(), folder, 2,
+    store = cache.open_or_build(config.source(file), model, encoding.Options(), folder, 2,
                                 stop_at_bad_row=True, progress=False)
     print(len(store.rows), "jax" in sys.modules)
 """
@@ -1016,8 +1027,9 @@ def test_memory_stays_flat_for_much_text(tmp_path, model):
     program = """
         import resource
         from jax_sft import config
-        from jax_sft.data import cache, chat, worker
-        arguments = [config.source(sys.argv[1]), sys.argv[2], chat.Options(), sys.argv[3], 2]
+        from jax_sft.data.tokens import cache, worker
+from jax_sft.data.chat import encoding
+        arguments = [config.source(sys.argv[1]), sys.argv[2], encoding.Options(), sys.argv[3], 2]
         few = config.source(sys.argv[1], limit=60_000)
         peaks = []
         for source in (few, arguments[0]):

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_sft import parallel
+from jax_sft import hardware
 from jax_sft.models import qwen2
-from jax_sft.planning import candidates, chips, flops
+from jax_sft.planning import candidates, step_cost
+from jax_sft.sharding import parallel
 
 QWEN_7B = {
     **{"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944},
@@ -16,7 +17,7 @@ QWEN_7B = {
     **{"vocab_size": 152064, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6},
 }
 GIB = 2**30
-H200 = chips.find("h200")
+H200 = hardware.find("h200")
 
 
 def model(**changes) -> candidates.Model:
@@ -30,7 +31,7 @@ def setting(micro_rows: int = 8, remat: str = "full", **sizes) -> candidates.Set
 
 
 def ranked(hosts: int = 1, num_rows: int = 64, seq_len: int = 4096, **changes):
-    options = {"attention": "cudnn", "row": flops.full_row(seq_len), "num_rows": num_rows}
+    options = {"attention": "cudnn", "row": step_cost.full_row(seq_len), "num_rows": num_rows}
     options |= {"hosts": hosts, "gpus_per_host": 8} | changes
     return candidates.candidates(model(), H200, **options)
 
@@ -165,11 +166,11 @@ def test_more_remat_takes_more_time():
 
 def traffic_of(gpus_per_host: int = 8, num_rows: int = 8, **sizes):
     of_7b, one = model(), setting(**sizes)
-    cost = flops.step_cost(
+    cost = step_cost.step_cost(
         of_7b.rows,
         of_7b.dims,
         False,
-        flops.full_row(4096),
+        step_cost.full_row(4096),
         num_rows=num_rows,
         micro_batches=num_rows // one.micro_rows,
         remat="full",
@@ -245,11 +246,11 @@ def test_more_headroom_lets_fewer_fit():
 def test_bfloat16_gradients_halve_what_is_reduced():
     half = candidates.Model(model().rows, model().dims, False, grad_bytes=2)
     one = setting(fsdp=8)
-    cost = flops.step_cost(
+    cost = step_cost.step_cost(
         half.rows,
         half.dims,
         False,
-        flops.full_row(4096),
+        step_cost.full_row(4096),
         num_rows=8,
         micro_batches=1,
         remat="full",

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from jax_sft import config, tiny
 from jax_sft.batch import empty_rows
-from jax_sft.data import chat, formats, sandbox
-from jax_sft.data.examples import Encoded, Example, Examples
-from jax_sft.data.loader import fill_row
-from jax_sft.data.template import ChatTemplate
+from jax_sft.data.batches.examples import Encoded, Example, Examples
+from jax_sft.data.batches.loader import fill_row
+from jax_sft.data.chat import encoding, sandbox
+from jax_sft.data.chat.template import ChatTemplate
+from jax_sft.data.sources import formats
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 TOOL_CALLS = SHARED / "data" / "tool_calls.jsonl"
@@ -48,7 +49,7 @@ def load(tmp_path_factory):
                 tiny.write_tokenizer(folder)
             elif not folder.is_dir():
                 pytest.skip(f"the tokenizer {folder} is not on this machine")
-            loaded[name] = chat.load_tokenizer(folder)
+            loaded[name] = encoding.load_tokenizer(folder)
         return loaded[name]
 
     return load
@@ -84,7 +85,7 @@ def encode_all(tokenizer, messages, tools=None, **options) -> list[Encoded]:
     item = formats.Conversation(messages, tools)
     key = id(tokenizer), tuple(options.items())
     if key not in ENCODERS:  # with the tokenizer, so that its id stays its own
-        ENCODERS[key] = tokenizer, chat.Encoder(tokenizer, chat.Options(**options))
+        ENCODERS[key] = tokenizer, encoding.Encoder(tokenizer, encoding.Options(**options))
     (result,) = ENCODERS[key][1].encode([item])
     if isinstance(result, str):
         raise ValueError(result)
@@ -474,9 +475,11 @@ def test_a_variable_that_the_template_does_not_read_is_refused(load):
     messages = CONVERSATIONS["one turn"]
     for name in ("enable_thinkin", "messages", "add_generation_prompt", "bos_token"):
         with pytest.raises(ValueError, match=f"data.template_args.{name}: .*enable_thinking"):
-            chat.Encoder(load("qwen3"), chat.Options(template_args={name: False}))
+            encoding.Encoder(load("qwen3"), encoding.Options(template_args={name: False}))
     prompt = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    encoder = chat.Encoder(load("qwen3"), chat.Options(template_args={"enable_thinking": False}))
+    encoder = encoding.Encoder(
+        load("qwen3"), encoding.Options(template_args={"enable_thinking": False})
+    )
     ((example,),) = encoder.encode([formats.Conversation(messages, None)])
     start = int(np.argmax(example.weights > 0))
     assert decode(load("qwen3"), example.ids[:start]).endswith(prompt)
@@ -587,7 +590,7 @@ def test_loading_a_tokenizer_runs_no_code_from_the_folder(tmp_path):
     }
     file.write_text(json.dumps(changed))
     try:
-        chat.load_tokenizer(tmp_path)
+        encoding.load_tokenizer(tmp_path)
     except ValueError:
         pass  # refusing is as good as ignoring
     assert not (tmp_path / "ran").exists()
@@ -595,11 +598,11 @@ def test_loading_a_tokenizer_runs_no_code_from_the_folder(tmp_path):
 
 def test_a_folder_without_tokenizer_or_template_is_refused(tmp_path):
     with pytest.raises(ValueError, match=str(tmp_path)):
-        chat.load_tokenizer(tmp_path)
+        encoding.load_tokenizer(tmp_path)
     tiny.write_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="no chat template: set data.chat_template to a .jinja"):
-        chat.load_tokenizer(tmp_path)
+        encoding.load_tokenizer(tmp_path)
 
 
 def test_half_a_surrogate_pair_is_a_value_error(load):
@@ -623,7 +626,7 @@ FINAL_TOKEN = tiny.CHAT_TEMPLATE + (
 
 
 def ends_of(tokenizer, items, **options) -> list[str]:
-    results = chat.Encoder(tokenizer, chat.Options(**options)).encode(items)
+    results = encoding.Encoder(tokenizer, encoding.Options(**options)).encode(items)
     ends: list[int] = []
     for result in results:
         assert not isinstance(result, str), result

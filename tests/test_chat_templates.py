@@ -8,8 +8,13 @@ import pytest
 import tokenizers
 import transformers
 
-from jax_sft import config, model_files, resume, tiny, vocabulary
-from jax_sft.data import chat, chat_templates, check, formats, prepare
+from jax_sft import config, tiny
+from jax_sft.checkpoint import model_files, resume
+from jax_sft.data import check
+from jax_sft.data.chat import chat_templates, encoding
+from jax_sft.data.sources import formats
+from jax_sft.data.tokens import prepare
+from jax_sft.weights import vocabulary
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 MARKS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -45,8 +50,8 @@ def every_mark(tmp_path_factory) -> Path:
 
 def encoded(folder: Path, text: str, messages, tools=None) -> tuple[str, list[str], set[str]]:
     """The text of a conversation, what of it trains, and the ends of its turns."""
-    tokenizer = chat.load_tokenizer(folder, True, text)
-    encoder = chat.Encoder(tokenizer, chat.Options(chat_template=text))
+    tokenizer = encoding.load_tokenizer(folder, True, text)
+    encoder = encoding.Encoder(tokenizer, encoding.Options(chat_template=text))
     (result,) = encoder.encode([formats.Conversation(messages, tools)])
     assert not isinstance(result, str), result
     (one,) = result
@@ -112,16 +117,16 @@ def test_chatml_writes_tools_calls_and_thoughts(every_mark):
 def test_a_template_whose_end_of_turn_the_tokenizer_lacks_is_refused_with_the_cure(tmp_path):
     folder = write_tokenizer(tmp_path, marks=("<s>", "</s>"))
     with pytest.raises(ValueError, match=r"uses <\|im_end\|>, <\|im_start\|>.*'</s>' \(\"zephyr\""):
-        chat.load_tokenizer(folder, True, chat_templates.CHATML)
+        encoding.load_tokenizer(folder, True, chat_templates.CHATML)
     own = chat_templates.CHATML + "{# mine #}"
-    tokenizer = chat.load_tokenizer(folder, True, own)
+    tokenizer = encoding.load_tokenizer(folder, True, own)
     with pytest.raises(ValueError, match="would never stop: .*'</s>'"):
-        chat.Encoder(tokenizer, chat.Options(chat_template=own))
+        encoding.Encoder(tokenizer, encoding.Options(chat_template=own))
     no_eos = write_tokenizer(tmp_path / "no_eos", marks=("<s>",), eos=None)
     with pytest.raises(ValueError, match="uses eos_token, which"):
-        chat.load_tokenizer(no_eos, True, chat_templates.ZEPHYR)
+        encoding.load_tokenizer(no_eos, True, chat_templates.ZEPHYR)
     with pytest.raises(ValueError, match=r"set data.chat_template to a .jinja file.*'chatml'"):
-        chat.load_tokenizer(folder)
+        encoding.load_tokenizer(folder)
 
 
 def test_what_is_no_template_is_refused_by_name(tmp_path, monkeypatch):

@@ -20,22 +20,14 @@ import optax
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from jax_sft import (
-    checkpoint,
-    config,
-    exit_codes,
-    hf_export,
-    model_files,
-    optim,
-    parallel,
-    plain_paths,
-    state,
-    steps,
-    storage,
-    verify,
-    vocabulary,
-)
-from jax_sft.models.spec import Weight
+from jax_sft import config, verify
+from jax_sft.checkpoint import model_files, orbax_io, saving, to_hf
+from jax_sft.files import plain_paths, step_folders
+from jax_sft.runtime import exit_codes
+from jax_sft.sharding import parallel
+from jax_sft.training import optim, state
+from jax_sft.weights import vocabulary
+from jax_sft.weights.param_spec import Weight
 from scripts.faults import damage
 
 # What Orbax leaves behind when files are damaged raises again as it is collected.
@@ -113,9 +105,9 @@ def test_a_vocabulary_is_padded_anew_for_each_mesh(tmp_path, before, after):
         wider[tuple(slice(0, n) for n in real)] = array
         return jax.device_put(wider, like.sharding)
 
-    def checkpoints(vocab: int = 269) -> checkpoint.Checkpoints:
+    def checkpoints(vocab: int = 269) -> saving.Checkpoints:
         known = vocabulary.Vocabulary.of(rows, vocab)
-        return checkpoint.Checkpoints(tmp_path, config.default().checkpoint, vocabulary=known)
+        return saving.Checkpoints(tmp_path, config.default().checkpoint, vocabulary=known)
 
     current = jax.tree.map(filled, abstract(before))
     current = dataclasses.replace(current, step=jax.device_put(np.int32(3), current.step.sharding))
@@ -143,7 +135,7 @@ def test_a_step_reads_with_plain_orbax(saved):
         np.testing.assert_array_equal(found["params"][name], array)
     assert set(found["optimizer"]) == {"count", "mu", "nu"}
     stored = ocp.checkpointables_metadata(str(saved / str(NEW))).custom_metadata
-    assert stored == steps.metadata(saved / str(NEW))
+    assert stored == step_folders.metadata(saved / str(NEW))
 
 
 # Glob patterns, what TensorStore changes or refuses in a path, and what looks like a home folder.
@@ -154,7 +146,7 @@ NAMES = ["a[1]", "a**b", "back\\slash", "~", "two\nlines", "not utf-8 \udcff", "
 def test_a_save_below_any_name_reads_back_and_moves(tmp_path, name):
     folder = tmp_path / name / "checkpoints"
     checkpoints, said = opened(folder)
-    checkpoint.check_folder(folder)
+    saving.check_folder(folder)
     checkpoints.start(CONFIG)
     damage.save(checkpoints, STATE, CONFIG, wait=True)
     assert (checkpoints.saved_step, said) == (NEW, [])
@@ -168,9 +160,9 @@ def test_a_save_below_any_name_reads_back_and_moves(tmp_path, name):
 
 def test_a_name_that_cannot_be_stored_under_is_refused_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(plain_paths, "_DESCRIPTORS", tmp_path / "no proc")
-    checkpoint.check_folder(tmp_path / "plain, with blanks")
+    saving.check_folder(tmp_path / "plain, with blanks")
     with pytest.raises(ValueError, match=r"has a name that Orbax cannot store under"):
-        checkpoint.check_folder(tmp_path / "a[1]")
+        saving.check_folder(tmp_path / "a[1]")
 
 
 def test_any_name_can_be_stored_under_where_few_files_may_be_open(tmp_path):
@@ -192,7 +184,7 @@ def test_a_save_that_could_not_be_read_is_not_published(tmp_path, monkeypatch):
     checkpoints.close()
     assert (checkpoints.saved_step, checkpoints.failures) == (None, 1)
     assert "Orbax has not written optimizer/manifest.ocdbt" in "\n".join(said)
-    assert steps.present(tmp_path / "a[1]") == []
+    assert step_folders.present(tmp_path / "a[1]") == []
 
 
 def test_training_goes_on_beside_a_save_and_does_not_change_it(tmp_path):
@@ -233,7 +225,7 @@ def test_the_newest_and_the_best_steps_stay(tmp_path, keep, keep_best, kept):
             {"eval/loss": loss} if loss is not None else None,
         )
     checkpoints.close()
-    assert {*steps.present(tmp_path)} == kept
+    assert {*step_folders.present(tmp_path)} == kept
     assert {path.name for path in tmp_path.iterdir()} == {str(step) for step in kept}
 
 
@@ -242,15 +234,15 @@ def test_no_step_is_removed_before_the_next_is_complete(tmp_path, monkeypatch):
     checkpoints.start(CONFIG)
     damage.save(checkpoints, damage.make_state(1), CONFIG, wait=True)
     seen = []
-    real = steps.remove_all
+    real = step_folders.remove_all
 
     def spy(folder, unwanted):
-        seen.append((steps.present(folder), damage.resumed(folder, ABSTRACT)[0]))
+        seen.append((step_folders.present(folder), damage.resumed(folder, ABSTRACT)[0]))
         real(folder, unwanted)
 
-    monkeypatch.setattr(steps, "remove_all", spy)
+    monkeypatch.setattr(step_folders, "remove_all", spy)
     damage.save(checkpoints, damage.make_state(2), CONFIG, wait=True)
-    assert seen == [([2, 1], 2)] and steps.present(tmp_path) == [2]
+    assert seen == [([2, 1], 2)] and step_folders.present(tmp_path) == [2]
 
 
 def test_leftovers_of_killed_saves_are_removed_and_never_loaded(folder):
@@ -344,24 +336,24 @@ def test_changed_model_files_are_named_before_they_are_used(folder, tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is longer than it was"):
         opened(folder)[0].start(CONFIG)
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is longer than it was"):
-        hf_export.export(folder, tmp_path / "out")
+        to_hf.export(folder, tmp_path / "out")
     shutil.rmtree(folder / model_files.NAME)
     with pytest.raises(ValueError, match="it has no model_files"):
-        hf_export.export(folder, tmp_path / "out")
+        to_hf.export(folder, tmp_path / "out")
 
 
 def test_an_export_of_a_damaged_step_names_the_tensor_and_the_other_steps(folder, tmp_path):
     (file,) = damage.kinds(folder)["2/params/ocdbt.process_N/d/* (over 1 MiB)"]
     damage.flip(file, 8_000_001)
-    stored = steps.params(folder, NEW)
+    stored = step_folders.params(folder, NEW)
     problem = {
-        name: storage.problem(folder / str(NEW), f"params/{name}", stored[name]) for name in stored
+        name: orbax_io.problem(folder / str(NEW), f"params/{name}", stored[name]) for name in stored
     }
     assert problem["a.kernel"].startswith("tensor params/a.kernel is damaged: its checksum is")
     assert problem["b.scale"] == ""
     os.truncate(file, 10)
     with pytest.raises(ValueError, match=rf"{file.name} is truncated: 10 bytes, not[^$]*\[1, 2\]"):
-        steps.params(folder, NEW)
+        step_folders.params(folder, NEW)
 
 
 def test_another_model_or_optimizer_is_refused_and_nothing_is_moved(folder):
@@ -380,7 +372,7 @@ def test_another_model_or_optimizer_is_refused_and_nothing_is_moved(folder):
 
 
 def test_a_newer_format_is_refused(folder, monkeypatch):
-    monkeypatch.setattr("jax_sft.resume.FORMAT_VERSION", 1)
+    monkeypatch.setattr("jax_sft.checkpoint.resume.FORMAT_VERSION", 1)
     with pytest.raises(ValueError, match="format 2, this program knows 1: update"):
         opened(folder)[0].start(CONFIG)
     assert (folder / str(NEW)).exists()
@@ -388,7 +380,7 @@ def test_a_newer_format_is_refused(folder, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_or_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    for make in (checkpoint.check_folder, lambda path: opened(path)[0].start(CONFIG)):
+    for make in (saving.check_folder, lambda path: opened(path)[0].start(CONFIG)):
         with pytest.raises(ValueError, match="Not a directory"):
             make(tmp_path / "file" / "checkpoints")
 
@@ -420,7 +412,7 @@ def test_a_full_disk_fails_the_save_and_nothing_else(tmp_path, noticed, monkeypa
         (small / "filling").write_bytes(bytes(shutil.disk_usage(small).free - 2_000_000))
         with monkeypatch.context() as patch:
             if noticed != "before it is written":
-                patch.setattr(checkpoint.Checkpoints, "_obstacle", lambda *_: "")
+                patch.setattr(saving.Checkpoints, "_obstacle", lambda *_: "")
             damage.save(checkpoints, damage.make_state(2), CONFIG)
             checkpoints.close()
         assert (checkpoints.saved_step, checkpoints.failures) == (1, 1)
@@ -429,7 +421,7 @@ def test_a_full_disk_fails_the_save_and_nothing_else(tmp_path, noticed, monkeypa
         expected = {"before it is written": "it needs 0.01 GB, 0.00 GB are free"}
         assert expected.get(noticed, "No space left on device") in message
         assert {path.name for path in small.iterdir()} == {"1", "filling"}
-        with pytest.raises(checkpoint.NotSaved, match="step 2 could not be saved") as error:
+        with pytest.raises(saving.NotSaved, match="step 2 could not be saved") as error:
             checkpoints.require(2)
         assert exit_codes.of(error.value) == exit_codes.NOT_SAVED
         (small / "filling").unlink()
@@ -446,7 +438,7 @@ def test_a_folder_that_becomes_read_only_fails_saves_until_it_is_mended(tmp_path
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         damage.save(checkpoints, damage.make_state(2), CONFIG)
         assert "Read-only file system" in "\n".join(said)
-        for use in (checkpoint.check_folder, lambda path: opened(path)[0].start(CONFIG)):
+        for use in (saving.check_folder, lambda path: opened(path)[0].start(CONFIG)):
             with pytest.raises(ValueError, match="Read-only file system"):
                 use(disk)
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
@@ -468,7 +460,7 @@ def test_a_folder_that_is_removed_while_running_is_made_again(folder, tmp_path):
 def test_a_folder_that_is_removed_within_a_save_fails_that_save_only(tmp_path, monkeypatch):
     checkpoints, said = opened(tmp_path / "a")
     checkpoints.start(CONFIG)
-    real = storage.is_saved
+    real = orbax_io.is_saved
     with monkeypatch.context() as patch:
 
         def removed(response, wait_s):
@@ -476,7 +468,7 @@ def test_a_folder_that_is_removed_within_a_save_fails_that_save_only(tmp_path, m
             shutil.rmtree(tmp_path / "a", ignore_errors=True)
             return done
 
-        patch.setattr(storage, "is_saved", removed)
+        patch.setattr(orbax_io, "is_saved", removed)
         damage.save(checkpoints, damage.make_state(1), CONFIG)
         checkpoints.close()
     assert checkpoints.failures == 1 and "No such file or directory" in "\n".join(said)
@@ -485,16 +477,16 @@ def test_a_folder_that_is_removed_within_a_save_fails_that_save_only(tmp_path, m
 
 
 def test_a_save_that_is_waited_for_is_tried_three_times(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PAUSES_S", (0, 0.01, 0.01))
-    real, calls = storage.start_saving, []
+    monkeypatch.setattr(saving, "PAUSES_S", (0, 0.01, 0.01))
+    real, calls = orbax_io.start_saving, []
 
     def failing(*args):
         calls.append(args)
         if len(calls) % 3:
-            raise storage.Failed("OSError: Input/output error")
+            raise orbax_io.Failed("OSError: Input/output error")
         return real(*args)
 
-    monkeypatch.setattr(storage, "start_saving", failing)
+    monkeypatch.setattr(orbax_io, "start_saving", failing)
     checkpoints, said = opened(tmp_path)
     checkpoints.start(CONFIG)
     damage.save(checkpoints, damage.make_state(1), CONFIG, wait=True)
@@ -502,7 +494,7 @@ def test_a_save_that_is_waited_for_is_tried_three_times(tmp_path, monkeypatch):
     assert "Input/output error" in "\n".join(said)
     damage.save(checkpoints, damage.make_state(1), CONFIG, wait=True)  # is there
     assert len(calls) == 3
-    monkeypatch.setattr(storage, "start_saving", lambda *_: failing(calls.clear()))
+    monkeypatch.setattr(orbax_io, "start_saving", lambda *_: failing(calls.clear()))
     damage.save(checkpoints, damage.make_state(2), CONFIG, wait=True)
     assert (checkpoints.saved_step, checkpoints.failures) == (1, 5)
 
@@ -511,9 +503,9 @@ def test_a_save_that_hangs_ends_in_bounded_time(tmp_path, monkeypatch):
     checkpoints, said = opened(tmp_path)
     checkpoints.start(CONFIG)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "LEAST_BOUND_S", 0.3)
-        patch.setattr(checkpoint, "SLOWEST_BYTES_PER_S", 1e9)
-        patch.setattr(storage, "is_saved", lambda response, wait_s: time.sleep(wait_s))
+        patch.setattr(saving, "LEAST_BOUND_S", 0.3)
+        patch.setattr(saving, "SLOWEST_BYTES_PER_S", 1e9)
+        patch.setattr(orbax_io, "is_saved", lambda response, wait_s: time.sleep(wait_s))
         began = time.monotonic()
         damage.save(checkpoints, damage.make_state(1), CONFIG)
         checkpoints.close()
@@ -524,20 +516,20 @@ def test_a_save_that_hangs_ends_in_bounded_time(tmp_path, monkeypatch):
 
 
 def test_a_save_waits_for_the_one_before_it(tmp_path, monkeypatch):
-    real, running = storage.is_saved, []
+    real, running = orbax_io.is_saved, []
 
     def slow(response, wait_s):
         time.sleep(0.2)
         return real(response, wait_s)
 
-    monkeypatch.setattr(storage, "is_saved", slow)
+    monkeypatch.setattr(orbax_io, "is_saved", slow)
     checkpoints, _ = opened(tmp_path, keep=3)
     checkpoints.start(CONFIG)
     for step in (1, 2, 3):
         damage.save(checkpoints, damage.make_state(step), CONFIG)
         running.append(checkpoints.saved_step)
     checkpoints.close()
-    assert running == [None, 1, 2] and steps.present(tmp_path) == [3, 2, 1]
+    assert running == [None, 1, 2] and step_folders.present(tmp_path) == [3, 2, 1]
 
 
 # ---- what may change between a checkpoint and the run that resumes it ----------------------------
@@ -555,7 +547,7 @@ def drifted(folder: Path, changes: dict, data: str = "", allow=(), **options):
     said: list[str] = []
     keep = config.default().checkpoint
     keep.allow_changes = allow
-    checkpoints = checkpoint.Checkpoints(folder, keep, data=data, say=said.append, **options)
+    checkpoints = saving.Checkpoints(folder, keep, data=data, say=said.append, **options)
     checkpoints.start(config.to_dict(cfg))
     return "\n".join(said)
 
@@ -602,7 +594,7 @@ def test_what_changes_the_training_is_refused_unless_allowed_by_key_or_prefix(sa
 
 
 def test_changed_data_under_an_unchanged_config_are_refused(saved, tmp_path):
-    checkpoints = checkpoint.Checkpoints(tmp_path, config.default().checkpoint, data="before")
+    checkpoints = saving.Checkpoints(tmp_path, config.default().checkpoint, data="before")
     checkpoints.start(CONFIG)
     damage.save(checkpoints, damage.make_state(1), CONFIG, wait=True)
     assert drifted(tmp_path, {}, data="before") == ""
@@ -624,7 +616,7 @@ def test_data_that_were_moved_resume_where_their_tokens_are_the_same(tmp_path):
     def start(today: dict, data: str = "tokens", held: str = "held") -> str:
         said: list[str] = []
         options = {"data": data, "eval_data": {"b": held}, "say": said.append}
-        checkpoints = checkpoint.Checkpoints(tmp_path, config.default().checkpoint, **options)
+        checkpoints = saving.Checkpoints(tmp_path, config.default().checkpoint, **options)
         if checkpoints.start(today) is None:
             damage.save(checkpoints, damage.make_state(1), today, wait=True)
         return "\n".join(said)
@@ -662,11 +654,11 @@ def test_a_step_that_goes_while_it_is_read_is_not_called_damaged(tmp_path):
             raise ValueError(f"{step} is damaged")
         return step
 
-    assert steps.newest_again(tmp_path, None, use, said.append) == 3 and used == [2, 3]
+    assert step_folders.newest_again(tmp_path, None, use, said.append) == 3 and used == [2, 3]
     assert said == ["step 2 was removed while it was read: taking the newest again"]
     for step in (1, 2):  # a step that is named, there or not
         with pytest.raises(ValueError, match=f"{step} is damaged"):
-            steps.newest_again(tmp_path, step, use, said.append)
+            step_folders.newest_again(tmp_path, step, use, said.append)
 
 
 def test_a_step_of_an_older_format_names_it_and_stays(tmp_path):
@@ -676,7 +668,9 @@ def test_a_step_of_an_older_format_names_it_and_stays(tmp_path):
     (step / "_CHECKPOINT_METADATA").write_text('{"custom_metadata": {"format_version": 1}}')
     before = sorted(tmp_path.rglob("*"))
     for use in (lambda: opened(tmp_path)[0].start(CONFIG), lambda: model_files.verify(tmp_path)):
-        with pytest.raises(ValueError, match=f"format 1, .*{steps.LAST_OF_FORMAT_1}") as refused:
+        with pytest.raises(
+            ValueError, match=f"format 1, .*{step_folders.LAST_OF_FORMAT_1}"
+        ) as refused:
             use()
         assert "remove" not in str(refused.value)
     assert sorted(tmp_path.rglob("*")) == before

@@ -15,8 +15,10 @@ PROCESS = """
 import resource, signal, sys, time
 from pathlib import Path
 import jax, numpy as np
-from jax_sft import cluster, config, parallel
-from jax_sft.state import TrainState
+from jax_sft.hosts import cluster
+from jax_sft import config
+from jax_sft.sharding import parallel
+from jax_sft.training.state import TrainState
 
 num_devices, folder, *actions = sys.argv[1:]
 parallel.simulate_cpu_devices(int(num_devices))

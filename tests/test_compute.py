@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jax_sft import compute, models, parallel, placement
-from jax_sft.model import ModelDef
-from jax_sft.step import value_and_grad
+from jax_sft import models
+from jax_sft.nn import compute
+from jax_sft.nn.model_def import ModelDef
+from jax_sft.sharding import parallel
+from jax_sft.training.step import value_and_grad
+from jax_sft.weights import placement
 
 RAW = {
     **{"model_type": "llama", "hidden_size": 64, "intermediate_size": 96},

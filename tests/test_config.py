@@ -13,7 +13,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import jax_sft
-from jax_sft import command, config, parallel
+from jax_sft import config
+from jax_sft.runtime import command_line
+from jax_sft.sharding import parallel
 from jax_sft.validate import validate
 
 PACKAGE = Path(config.__file__).parent
@@ -433,11 +435,11 @@ def test_the_command_of_an_advice_is_the_one_that_was_given_and_the_changes(monk
     ]
     monkeypatch.delenv("JAX_SFT_NUM_PROCESSES", raising=False)
     monkeypatch.setattr("sys.argv", ["/here/jax_sft/train.py", *given])
-    advice = command.again(changes)
+    advice = command_line.again(changes)
     assert shlex.split(advice) == ["python", "-m", "jax_sft.train", *given, *added]
     assert "--config.checkpoint.allow_changes=\"('train.epochs', 'seed')\"" in advice
     monkeypatch.setattr("sys.argv", ["notebook"])
-    assert shlex.split(command.again(changes)) == ["the", "same", "command", "with", *added]
+    assert shlex.split(command_line.again(changes)) == ["the", "same", "command", "with", *added]
 
 
 @pytest.mark.parametrize(
@@ -459,7 +461,7 @@ def test_a_config_file_that_is_not_there_is_named_with_an_example(
     monkeypatch.chdir(tmp_path)
     argv = ["train", *(word.format(name) for word in option), "--config.seed=1"]
     with pytest.raises(SystemExit) as ended:
-        command.parse_flags(argv)
+        command_line.parse_flags(argv)
     examples = Path(jax_sft.__file__).parent.parent / "configs"
     advice = (
         "examples are in " if name == "my own.py" else f"use --config={examples / name}, or a copy"
@@ -472,4 +474,6 @@ def test_a_config_file_that_is_not_there_is_named_with_an_example(
 def test_a_config_file_that_is_there_is_required_and_no_more(tmp_path):
     (tmp_path / "a b.py").write_text("")
     for option in ([f"--config={tmp_path}/a b.py:x"], ["--config", f"{tmp_path}/a b.py"], []):
-        command.require_config_file(["train", *option, "--config.data.train.main.path=none.jsonl"])
+        command_line.require_config_file(
+            ["train", *option, "--config.data.train.main.path=none.jsonl"]
+        )

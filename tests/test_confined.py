@@ -14,7 +14,10 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from jax_sft import config, tiny
-from jax_sft.data import cache, chat, confined, formats, read, template, worker
+from jax_sft.data.chat import encoding, template
+from jax_sft.data.sources import formats, read
+from jax_sft.data.tokens import cache, worker
+from jax_sft.runtime import confined
 
 SORTS = (
     "{% set a = range(100000)|list %}{% for i in range(100000) %}"
@@ -47,7 +50,7 @@ def build(model, tmp_path):
         return cache.open_or_build(
             source,
             model,
-            chat.Options(),
+            encoding.Options(),
             tmp_path / "cache",
             2,
             stop_at_bad_row=False,
@@ -77,7 +80,7 @@ def edit(folder: Path, **changes) -> None:
 
 def test_it_ends_with_its_parent_in_the_middle_of_a_request():
     code = (
-        "import os, time\nfrom jax_sft.data import confined\n"
+        "import os, time\nfrom jax_sft.runtime import confined\n"
         "process = confined.Process()\n"
         "print(process.call(os.getpid), flush=True)\n"
         "process.send(time.sleep, 60)\n"
@@ -129,7 +132,7 @@ def test_no_row_has_more_than_the_bound_however_many_messages_it_has(
         cache.open_or_build(
             config.source(str(file)),
             model,
-            chat.Options(),
+            encoding.Options(),
             tmp_path / "cache",
             1,
             stop_at_bad_row=False,
@@ -163,7 +166,7 @@ def test_one_process_alone_has_the_first_chunk(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(confined.Process, "send", note)
     source = config.source(str(tmp_path / "a.jsonl"))
-    job = worker.Job(model, chat.Options(), source, "prompt_response")
+    job = worker.Job(model, encoding.Options(), source, "prompt_response")
     chunks = list(read.chunks(source, [tmp_path / "a.jsonl"]))
     found = [len(result.rows) for _, result in worker.tokenize(job, iter(chunks), 2)]
     assert found == [len(chunk) for chunk in chunks] and len(chunks) > 2
@@ -214,7 +217,7 @@ def test_a_row_on_which_the_tokenizer_panics_is_one_bad_row(model):
                 raise PanicException("Onig: Regex search error: retry-limit-in-match over")
             return self._backend.encode(text, **options)
 
-    encoder = chat.Encoder(chat.load_tokenizer(model), chat.Options())
+    encoder = encoding.Encoder(encoding.load_tokenizer(model), encoding.Options())
     encoder._backend = Panics(encoder._backend)
     items = [formats.Text(text, "b") for text in ("a", "blanks", "c")]
     first, second, third = encoder.encode(items)
@@ -275,7 +278,7 @@ def test_a_file_that_cannot_be_loaded_is_one_line_that_names_the_folder(model, b
 
 def test_the_file_tokenizes_where_the_class_of_the_model_type_has_other_rules(model):
     edit(model, normalizer={"type": "Lowercase"})
-    tokenizer = chat.load_tokenizer(model)
+    tokenizer = encoding.load_tokenizer(model)
     ids = tokenizer("ABC", add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == ["a", "b", "c"]
 
@@ -284,7 +287,7 @@ def test_a_tokenizer_with_several_answers_for_one_text_is_refused(model):
     described = json.loads((model / "tokenizer.json").read_text())
     edit(model, model=described["model"] | {"dropout": 0.1})
     with pytest.raises(ValueError, match=r"tokenizer\.json: one text has several answers"):
-        chat.load_tokenizer(model)
+        encoding.load_tokenizer(model)
 
 
 def test_official_tokenizers_do_what_their_files_say(tmp_path):
@@ -292,13 +295,13 @@ def test_official_tokenizers_do_what_their_files_say(tmp_path):
     if not official.is_dir():
         pytest.skip("../shared/tokenizers is not there")
     shutil.copytree(official, tmp_path / "model")
-    tokenizer = chat.load_tokenizer(tmp_path / "model")
-    (example,) = chat.Encoder(tokenizer, chat.Options()).encode([formats.Text("", "1234")])
+    tokenizer = encoding.load_tokenizer(tmp_path / "model")
+    (example,) = encoding.Encoder(tokenizer, encoding.Options()).encode([formats.Text("", "1234")])
     assert isinstance(example, list) and np.all(example[0].weights == 1)
 
 
 def test_a_transformers_without_the_private_functions_is_one_line(model, monkeypatch):
-    tokenizer = chat.load_tokenizer(model)
+    tokenizer = encoding.load_tokenizer(model)
     monkeypatch.delattr(chat_template_utils, "_compile_jinja_template")
     with pytest.raises(ValueError, match="cannot be compiled: cannot import name '_compile_jinja"):
         template.ChatTemplate(tokenizer, {}, "2024-07-26")

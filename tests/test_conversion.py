@@ -17,7 +17,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jax_sft
-from jax_sft import hf, hf_write, manifest, models, parallel, placement, tiny
+from jax_sft import models, tiny
+from jax_sft.files import manifest
+from jax_sft.sharding import parallel
+from jax_sft.weights import hf_reader, hf_writer, placement
 
 LLAMA = {
     **{"model_type": "llama", "tie_word_embeddings": False},
@@ -51,11 +54,11 @@ UNLIMITED = 10**12
 
 def read(folder: Path):
     """Return (weight rows, sizes, {HF name: Tensor}) of a model folder."""
-    config = hf.read_json(folder / "config.json")
+    config = hf_reader.read_json(folder / "config.json")
     family = models.find(config["model_type"])
     cfg = family.Config.from_hf(config)
     rows = family.weights(cfg)
-    return rows, cfg.dims, hf.check(folder, rows, cfg.dims, cfg.tied)
+    return rows, cfg.dims, hf_reader.check(folder, rows, cfg.dims, cfg.tied)
 
 
 def there_and_back(folder: Path, out: Path, mesh: str, shard_bytes: int = UNLIMITED) -> list[str]:
@@ -64,16 +67,16 @@ def there_and_back(folder: Path, out: Path, mesh: str, shard_bytes: int = UNLIMI
     sizes = MESHES[mesh]
     devices = jax.devices()[: math.prod(sizes.values())]
     shardings = placement.shardings(rows, parallel.make_mesh(sizes, devices))
-    params = hf.load(tensors, rows, dims, shardings, np.float32, progress=False)
+    params = hf_reader.load(tensors, rows, dims, shardings, np.float32, progress=False)
     for row in rows:
         assert params[row.path].shape == row.shape(dims)
         assert params[row.path].dtype == np.float32
         assert params[row.path].sharding == shardings[row.path]
     out.mkdir()
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    hashes = hf_write.save(params, rows, dims, dtypes, out, shard_bytes, progress=False)
+    hashes = hf_writer.save(params, rows, dims, dtypes, out, shard_bytes, progress=False)
     assert hashes == manifest.sha256_of(out, [path.name for path in out.iterdir()])
-    hf.copy_side_files(folder, out)
+    hf_reader.copy_side_files(folder, out)
     return [*hashes]
 
 
@@ -249,8 +252,8 @@ def test_loading_in_bfloat16_rounds_to_nearest(make_model):
     folder = make_model()
     rows, dims, tensors = read(folder)
     shardings = placement.shardings(rows, parallel.single_device_mesh())
-    exact = hf.load(tensors, rows, dims, shardings, np.float32, progress=False)
-    rounded = hf.load(tensors, rows, dims, shardings, ml_dtypes.bfloat16, progress=False)
+    exact = hf_reader.load(tensors, rows, dims, shardings, np.float32, progress=False)
+    rounded = hf_reader.load(tensors, rows, dims, shardings, ml_dtypes.bfloat16, progress=False)
     for path, array in rounded.items():
         assert array.dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(array, np.asarray(exact[path]).astype(ml_dtypes.bfloat16))
@@ -336,9 +339,9 @@ def test_only_the_blocks_of_the_shards_are_read_and_each_once(make_model, monkey
     folder = make_model(**LLAMA)
     rows, dims, tensors = read(folder)
     shardings = placement.shardings(rows, parallel.make_mesh(MESHES[mesh]))
-    monkeypatch.setattr(hf, "safe_open", CountingFile)
+    monkeypatch.setattr(hf_reader, "safe_open", CountingFile)
     READ.clear()
-    params = hf.load(tensors, rows, dims, shardings, np.float32, progress=False)
+    params = hf_reader.load(tensors, rows, dims, shardings, np.float32, progress=False)
     for row in rows:
         shards = params[row.path].addressable_shards
         distinct = {str(shard.index): shard.data.size for shard in shards}.values()
@@ -360,12 +363,12 @@ def test_loading_peaks_at_one_parameter_of_host_memory(tmp_path):
     tiny.write_model(folder, config)
     rows, dims, tensors = read(folder)
     shardings = placement.shardings(rows, parallel.make_mesh({"fsdp": 8}))
-    hf.load(tensors, rows, dims, shardings, np.float32, progress=False)
+    hf_reader.load(tensors, rows, dims, shardings, np.float32, progress=False)
     whole = 4 * sum(math.prod(row.shape(dims)) for row in rows)
     largest = 4 * max(math.prod(row.shape(dims)) for row in rows)
     assert largest < whole / 4
     tracemalloc.start()
-    params = hf.load(tensors, rows, dims, shardings, ml_dtypes.bfloat16, progress=False)
+    params = hf_reader.load(tensors, rows, dims, shardings, ml_dtypes.bfloat16, progress=False)
     left, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(params) == len(rows)
@@ -506,8 +509,8 @@ def test_pickles_beside_the_weights_are_named_and_left_alone(make_model):
     folder = make_model()
     for name in ("training_args.bin", "optimizer.pt", "notes.txt"):
         (folder / name).write_bytes(b"not to be read")
-    assert hf.pickles(folder) == ["optimizer.pt", "training_args.bin"]
-    assert hf.resolve(str(folder)) == folder and hf.read_headers(folder)[1] == []
+    assert hf_reader.pickles(folder) == ["optimizer.pt", "training_args.bin"]
+    assert hf_reader.resolve(str(folder)) == folder and hf_reader.read_headers(folder)[1] == []
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "chat_template.jinja"])
@@ -517,7 +520,7 @@ def test_a_file_that_is_a_link_out_of_the_folder_is_refused(make_model, tmp_path
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to("../outside")
     with pytest.raises(ValueError, match=f"{name} -> .*outside"):
-        hf.resolve(str(folder))
+        hf_reader.resolve(str(folder))
 
 
 def test_links_within_a_folder_and_within_the_cache_of_the_hub_are_followed(make_model, tmp_path):
@@ -525,15 +528,15 @@ def test_links_within_a_folder_and_within_the_cache_of_the_hub_are_followed(make
     (folder / "config.json").rename(folder / "real.json")
     (folder / "config.json").symlink_to("real.json")
     (tmp_path / "linked").symlink_to(folder)
-    assert hf.resolve(str(tmp_path / "linked"))
+    assert hf_reader.resolve(str(tmp_path / "linked"))
     (cache / "blobs").mkdir(parents=True)
     (cache / "snapshots/1234").mkdir(parents=True)
     (folder / "model.safetensors").rename(cache / "blobs/5678")
     (cache / "snapshots/1234/model.safetensors").symlink_to("../../blobs/5678")
-    assert hf.resolve(str(cache / "snapshots/1234"))
+    assert hf_reader.resolve(str(cache / "snapshots/1234"))
     (cache / "snapshots/1234/config.json").symlink_to("../../../outside")
     with pytest.raises(ValueError, match="links out of the folder"):
-        hf.resolve(str(cache / "snapshots/1234"))
+        hf_reader.resolve(str(cache / "snapshots/1234"))
 
 
 def test_a_folder_without_weights_is_refused(make_model):

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jax_sft import parallel
 from jax_sft.ops import cross_entropy as ce
 from jax_sft.ops import head_chunks
+from jax_sft.sharding import parallel
 
 MESHES = [m for m in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(m) == 8]
 TENSOR, MIXED = (1, 1, 8, 1), (1, 2, 2, 2)

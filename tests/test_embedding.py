@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_sft import parallel
 from jax_sft.ops.embedding import lookup
+from jax_sft.sharding import parallel
 
 B, T, V, D = 8, 16, 24, 16
 MESHES = [m for m in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(m) == 8]

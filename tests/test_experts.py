@@ -18,12 +18,14 @@ from jax.extend.core import jaxprs_in_params
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import jax_sft
-from jax_sft import metrics, models, parallel, plan, program
-from jax_sft.model import ModelDef
-from jax_sft.models.experts import Routing, balance_loss
+from jax_sft import hardware, models, plan
+from jax_sft.nn.experts import Routing, balance_loss
+from jax_sft.nn.model_def import ModelDef
 from jax_sft.ops import grouped
-from jax_sft.planning import chips, flops, targets
-from jax_sft.step import batch_sums, value_and_grad
+from jax_sft.planning import step_cost, targets
+from jax_sft.sharding import parallel
+from jax_sft.training import metrics, program
+from jax_sft.training.step import batch_sums, value_and_grad
 from jax_sft.validate import validate
 
 SIZES: dict[str, Any] = {
@@ -102,7 +104,7 @@ def test_a_gpu_holds_no_copy_of_the_rows_for_each_expert(product):
     # Of Qwen3-30B-A3B: 8,192 tokens that take 8 of 128 experts. `ragged_dot` holds them 128 times;
     # where it no longer does, it may take the place of `grouped`.
     num_rows, num_experts, features, mlp = 65_536, 128, 2048, 768
-    mesh = parallel.make_mesh({}, targets.topology(chips.find("h200"), 1, 1))
+    mesh = parallel.make_mesh({}, targets.topology(hardware.find("h200"), 1, 1))
     everywhere = parallel.sharding(mesh)
 
     def shape(*sizes: int, dtype: Any = jnp.bfloat16):
@@ -211,7 +213,7 @@ def test_flops_are_those_of_the_experts_that_a_token_takes():
     rows = models.find("qwen3_moe").weights(cfg)
     # q and out 48 x 64, k and v 48 x 32; the router 48 x 5; gate, up and down 48 x 28 of 2 experts.
     attention, experts = 2 * 48 * 64 + 2 * 48 * 32, 48 * 5 + 2 * 3 * 48 * 28
-    found = flops.model_flops(rows, cfg.dims, cfg.tied, 100, 700, 100)
+    found = step_cost.model_flops(rows, cfg.dims, cfg.tied, 100, 700, 100)
     assert found["attention_projections"] == 6 * 3 * attention * 100
     assert found["mlp"] == pytest.approx(6 * 3 * experts * 100)
     head, scores = 272 * 48, 3 * 4 * (4 * 16) * 700

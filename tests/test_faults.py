@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_sft import exit_codes
+from jax_sft.runtime import exit_codes
 
 REPO = Path(__file__).resolve().parent.parent
 CONFIG = """
@@ -35,8 +35,9 @@ def get_config():
 # A trainer that does something at a step: `fault(step, process)` is called before each.
 TRAINER = """
 import os, signal, sys, time
-from jax_sft import metrics, train
-from jax_sft.data.loader import Loader
+from jax_sft.training import metrics
+from jax_sft import train
+from jax_sft.data.batches.loader import Loader
 add = metrics.Meter.add
 def with_fault(meter, *arguments):
     add(meter, *arguments)
@@ -46,11 +47,11 @@ def with_fault(meter, *arguments):
 metrics.Meter.add = with_fault
 sys.argv[0] = "train"
 from absl import app, flags
-from jax_sft import command, lifecycle
+from jax_sft.runtime import command_line, lifecycle
 lifecycle.begin(requeues=True)
-command.define_config()
+command_line.define_config()
 flags.DEFINE_string("workdir", "", "")
-lifecycle.run(lambda: app.run(train.main, flags_parser=command.parse_flags), train.end)
+lifecycle.run(lambda: app.run(train.main, flags_parser=command_line.parse_flags), train.end)
 """
 
 

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from jax_sft.files import probe_folder, sync, write_all, write_at
+from jax_sft.files.disk import probe_folder, sync, write_all, write_at
 
 
 class Slow(io.RawIOBase):

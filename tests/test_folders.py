@@ -16,31 +16,20 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file, save_file
 
 import jax_sft
-from jax_sft import (
-    blocks,
-    checkpoint,
-    config,
-    convert,
-    export,
-    fingerprint,
-    hf,
-    hf_convert,
-    hf_export,
-    hf_verify,
-    hub,
-    manifest,
+from jax_sft import config, convert, export, export_check, tiny, verify
+from jax_sft.checkpoint import (
+    array_checksums,
+    from_hf,
     model_files,
-    parallel,
-    placement,
+    orbax_io,
     pretrained,
-    state,
-    steps,
-    storage,
-    sums,
-    tiny,
-    verify,
-    vocabulary,
+    saving,
+    to_hf,
 )
+from jax_sft.files import manifest, step_folders, sums
+from jax_sft.sharding import parallel
+from jax_sft.training import state
+from jax_sft.weights import blocks, hf_reader, hub, placement, vocabulary
 from scripts import make_model
 
 UNTIED = {"tie_word_embeddings": False, "model_type": "llama", "attention_bias": True}
@@ -53,8 +42,8 @@ TEMPLATE = "additional_chat_templates/tool_use.jinja"
 def small_blocks(monkeypatch):
     """Blocks of 3000 bytes: even the tiny model's matrices are cut, and not at equal parts."""
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
-    monkeypatch.setattr(hf_convert, "_ALIGNED", 4)
-    monkeypatch.setattr(hf_convert, "_LEAST_PIECE_BYTES", 500)
+    monkeypatch.setattr(from_hf, "_ALIGNED", 4)
+    monkeypatch.setattr(from_hf, "_LEAST_PIECE_BYTES", 500)
 
 
 def add_template(folder: Path) -> Path:
@@ -104,8 +93,8 @@ def test_a_folder_returns_to_the_last_byte(make_model, tmp_path, monkeypatch, ca
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_plain_orbax_reads_what_was_converted_and_no_array_is_in_one_file(make_model, tmp_path):
     folder = make_model(dtype="BF16", **UNTIED)
-    converted = hf_convert.convert(folder, tmp_path / "converted", progress=False)
-    planned = hf_convert.plan(folder)
+    converted = from_hf.convert(folder, tmp_path / "converted", progress=False)
+    planned = from_hf.plan(folder)
     params = ocp.load_checkpointables(str(converted / "0"))["params"]
     tensors = load_file(folder / WEIGHTS)
     for row in planned.rows:
@@ -125,15 +114,15 @@ def test_weights_load_alike_from_a_folder_and_from_checkpoints_and_return(
     make_model, tmp_path, vocab, sizes
 ):
     folder = make_model(dtype="BF16", **UNTIED, num_key_value_heads=4, vocab_size=vocab)
-    converted = hf_convert.convert(folder, tmp_path / "converted", progress=False)
-    planned = hf_convert.plan(folder)
+    converted = from_hf.convert(folder, tmp_path / "converted", progress=False)
+    planned = from_hf.plan(folder)
     mesh = parallel.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     shardings = placement.shardings(planned.rows, mesh)
     shards = sizes.get("tensor", 1)
     what = planned.rows, planned.dims, False
 
     def find(path: Path, shards: int) -> pretrained.Weights:
-        return pretrained.find(hf.resolve(str(path)), *what, vocab_shards=shards)
+        return pretrained.find(hf_reader.resolve(str(path)), *what, vocab_shards=shards)
 
     found = [find(path, shards) for path in (folder, converted)]
     assert found[0].dtypes == found[1].dtypes
@@ -147,7 +136,7 @@ def test_weights_load_alike_from_a_folder_and_from_checkpoints_and_return(
     assert not np.asarray(there["embed.table"])[vocab:].any()
     assert not np.asarray(there["head.table"])[:, vocab:].any()
     # A run that stores them with their padding gives them back without.
-    checkpoints = checkpoint.Checkpoints(
+    checkpoints = saving.Checkpoints(
         tmp_path / "run",
         config.default().checkpoint,
         model=model_files.Model(folder, found[0].dtypes),
@@ -158,7 +147,7 @@ def test_weights_load_alike_from_a_folder_and_from_checkpoints_and_return(
     step = jax.device_put(np.int32(1), parallel.sharding(mesh))
     saved = state.TrainState(step, there, {"count": step})
     checkpoints.save(1, saved.named(), as_dict, wait=True)
-    out = hf_export.export(tmp_path / "run", tmp_path / "out", progress=False)
+    out = to_hf.export(tmp_path / "run", tmp_path / "out", progress=False)
     assert_same_folder(folder, out)
     one = placement.shardings(planned.rows, parallel.single_device_mesh())
     again, before = (find(p, 1).load(one, np.float32, False) for p in (tmp_path / "run", folder))
@@ -169,7 +158,7 @@ def test_weights_load_alike_from_a_folder_and_from_checkpoints_and_return(
 def test_training_starts_from_what_was_converted_and_its_export_loads(make_config, tmp_path):
     cfg = make_config(**{"train.steps": 1, "train.export": True, "mesh.fsdp": 1, "mesh.data": 8})
     folder = Path(cfg.model.path)
-    cfg.model.path = str(hf_convert.convert(folder, tmp_path / "converted", progress=False))
+    cfg.model.path = str(from_hf.convert(folder, tmp_path / "converted", progress=False))
     assert math.isfinite(jax_sft.train(cfg, tmp_path / "run")["loss"])
     kept = [tmp_path / part / model_files.NAME for part in ("converted", "run/checkpoints")]
     assert manifest.check(kept[0]).manifest == manifest.check(kept[1]).manifest
@@ -182,8 +171,8 @@ def test_layers_of_several_dtypes_are_kept_exactly_and_restored(make_model, tmp_
     folder = make_model()
     dtypes = [np.float32, np.float16, ml_dtypes.bfloat16]
     rewrite(folder, lambda ts: {n: t.astype(dtypes[i % 3]) for i, (n, t) in enumerate(ts.items())})
-    converted = hf_convert.convert(folder, tmp_path / "converted", progress=False)
-    assert_same_folder(folder, hf_export.export(converted, tmp_path / "out", progress=False))
+    converted = from_hf.convert(folder, tmp_path / "converted", progress=False)
+    assert_same_folder(folder, to_hf.export(converted, tmp_path / "out", progress=False))
 
 
 def test_a_copied_head_of_a_tied_model_is_not_written_again(make_model, tmp_path):
@@ -191,16 +180,16 @@ def test_a_copied_head_of_a_tied_model_is_not_written_again(make_model, tmp_path
     tensors = load_file(folder / WEIGHTS)
     copied = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
     save_file(copied, folder / WEIGHTS)
-    converted = hf_convert.convert(folder, tmp_path / "converted", progress=False)
-    out = hf_export.export(converted, tmp_path / "out", progress=False)
+    converted = from_hf.convert(folder, tmp_path / "converted", progress=False)
+    out = to_hf.export(converted, tmp_path / "out", progress=False)
     assert load_file(out / WEIGHTS).keys() == tensors.keys()
 
 
 def test_a_chosen_dtype_is_that_of_all_arrays(make_model, tmp_path):
     folder = make_model()
-    converted = hf_convert.convert(folder, tmp_path / "converted", dtype="bfloat16", progress=False)
-    assert {array["dtype"] for array in steps.params(converted, 0).values()} == {"bfloat16"}
-    out = hf_export.export(converted, tmp_path / "out", progress=False)
+    converted = from_hf.convert(folder, tmp_path / "converted", dtype="bfloat16", progress=False)
+    assert {array["dtype"] for array in step_folders.params(converted, 0).values()} == {"bfloat16"}
+    out = to_hf.export(converted, tmp_path / "out", progress=False)
     for name, tensor in load_file(folder / WEIGHTS).items():
         rounded = tensor.astype(ml_dtypes.bfloat16).astype(np.float32)
         np.testing.assert_array_equal(load_file(out / WEIGHTS)[name], rounded)
@@ -232,7 +221,7 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(
     elif why == "float64":
         rewrite(folder, lambda tensors: {n: t.astype(np.float64) for n, t in tensors.items()})
     elif why == "converted":
-        folder = hf_convert.convert(folder, tmp_path / "converted", progress=False)
+        folder = from_hf.convert(folder, tmp_path / "converted", progress=False)
     else:
         rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if n != GATE})
     before = sorted(tmp_path.rglob("*"))
@@ -247,7 +236,7 @@ def test_a_conversion_that_fails_leaves_nothing_and_what_was_there(
     make_model, tmp_path, monkeypatch, capsys
 ):
     folder, out = make_model(), tmp_path / "out"
-    hf_convert.convert(folder, out, dtype="bfloat16", progress=False)
+    from_hf.convert(folder, out, dtype="bfloat16", progress=False)
 
     def stamps() -> set[tuple[Path, int, int]]:
         return {(path, path.lstat().st_ino, path.lstat().st_ctime_ns) for path in out.rglob("*")}
@@ -258,31 +247,31 @@ def test_a_conversion_that_fails_leaves_nothing_and_what_was_there(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage.Blocks, "write", full)
+        patch.setattr(orbax_io.Blocks, "write", full)
         options = (f"--model={folder}", f"--out={out}", "--overwrite")
         code, _, said = run(convert, monkeypatch, capsys, *options)
     assert code == 74 and "No space left on device" in said
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
     assert stamps() == before
     assert run(convert, monkeypatch, capsys, *options)[0] == 0
-    assert steps.params(out, 0)["embed.table"]["dtype"] == "float32"
+    assert step_folders.params(out, 0)["embed.table"]["dtype"] == "float32"
 
 
 def test_a_flipped_bit_is_named_by_export_and_by_training(make_model, tmp_path):
-    converted = hf_convert.convert(make_model(), tmp_path / "converted", progress=False)
+    converted = from_hf.convert(make_model(), tmp_path / "converted", progress=False)
     file = next(path for path in (converted / "0/params/embed.table/c/1").rglob("*"))
     content = bytearray(file.read_bytes())
     content[100] ^= 1
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"c/1/0 is damaged: its sha256 is not that in"):
-        hf_export.export(converted, tmp_path / "out", progress=False)
+        to_hf.export(converted, tmp_path / "out", progress=False)
     for change in ("files", "arrays"):  # as if it had been flipped before it was hashed
         if change == "files":
             body = json.loads((converted / "0/manifest.0.json").read_text())
             manifest.write(converted / "0", arrays=body["arrays"])
         with pytest.raises(ValueError, match=r"embed\.table is damaged: its checksum is"):
             if change == "files":
-                hf_export.export(converted, tmp_path / "out", progress=False)
+                to_hf.export(converted, tmp_path / "out", progress=False)
             else:
                 jax_sft.load(converted)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "converted"}
@@ -290,13 +279,15 @@ def test_a_flipped_bit_is_named_by_export_and_by_training(make_model, tmp_path):
 
 def test_an_export_of_float32_masters_reads_blocks_within_a_layer(make_model, tmp_path):
     folder = make_model(dtype="BF16", **UNTIED)
-    planned = hf_convert.plan(folder)
+    planned = from_hf.plan(folder)
     shardings = placement.shardings(planned.rows, parallel.make_mesh({"fsdp": 4, "tensor": 2}))
     find = pretrained.find(folder, planned.rows, planned.dims, False)
     params = find.load(shardings, np.float32, False)
     step = tmp_path / "checkpoints/7"
     step.parent.mkdir()
-    storage.is_saved(storage.start_saving(step, params, {"count": np.ones(1)}, {"step": 7}, 60), 60)
+    orbax_io.is_saved(
+        orbax_io.start_saving(step, params, {"count": np.ones(1)}, {"step": 7}, 60), 60
+    )
     sums = {path: jax_sft_sum(array) for path, array in params.items()}
     arrays = {
         f"params/{path}": {"shape": array.shape, "dtype": "float32", "sum": sums[path]}
@@ -304,17 +295,17 @@ def test_an_export_of_float32_masters_reads_blocks_within_a_layer(make_model, tm
     }
     manifest.write(step, arrays=arrays)
     for name, array in arrays.items():
-        stored = storage.Stored(step, name, json.loads(json.dumps(array)))
+        stored = orbax_io.Stored(step, name, json.loads(json.dumps(array)))
         if stored.nbytes > blocks.BLOCK_BYTES and len(stored.shape) > 2:
             assert math.prod(stored.chunk) * 4 <= blocks.BLOCK_BYTES
             assert stored.chunk[0] == 1
     model_files.keep(step.parent, model_files.Model(folder, find.dtypes))
-    out = hf_export.export(step.parent, tmp_path / "out", progress=False)
+    out = to_hf.export(step.parent, tmp_path / "out", progress=False)
     assert_same_folder(folder, out)
 
 
 def jax_sft_sum(array) -> int:
-    return fingerprint.of_numpy(np.asarray(array))
+    return array_checksums.of_numpy(np.asarray(array))
 
 
 def test_memory_of_both_ways_does_not_grow_with_the_model(tmp_path, monkeypatch):
@@ -327,8 +318,8 @@ def test_memory_of_both_ways_does_not_grow_with_the_model(tmp_path, monkeypatch)
     tiny.write_model(folder, tiny.CONFIG | sizes | {"num_hidden_layers": 16})
     converted = tmp_path / "converted"
     tracemalloc.start()
-    hf_convert.convert(folder, converted, progress=False)
-    hf_export.export(converted, tmp_path / "out", progress=False)
+    from_hf.convert(folder, converted, progress=False)
+    to_hf.export(converted, tmp_path / "out", progress=False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8_000_000
@@ -358,7 +349,7 @@ def test_a_dry_run_lists_every_tensor_of_a_folder_that_has_no_content(
 def test_a_dry_run_of_an_export_lists_what_the_export_then_has(
     make_model, tmp_path, monkeypatch, capsys
 ):
-    converted = hf_convert.convert(make_model(), tmp_path / "converted", progress=False)
+    converted = from_hf.convert(make_model(), tmp_path / "converted", progress=False)
     options = (f"--checkpoint={converted}", "--shard-size=40KB", "--dtype=float16")
     code, printed, _ = run(export, monkeypatch, capsys, *options, "--dry-run")
     *lines, total, stops = printed.splitlines()
@@ -367,7 +358,7 @@ def test_a_dry_run_of_an_export_lists_what_the_export_then_has(
         and "generation_config.json" in stops
         and total.startswith("step 0: 14 arrays -> 38 tensors, 0.000 GB in ")
     )
-    out = hf_export.export(converted, tmp_path / "out", shard_bytes=40_000, dtype="float16")
+    out = to_hf.export(converted, tmp_path / "out", shard_bytes=40_000, dtype="float16")
     listed = [line.split(" -> ")[1].split(" ")[0] + line.split(" in ")[1] for line in lines]
     files = [*out.glob("*.safetensors")]
     assert sorted(listed) == sorted(n + file.name for file in files for n in load_file(file))
@@ -376,17 +367,17 @@ def test_a_dry_run_of_an_export_lists_what_the_export_then_has(
 def test_verify_finds_an_export_that_is_not_the_checkpoint(
     make_model, tmp_path, monkeypatch, capsys
 ):
-    converted = hf_convert.convert(make_model(), tmp_path / "converted", progress=False)
-    real = hf_export.export
+    converted = from_hf.convert(make_model(), tmp_path / "converted", progress=False)
+    real = to_hf.export
 
     def wrong(*args, **options) -> Path:
         out = real(*args, **options)
         rewrite(out, lambda tensors: tensors | {GATE: 1.01 * tensors[GATE]})
         return out
 
-    monkeypatch.setattr(hf_export, "export", wrong)
+    monkeypatch.setattr(to_hf, "export", wrong)
     # The sums of the files would tell it first.
-    monkeypatch.setattr(hf_verify, "check_files", lambda _: 0)
+    monkeypatch.setattr(export_check, "check_files", lambda _: 0)
     pushed = []
     monkeypatch.setattr(hub, "check", lambda *_: None)
     monkeypatch.setattr(hub, "push", lambda *args, **_: pushed.append(args))
@@ -398,8 +389,8 @@ def test_verify_finds_an_export_that_is_not_the_checkpoint(
 def test_verify_without_torch_is_refused_before_the_export(
     make_model, tmp_path, monkeypatch, capsys
 ):
-    converted = hf_convert.convert(make_model(), tmp_path / "converted", progress=False)
-    monkeypatch.setattr(hf_verify.importlib.util, "find_spec", lambda _: None)
+    converted = from_hf.convert(make_model(), tmp_path / "converted", progress=False)
+    monkeypatch.setattr(export_check.importlib.util, "find_spec", lambda _: None)
     options = (f"--checkpoint={converted}", f"--out={tmp_path / 'out'}", "--verify")
     code, _, said = run(export, monkeypatch, capsys, *options)
     assert code == 64 and "pip install torch" in said and not (tmp_path / "out").exists()
@@ -431,7 +422,7 @@ class FakeHub:
 def test_an_export_is_uploaded_as_it_is_to_a_private_repository(
     make_model, tmp_path, monkeypatch, capsys
 ):
-    converted = hf_convert.convert(make_model(), tmp_path / "converted", progress=False)
+    converted = from_hf.convert(make_model(), tmp_path / "converted", progress=False)
     fake = FakeHub()
     monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: fake)
     out = tmp_path / "out"
@@ -467,7 +458,7 @@ def test_a_run_its_checkpoints_and_a_step_are_taken_everywhere(
     make_model, tmp_path, monkeypatch, capsys
 ):
     folder, run_folder = make_model(), tmp_path / "a [run] ü"
-    hf_convert.convert(folder, run_folder / "checkpoints", progress=False)
+    from_hf.convert(folder, run_folder / "checkpoints", progress=False)
     (run_folder / "config.json").write_text('{"model": {}, "train": {}}')
     (tmp_path / "latest").symlink_to(run_folder / "checkpoints/0")
     monkeypatch.chdir(run_folder)
@@ -475,17 +466,17 @@ def test_a_run_its_checkpoints_and_a_step_are_taken_everywhere(
     ways = [".", "checkpoints", "checkpoints/0/", "../a [run] ü/checkpoints", "~/latest"]
     kept = run_folder / "checkpoints" / model_files.NAME
     for way in ways:
-        assert hf.resolve(way).samefile(kept) and hf.step_of(way) in (None, 0)
-        planned = hf_export.plan(way)
+        assert hf_reader.resolve(way).samefile(kept) and hf_reader.step_of(way) in (None, 0)
+        planned = to_hf.plan(way)
         assert (planned.folder.resolve(), planned.step) == (run_folder / "checkpoints", 0)
         code, printed, _ = run(verify, monkeypatch, capsys, f"--checkpoint={way}")
         assert code == 0 and printed.startswith("step         0  good")
-    assert hf.step_of("~/latest") == hf.step_of("checkpoints/0") == 0
+    assert hf_reader.step_of("~/latest") == hf_reader.step_of("checkpoints/0") == 0
     wanted = load_file(folder / WEIGHTS)["model.embed_tokens.weight"]
     loaded = jax_sft.load("checkpoints/0").params["embed.table"]
     np.testing.assert_array_equal(loaded, wanted)
     with pytest.raises(ValueError, match="is step 0, and --step=7 names another"):
-        hf_export.plan("checkpoints/0", step=7)
+        to_hf.plan("checkpoints/0", step=7)
     with pytest.raises(ValueError, match="has no step 7"):
         jax_sft.load(".", step=7)
     code, _, said = run(verify, monkeypatch, capsys, f"--checkpoint={tmp_path}")
@@ -495,8 +486,8 @@ def test_a_run_its_checkpoints_and_a_step_are_taken_everywhere(
 def test_verify_export_names_what_is_not_as_it_was_written(
     make_model, tmp_path, monkeypatch, capsys
 ):
-    converted = hf_convert.convert(make_model(), tmp_path / "run/checkpoints", progress=False)
-    out = hf_export.export(converted, tmp_path / "run/export", progress=False)
+    converted = from_hf.convert(make_model(), tmp_path / "run/checkpoints", progress=False)
+    out = to_hf.export(converted, tmp_path / "run/export", progress=False)
     capsys.readouterr()
 
     def check(folder: Path) -> tuple[int, str]:
@@ -534,37 +525,37 @@ def test_an_export_of_a_run_is_written_once_and_nothing_of_the_user_is_removed(
 ):
     """As at the second start of a finished run with train.export."""
     run_folder, lines = tmp_path / "run", []
-    converted = hf_convert.convert(make_model(), run_folder / "checkpoints", progress=False)
-    out = hf_export.of_run(run_folder, say=lines.append)
+    converted = from_hf.convert(make_model(), run_folder / "checkpoints", progress=False)
+    out = to_hf.of_run(run_folder, say=lines.append)
     written = (out / WEIGHTS).stat().st_ino
     (out / "README.md").write_text("mine")
-    hf_export.of_run(run_folder, say=lines.append)
+    to_hf.of_run(run_folder, say=lines.append)
     assert (out / WEIGHTS).stat().st_ino == written and "README.md is foreign" in lines[-1]
     assert "holds step 0 already, and is left alone" in lines[-1]
     # Another state of the same step is not what is there.
     shutil.rmtree(converted)
-    hf_convert.convert(make_model("other", seed=1), run_folder / "checkpoints", progress=False)
-    for refuse in (hf_export.of_run, hf_export.check_of_run):
+    from_hf.convert(make_model("other", seed=1), run_folder / "checkpoints", progress=False)
+    for refuse in (to_hf.of_run, to_hf.check_of_run):
         with pytest.raises(ValueError, match="README.md is foreign"):
             refuse(run_folder, say=lines.append)
     (out / "README.md").unlink()
-    hf_export.check_of_run(run_folder, say=lines.append)
-    hf_export.of_run(run_folder, say=lines.append)
+    to_hf.check_of_run(run_folder, say=lines.append)
+    to_hf.of_run(run_folder, say=lines.append)
     assert (out / WEIGHTS).stat().st_ino != written
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes").write_text("")
     shutil.rmtree(out)
     out.symlink_to(tmp_path / "mine")
     with pytest.raises(ValueError, match="holds files that are not of an export: notes"):
-        hf_export.check_of_run(run_folder)
+        to_hf.check_of_run(run_folder)
 
 
 def test_the_base_model_of_a_run_is_never_replaced_though_it_is_an_export(make_model, tmp_path):
-    converted = hf_convert.convert(make_model(), tmp_path / "converted", progress=False)
-    base = hf_export.export(converted, tmp_path / "base", progress=False)
+    converted = from_hf.convert(make_model(), tmp_path / "converted", progress=False)
+    base = to_hf.export(converted, tmp_path / "base", progress=False)
     with pytest.raises(ValueError, match="is .*base, which is read"):
-        hf_export.export(converted, base, base=str(base), overwrite=True, progress=False)
+        to_hf.export(converted, base, base=str(base), overwrite=True, progress=False)
     with pytest.raises(ValueError, match="which is read"):
-        hf_convert.convert(base, base, overwrite=True, progress=False)
-    again = hf_convert.convert(base, tmp_path / "converted", overwrite=True, progress=False)
+        from_hf.convert(base, base, overwrite=True, progress=False)
+    again = from_hf.convert(base, tmp_path / "converted", overwrite=True, progress=False)
     assert again == converted

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_sft import config
-from jax_sft.data import formats
-from jax_sft.data.formats import Conversation, Text, Tokens
-from jax_sft.data.messages import ROLES, SHAREGPT_ROLES, THINKING
+from jax_sft.data.sources import formats
+from jax_sft.data.sources.formats import Conversation, Text, Tokens
+from jax_sft.data.sources.messages import ROLES, SHAREGPT_ROLES, THINKING
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "a"}

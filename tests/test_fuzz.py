@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from jax_sft import config, tiny
-from jax_sft.data import chat, formats, read
-from jax_sft.data.formats import Conversation, Text, Tokens
+from jax_sft.data.chat import encoding
+from jax_sft.data.sources import formats, read
+from jax_sft.data.sources.formats import Conversation, Text, Tokens
 
 NUM_ROWS = 10_000
 MEGABYTE = "0123456789" * 100_000
@@ -320,9 +321,9 @@ TEMPLATE = (
 def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny.write_tokenizer(folder)
-    tokenizer = chat.load_tokenizer(folder)
+    tokenizer = encoding.load_tokenizer(folder)
     tokenizer.chat_template = TEMPLATE
-    return chat.Encoder(tokenizer, chat.Options())
+    return encoding.Encoder(tokenizer, encoding.Options())
 
 
 @pytest.mark.parametrize("name", MAKERS)

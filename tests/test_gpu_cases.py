@@ -13,8 +13,9 @@ import pytest
 import torch
 import transformers
 
-from jax_sft import metrics, models, validate
-from jax_sft.planning import analysis, chips, flops, targets
+from jax_sft import hardware, models, validate
+from jax_sft.planning import analysis, step_cost, targets
+from jax_sft.training import metrics
 from scripts import gpu_case, gpu_cases, gpu_checks, gpu_profile, gpu_step, gpu_torch, stand_ins
 from scripts.gpu_cases import Case, Setting
 
@@ -166,10 +167,10 @@ def test_xla_computes_nothing_twice_where_memory_is_short(tmp_path):
     case = gpu_cases.find("ours/7b/4096")
     cfg = runpy.run_path(str(gpu_case.config_of(case, case.settings[0], tmp_path)))["get_config"]()
     cfg.batch.rows = case.settings[0].rows
-    chip = chips.find("h200")
+    chip = hardware.find("h200")
     resolved = validate.validate(cfg, 1, planned_for=chip.capability)
     devices = targets.topology(chip, 1, 1)
-    where = analysis.Target(chip, 1, 1, devices, flops.full_row(case.length))
+    where = analysis.Target(chip, 1, 1, devices, step_cost.full_row(case.length))
     found = analysis.analyse(cfg, resolved, where, hlo_file=tmp_path / "step.hlo")
     assert "memory" in found and found["memory"]["peak_bytes"] < 121 * 2**30
     assert not re.search(r"%[\w.\-]+\.remat", (tmp_path / "step.hlo").read_text())

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_sft.models.layers import INIT_STD
+from jax_sft.nn.layers import INIT_STD
 from scripts import gpu_checks, gpu_measure, gpu_step
 
 REPO = Path(__file__).parent.parent

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import jax_sft
-from jax_sft.data.loader import Loader
-from jax_sft.health import Health
+from jax_sft.data.batches.loader import Loader
+from jax_sft.training.step_guard import Health
 
 GOOD = {"loss": 60.0, "weight": 60.0, "grad_norm": 1.0, "skipped": 0.0}
 BAD = GOOD | {"loss": math.nan, "skipped": 1.0}

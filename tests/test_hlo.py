@@ -7,7 +7,7 @@ import sys
 import pytest
 from hlo_texts import FOLDER, NAMES, module, module_of, text_of
 
-from jax_sft.planning import hlo
+from jax_sft.planning.hlo import parser
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -46,12 +46,12 @@ def test_the_size_of_a_shape(text, bytes):
 
 
 def test_shapes_keep_their_nesting_and_their_memory():
-    inner, outer = hlo.parse_type("((bf16[4]{0:S(5)}, s32[]), f32[2,3]{0,1})")
+    inner, outer = parser.parse_type("((bf16[4]{0:S(5)}, s32[]), f32[2,3]{0,1})")
     assert [shape.on_host for shape in inner] == [True, False]
-    assert outer == hlo.Shape("f32", (2, 3), "0,1")
+    assert outer == parser.Shape("f32", (2, 3), "0,1")
     for wrong in ("f32", "f32[2] x", "q7[2]", "(f32[2]"):
         with pytest.raises((ValueError, IndexError)):
-            hlo.parse_type(wrong)
+            parser.parse_type(wrong)
 
 
 def test_strings_and_brackets_hide_no_commas():
@@ -82,7 +82,7 @@ def test_names_without_percent_and_operands_with_types_are_the_same_module():
         p if p[0] == '"' else p.replace("%", "") for p in re.split(r'("[^"]*")', text) if p
     )
     for plain, ours in zip(
-        hlo.parse(bare).computations.values(),
+        parser.parse(bare).computations.values(),
         module_of("loops_and_scatter").computations.values(),
         strict=True,
     ):
@@ -116,10 +116,10 @@ def test_elements_of_the_compact_form_are_get_tuple_elements():
         ("p#1", ("p",), {"index": "1"}),
     ]
     assert [i.type for i in elements.values()] == [
-        (hlo.Shape("f32", (2,), "0"), hlo.Shape("s32", ())),
-        hlo.Shape("f32", (2,), "0"),
-        hlo.Shape("s32", ()),
-        hlo.Shape("pred", (3,), "0"),
+        (parser.Shape("f32", (2,), "0"), parser.Shape("s32", ())),
+        parser.Shape("f32", (2,), "0"),
+        parser.Shape("s32", ()),
+        parser.Shape("pred", (3,), "0"),
     ]
     order = [i.name for i in instructions]
     assert order == ["p", "p#0", "p#0#0", "a", "p#0#1", "b", "p#1", "t"]
@@ -150,18 +150,18 @@ ENTRY %main (p: f32[]) -> f32[] {
   ROOT %p = f32[] parameter(0)
 }, execution_thread="main"
 """
-    read = hlo.parse(text)
+    read = parser.parse(text)
     assert (read.name, list(read.computations), read.is_scheduled) == ("m", ["main"], False)
     assert read.num_devices == 1
     with pytest.raises(ValueError, match="line 3 of the HLO text is not understood: Novelties"):
-        hlo.parse(text.replace("FileNames", "Novelties"))
+        parser.parse(text.replace("FileNames", "Novelties"))
 
 
 def test_text_that_is_cut_short_anywhere_raises():
     lines = text_of("branches").strip().splitlines()
     for end in range(len(lines)):
         with pytest.raises(ValueError):
-            hlo.parse("\n".join(lines[:end]))
+            parser.parse("\n".join(lines[:end]))
 
 
 def test_text_that_lacks_a_line_that_is_needed_raises():
@@ -171,7 +171,7 @@ def test_text_that_lacks_a_line_that_is_needed_raises():
         if not lines[left_out].strip():
             continue
         try:
-            hlo.parse("\n".join(lines[:left_out] + lines[left_out + 1 :]))
+            parser.parse("\n".join(lines[:left_out] + lines[left_out + 1 :]))
         except ValueError:
             continue
         # What nothing reads can be missed by nobody: a parameter, or a product's workspace.
@@ -207,8 +207,8 @@ def test_donated_arguments_are_read():
     header = "input_output_alias={ {0}: (1, {}, may-alias), {1,2}: (3, {4}, must-alias) }"
     read = module("ROOT %a = f32[] constant(1)", header=header)
     assert read.aliases == (
-        hlo.Alias((0,), 1, (), "may-alias"),
-        hlo.Alias((1, 2), 3, (4,), "must-alias"),
+        parser.Alias((0,), 1, (), "may-alias"),
+        parser.Alias((1, 2), 3, (4,), "must-alias"),
     )
     step = module_of("step_fsdp8")
     assert [alias.output for alias in step.aliases] == [(n,) for n in range(48)]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from hlo_texts import NAMES, PER_LAYER, D, F, H, K, L, N, V, counts_of, module, module_of, text_of
 
-from jax_sft.planning import hlo, hlo_collectives, hlo_groups, hlo_loops
-from jax_sft.planning.hlo_collectives import Collective, collectives
-from jax_sft.planning.hlo_kernels import Work
+from jax_sft.planning.hlo import collectives, device_groups, loops, parser
+from jax_sft.planning.hlo.collectives import Collective
+from jax_sft.planning.hlo.kernels import Work
 
 MESH = {
     "step_fsdp8": {"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1},
@@ -28,7 +28,7 @@ ADD = """%add {
 
 
 def found_in(name: str) -> list[Collective]:
-    return collectives(module_of(name), counts_of(name))
+    return collectives.collectives(module_of(name), counts_of(name))
 
 
 def large(name: str, kind: str, axes: tuple[str, ...], least: int = 2**20) -> list[Collective]:
@@ -37,7 +37,7 @@ def large(name: str, kind: str, axes: tuple[str, ...], least: int = 2**20) -> li
         collective
         for collective in found_in(name)
         if collective.kind == kind
-        and hlo_groups.axis_of(collective.groups, MESH[name]) == axes
+        and device_groups.axis_of(collective.groups, MESH[name]) == axes
         and collective.wire_bytes >= least
     ]
 
@@ -62,7 +62,7 @@ def test_each_kind_of_collective_sends_what_its_ring_sends():
         ("all-to-all", "all_to_all"): (array * 3 / 4, (0, 1, 2, 3), 1),
     }
     axes = {"a": 2, "b": 2, "c": 2}
-    assert {key[1]: hlo_groups.axis_of(c.groups, axes) for key, c in found.items()} == {
+    assert {key[1]: device_groups.axis_of(c.groups, axes) for key, c in found.items()} == {
         "all_gather": ("b",),
         "pmax": ("b",),
         "psum": ("a", "c"),
@@ -103,10 +103,10 @@ def test_over_hosts_only_the_data_axis_is_slow():
     shards = (L * PER_LAYER + V * D) * 2 / 8  # of the layers and of the embedding, in bf16
     assert step_bytes(over_data) == pytest.approx(2 * shards / 2 + 0, rel=1e-12)
     for collective in found_in(name):
-        axes = hlo_groups.axis_of(collective.groups, MESH[name])
+        axes = device_groups.axis_of(collective.groups, MESH[name])
         expected = {("data",): 1.0, ("fsdp",): 0.0, ("data", "fsdp"): 2 / 16}[axes]
         assert collective.slow_share(devices_per_host=8) == expected
-        assert hlo_groups.crosses(collective.groups, 8) == ("data" in axes)
+        assert device_groups.crosses(collective.groups, 8) == ("data" in axes)
 
 
 def test_a_sequence_axis_gathers_keys_and_values():
@@ -133,8 +133,8 @@ def test_activations_are_all_reduced_over_the_tensor_axis():
 def test_all_reduces_of_gradients_are_found_and_no_others():
     def of(name, **changes):
         args: dict[str, Any] = {"at_least_elements": 2**20} | changes
-        found = hlo_collectives.gradient_all_reduces(found_in(name), MESH[name], **args)
-        return [(c.arrays[0].dims, hlo_groups.axis_of(c.groups, MESH[name])) for c in found]
+        found = collectives.gradient_all_reduces(found_in(name), MESH[name], **args)
+        return [(c.arrays[0].dims, device_groups.axis_of(c.groups, MESH[name])) for c in found]
 
     assert of("step_fsdp8") == of("step_no_remat") == []
     assert of("step_data2_fsdp4") == [((V, D), ("data", "fsdp"))]  # the head, not the shards
@@ -219,7 +219,7 @@ def test_a_collective_in_an_asynchronous_kernel_is_between_the_start_and_the_don
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_collective_of_the_text_is_left_out(name):
-    kinds = "|".join(hlo.COLLECTIVES)
+    kinds = "|".join(parser.COLLECTIVES)
     lines = re.findall(rf" (?:{kinds})(?:-start)?\(", text_of(name))
     found = found_in(name)
     assert len(found) == len(lines)
@@ -232,7 +232,7 @@ def test_no_collective_of_the_text_is_left_out(name):
 
 def one(entry: str, before: str = "", **changes) -> Collective:
     read = module(entry, before, **changes)
-    [found] = collectives(read, hlo_loops.executions(read))
+    [found] = collectives.collectives(read, loops.executions(read))
     return found
 
 
@@ -304,7 +304,7 @@ backend_config={"collective_backend_config":{"is_sync":true}}
         ROOT %t = (f32[4]{0}, f32[4]{0}, f32[16]{0}, f32[16]{0}) tuple(%n1, %n2, %d1, %d2)
         """
     )
-    outer, inner = collectives(read, hlo_loops.executions(read))
+    outer, inner = collectives.collectives(read, loops.executions(read))
     assert (outer.overlap, outer.window, outer.blocking) == (Work(bytes=2 * 32), (1, 6), False)
     assert (inner.overlap, inner.window, inner.blocking) == (Work(), (3, 4), True)
 
@@ -395,7 +395,7 @@ def test_an_all_to_all_over_hosts_sends_most_of_it_there():
 def test_a_collective_that_cannot_be_counted_raises(entry, message):
     read = module(entry)
     with pytest.raises(ValueError, match=message):
-        collectives(read, hlo_loops.executions(read))
+        collectives.collectives(read, loops.executions(read))
 
 
 def test_a_collective_that_nothing_runs_raises_and_copies_to_the_host_do_not():
@@ -406,7 +406,7 @@ def test_a_collective_that_nothing_runs_raises_and_copies_to_the_host_do_not():
 """
     read = module("ROOT %p = f32[4]{0} parameter(0)", dead)
     with pytest.raises(ValueError, match="s is in dead, which nothing runs"):
-        collectives(read, hlo_loops.executions(read))
+        collectives.collectives(read, loops.executions(read))
     to_host = module(
         """
         %p = f32[4]{0} parameter(0)
@@ -414,4 +414,4 @@ def test_a_collective_that_nothing_runs_raises_and_copies_to_the_host_do_not():
         ROOT %s = (f32[4]{0}, u32[], token[]) send(%p, %t), channel_id=1, is_host_transfer=true
         """
     )
-    assert collectives(to_host, hlo_loops.executions(to_host)) == []
+    assert collectives.collectives(to_host, loops.executions(to_host)) == []

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from jax_sft.planning import hlo_groups
+from jax_sft.planning.hlo import device_groups
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ from jax_sft.planning import hlo_groups
     ],
 )
 def test_every_spelling_of_groups(text, groups):
-    assert hlo_groups.replica_groups(text, 8) == tuple(tuple(group) for group in groups)
+    assert device_groups.replica_groups(text, 8) == tuple(tuple(group) for group in groups)
 
 
 def test_mesh_groups_equal_those_of_a_transposed_array():
@@ -49,9 +49,9 @@ def test_mesh_groups_equal_those_of_a_transposed_array():
         names = ",".join(f"'axis_{axis}'" for axis in along)
         for device_ids in (ids, f"({','.join(map(str, devices.ravel()))})"):
             text = f"mesh[{axes}], device_ids={device_ids} {{{names}}}"
-            groups = hlo_groups.replica_groups(text, total)
+            groups = device_groups.replica_groups(text, total)
             assert [list(group) for group in groups] == expected
-        iota = hlo_groups.replica_groups(f"[{total // size},{size}]<={ids[1:-1]}", total)
+        iota = device_groups.replica_groups(f"[{total // size},{size}]<={ids[1:-1]}", total)
         assert [list(group) for group in iota] == devices.reshape(-1, size).tolist()
 
 
@@ -61,7 +61,7 @@ def test_parts_of_an_axis_equal_those_of_a_reshaped_array():
         array = np.arange(2 * n * 2).reshape(2, before, size, after, 2)
         expected = array.transpose(0, 1, 3, 4, 2).reshape(-1, size).tolist()
         part = f"b:({before})2" if size == 2 else f"b:({before})3"
-        groups = hlo_groups.replica_groups(f"mesh[a=2,b={n},c=2] {{{part}}}", 4 * n)
+        groups = device_groups.replica_groups(f"mesh[a=2,b={n},c=2] {{{part}}}", 4 * n)
         assert [list(group) for group in groups] == expected
 
 
@@ -81,7 +81,7 @@ def test_parts_of_an_axis_equal_those_of_a_reshaped_array():
 )
 def test_groups_of_no_known_form_raise(text):
     with pytest.raises(ValueError):
-        hlo_groups.replica_groups(text, 8)
+        device_groups.replica_groups(text, 8)
 
 
 def test_the_axes_of_groups_equal_those_that_made_them():
@@ -94,23 +94,23 @@ def test_the_axes_of_groups_equal_those_that_made_them():
         size = math.prod(sizes[axis] for axis in along)
         groups = array.transpose(others + along).reshape(-1, size).tolist()
         expected = tuple(axes[axis] for axis in along if sizes[axis] > 1)
-        assert hlo_groups.axis_of(groups, dict(zip(axes, sizes, strict=True))) == expected
+        assert device_groups.axis_of(groups, dict(zip(axes, sizes, strict=True))) == expected
     with pytest.raises(ValueError, match="devices that a mesh of"):
-        hlo_groups.axis_of([[0, 8]], {"data": 2, "fsdp": 4})
+        device_groups.axis_of([[0, 8]], {"data": 2, "fsdp": 4})
 
 
 def test_the_share_of_slow_links():
     one_of_each_host, two_hosts, one_host = [[0, 8], [1, 9]], [list(range(16))], [[0, 1, 2, 3]]
-    assert hlo_groups.crosses(one_of_each_host, 8) and hlo_groups.crosses(two_hosts, 8)
-    assert not hlo_groups.crosses(one_host, 8) and hlo_groups.crosses(one_host, 2)
-    assert hlo_groups.ring_share(one_of_each_host, 8) == 1.0
-    assert hlo_groups.ring_share(two_hosts, 8) == 2 / 16  # 2 of 16 hops leave a host
-    assert hlo_groups.ring_share(one_host, 8) == 0.0
-    assert hlo_groups.ring_share([[0, 1], [6, 8]], 8) == 0.5
-    assert hlo_groups.pair_share(two_hosts, 8) == 8 / 15  # 8 of the 15 others are elsewhere
-    assert hlo_groups.pair_share(one_host, 8) == 0.0
+    assert device_groups.crosses(one_of_each_host, 8) and device_groups.crosses(two_hosts, 8)
+    assert not device_groups.crosses(one_host, 8) and device_groups.crosses(one_host, 2)
+    assert device_groups.ring_share(one_of_each_host, 8) == 1.0
+    assert device_groups.ring_share(two_hosts, 8) == 2 / 16  # 2 of 16 hops leave a host
+    assert device_groups.ring_share(one_host, 8) == 0.0
+    assert device_groups.ring_share([[0, 1], [6, 8]], 8) == 0.5
+    assert device_groups.pair_share(two_hosts, 8) == 8 / 15  # 8 of the 15 others are elsewhere
+    assert device_groups.pair_share(one_host, 8) == 0.0
 
 
 def test_a_permute_joins_the_devices_of_its_cycles():
     pairs = [(0, 2), (2, 4), (4, 0), (1, 3), (3, 1), (5, 5), (7, 6)]
-    assert hlo_groups.permute_groups(pairs) == ((0, 2, 4), (1, 3), (6, 7))
+    assert device_groups.permute_groups(pairs) == ((0, 2, 4), (1, 3), (6, 7))

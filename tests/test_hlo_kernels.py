@@ -3,11 +3,11 @@
 import pytest
 from hlo_texts import NAMES, PER_LAYER, D, F, H, K, L, N, T, V, counts_of, module, module_of
 
-from jax_sft.planning import hlo_kernels
+from jax_sft.planning.hlo import kernels
 
 
 def flops_of(name: str) -> float:
-    return sum(gemm.step_flops for gemm in hlo_kernels.gemms(module_of(name), counts_of(name)))
+    return sum(gemm.step_flops for gemm in kernels.gemms(module_of(name), counts_of(name)))
 
 
 LAYER = 2 * PER_LAYER * T  # one pass of a layer's matrices over a device's tokens
@@ -35,22 +35,22 @@ def test_the_flops_of_a_step_are_those_of_the_model(name, flops):
 def test_products_within_fusions_of_the_cpu_are_those_before_fusing():
     assert flops_of("cpu_compiled") == flops_of("cpu_partitioned") == 6 * 4 * 2 * 256 * 128 * 128
     compiled = module_of("cpu_compiled")
-    products = hlo_kernels.gemms(compiled, counts_of("cpu_compiled"))
+    products = kernels.gemms(compiled, counts_of("cpu_compiled"))
     assert len({product.computation for product in products} & compiled.fused) == 3
 
 
 def test_products_are_read_exactly():
-    read = hlo_kernels.gemms(module_of("products"), counts_of("products"))
+    read = kernels.gemms(module_of("products"), counts_of("products"))
     assert [(g.batch, g.m, g.n, g.k, g.is_float32, g.opcode) for g in read] == [
         (1, 128, 512, 256, True, "__cublas$lt$matmul"),
         (4, 256, 128, 256, True, "__cublas$lt$matmul"),
         (4, 128, 256, 256, True, "__cublas$lt$matmul"),
     ]
-    [convolution] = hlo_kernels.gemms(module_of("convolution"), counts_of("convolution"))
+    [convolution] = kernels.gemms(module_of("convolution"), counts_of("convolution"))
     assert convolution.flops == 2 * (2 * 32 * 32) * 32 * (3 * 3 * 16)
     assert not convolution.is_float32
     # The gradient of this step's loss forms the head's products in float32.
-    step = hlo_kernels.gemms(module_of("step_fsdp8"), counts_of("step_fsdp8"))
+    step = kernels.gemms(module_of("step_fsdp8"), counts_of("step_fsdp8"))
     large = {tuple(sorted((g.m, g.n, g.k))) for g in step if g.is_float32 and V in (g.m, g.n, g.k)}
     assert large == {(1024, D, V)}
 
@@ -64,7 +64,7 @@ def test_a_dot_of_any_order_of_dimensions():
 lhs_contracting_dims={1}, rhs_contracting_dims={3}, metadata={op_name="here"}
         """
     )
-    [gemm] = hlo_kernels.gemms(read, {"main": 3.0})
+    [gemm] = kernels.gemms(read, {"main": 3.0})
     assert (gemm.batch, gemm.m, gemm.n, gemm.k) == (21, 5, 11, 2)
     assert (gemm.lhs, gemm.rhs, gemm.out, gemm.op_name) == ("bf16", "f8e4m3fn", "f32", "here")
     assert (gemm.flops, gemm.step_flops) == (2 * 21 * 5 * 11 * 2, 3 * 2 * 21 * 5 * 11 * 2)
@@ -82,9 +82,9 @@ backend_config={"gemm_backend_config":{"dot_dimension_numbers":{\
         ROOT %d = (f32[2,2]{1,0}, s8[64]{0}) custom-call-done(%s)
         """
     )
-    [gemm] = hlo_kernels.gemms(read, {"main": 1.0})
+    [gemm] = kernels.gemms(read, {"main": 1.0})
     assert (gemm.m, gemm.n, gemm.k, gemm.out) == (2, 2, 3, "f32")
-    assert hlo_kernels.opaque_calls(read, {"main": 1.0}) == []
+    assert kernels.opaque_calls(read, {"main": 1.0}) == []
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ backend_config={"gemm_backend_config":{"dot_dimension_numbers":{\
 def test_a_product_of_no_known_form_raises(line, message):
     read = module(f"%a = f32[2,3]{{1,0}} parameter(0)\nROOT %d = f32[2,3]{{1,0}} {line}")
     with pytest.raises(ValueError, match=message):
-        hlo_kernels.gemms(read, {"main": 1.0})
+        kernels.gemms(read, {"main": 1.0})
 
 
 def test_calls_of_unknown_work_are_listed():
@@ -112,11 +112,11 @@ def test_calls_of_unknown_work_are_listed():
 custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="attention"}
         """
     )
-    [call] = hlo_kernels.opaque_calls(read, {"main": 2.0})
+    [call] = kernels.opaque_calls(read, {"main": 2.0})
     assert (call.target, call.count, call.op_name) == ("__cudnn$fmhaSoftmax", 2.0, "attention")
     assert [len(shapes) for shapes in (call.operands, call.results)] == [2, 2]
     for name in NAMES:
-        assert hlo_kernels.opaque_calls(module_of(name), counts_of(name)) == []
+        assert kernels.opaque_calls(module_of(name), counts_of(name)) == []
 
 
 def test_products_of_newer_text_are_those_of_the_program():
@@ -158,7 +158,7 @@ def test_fusions_move_what_they_slice_and_update_and_not_the_whole():
 """,
     )
     main = read.computations["main"]
-    bytes_of = {i.name: hlo_kernels.work(read, {}, main, i).bytes for i in main.instructions}
+    bytes_of = {i.name: kernels.work(read, {}, main, i).bytes for i in main.instructions}
     assert bytes_of == {
         "w": 0,
         "i": 0,
@@ -170,10 +170,10 @@ def test_fusions_move_what_they_slice_and_update_and_not_the_whole():
     }
 
 
-def step_work(name: str) -> hlo_kernels.Work:
+def step_work(name: str) -> kernels.Work:
     """The work of a whole step."""
     module = module_of(name)
-    return hlo_kernels.computation_work(module, counts_of(name), module.computations[module.entry])
+    return kernels.computation_work(module, counts_of(name), module.computations[module.entry])
 
 
 def test_the_work_of_a_step_is_that_of_its_loops():
@@ -185,11 +185,11 @@ def test_the_work_of_a_step_is_that_of_its_loops():
 
 
 def test_buffers_are_what_kernels_write_and_arguments():
-    found = hlo_kernels.buffers(module_of("step_fsdp8"), at_least_bytes=2**30)
+    found = kernels.buffers(module_of("step_fsdp8"), at_least_bytes=2**30)
     assert [buffer.bytes for buffer in found] == sorted((b.bytes for b in found), reverse=True)
     assert (found[0].dtype, found[0].dims, found[0].bytes) == ("f32", (V, D), 4 * V * D)
     assert len({(b.dtype, b.dims) for b in found}) == len(found)  # one entry per shape
-    everything = hlo_kernels.buffers(module_of("step_fsdp8"))
+    everything = kernels.buffers(module_of("step_fsdp8"))
     shard = next(b for b in everything if (b.dtype, b.dims) == ("f32", (V, D // 8)))
     assert shard.count > 6  # weight and two moments of two tables, and what is made of them
     assert {b.on_host for b in everything} == {False}
@@ -197,12 +197,12 @@ def test_buffers_are_what_kernels_write_and_arguments():
 
 def test_a_buffer_with_two_dimensions_is_found_in_any_view():
     step = module_of("step_fsdp8")
-    squares = hlo_kernels.with_dims(step, (T, T))  # reference attention has them
+    squares = kernels.with_dims(step, (T, T))  # reference attention has them
     assert squares and all(b.dims.count(T) >= 2 for b in squares)
     assert (1, K, N // K, T, T) in {b.dims for b in squares}
-    assert hlo_kernels.with_dims(step, (T, V)) == []  # the loss works in chunks of 1024 tokens
-    assert hlo_kernels.with_dims(step, (1024, V), at_least_bytes=4 * 1024 * V)
-    assert hlo_kernels.with_dims(step, (V, D, D)) == []
+    assert kernels.with_dims(step, (T, V)) == []  # the loss works in chunks of 1024 tokens
+    assert kernels.with_dims(step, (1024, V), at_least_bytes=4 * 1024 * V)
+    assert kernels.with_dims(step, (V, D, D)) == []
     hidden = module(
         """
         %q = f32[4,8,16]{2,1,0} parameter(0)
@@ -212,13 +212,13 @@ def test_a_buffer_with_two_dimensions_is_found_in_any_view():
         "%inside {\n  %p = f32[4,8,16]{2,1,0} parameter(0)\n"
         "  %big = f32[999,999]{1,0} broadcast(%p)\n  ROOT %r = f32[] constant(0)\n}\n",
     )
-    assert [b.opcode for b in hlo_kernels.with_dims(hidden, (8, 8))] == ["bitcast"]
-    assert hlo_kernels.with_dims(hidden, (999, 999)) == []  # it never leaves the kernel
-    assert [b.dims for b in hlo_kernels.buffers(hidden)] == [(4, 8, 16), ()]
+    assert [b.opcode for b in kernels.with_dims(hidden, (8, 8))] == ["bitcast"]
+    assert kernels.with_dims(hidden, (999, 999)) == []  # it never leaves the kernel
+    assert [b.dims for b in kernels.buffers(hidden)] == [(4, 8, 16), ()]
 
 
 def test_offloaded_buffers_are_told_from_those_of_the_device():
-    found = hlo_kernels.buffers(module_of("offload"))
+    found = kernels.buffers(module_of("offload"))
     assert {b.dims for b in found if b.on_host} == {(6, 256, 1024)}
     assert (6, 256, 1024) not in {b.dims for b in found if not b.on_host}
 
@@ -227,7 +227,7 @@ def test_an_asynchronous_kernel_moves_what_the_kernel_moves_and_a_collective_in_
     read, counts = module_of("loops_and_scatter_jax_0_12"), counts_of("loops_and_scatter_jax_0_12")
     body = read.computations["region_0.1_spmd"]
     moved = {
-        instruction.name: hlo_kernels.work(read, counts, body, instruction).bytes
+        instruction.name: kernels.work(read, counts, body, instruction).bytes
         for instruction in body.instructions
         if instruction.base == "fusion" and instruction.opcode != "fusion"
     }
@@ -240,4 +240,4 @@ def test_an_asynchronous_kernel_moves_what_the_kernel_moves_and_a_collective_in_
     }
     read, counts = module_of("part_of_an_axis_jax_0_12"), counts_of("part_of_an_axis_jax_0_12")
     entry = read.computations[read.entry]
-    assert hlo_kernels.computation_work(read, counts, entry) == hlo_kernels.Work()
+    assert kernels.computation_work(read, counts, entry) == kernels.Work()

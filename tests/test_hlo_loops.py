@@ -7,10 +7,10 @@ import re
 import pytest
 from hlo_texts import NAMES, module, module_of
 
-from jax_sft.planning import hlo, hlo_loops
+from jax_sft.planning.hlo import loops, parser
 
 
-def loops_of(name: str) -> list[tuple[hlo.Computation, hlo.Instruction]]:
+def loops_of(name: str) -> list[tuple[parser.Computation, parser.Instruction]]:
     computations = module_of(name).computations.values()
     return [(c, i) for c in computations for i in c.instructions if i.opcode == "while"]
 
@@ -22,7 +22,7 @@ def test_trip_counts_from_the_condition_equal_those_that_xla_states(name):
     for computation, loop in loops_of(name):
         stated = loop.config.get("known_trip_count", {}).get("n")
         silent = re.sub(r", backend_config=\{.*\}", "", loop.attributes_text)
-        counted = hlo_loops.trip_count(
+        counted = loops.trip_count(
             module_of(name), computation, dataclasses.replace(loop, attributes_text=silent)
         )
         assert "known_trip_count" not in silent
@@ -77,7 +77,7 @@ def test_trip_counts_equal_those_of_python():
             i, trips = i + steps[step], trips + 1
         read = loop_module(str(start), step, f"compare(%j, %n), direction={direction}", str(n))
         main = read.computations["main"]
-        counted = hlo_loops.trip_count(read, main, main.root)
+        counted = loops.trip_count(read, main, main.root)
         assert counted == (None if trips == 100 else trips), (direction, start, n, step)
 
 
@@ -94,14 +94,14 @@ def test_trip_counts_equal_those_of_python():
 def test_a_loop_of_another_form_has_no_trip_count(changes):
     read = loop_module(**changes)
     main = read.computations["main"]
-    assert hlo_loops.trip_count(read, main, main.root) is None
+    assert loops.trip_count(read, main, main.root) is None
 
 
 def test_a_loop_that_only_data_ends_needs_an_expectation():
     read = module_of("dynamic_loop")
     with pytest.raises(ValueError, match=r"trip count of while\.8 \(jit\(dyn\)/while\) depends on"):
-        hlo_loops.executions(read)
-    counts = hlo_loops.executions(read, dynamic=lambda loop: 2.5 if loop.name == "while.8" else 99)
+        loops.executions(read)
+    counts = loops.executions(read, dynamic=lambda loop: 2.5 if loop.name == "while.8" else 99)
     [(_, loop)] = loops_of("dynamic_loop")
     assert counts[loop.callee("body")] == 2.5 and counts[loop.callee("condition")] == 3.5
 
@@ -143,7 +143,7 @@ backend_config={"known_trip_count":{"n":"7"}}
 }
 """,
     )
-    assert hlo_loops.executions(read) == {
+    assert loops.executions(read) == {
         "main": 1,
         "outer": 3,
         "inner": 21,
@@ -155,9 +155,9 @@ backend_config={"known_trip_count":{"n":"7"}}
 def test_each_branch_counts_once_unless_told():
     read = module_of("branches")
     branches = ("region_0.0_spmd", "region_1.0_spmd")
-    counts = hlo_loops.executions(read)
+    counts = loops.executions(read)
     assert [counts[name] for name in branches] == [1, 1]
-    counts = hlo_loops.executions(read, branches=lambda conditional: [0.25, 0.75])
+    counts = loops.executions(read, branches=lambda conditional: [0.25, 0.75])
     assert [counts[name] for name in branches] == [0.25, 0.75]
     with pytest.raises(ValueError):
-        hlo_loops.executions(read, branches=lambda conditional: [1.0])
+        loops.executions(read, branches=lambda conditional: [1.0])

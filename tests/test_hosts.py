@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_sft import cluster
+from jax_sft.hosts import cluster
 
 REPO = Path(__file__).resolve().parent.parent
 ROWS, START, STOP = 8, 5, 12
@@ -19,9 +19,11 @@ HOST = """
 import json, os, sys
 from pathlib import Path
 import jax, numpy as np
-from jax_sft import cluster, config, parallel
-from jax_sft.data.loader import Loader
-from jax_sft.data.prepare import prepare
+from jax_sft.hosts import cluster
+from jax_sft import config
+from jax_sft.sharding import parallel
+from jax_sft.data.batches.loader import Loader
+from jax_sft.data.tokens.prepare import prepare
 
 parallel.simulate_cpu_devices(8)
 cluster.initialize()

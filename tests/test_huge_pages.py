@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from jax_sft import huge_pages
+from jax_sft.runtime import huge_pages
 
 REPO = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import os, resource, sys
 print("began", os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:])
-from jax_sft import huge_pages
+from jax_sft.runtime import huge_pages
 huge_pages.use(*COMMAND)
 import jax, jax.numpy as jnp
 double = jax.jit(lambda x: x * 2)

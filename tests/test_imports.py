@@ -1,6 +1,8 @@
 """The shape of the package: imports go downwards only, and names say what a file is for."""
 
 import ast
+import collections
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,46 +14,26 @@ import jax_sft
 from jax_sft import models
 
 PACKAGE = Path(jax_sft.__file__).parent
-FAMILY = "models.FAMILY"  # stands for every model family, found by its file
-
-# A file imports only from levels below its own.
+# A package, or a file at the root, imports only what stands above it here; within one there are no
+# cycles. `files` and `launching` need little more than Python, `data` knows neither models nor
+# weights.
 LEVELS = [
-    "paths exit_codes terminal text files batch parallel blocks remat_names ops.head_chunks "
-    "models.fields",
-    "lifecycle regular owner data.cache_room",
-    "config cache_folder huge_pages startup tree "
-    "models models.spec strict_json data.json_rows data.printed data.losses "
-    "ops.backend planning.hlo planning.hlo_groups planning.chips planning.tables "
-    "manifest fingerprint hub patterns "
-    "plain_paths run_lock run_files "
-    "launching.coordinates launching.gpus launching.environment launching.output launching.tied",
-    "trackers placement "
-    "launching.processes launching.leash launching.stop_requests launching.restarts "
-    "models.rope "
-    "command cluster steps sums storage vocabulary data.messages data.sandbox compute flops "
-    "data.chat_templates data.confined "
-    "ops.segments ops.reference ops.blockwise ops.grouped "
-    "planning.targets planning.hlo_kernels planning.hlo_loops",
-    "launching.child launching.fleet models.sizes "
-    "agree outputs watchdog preemption preflight data.tables data.formats data.examples "
-    "data.template data.tokenizer_file data.packing data.mixture data.show ops.cudnn ops.tokamax "
-    "planning.hlo_collectives",
-    "compilation_cache "
-    "launching.supervisor launching.ssh launching.ray_cluster "
-    "data.read data.turns ops.attention ops.cross_entropy ops.embedding model optim metrics hf "
-    "planning.flops planning.page",
-    "models.layers data.chat data.check state model_files hf_write planning.roofline",
-    "models.experts data.worker data.loader resume same_weights lora nf4 planning.candidates",
-    f"{FAMILY} checkpoint data.store health hf_convert tiny peft pretrained",
-    "data.cache data.detokenize inference step trainable stop_tokens",
-    "hf_export validate",
-    "hf_verify data.prepare evaluate program",
-    "data.outcomes planning.compiling",
-    "planning.analysis",
-    "planning.search",
-    "launch train inspect.__main__ plan doctor cache export convert verify __main__",
+    "batch config hardware runtime sharding",
+    "files launching",
+    "hosts",
+    "ops report weights",
+    "nn",
+    "models",
+    "adapters",
+    "data",
+    "checkpoint",
+    "inference tiny validate",
+    "training",
+    "export_check planning",
+    "cache convert doctor export inspect launch plan train verify __main__",  # the commands
 ]
-LEVEL = {f"jax_sft.{name}": level for level, row in enumerate(LEVELS) for name in row.split()}
+LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row.split()}
+MOST_FILES = 13  # in a folder, but for families and commands
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -61,14 +43,11 @@ def module_name(file: Path) -> str:
 
 
 MODULES = {module_name(file): file for file in FILES}
-# Packages that only hold files, and the front door, import nothing of ours when imported.
-DOORS = {f"jax_sft{name}" for name in ("", ".data", ".launching", ".ops", ".planning")}
 
 
-def level_of(module: str) -> int | None:
-    if module in {f"jax_sft.models.{family}" for family in models.families()}:
-        module = f"jax_sft.{FAMILY}"
-    return -1 if module in DOORS else LEVEL.get(module)
+def package_of(module: str) -> str:
+    """Return the package of a module, or its own name at the root; "" = `jax_sft` itself."""
+    return module.split(".")[1] if "." in module else ""
 
 
 def parse(file: Path) -> ast.Module:
@@ -89,19 +68,38 @@ def first_party(nodes: Iterator[ast.AST], module: str) -> set[str]:
     return {name for name in found if name.split(".")[0] == "jax_sft"}
 
 
-def test_every_module_has_a_level_and_every_level_a_module():
-    assert [module for module in MODULES if level_of(module) is None] == []
-    assert set(LEVEL) - set(MODULES) == {f"jax_sft.{FAMILY}"}
+IMPORTS = {module: first_party(ast.walk(parse(file)), module) for module, file in MODULES.items()}
+
+
+def test_every_package_has_a_level_and_every_level_a_package():
+    assert {package_of(module) for module in MODULES} - {""} == set(LEVEL)
     assert len(models.families()) >= 2
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_lower_levels(module):
-    level = level_of(module)
-    assert level is not None, f"give {module} a level"
-    for imported in first_party(ast.walk(parse(MODULES[module])), module):
-        below = level_of(imported)
-        assert below is not None and below < level, f"{module} ({level}) -> {imported} ({below})"
+def test_a_module_imports_only_from_packages_below_its_own(module):
+    own = package_of(module)
+    above = {
+        imported
+        for imported in IMPORTS[module]
+        if own and package_of(imported) not in ("", own)
+        if LEVEL[package_of(imported)] >= LEVEL[own]
+    }
+    assert above == set()
+    assert own or not IMPORTS[module]  # `import jax_sft` loads nothing
+
+
+def test_imports_have_no_cycle():
+    order = graphlib.TopologicalSorter(IMPORTS).static_order()
+    assert {*order} >= {*MODULES}  # or it has raised
+
+
+def test_a_folder_has_few_files():
+    files = collections.Counter(
+        file.parent.relative_to(PACKAGE) for file in FILES if file.name != "__init__.py"
+    )
+    del files[Path(".")], files[Path("models")]
+    assert {folder: n for folder, n in files.items() if n > MOST_FILES} == {}
 
 
 def test_no_first_party_import_hides_in_a_function():
@@ -116,7 +114,7 @@ def test_no_first_party_import_hides_in_a_function():
 
 
 def test_config_formats_and_chat_do_not_load_jax():
-    code = "import sys, jax_sft.config, jax_sft.data.formats, jax_sft.data.chat\n"
+    code = "import sys, jax_sft.config, jax_sft.data.sources.formats, jax_sft.data.chat.encoding\n"
     code += "sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0
     claim = [sys.executable, "-c", "import jax; " + code]  # it can be false
@@ -131,8 +129,8 @@ def test_the_package_needs_no_torch():
         for name in imported_names(file)
         if name.split(".")[0] in ("torch", "tensorflow")
     ]
-    assert {*found} == {"jax_sft.hf_verify imports torch"}
-    at_the_top = [node for node in parse(MODULES["jax_sft.hf_verify"]).body if is_torch(node)]
+    assert {*found} == {"jax_sft.export_check imports torch"}
+    at_the_top = [node for node in parse(MODULES["jax_sft.export_check"]).body if is_torch(node)]
     assert at_the_top == []
 
 
@@ -181,9 +179,9 @@ def test_no_exception_is_caught_broadly_or_passed_over():
                 broad.append(where)
             if any(isinstance(statement, ast.Pass) for statement in node.body):
                 passed.append(where)
-    known = [
-        "jax_sft.lifecycle._code_of",  # where a program ends, any error of a library is one line
-        "jax_sft.ops.attention._attempt",  # whatever a kernel library raises, another one is tried
-        "jax_sft.storage._call",  # Orbax raises any kind
-    ]
-    assert sorted(broad) == known and passed == []
+    known = {
+        "jax_sft.runtime.lifecycle._code_of",  # what a library raises at the end is one line
+        "jax_sft.ops.attention.dispatch._attempt",  # a kernel library fails, another is tried
+        "jax_sft.checkpoint.orbax_io._call",  # Orbax raises any kind
+    }
+    assert set(broad) == known and passed == []

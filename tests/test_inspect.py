@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 
 from jax_sft import config, tiny
-from jax_sft.data import outcomes
+from jax_sft.data import row_report
 from jax_sft.inspect import __main__ as inspector
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -407,7 +407,7 @@ def test_a_file_appears_whole_or_not_at_all(make, run, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outcomes.Entry, "to_json", stop)
+        patch.setattr(row_report.Entry, "to_json", stop)
         with pytest.raises(KeyboardInterrupt):
             run(cfg)
     assert [json.loads(s) for s in (tmp_path / "dump.jsonl").read_text().splitlines()] == before

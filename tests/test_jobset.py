@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jax_sft import exit_codes
+from jax_sft.runtime import exit_codes
 
 HERE = Path(__file__).resolve().parent
 JOBSET = yaml.safe_load((HERE.parent / "scripts" / "k8s" / "jobset.yaml").read_text())

@@ -15,9 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from jax_sft import exit_codes, launch
-from jax_sft.launching import coordinates, environment, gpus, processes, ray_cluster, restarts, ssh
+from jax_sft import launch
+from jax_sft.launching import coordinates, environment, gpus, processes
 from jax_sft.launching.coordinates import Coordinates
+from jax_sft.launching.local import restarts
+from jax_sft.launching.remote import ray_cluster, ssh
+from jax_sft.runtime import exit_codes
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "scripts" / "launch.sh"
@@ -465,8 +468,9 @@ exec(sys.argv[-1])
 # The supervisor's times, so that a test takes no minutes.
 FASTER = """\
 import sys
-from jax_sft import launch, lifecycle
-from jax_sft.launching import restarts, supervisor
+from jax_sft import launch
+from jax_sft.runtime import lifecycle
+from jax_sft.launching.local import restarts, supervisor
 supervisor.SETTLE_S = 0.5
 supervisor.FAREWELL_S = 1
 supervisor.LOST_KILL_S = 1.5

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from jax_sft import config, parallel
+from jax_sft import config
 from jax_sft.batch import FIELDS, empty_rows, fields
-from jax_sft.data.examples import Encoded, Examples
-from jax_sft.data.loader import Loader, fill_row
+from jax_sft.data.batches.examples import Encoded, Examples
+from jax_sft.data.batches.loader import Loader, fill_row
+from jax_sft.sharding import parallel
 
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 2, 4), (2, 2, 2, 1), (1, 2, 2, 2)]
 SEQ_LEN = 32

@@ -13,7 +13,7 @@ STEPS = 10_000
 TRAINER = """
 from pathlib import Path
 from jax_sft import config, train
-from jax_sft.run_files import Jsonl
+from jax_sft.files.run_files import Jsonl
 cfg = config.default()
 cfg.update({changes!r})
 cfg.data.train.main = config.source({data!r})

@@ -15,10 +15,14 @@ from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from safetensors.numpy import load_file, save_file
 
 import jax_sft
-from jax_sft import lora, parallel, patterns, steps, tiny
-from jax_sft import peft as ours
+from jax_sft import tiny
+from jax_sft.adapters import lora
+from jax_sft.adapters import peft as ours
+from jax_sft.files import step_folders
 from jax_sft.inference import LoadedModel
-from jax_sft.step import batch_sums
+from jax_sft.runtime import patterns
+from jax_sft.sharding import parallel
+from jax_sft.training.step import batch_sums
 from tests.conftest import ODD
 from tests.test_parity import (
     OPTIMIZER,
@@ -227,7 +231,7 @@ def test_a_stopped_run_goes_on_bitwise_and_stores_adapters_alone(
             jax_sft.train(cfg, halted)
     jax_sft.train(cfg, halted)
     assert losses_of(halted)[-2:] == losses_of(tmp_path / "whole")[-2:]
-    arrays = steps.params(halted / "checkpoints", 6)
+    arrays = step_folders.params(halted / "checkpoints", 6)
     assert len(arrays) == 4 and all(".lora." in path for path in arrays)
     # The folder of the model is needed as it was.
     weights = load_file(folder / "model.safetensors")
@@ -450,7 +454,7 @@ def test_frozen_tensors_stay_and_the_others_train_as_in_torch(
         else:
             np.testing.assert_array_equal(after[name], before[name], err_msg=name)
     # What is wholly frozen is not stored; the run goes on from what is.
-    stored = steps.params(tmp_path / "run" / "checkpoints", 8)
+    stored = step_folders.params(tmp_path / "run" / "checkpoints", 8)
     assert "embed.table" not in stored and "layers.attn.k.bias" not in stored
     assert "layers.attn.q.kernel" in stored
     with pytest.raises(ValueError, match="no adapters"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_sft import manifest
+from jax_sft.files import manifest
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Every token that trains is the right one: chat.Encoder against an independent ground truth.
+"""Every token that trains is the right one: encoding.Encoder against an independent ground truth.
 
 What a template prints is written out by hand in chat_templates.py and checked here against
 transformers; tokens are marked by the offsets of the whole text, tokenized once.
@@ -24,9 +24,9 @@ from chat_templates import FAMILIES, HOSTILE, KINDS, Family, Messages, Piece, Re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_sft.data import chat
-from jax_sft.data.examples import Encoded
-from jax_sft.data.formats import Conversation, Text
+from jax_sft.data.batches.examples import Encoded
+from jax_sft.data.chat import encoding
+from jax_sft.data.sources.formats import Conversation, Text
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 DATE = chat_templates.DATE
@@ -46,8 +46,8 @@ class Subject:
     kind: chat_templates.Kind
     backend: tokenizers.Tokenizer  # with the offsets of all characters
 
-    def encoder(self, **options: Any) -> chat.Encoder:
-        return chat.Encoder(self.tokenizer, chat.Options(**{"date": DATE, **options}))
+    def encoder(self, **options: Any) -> encoding.Encoder:
+        return encoding.Encoder(self.tokenizer, encoding.Options(**{"date": DATE, **options}))
 
     def decode(self, ids) -> str:
         return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
@@ -77,7 +77,7 @@ def subject(tmp_path_factory):
             of = FAMILIES[family] if isinstance(family, str) else family
             folder = tmp_path_factory.mktemp("tokenizer")
             chat_templates.save(of, kind, folder)
-            tokenizer = chat.load_tokenizer(folder)
+            tokenizer = encoding.load_tokenizer(folder)
             made[name, kind] = Subject(name, tokenizer, of, KINDS[kind], full_offsets(tokenizer))
         return made[name, kind]
 
@@ -806,7 +806,7 @@ def test_the_template_for_tools_is_taken_where_there_are_tools(subject):
     one = subject("qwen3")
     tokenizer = copy.deepcopy(one.tokenizer)
     tokenizer.chat_template = {"default": chat_templates.CHATML, "tool_use": chat_templates.QWEN3}
-    encoder = chat.Encoder(tokenizer, chat.Options(date=DATE))
+    encoder = encoding.Encoder(tokenizer, encoding.Options(date=DATE))
     messages = [system("S"), user("a"), assistant("", tool_calls=[call(x=1)])]
     with_tools, without = encoder.encode(
         [Conversation(messages, [WEATHER]), Conversation(messages, None)]
@@ -1195,7 +1195,7 @@ def real():
         if not folder.is_dir():
             pytest.skip(f"the tokenizer {folder} is not on this machine")
         if name not in loaded:
-            tokenizer = chat.load_tokenizer(folder)
+            tokenizer = encoding.load_tokenizer(folder)
             turns = REAL[name]
 
             def pieces(messages: Messages, tools: Tools, empty: bool) -> list[Piece]:
@@ -1283,8 +1283,8 @@ def test_answers_behind_a_blank_train_behind_the_tokens_that_inference_gives(
     )
     answers = ["hello there", "\n\nfine", "12", " two", "x"]
     messages = [turn for n, text in enumerate(answers) for turn in (user(f"q{n}"), assistant(text))]
-    options = chat.Options(max_tokens=max_tokens)
-    (examples,) = chat.Encoder(tokenizer, options).encode([Conversation(messages, None)])
+    options = encoding.Options(max_tokens=max_tokens)
+    (examples,) = encoding.Encoder(tokenizer, options).encode([Conversation(messages, None)])
     trained = []
     for example in examples:
         assert isinstance(example, Encoded) and len(example.ids) <= (max_tokens or 99)

@@ -15,26 +15,20 @@ import numpy as np
 import pytest
 
 import jax_sft
-from jax_sft import (
-    config,
-    evaluate,
-    hf,
-    metrics,
-    models,
-    parallel,
-    placement,
-    run_files,
-    tiny,
-    trackers,
-)
-from jax_sft.data import chat, formats
-from jax_sft.data.examples import Examples
-from jax_sft.data.loader import Loader
-from jax_sft.data.prepare import prepare
-from jax_sft.model import ModelDef
+from jax_sft import config, models, tiny
+from jax_sft.data.batches.examples import Examples
+from jax_sft.data.batches.loader import Loader
+from jax_sft.data.chat import encoding
+from jax_sft.data.sources import formats
+from jax_sft.data.tokens.prepare import prepare
+from jax_sft.files import run_files
 from jax_sft.models import qwen2
-from jax_sft.step import make_eval_step, no_sums
+from jax_sft.nn.model_def import ModelDef
+from jax_sft.sharding import parallel
+from jax_sft.training import evaluate, metrics, trackers
+from jax_sft.training.step import make_eval_step, no_sums
 from jax_sft.validate import validate
+from jax_sft.weights import hf_reader, placement
 
 # ---- FLOPs ---------------------------------------------------------------------------------------
 
@@ -492,13 +486,15 @@ def test_evaluation_weighs_every_token_of_every_example_once(sets):
     folder, mesh, examples, loaders = sets
     assert loaders["large"].num_rows % 4 and loaders["small"].num_rows < 4  # tails are not full
 
-    raw = hf.read_json(folder / "config.json")
+    raw = hf_reader.read_json(folder / "config.json")
     family = models.find(raw["model_type"])
     cfg = family.Config.from_hf(raw)
     model_def = ModelDef.of(family, cfg, dtype="float32")
-    tensors = hf.check(folder, model_def.rows, cfg.dims, cfg.tied)
+    tensors = hf_reader.check(folder, model_def.rows, cfg.dims, cfg.tied)
     shardings = placement.shardings(model_def.rows, mesh)
-    params = hf.load(tensors, model_def.rows, cfg.dims, shardings, np.float32, progress=False)
+    params = hf_reader.load(
+        tensors, model_def.rows, cfg.dims, shardings, np.float32, progress=False
+    )
     with jax.set_mesh(mesh):
         found = evaluate.evaluate(make_eval_step(model_def, mesh), params, loaders)
 
@@ -575,13 +571,13 @@ def test_an_evaluation_waits_for_the_batch_before(sets):
 @pytest.fixture
 def encoded(tmp_path):
     tiny.write_tokenizer(tmp_path)
-    tokenizer = chat.load_tokenizer(tmp_path)
+    tokenizer = encoding.load_tokenizer(tmp_path)
     messages = [
         *({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "\nyes"}),
         *({"role": "user", "content": "So?"}, {"role": "assistant", "content": "no"}),
     ]
     items = [formats.Conversation(part, None) for part in (messages, messages[:2])]
-    results = chat.Encoder(tokenizer, chat.Options()).encode(items)
+    results = encoding.Encoder(tokenizer, encoding.Options()).encode(items)
     examples = Examples.in_memory({"all": [one for found in results for one in found]})
     return tokenizer, examples[0], examples[1]
 

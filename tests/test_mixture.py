@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_sft import config
-from jax_sft.data import mixture
+from jax_sft.data.batches import mixture
 
 quickly = settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -193,7 +193,7 @@ def test_orders_follow_from_seed_and_name_and_not_from_the_other_sources():
 def test_the_order_is_the_same_in_every_process():
     # Python's hash of a string is not.
     code = (
-        "from jax_sft.data import mixture; print(mixture.example_ids("
+        "from jax_sft.data.batches import mixture; print(mixture.example_ids("
         "{'mathematik': range(9)}, {'mathematik': 5}, shuffle=True, seed=3, epoch=2).tolist())"
     )
     found = [

@@ -23,8 +23,10 @@ import transformers
 from safetensors.numpy import load_file
 
 import jax_sft
-from jax_sft import models, parallel, tree
-from jax_sft.models.rope import Rope
+from jax_sft import models
+from jax_sft.nn.rope import Rope
+from jax_sft.sharding import parallel
+from jax_sft.weights import tree
 
 TOLERANCE = 1e-4  # largest absolute difference of float32 logits of order 1
 VOCAB = 272

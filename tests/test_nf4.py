@@ -12,8 +12,11 @@ from safetensors.numpy import save_file
 from scipy.stats import norm
 
 import jax_sft
-from jax_sft import nf4, parallel, steps, validate
-from jax_sft.program import program
+from jax_sft import validate
+from jax_sft.adapters import nf4
+from jax_sft.files import step_folders
+from jax_sft.sharding import parallel
+from jax_sft.training.program import program
 from tests.test_lora import TOKENS, losses_of
 
 # Numbers of inputs that are multiples of a block, yet of no two alike.
@@ -95,7 +98,7 @@ def test_a_run_on_weights_in_4_bits_equals_one_on_what_they_stand_for(
     losses = losses_of(tmp_path / "packed")
     np.testing.assert_allclose(losses, losses_of(tmp_path / "plain"), rtol=1e-5)
     # Checkpoints hold adapters alone; merged, they are beside what they were trained with.
-    arrays = steps.params(tmp_path / "packed" / "checkpoints", 4)
+    arrays = step_folders.params(tmp_path / "packed" / "checkpoints", 4)
     assert all(".lora." in path for path in arrays)
     merged = jax_sft.export(tmp_path / "packed" / "checkpoints", tmp_path / "merged", merge=True)
     adapter = tmp_path / "packed" / "export"

@@ -10,11 +10,15 @@ import numpy as np
 import optax
 import pytest
 
-from jax_sft import checkpoint, config, optim, parallel, placement, program, state
+from jax_sft import config, hardware
+from jax_sft.checkpoint import saving
 from jax_sft.models import qwen2
-from jax_sft.models.spec import Weight
-from jax_sft.planning import chips, targets
+from jax_sft.planning import targets
+from jax_sft.sharding import parallel
+from jax_sft.training import optim, program, state
 from jax_sft.validate import validate
+from jax_sft.weights import placement
+from jax_sft.weights.param_spec import Weight
 
 STEPS = 50
 
@@ -308,7 +312,7 @@ def test_the_update_copies_no_moment_on_cpus_and_is_bitwise_the_same():
 )
 def test_the_update_of_a_7b_model_copies_nothing_on_gpus(sizes, moments_dtype, param_dtype):
     rows, dims = qwen2.weights(QWEN2_7B), QWEN2_7B.dims
-    devices = targets.topology(chips.find("h200"), math.prod(sizes.values()) // 8, 8)
+    devices = targets.topology(hardware.find("h200"), math.prod(sizes.values()) // 8, 8)
     mesh = parallel.make_mesh(sizes, devices)
     tx = optim.make(options(moments_dtype=moments_dtype), STEPS, rows)
     old = state.abstract(tx, rows, dims, jnp.dtype(param_dtype), mesh)
@@ -417,11 +421,11 @@ def test_a_checkpoint_gives_bfloat16_moments_back_bitwise_or_widened(tmp_path, r
     saved, _ = updates(options(moments_dtype="bfloat16"), "float32", 3)[-1]
     to = state.shardings(tx, saved.params, ROWS, mesh)
     keep = config.default().checkpoint
-    with contextlib.closing(checkpoint.Checkpoints(tmp_path, keep)) as checkpoints:
+    with contextlib.closing(saving.Checkpoints(tmp_path, keep)) as checkpoints:
         checkpoints.save(3, jax.device_put(saved, to).named(), {})
     resumed = optim.make(options(moments_dtype=resumed_dtype), STEPS, ROWS)
     wanted = state.abstract(resumed, ROWS, EVEN, jnp.dtype("float32"), mesh)
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep)
+    checkpoints = saving.Checkpoints(tmp_path, keep)
     stored = checkpoints.start(config.to_dict(config.default()))
     assert stored
     arrays, _ = checkpoints.restore(stored, wanted.named())

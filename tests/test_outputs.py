@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_sft import outputs, owner, sums
+from jax_sft.files import outputs, owner, sums
 
 CALM = {"say": lambda _: None}
 
@@ -235,7 +235,8 @@ def test_a_mount_point_is_filled_and_replaced_from_within(tmp_path, monkeypatch)
 def test_what_a_killed_program_left_is_removed_and_the_living_ones_is_not(tmp_path, moment):
     out = write(tmp_path / "out", a="old")
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom jax_sft import outputs, sums\n"
+        "import os, signal, sys\nfrom pathlib import Path\n"
+        "from jax_sft.files import outputs, sums\n"
         "place = outputs.check(sys.argv[1], outputs.EXPORT, overwrite=True)\n"
         "die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "with outputs.unfinished(place.out) as folder:\n"

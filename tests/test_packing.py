@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_sft.data import packing
+from jax_sft.data.batches import packing
 
 quickly = settings(max_examples=100, deadline=None, derandomize=True)
 

@@ -7,8 +7,7 @@ import re
 
 import pytest
 
-from jax_sft.planning import page as plan_page
-from jax_sft.planning import tables as plan_tables
+from jax_sft.report import plan_page, plan_tables
 
 GIB = 2**30
 HOSTILE = '<script>alert("1")</script>&amp;\x1b[31m\u202e' + "long" * 60

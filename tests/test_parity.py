@@ -20,12 +20,15 @@ from safetensors.numpy import load_file
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import jax_sft
-from jax_sft import hf, models, optim, parallel, placement, state
-from jax_sft.data.loader import Loader
-from jax_sft.data.prepare import prepare
-from jax_sft.model import ModelDef
-from jax_sft.program import objective
-from jax_sft.step import make_train_step, value_and_grad
+from jax_sft import models
+from jax_sft.data.batches.loader import Loader
+from jax_sft.data.tokens.prepare import prepare
+from jax_sft.nn.model_def import ModelDef
+from jax_sft.sharding import parallel
+from jax_sft.training import optim, state
+from jax_sft.training.program import objective
+from jax_sft.training.step import make_train_step, value_and_grad
+from jax_sft.weights import hf_reader, placement
 
 NUM_STEPS = 20
 FAMILIES = {
@@ -221,14 +224,18 @@ def load(cfg, sizes: dict[str, int]):
     """Return (model_def, params, mesh)."""
     mesh = parallel.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     folder = Path(cfg.model.path)
-    config = hf.read_json(folder / "config.json")
+    config = hf_reader.read_json(folder / "config.json")
     family = models.find(config["model_type"])
     # Without remat, which compiles faster; the run on eight devices has the default's.
     model_def = ModelDef.of(family, family.Config.from_hf(config), dtype="float32")
     rows, dims = model_def.rows, model_def.cfg.dims
-    tensors = hf.check(folder, rows, dims, model_def.cfg.tied)
+    tensors = hf_reader.check(folder, rows, dims, model_def.cfg.tied)
     shardings = placement.shardings(rows, mesh)
-    return model_def, hf.load(tensors, rows, dims, shardings, np.float32, progress=False), mesh
+    return (
+        model_def,
+        hf_reader.load(tensors, rows, dims, shardings, np.float32, progress=False),
+        mesh,
+    )
 
 
 def our_training(cfg, sizes: dict[str, int], micro_rows: int = 0, num_steps: int = NUM_STEPS):

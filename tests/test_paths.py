@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_sft import cache_folder, paths
+from jax_sft.files import cache_folder, paths
 
 
 def test_a_relative_path_is_below_the_working_folder_and_home_is_expanded(monkeypatch, tmp_path):

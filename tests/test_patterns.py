@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from jax_sft import patterns
+from jax_sft.runtime import patterns
 
 NAMES = [f"model.layers.{n}.{part}_proj.weight" for n in (0, 1, 10) for part in "qk"] + ["lm_head"]
 

@@ -14,7 +14,8 @@ import pytest
 
 from jax_sft import config
 from jax_sft import plan as plan_module
-from jax_sft.planning import page, search, targets
+from jax_sft.planning import search, targets
+from jax_sft.report import plan_page
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -392,7 +393,7 @@ def test_without_the_plugin_the_table_is_that_of_the_partitioned_step(folder, mo
     plan = plan_module.plan(cfg, "h200", hosts=1, say=said.append)
     assert "pip install" in said[0] and "neither temporaries, peak and verdict" in said[0]
     assert plan["compiled_for"].startswith("cpu") and "memory" not in plan
-    text = page.as_text(plan)
+    text = plan_page.as_text(plan)
     assert "NOT KNOWN" in text
     layer = 64 * (4 * 8 * 64 + 3 * 512)
     head = 4096 * 64

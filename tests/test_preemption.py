@@ -9,8 +9,10 @@ import time
 import pytest
 
 import jax_sft
-from jax_sft import cluster, lifecycle, metrics, preemption
-from jax_sft.preemption import Preempted, Preemption
+from jax_sft.hosts import cluster, preemption
+from jax_sft.hosts.preemption import Preempted, Preemption
+from jax_sft.runtime import lifecycle
+from jax_sft.training import metrics
 
 
 def read_metrics(run):

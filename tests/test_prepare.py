@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jax_sft import config, tiny
-from jax_sft.data import cache, chat, losses
-from jax_sft.data.prepare import (
+from jax_sft.data.chat import encoding
+from jax_sft.data.tokens import cache, losses
+from jax_sft.data.tokens.prepare import (
     describe,
     fingerprint,
     fit_length,
@@ -279,7 +280,7 @@ def test_examples_hold_what_is_kept_in_order_of_source_and_row(data, model, tmp_
     assert examples.source_of.tolist() == [0, 0, 0, 1, 1]
     assert examples.rows.tolist() == [0, 1, 2, 0, 2]
     assert examples.lengths.tolist() == [FRAME + n for n in (3, 4, 2, 9, 10)]
-    tokenizer = chat.load_tokenizer(model)
+    tokenizer = encoding.load_tokenizer(model)
     shown = [tokenizer.decode(examples[n].tokens) for n in range(5)]
     assert [text.count("p") for text in shown] == [3, 4, 2, 5, 5]
     for n in range(5):
@@ -304,7 +305,7 @@ def test_a_truncated_conversation_ends_with_a_whole_answer(data, model, tmp_path
             continue
         examples = prepare(sources, model, data, progress=False)
         tokens = examples.encoded(0).ids
-        text = chat.load_tokenizer(model).decode(tokens)
+        text = encoding.load_tokenizer(model).decode(tokens)
         expected = one_turn if seq_len < two_turns - 2 else two_turns - (seq_len < two_turns - 1)
         assert len(tokens) == expected and text.rstrip("\n").endswith("<|im_end|>")
         assert examples.report["main"]["truncated"] == (expected < two_turns)
@@ -318,7 +319,7 @@ def test_truncate_history_leaves_out_the_oldest_turns(data, model, tmp_path):
     sources = {"main": source(tmp_path / "a.jsonl", [{"messages": turns}])}
     data.overlong, data.seq_len = "truncate_history", FRAME + 5 - 1
     examples = prepare(sources, model, data, progress=False)
-    text = chat.load_tokenizer(model).decode(examples.encoded(0).ids)
+    text = encoding.load_tokenizer(model).decode(examples.encoded(0).ids)
     assert text == "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\ndddd<|im_end|>\n"
     assert examples.report["main"]["truncated"] == 1
     data.seq_len = 2 * FRAME + 8 - 1

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from jax_sft import tiny
-from jax_sft.data import chat
-from jax_sft.data.formats import Conversation
-from jax_sft.data.printed import missing_part
+from jax_sft.data.chat import encoding
+from jax_sft.data.chat.printed import missing_part
+from jax_sft.data.sources.formats import Conversation
 from tests.test_chat import load, templated  # noqa: F401
 
 ARGUMENTS = {
@@ -68,7 +68,7 @@ def encoded(templated, calls: str, arguments: dict):  # noqa: F811
         {"role": "user", "content": "and then"},
         {"role": "assistant", "content": "done"},
     ]
-    return chat.Encoder(tokenizer, chat.Options()).encode([Conversation(messages, None)])[0]
+    return encoding.Encoder(tokenizer, encoding.Options()).encode([Conversation(messages, None)])[0]
 
 
 @pytest.mark.parametrize("printed", PRINTED)

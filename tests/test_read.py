@@ -23,7 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jax_sft import config
-from jax_sft.data import json_rows, read, tables
+from jax_sft.data.sources import json_rows, read, tables
 
 ROWS = [{"prompt": f"ask {n}", "response": f"answer {n}"} for n in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -211,7 +211,7 @@ def test_a_hub_data_set_is_read_from_its_cached_files(write, tmp_path, monkeypat
 
 
 def test_importing_the_reader_does_not_load_datasets():
-    code = "import sys, jax_sft.data.read; sys.exit('datasets' in sys.modules)"
+    code = "import sys, jax_sft.data.sources.read; sys.exit('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -854,7 +854,7 @@ def test_links_in_a_circle_do_not_hang_a_glob(tmp_path, write):
 MEASURE = """
 import re, sys
 from jax_sft import config
-from jax_sft.data import read
+from jax_sft.data.sources import read
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024
 source = config.source(sys.argv[1])

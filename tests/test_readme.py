@@ -12,13 +12,10 @@ README = (ROOT / "README.md").read_text()
 TREE = README.split("## Files")[1].split("##")[0]
 
 
-def test_the_file_tree_names_every_module():
-    modules = {f.name for f in (ROOT / "jax_sft").glob("*.py")} - {"__init__.py"}
-    assert set(re.findall(r"^      (\w+\.py) ", TREE, re.MULTILINE)) == modules
-    folders = {f.parent.name for f in (ROOT / "jax_sft").glob("*/__init__.py")}
-    assert set(re.findall(r"^      (\w+)/\s", TREE, re.MULTILINE)) == folders
-    inner = {f.name for f in (ROOT / "jax_sft" / "data").glob("*.py")} - {"__init__.py"}
-    assert set(re.findall(r"^        (\w+\.py) ", TREE, re.MULTILINE)) == inner
+def test_the_tree_names_every_command_file_and_package():
+    there = {f.name for f in (ROOT / "jax_sft").glob("*.py")} - {"__init__.py"}
+    there |= {f"{f.parent.name}/" for f in (ROOT / "jax_sft").glob("*/*.py")}
+    assert set(re.findall(r"^      (\w+(?:\.py|/)) ", TREE, re.MULTILINE)) == there
 
 
 @pytest.mark.parametrize("text", ["README.md", "BUILD.md"])

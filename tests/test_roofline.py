@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_sft import compute, models, parallel
-from jax_sft.model import ModelDef
+from jax_sft import hardware, models
 from jax_sft.models import llama, qwen2
-from jax_sft.planning import chips, flops, roofline
+from jax_sft.nn import compute
+from jax_sft.nn.model_def import ModelDef
+from jax_sft.planning import roofline, step_cost
+from jax_sft.sharding import parallel
 
 ROOT = Path(__file__).resolve().parent.parent
-H100 = chips.find("h100")
+H100 = hardware.find("h100")
 LLAMA_8B = {
     **{"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336},
     **{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
@@ -44,7 +46,7 @@ def tiny(tied: bool = False):
 @pytest.mark.parametrize("tied", [False, True])
 def test_model_flops_by_part_are_those_counted_by_hand(tied):
     rows, dims = tiny(tied)
-    found = flops.model_flops(rows, dims, tied, tokens=100, pairs=700, trained_tokens=30)
+    found = step_cost.model_flops(rows, dims, tied, tokens=100, pairs=700, trained_tokens=30)
     # Per layer: q and out 4 x 12 each, k and v 4 x 6 each; gate, up and down 4 x 5 each. Six FLOPs
     # per weight and token; four per pair, head and dimension, and twice that backward.
     assert found == {
@@ -75,7 +77,7 @@ def test_remat_adds_the_forward_of_what_it_does_not_keep(remat, offload, project
     model = {"embedding": 0.0, "attention_projections": 3 * 144.0, "mlp": 3 * 60.0}
     model |= {"attention_scores": 3 * 200.0, "head": 9.0}
     forward = {part: of_part / 3 for part, of_part in model.items()}
-    assert flops.hardware_flops(model, forward, dims, remat, offload) == pytest.approx(
+    assert step_cost.hardware_flops(model, forward, dims, remat, offload) == pytest.approx(
         {
             "embedding": 0,
             "attention_projections": 3 * 144 + projections,
@@ -91,11 +93,11 @@ def test_an_unknown_remat_policy_is_refused_as_the_model_refuses_it():
     _, dims = tiny()
     for remat in ("fulll", "qkv,mpl"):
         with pytest.raises(ValueError, match="unknown: use .*'full'"):
-            flops.recomputed(dims, remat)
+            step_cost.recomputed(dims, remat)
         with pytest.raises(ValueError, match="model.remat"):
             compute.policy(remat)
     for name in (*compute.NAMES, "none", "dots", "attn", "full"):
-        flops.recomputed(dims, name)
+        step_cost.recomputed(dims, name)
         compute.policy(name)
 
 
@@ -124,8 +126,8 @@ def test_recomputation_is_what_the_compiler_is_left_with():
         return analysis["flops"]  # of the loop over layers, one pass
 
     tokens = 256 * 1 / 2  # one of two layers
-    model = flops.model_flops(family.weights(cfg), cfg.dims, cfg.tied, tokens, 0, 0)
-    full, kept = (flops.recomputed(cfg.dims, remat) for remat in ("full", "qkv,mlp"))
+    model = step_cost.model_flops(family.weights(cfg), cfg.dims, cfg.tied, tokens, 0, 0)
+    full, kept = (step_cost.recomputed(cfg.dims, remat) for remat in ("full", "qkv,mlp"))
     predicted = sum((full[part] - kept[part]) * model[part] / 3 for part in full)
     assert predicted == 2 * 256 * (256 * 512 + 2 * 256 * 1024)  # q, k, v and gate, up
     found = compiled_flops("full") - compiled_flops("qkv,mlp")
@@ -136,7 +138,7 @@ def test_recomputation_is_what_the_compiler_is_left_with():
 
 
 def report_of(lengths: np.ndarray, seq_len: int, drops: bool) -> dict:
-    """What data.prepare.describe says of these lengths."""
+    """What data.tokens.prepare.describe says of these lengths."""
     kept = lengths[lengths <= seq_len] if drops else np.minimum(lengths, seq_len)
     points = np.percentile(lengths, (5, 50, 95, 99), method="inverted_cdf")
     named = dict(zip(("p5", "p50", "p95", "p99"), map(int, points), strict=True))
@@ -151,11 +153,11 @@ def report_of(lengths: np.ndarray, seq_len: int, drops: bool) -> dict:
 
 
 def test_without_a_report_rows_are_one_segment_and_say_so():
-    row = flops.segment_pairs(None, 4096)
+    row = step_cost.segment_pairs(None, 4096)
     assert (row.tokens, row.trained) == (4096, 4096)
     assert row.pairs == sum(range(1, 4097))
     assert "upper bound" in row.source
-    assert flops.segment_pairs({}, 4096) == flops.full_row(4096) == row
+    assert step_cost.segment_pairs({}, 4096) == step_cost.full_row(4096) == row
 
 
 @pytest.mark.parametrize("seq_len", [512, 2048])
@@ -165,7 +167,7 @@ def test_pairs_from_percentiles_are_near_those_of_the_lengths(seq_len, drops, sp
     lengths = np.random.default_rng(0).lognormal(5.5, spread, 20_000).astype(int) + 1
     report = report_of(lengths, seq_len, drops)
     kept = lengths[lengths <= seq_len] if drops else np.minimum(lengths, seq_len)
-    row = flops.segment_pairs({"a": report}, seq_len)
+    row = step_cost.segment_pairs({"a": report}, seq_len)
     true = (kept * (kept + 1) / 2).sum() / kept.sum() * seq_len
     assert row.pairs == pytest.approx(true, rel=0.12)
     assert row.trained == pytest.approx(seq_len / 4, rel=1e-3)
@@ -177,7 +179,7 @@ def test_equal_lengths_and_two_sources_are_exact():
         name: report_of(np.full(number, length), 4096, False)
         for name, number, length in (("short", 300, 100), ("long", 10, 2000))
     }
-    row = flops.segment_pairs(same, 4096)
+    row = step_cost.segment_pairs(same, 4096)
     pairs, tokens = 300 * 5050 + 10 * 2_001_000, 300 * 100 + 10 * 2000
     assert row.pairs == pytest.approx(pairs / tokens * 4096, rel=0.01)
 
@@ -185,21 +187,21 @@ def test_equal_lengths_and_two_sources_are_exact():
 def test_a_source_of_which_nothing_is_kept_does_not_count():
     empty = report_of(np.full(10, 5000), 4096, True)
     assert empty["kept"] == 0
-    assert flops.segment_pairs({"a": empty}, 4096) == flops.full_row(4096)
-    row = flops.segment_pairs({"a": empty, "b": report_of(np.full(9, 64), 4096, True)}, 4096)
+    assert step_cost.segment_pairs({"a": empty}, 4096) == step_cost.full_row(4096)
+    row = step_cost.segment_pairs({"a": empty, "b": report_of(np.full(9, 64), 4096, True)}, 4096)
     assert row.pairs == pytest.approx(64 * 65 / 2 / 64 * 4096, rel=0.02)
 
 
 # ---- time --------------------------------------------------------------------------------------
 
 
-def cost_of(row=None, **changes) -> flops.StepCost:
+def cost_of(row=None, **changes) -> step_cost.StepCost:
     """Llama-3-8B, 16 rows of 4096 trained tokens."""
     cfg = llama.Config.from_hf(LLAMA_8B)
     options = {"num_rows": 16, "micro_batches": 1, "remat": "none", "attention": "cudnn"}
     options |= {"sizes": dict.fromkeys(parallel.AXES, 1) | {"fsdp": 8}} | changes
-    row = row or flops.full_row(4096)
-    return flops.step_cost(llama.weights(cfg), cfg.dims, cfg.tied, row, **options)
+    row = row or step_cost.full_row(4096)
+    return step_cost.step_cost(llama.weights(cfg), cfg.dims, cfg.tied, row, **options)
 
 
 def fsdp_traffic(**changes) -> list[roofline.Traffic]:
@@ -235,7 +237,7 @@ def test_a_step_is_the_sum_of_its_parts_and_every_rate_follows_from_it():
 
 
 def test_fewer_trained_tokens_cost_less_and_only_one_mfu_counts_them():
-    full = flops.full_row(4096)
+    full = step_cost.full_row(4096)
     tenth = dataclasses.replace(full, trained=409.6)
     whole, part = (roofline.predict(cost_of(row), H100, 8, 1, []) for row in (full, tenth))
     assert part.step_time_s < whole.step_time_s
@@ -249,16 +251,16 @@ def test_fewer_trained_tokens_cost_less_and_only_one_mfu_counts_them():
 
 def test_the_head_pays_for_its_last_chunk_once_per_pass_and_for_nothing_where_nothing_trains():
     unit = 6 * 128256 * 4096
-    few = dataclasses.replace(flops.full_row(4096), trained=100)
+    few = dataclasses.replace(step_cost.full_row(4096), trained=100)
     once, four = (cost_of(few, micro_batches=n).hardware["head"] for n in (1, 4))
     assert once == unit * (1600 + 8 * 128) and four == unit * (1600 + 4 * 8 * 128)
     none = dataclasses.replace(few, trained=0)
     assert cost_of(none).hardware["head"] == 0
-    assert (flops.HEAD_CHUNK, flops.LAST_HEAD_CHUNK) == (1024, 256)
+    assert (step_cost.HEAD_CHUNK, step_cost.LAST_HEAD_CHUNK) == (1024, 256)
 
 
 def test_padding_takes_time_and_gives_no_mfu():
-    full = flops.full_row(4096)
+    full = step_cost.full_row(4096)
     padded = dataclasses.replace(full, slots=8192)
     whole, half = (roofline.predict(cost_of(row), H100, 8, 1, []) for row in (full, padded))
     assert half.compute["mlp"] == 2 * whole.compute["mlp"]
@@ -275,8 +277,8 @@ def test_padding_takes_time_and_gives_no_mfu():
     ],
 )
 def test_a_backend_pays_for_the_pairs_that_it_does_not_skip(attention, forward, backward):
-    row = flops.RowWork(slots=4096, tokens=4096, pairs=1000, trained=10, source="")
-    assert flops.computed_pairs(attention, 3, row) == (3 * forward, 3 * backward)
+    row = step_cost.RowWork(slots=4096, tokens=4096, pairs=1000, trained=10, source="")
+    assert step_cost.computed_pairs(attention, 3, row) == (3 * forward, 3 * backward)
     found = cost_of(row, attention=attention).hardware
     unit = 4 * 32 * 32 * 128 * 16
     assert found["attention_forward"] == pytest.approx(unit * forward)
@@ -326,7 +328,10 @@ def test_assumptions_name_the_network_only_where_it_is_used():
 
 
 def test_the_arithmetic_does_not_load_jax():
-    code = "import sys; from jax_sft.planning import page, roofline; sys.exit('jax' in sys.modules)"
+    code = (
+        "import sys; from jax_sft.report import plan_page; from jax_sft.planning import roofline; "
+    )
+    code += "sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -15,24 +15,17 @@ import numpy as np
 import pytest
 
 import jax_sft
-from jax_sft import (
-    checkpoint,
-    config,
-    exit_codes,
-    hf,
-    models,
-    optim,
-    parallel,
-    placement,
-    state,
-    stop_tokens,
-    storage,
-)
-from jax_sft.data.loader import Loader
-from jax_sft.data.prepare import prepare
-from jax_sft.model import ModelDef
-from jax_sft.ops import attention
-from jax_sft.step import make_train_step, value_and_grad
+from jax_sft import config, models
+from jax_sft.checkpoint import orbax_io, saving, stop_tokens
+from jax_sft.data.batches.loader import Loader
+from jax_sft.data.tokens.prepare import prepare
+from jax_sft.nn.model_def import ModelDef
+from jax_sft.ops.attention import dispatch
+from jax_sft.runtime import exit_codes
+from jax_sft.sharding import parallel
+from jax_sft.training import optim, state
+from jax_sft.training.step import make_train_step, value_and_grad
+from jax_sft.weights import hf_reader, placement
 
 MESHES = [
     (8, 1, 1, 1),
@@ -71,8 +64,8 @@ def on_mesh(cfg, sizes: tuple[int, ...], attention: str = "auto"):
         remat=cfg.model.remat,
     )
     dims, rows = model_def.cfg.dims, model_def.rows
-    tensors = hf.check(folder, rows, dims, model_def.cfg.tied)
-    params = hf.load(
+    tensors = hf_reader.check(folder, rows, dims, model_def.cfg.tied)
+    params = hf_reader.load(
         tensors, rows, dims, placement.shardings(rows, mesh), np.float32, progress=False
     )
     examples = prepare(cfg.data.train, folder, cfg.data, progress=False)
@@ -147,7 +140,7 @@ def test_attention_is_tested_with_the_window_and_soft_cap_that_the_model_has(
     def self_test(name, *, has_window, has_soft_cap, **shape):
         raise InterruptedError(f"{has_window=} {has_soft_cap=}")
 
-    monkeypatch.setattr(attention, "self_test", self_test)
+    monkeypatch.setattr(dispatch, "self_test", self_test)
     cfg = make_config(make_model(model_type=family, sliding_window=window))
     assert cfg.data.seq_len == 128
     with pytest.raises(InterruptedError, match=f"={is_tested} has_soft_cap={is_capped}"):
@@ -226,14 +219,14 @@ def test_a_stopped_run_goes_on_with_bitwise_the_same_losses(make_config, tmp_pat
 def train_until_saved(cfg, workdir: Path) -> None:
     """Train until the first checkpoint is there."""
     with pytest.MonkeyPatch.context() as patch:
-        real_save = jax_sft.train.checkpoint.Checkpoints.save
+        real_save = jax_sft.train.saving.Checkpoints.save
 
         def save_and_stop(checkpoints, *args, **options):
             real_save(checkpoints, *args, **options)
             checkpoints.close()
             raise KeyboardInterrupt
 
-        patch.setattr(jax_sft.train.checkpoint.Checkpoints, "save", save_and_stop)
+        patch.setattr(jax_sft.train.saving.Checkpoints, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             jax_sft.train(cfg, workdir)
 
@@ -312,7 +305,7 @@ def test_a_run_leaves_what_it_promises_and_its_export_loads(make_config, tmp_pat
     generation = json.loads((tmp_path / "run/export/generation_config.json").read_text())
     assert generation == {"do_sample": False, "eos_token_id": 258}
     # Another run that starts from these checkpoints stops there, too.
-    kept = hf.resolve(str(tmp_path / "run/checkpoints"))
+    kept = hf_reader.resolve(str(tmp_path / "run/checkpoints"))
     assert stop_tokens.inherited(kept) == {258: 60} and stop_tokens.inherited(tmp_path) == {}
 
 
@@ -328,12 +321,12 @@ def test_a_run_goes_on_when_saves_fail_and_says_at_its_end_what_is_not_saved(
     make_config, tmp_path, monkeypatch, capsys
 ):
     def fail(*_):
-        raise storage.Failed("OSError: No space left on device")
+        raise orbax_io.Failed("OSError: No space left on device")
 
-    monkeypatch.setattr(storage, "start_saving", fail)
-    monkeypatch.setattr(checkpoint, "PAUSES_S", (0, 0, 0))
+    monkeypatch.setattr(orbax_io, "start_saving", fail)
+    monkeypatch.setattr(saving, "PAUSES_S", (0, 0, 0))
     cfg = make_config(**{"train.steps": 3, "checkpoint.every_steps": 1})
-    with pytest.raises(checkpoint.NotSaved, match="step 3 could not be saved") as ended:
+    with pytest.raises(saving.NotSaved, match="step 3 could not be saved") as ended:
         jax_sft.train(cfg, tmp_path / "run")
     assert exit_codes.of(ended.value) == exit_codes.NOT_SAVED
     assert capsys.readouterr().out.count("No space left on device") == 5  # the last one 3 times
@@ -348,7 +341,7 @@ def test_a_run_with_another_config_or_data_is_refused_before_weights_are_read(
 ):
     cfg = make_config(**{"train.steps": 2})
     jax_sft.train(cfg, tmp_path / "run")
-    monkeypatch.setattr(hf, "load", None)
+    monkeypatch.setattr(hf_reader, "load", None)
     cfg.train.steps, cfg.optimizer.learning_rate = 4, 1e-5
     with pytest.raises(ValueError, match=r"learning_rate: 0.001 -> 1e-05\n  train.steps: 2 -> 4\n"):
         jax_sft.train(cfg, tmp_path / "run")

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from jax_sft import owner, run_lock
-from jax_sft.run_lock import NAME, Refused, RunLock
+from jax_sft.files import owner, run_lock
+from jax_sft.files.run_lock import NAME, Refused, RunLock
 
 
 @pytest.fixture(autouse=True)

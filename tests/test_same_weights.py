@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jax_sft import cluster, model_files, same_weights
+from jax_sft.checkpoint import model_files, same_weights
+from jax_sft.hosts import cluster
 
 
 @pytest.fixture

@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from jax_sft import models, parallel, placement
-from jax_sft.hf import read_json
-from jax_sft.model import ModelDef
+from jax_sft import models
+from jax_sft.nn.model_def import ModelDef
 from jax_sft.planning.analysis import imbalance
-from jax_sft.step import value_and_grad
+from jax_sft.sharding import parallel
+from jax_sft.training.step import value_and_grad
+from jax_sft.weights import placement
+from jax_sft.weights.hf_reader import read_json
 
 
 def striped(sequence: int, num_tokens: int, **sizes) -> np.ndarray:

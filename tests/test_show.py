@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_sft import tiny
-from jax_sft.data import show
+from jax_sft.report import data_page
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "tokenizers"
 REPLACEMENT = "\ufffd"
@@ -52,14 +52,14 @@ def ids_of(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def pieces_of(tokenizer, *parts: tuple[str, float]) -> list[show.Piece]:
+def pieces_of(tokenizer, *parts: tuple[str, float]) -> list[data_page.Piece]:
     """Pieces of a text given as (text, weight) parts, each tokenized by itself."""
     ids, weights = [], []
     for text, weight in parts:
         new = ids_of(tokenizer, text)
         ids += new
         weights += [weight] * len(new)
-    return show.pieces(tokenizer, ids, weights)
+    return data_page.pieces(tokenizer, ids, weights)
 
 
 class Reader(html.parser.HTMLParser):
@@ -97,9 +97,13 @@ class Reader(html.parser.HTMLParser):
 def test_halves_of_a_character_are_shown_together_with_the_right_weight(byte_tokenizer):
     found = pieces_of(byte_tokenizer, ("é✓", 0), ("👩‍🚀a", 1), ("<|im_end|>", 1), ("\n", 0))
     assert found == [
-        *(show.Piece("é", 0.0), show.Piece("✓", 0.0)),
-        *(show.Piece("👩", 1.0), show.Piece("\u200d", 1.0), show.Piece("🚀", 1.0)),
-        *(show.Piece("a", 1.0), show.Piece("<|im_end|>", 1.0, special=True), show.Piece("\n", 0.0)),
+        *(data_page.Piece("é", 0.0), data_page.Piece("✓", 0.0)),
+        *(data_page.Piece("👩", 1.0), data_page.Piece("\u200d", 1.0), data_page.Piece("🚀", 1.0)),
+        *(
+            data_page.Piece("a", 1.0),
+            data_page.Piece("<|im_end|>", 1.0, special=True),
+            data_page.Piece("\n", 0.0),
+        ),
     ]
 
 
@@ -107,7 +111,7 @@ def test_a_replacement_character_of_the_text_is_kept_and_none_is_added(byte_toke
     text = f"a{REPLACEMENT}{REPLACEMENT}b {REPLACEMENT}"
     found = pieces_of(byte_tokenizer, (text, 1), ("<|im_end|>", 1))
     assert "".join(piece.text for piece in found) == text + "<|im_end|>"
-    assert found[-1] == show.Piece("<|im_end|>", 1.0, special=True)
+    assert found[-1] == data_page.Piece("<|im_end|>", 1.0, special=True)
 
 
 def test_a_long_text_of_replacement_characters_takes_no_quadratic_time(byte_tokenizer):
@@ -117,7 +121,7 @@ def test_a_long_text_of_replacement_characters_takes_no_quadratic_time(byte_toke
         calls.append(len(part))
         return REPLACEMENT * -(-len(part) // 3)
 
-    assert show._whole_characters(decode, [], [7] * 30_000, 30_000) == (
+    assert data_page._whole_characters(decode, [], [7] * 30_000, 30_000) == (
         30_000,
         REPLACEMENT * 10_000,
     )
@@ -127,23 +131,27 @@ def test_a_long_text_of_replacement_characters_takes_no_quadratic_time(byte_toke
 def test_a_character_cut_by_a_change_of_weight_is_shown_on_both_sides(byte_tokenizer):
     ids = ids_of(byte_tokenizer, "xéy")
     assert len(ids) == 4
-    found = show.pieces(byte_tokenizer, ids, [0, 0, 1, 1])
+    found = data_page.pieces(byte_tokenizer, ids, [0, 0, 1, 1])
     assert found == [
-        *(show.Piece("x", 0.0), show.Piece(REPLACEMENT, 0.0), show.Piece(REPLACEMENT + "y", 1.0))
+        *(
+            data_page.Piece("x", 0.0),
+            data_page.Piece(REPLACEMENT, 0.0),
+            data_page.Piece(REPLACEMENT + "y", 1.0),
+        )
     ]
 
 
 def test_a_token_that_the_tokenizer_does_not_know_is_shown_by_its_number(byte_tokenizer):
-    found = show.pieces(byte_tokenizer, [64, 5000, 65, 5001], [0, 1, 1, 1])
+    found = data_page.pieces(byte_tokenizer, [64, 5000, 65, 5001], [0, 1, 1, 1])
     assert found == [
-        *(show.Piece("a", 0.0), show.Piece("⟨token 5000⟩", 1.0, special=True)),
-        *(show.Piece("b", 1.0), show.Piece("⟨token 5001⟩", 1.0, special=True)),
+        *(data_page.Piece("a", 0.0), data_page.Piece("⟨token 5000⟩", 1.0, special=True)),
+        *(data_page.Piece("b", 1.0), data_page.Piece("⟨token 5001⟩", 1.0, special=True)),
     ]
 
 
 def test_words_keep_the_space_that_a_decoder_drops_at_the_start(word_tokenizer):
     ids = [1, 301, 302, *(3 + byte for byte in "✓".encode()), 304, 301, 2]
-    found = show.pieces(word_tokenizer, ids, [0, 0, 1, 1, 1, 1, 1, 1, 1])
+    found = data_page.pieces(word_tokenizer, ids, [0, 0, 1, 1, 1, 1, 1, 1, 1])
     assert [(piece.text, piece.weight, piece.special) for piece in found] == [
         *(("<s>", 0.0, True), (" hello", 0.0, False), (" world", 1.0, False)),
         *(("✓", 1.0, False), ("  ", 1.0, False), (" hello", 1.0, False), ("</s>", 1.0, True)),
@@ -158,8 +166,8 @@ def test_pieces_join_to_the_text_and_marks_to_what_trains(byte_tokenizer, parts)
     assert "".join(piece.text for piece in found) == "".join(text for text, _ in parts)
     trained = "".join(piece.text for piece in found if piece.weight)
     assert trained == "".join(text for text, weight in parts if weight)
-    reader = Reader(show.segment_html(found, boundaries=False))
-    assert "".join(reader.marked) == show.visible(trained)
+    reader = Reader(data_page.segment_html(found, boundaries=False))
+    assert "".join(reader.marked) == data_page.visible(trained)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "smollm2"])
@@ -181,28 +189,28 @@ def test_plain_text_marks_what_trains_and_shows_newlines(byte_tokenizer):
     found = pieces_of(
         byte_tokenizer, ("ask\n", 0), ("one\ntwo", 1), ("<|im_end|>", 1), ("\n", 0), ("c", 0.5)
     )
-    plain = show.segment_text(found, color=False, boundaries=False)
+    plain = data_page.segment_text(found, color=False, boundaries=False)
     assert plain == "ask⏎\n⟦one⏎\ntwo<|im_end|>⟧⏎\n⟦c⟧×0.5"
-    plain = show.segment_text(found[-4:], color=False, boundaries=True)
+    plain = data_page.segment_text(found[-4:], color=False, boundaries=True)
     assert plain == "⟦o▏<|im_end|>⟧▏⏎\n▏⟦c⟧×0.5"
 
 
 def test_text_with_our_own_marks_or_terminal_codes_cannot_look_trained(byte_tokenizer):
     found = pieces_of(byte_tokenizer, ("\x1b[42mx⟦y⟧\x9b\u202ez\r\x00", 0))
-    plain = show.segment_text(found, color=False, boundaries=False)
+    plain = data_page.segment_text(found, color=False, boundaries=False)
     assert plain == ("⟨U+001B⟩[42mx⟨U+27E6⟩y⟨U+27E7⟩⟨U+009B⟩⟨U+202E⟩z⟨U+000D⟩⟨U+0000⟩")
-    colored = show.segment_text(found, color=True, boundaries=False)
+    colored = data_page.segment_text(found, color=True, boundaries=False)
     assert "\x1b" not in colored and "⟦y⟧" in colored
-    title = show.to_text(show.Block("a\x1b[42m⟦", []), color=False, boundaries=False)
+    title = data_page.to_text(data_page.Block("a\x1b[42m⟦", []), color=False, boundaries=False)
     assert "\x1b" not in title and "⟦" not in title
 
 
 def test_colours_begin_and_end_on_each_line(byte_tokenizer):
     found = pieces_of(byte_tokenizer, ("a\n", 0), ("b\nc", 1), ("<|im_end|>", 1), ("d", 0))
-    colored = show.segment_text(found, color=True, boundaries=False)
-    green, strong = show.STYLES[True, False], show.STYLES[True, True]
+    colored = data_page.segment_text(found, color=True, boundaries=False)
+    green, strong = data_page.STYLES[True, False], data_page.STYLES[True, True]
     assert colored == (
-        f"a⏎\n{green}b⏎{show.RESET}\n{green}c{show.RESET}{strong}<|im_end|>{show.RESET}d"
+        f"a⏎\n{green}b⏎{data_page.RESET}\n{green}c{data_page.RESET}{strong}<|im_end|>{data_page.RESET}d"
     )
     for line in colored.split("\n"):
         assert len(re.findall(r"\x1b\[0m", line)) * 2 == len(re.findall(r"\x1b\[", line))
@@ -211,16 +219,16 @@ def test_colours_begin_and_end_on_each_line(byte_tokenizer):
 def test_html_marks_exactly_what_trains_and_keeps_hostile_text_as_text(byte_tokenizer):
     hostile = "</mark></div><script>alert('x')</script><img src=http://a.b onerror=x>&lt;"
     found = pieces_of(byte_tokenizer, (hostile, 0), ("yes" + hostile, 1), ("<|im_end|>", 1))
-    segment = show.Segment(hostile, found)
-    overview = show.Overview(
+    segment = data_page.Segment(hostile, found)
+    overview = data_page.Overview(
         **{"title": hostile, "table": hostile, "packing": [hostile], "verdict": [hostile]},
         charts=[(hostile, np.arange(3), hostile)],
-        examples=[show.Block(hostile, [segment])],
-        rows=[show.Block(hostile, [segment])],
+        examples=[data_page.Block(hostile, [segment])],
+        rows=[data_page.Block(hostile, [segment])],
         left_out=[(hostile, 2, [hostile])],
         is_refused=True,
     )
-    reader = Reader(show.page(overview, boundaries=False))
+    reader = Reader(data_page.page(overview, boundaries=False))
     assert [text for text in reader.marked if "yes" in text] == ["yes" + hostile + "<|im_end|>"] * 2
     assert reader.texts == [hostile + "yes" + hostile + "<|im_end|>"] * 2
     names = {name for name, _ in reader.elements}
@@ -231,7 +239,7 @@ def test_html_marks_exactly_what_trains_and_keeps_hostile_text_as_text(byte_toke
 
 def test_html_shows_weights_boundaries_and_every_newline(byte_tokenizer):
     found = pieces_of(byte_tokenizer, ("\n\na", 0), ("b", 0.5))
-    page = show.segment_html(found, boundaries=True)
+    page = data_page.segment_html(found, boundaries=True)
     newline = '<span class="nl">\n</span>'
     assert page == (
         f'{newline}<i></i>{newline}<i></i>a<i></i><mark class="part" title="weight 0.5">b</mark>'
@@ -241,10 +249,10 @@ def test_html_shows_weights_boundaries_and_every_newline(byte_tokenizer):
 
 def test_a_histogram_counts_every_value():
     values = np.array([0, 1, 1, 5, 100])
-    chart = show.chart_html("lengths <b>", values, " tokens", bins=10)
+    chart = data_page.chart_html("lengths <b>", values, " tokens", bins=10)
     reader = Reader(chart)
     assert [tag for tag, _ in reader.elements].count("rect") == 2
     assert re.findall(r"<title>([^<]*)<", chart) == ["0 to 10 tokens: 4", "90 to 100 tokens: 1"]
     assert "lengths &lt;b&gt;" in chart
-    assert show.chart_html("none", np.array([]), "") == ""
-    assert "nan" not in show.chart_html("zeros", np.zeros(3), "").lower()
+    assert data_page.chart_html("none", np.array([]), "") == ""
+    assert "nan" not in data_page.chart_html("zeros", np.zeros(3), "").lower()

@@ -21,9 +21,10 @@ import pytest
 from jax._src.array import ArrayImpl  # where all that brings an array to the host ends up
 
 import jax_sft
-from jax_sft import cache_folder, compilation_cache
-from jax_sft.data.loader import Loader
-from jax_sft.program import Program, program
+from jax_sft.data.batches.loader import Loader
+from jax_sft.files import cache_folder
+from jax_sft.hosts import compilation_cache
+from jax_sft.training.program import Program, program
 
 train = importlib.import_module("jax_sft.train")  # not the function of that name
 

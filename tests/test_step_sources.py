@@ -7,11 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from jax_sft import config, hf, models, optim, parallel, placement, state, tiny
-from jax_sft.data.examples import Encoded, Examples
-from jax_sft.data.loader import Loader
-from jax_sft.model import ModelDef
-from jax_sft.step import make_eval_step, make_train_step, no_sums, value_and_grad
+from jax_sft import config, models, tiny
+from jax_sft.data.batches.examples import Encoded, Examples
+from jax_sft.data.batches.loader import Loader
+from jax_sft.nn.model_def import ModelDef
+from jax_sft.sharding import parallel
+from jax_sft.training import optim, state
+from jax_sft.training.step import make_eval_step, make_train_step, no_sums, value_and_grad
+from jax_sft.weights import hf_reader, placement
 
 MESHES = [(8, 1, 1, 1), (1, 2, 2, 2)]
 NUM_SOURCES = 3
@@ -39,13 +42,13 @@ def on_mesh(folder: Path, sizes: tuple[int, ...], per_source: bool):
     """(model_def, params, first batch, mesh)."""
     devices = jax.devices()[: int(np.prod(sizes))]
     mesh = parallel.make_mesh(dict(zip(parallel.AXES, sizes, strict=True)), devices)
-    raw = hf.read_json(folder / "config.json")
+    raw = hf_reader.read_json(folder / "config.json")
     family = models.find(raw["model_type"])
     model_def = ModelDef.of(family, family.Config.from_hf(raw), dtype="float32")
     rows, dims = model_def.rows, model_def.cfg.dims
-    tensors = hf.check(folder, rows, dims, model_def.cfg.tied)
+    tensors = hf_reader.check(folder, rows, dims, model_def.cfg.tied)
     shardings = placement.shardings(rows, mesh)
-    params = hf.load(tensors, rows, dims, shardings, np.float32, progress=False)
+    params = hf_reader.load(tensors, rows, dims, shardings, np.float32, progress=False)
     cfg = config.default()
     cfg.data.seq_len = 64
     options = {"rows": 16, "micro_rows": 8, "mesh": mesh, "shuffle": True, "seed": 0}

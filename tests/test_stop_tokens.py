@@ -9,7 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 import jax_sft
-from jax_sft import hf_convert, hf_export, hf_verify, peft, steps, stop_tokens, tiny
+from jax_sft import export_check, tiny
+from jax_sft.adapters import peft
+from jax_sft.checkpoint import from_hf, stop_tokens, to_hf
+from jax_sft.files import step_folders
 
 OLD, NEW, RARE = 256, 258, 257  # <|endoftext|>, <|im_end|>, <|im_start|>
 ABSENT = object()
@@ -101,7 +104,7 @@ def base(tmp_path_factory) -> Path:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     tiny.write_model(folder, tiny.CONFIG | sizes | {"eos_token_id": OLD})
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": OLD}) + "\n")
-    return hf_convert.convert(folder, folder.parent / "checkpoints", progress=False)
+    return from_hf.convert(folder, folder.parent / "checkpoints", progress=False)
 
 
 @pytest.fixture
@@ -109,9 +112,11 @@ def trained(base, monkeypatch):
     """Let the step say which tokens end trained turns."""
 
     def trained(ends):
-        found = steps.metadata
+        found = step_folders.metadata
         monkeypatch.setattr(
-            steps, "metadata", lambda folder: found(folder) | ({"turn_ends": ends} if ends else {})
+            step_folders,
+            "metadata",
+            lambda folder: found(folder) | ({"turn_ends": ends} if ends else {}),
         )
         return base
 
@@ -149,11 +154,11 @@ def test_a_checkpoint_that_does_not_say_how_turns_end_is_exported_as_it_was(
         assert (tmp_path / "out" / name).read_bytes() == before
     monkeypatch.setattr(sys, "argv", [])
     with pytest.raises(ValueError, match="leave out --tokenizer-eos"):
-        hf_export.export(base, tmp_path / "other", tokenizer_eos=True, progress=False)
+        to_hf.export(base, tmp_path / "other", tokenizer_eos=True, progress=False)
     assert not (tmp_path / "other").exists()
 
 
-class AdapterPlan(hf_export.Plan):
+class AdapterPlan(to_hf.Plan):
     """A plan of adapters, whose model's files lie in `folder` itself."""
 
     is_adapter = True
@@ -168,7 +173,7 @@ def test_a_folder_of_adapters_gets_the_stops_that_the_model_lacks(tmp_path, monk
     for name, ends, kept in (("a", {NEW: 1}, True), ("b", {OLD: 1}, False)):
         (folder := tmp_path / name).mkdir()
         write(folder, OLD, OLD)
-        plan = hf_export.Plan(**dict.fromkeys(f.name for f in dataclasses.fields(hf_export.Plan)))
+        plan = to_hf.Plan(**dict.fromkeys(f.name for f in dataclasses.fields(to_hf.Plan)))
         planned = AdapterPlan(
             **vars(plan)
             | {
@@ -183,7 +188,7 @@ def test_a_folder_of_adapters_gets_the_stops_that_the_model_lacks(tmp_path, monk
         )
         assert ("vLLM: --generation-config" in planned.stop_line) == kept
         stop_tokens.write(folder, planned.stops)
-        hf_export._describe_adapter(planned, folder)
+        to_hf._describe_adapter(planned, folder)
         assert (folder / "generation_config.json").exists() == kept
         assert not (folder / "config.json").exists()
 
@@ -201,7 +206,7 @@ def test_a_damaged_table_of_added_tokens_costs_their_names_only(tmp_path, entry)
 
 
 def test_an_answer_fails_only_behind_a_trained_end():
-    ended = hf_verify.Answer("hi<|im_end|>", (1, NEW), (OLD, NEW))
+    ended = export_check.Answer("hi<|im_end|>", (1, NEW), (OLD, NEW))
     assert ended.line == "a sample answer ends after 2 tokens: 'hi<|im_end|>'"
-    assert "WARNING the stop tokens are right" in hf_verify.Answer("hi", (1,), (NEW,)).line
-    assert "no stop token" in hf_verify.Answer("hi", (1,)).line
+    assert "WARNING the stop tokens are right" in export_check.Answer("hi", (1,), (NEW,)).line
+    assert "no stop token" in export_check.Answer("hi", (1,)).line

@@ -9,8 +9,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_sft import metrics
-from jax_sft.planning import chips, hlo, hlo_collectives, hlo_loops, targets
+from jax_sft import hardware
+from jax_sft.planning import targets
+from jax_sft.planning.hlo import collectives, loops, parser
+from jax_sft.training import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -31,7 +33,7 @@ needs_plugin = pytest.mark.skipif(
 def test_chips_are_as_their_data_sheets_and_drivers_say(
     name, memory_gib, peak, hbm, nvlink, network
 ):
-    chip = chips.find(name)
+    chip = hardware.find(name)
     assert round(chip.memory_bytes / GIB, 2) == memory_gib
     assert (chip.peak_flops, chip.hbm_bytes_per_s) == (peak, hbm)
     assert (chip.nvlink_bytes_per_s, chip.network_bytes_per_s) == (nvlink, network)
@@ -39,17 +41,17 @@ def test_chips_are_as_their_data_sheets_and_drivers_say(
 
 def test_an_unknown_chip_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match=r"--target=h300: use one of \['h100', 'h200', 'b200', "):
-        chips.find("h300")
+        hardware.find("h300")
 
 
 def test_the_meter_measures_against_the_peak_that_the_plan_predicts_with():
-    for chip in chips.CHIPS.values():
+    for chip in hardware.CHIPS.values():
         first = next(peak for name, peak in metrics.PEAK_FLOPS.items() if name in chip.kind)
         assert first == chip.peak_flops
 
 
 def test_every_target_tells_its_own_numbers():
-    for chip in chips.CHIPS.values():
+    for chip in hardware.CHIPS.values():
         text = targets.target_config(chip)
         assert text.count("{") == text.count("}")
         assert int(re.findall(r"device_memory_size: (\d+)", text)[0]) == chip.memory_bytes
@@ -60,9 +62,9 @@ def test_every_target_tells_its_own_numbers():
 
 
 @needs_plugin
-@pytest.mark.parametrize("name", chips.CHIPS)
+@pytest.mark.parametrize("name", hardware.CHIPS)
 def test_a_sharded_function_compiles_for_every_chip(name):
-    chip = chips.find(name)
+    chip = hardware.find(name)
     devices = targets.topology(chip, hosts=2, gpus_per_host=8)
     assert [device.process_index for device in devices] == [0] * 8 + [1] * 8
     assert {device.device_kind for device in devices} == {chip.kind}
@@ -78,8 +80,8 @@ def test_a_sharded_function_compiles_for_every_chip(name):
     step = jax.jit(jax.value_and_grad(loss), out_shardings=(whole, split))
     compiled = step.lower(w, x).compile(compiler_options=targets.compiler_options())
     text = compiled.as_text()
-    module = hlo.parse(text)
-    transfers = hlo_collectives.collectives(module, hlo_loops.executions(module))
+    module = parser.parse(text)
+    transfers = collectives.collectives(module, loops.executions(module))
     # Whether a gather blocks or has a start and a done depends on the chip and on jaxlib.
     assert {"all-gather", "reduce-scatter"} <= {transfer.kind for transfer in transfers}
     assert "__cublas" in text and "__triton_gemm" not in text
@@ -98,7 +100,7 @@ def test_no_environment_is_needed_to_compile():
 @pytest.mark.parametrize(("hosts", "gpus"), [(0, 8), (1, 0), (-1, 8)])
 def test_a_topology_of_no_devices_is_refused(hosts, gpus):
     with pytest.raises(ValueError, match=f"--hosts={hosts} --gpus-per-host={gpus}: use positive"):
-        targets.topology(chips.find("h200"), hosts, gpus)
+        targets.topology(hardware.find("h200"), hosts, gpus)
 
 
 # ---- what must be installed ------------------------------------------------------------------
@@ -151,7 +153,7 @@ def test_what_is_missing_is_named_with_the_remedy(monkeypatch, versions, message
     monkeypatch.setattr(targets, "cuda_folder", lambda: None)
     assert targets.plugin_problem() == message + "pip install -r requirements-plan.txt"
     with pytest.raises(ValueError, match=message):
-        targets.topology(chips.find("h200"), 1, 8)
+        targets.topology(hardware.find("h200"), 1, 8)
 
 
 def test_the_remedy_exists_and_allows_the_same_jax_as_training():

@@ -1,6 +1,6 @@
 """Lists of problems in messages."""
 
-from jax_sft.text import at_most, numbered
+from jax_sft.runtime.text import at_most, numbered
 
 
 def test_at_most_so_many_lines_and_how_many_more_there_are():

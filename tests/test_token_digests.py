@@ -20,10 +20,12 @@ import tokenizers
 import transformers
 
 from jax_sft import config, tiny
-from jax_sft.data import cache, chat, formats
-from jax_sft.data import store as store_module
-from jax_sft.data.chat_templates import SHIPPED
-from jax_sft.data.worker import TOKENS_VERSION
+from jax_sft.data.chat import encoding
+from jax_sft.data.chat.chat_templates import SHIPPED
+from jax_sft.data.sources import formats
+from jax_sft.data.tokens import cache
+from jax_sft.data.tokens import store as store_module
+from jax_sft.data.tokens.worker import TOKENS_VERSION
 
 FILE = Path(__file__).with_name("token_digests.json")
 COMMAND = f"python -m pytest tests/{Path(__file__).name} --update-token-digests"
@@ -232,7 +234,7 @@ class Cases:
         store = cache.open_or_build(
             config.source(file, **changes),
             self.model(model),
-            chat.Options(**(options or {})),
+            encoding.Options(**(options or {})),
             self._folder / "cache",
             1,
             stop_at_bad_row=False,

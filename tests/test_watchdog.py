@@ -6,8 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from jax_sft import cluster, exit_codes, watchdog
-from jax_sft.watchdog import Watchdog
+from jax_sft.hosts import cluster, watchdog
+from jax_sft.hosts.watchdog import Watchdog
+from jax_sft.runtime import exit_codes
 
 
 def wait_for(condition, seconds=10.0):

@@ -5,7 +5,9 @@ import re
 from typing import Any
 
 from jax_sft import config
-from jax_sft.data import chat_templates, formats, mixture, read
+from jax_sft.data.batches import mixture
+from jax_sft.data.chat import chat_templates
+from jax_sft.data.sources import formats, read
 
 CHOICES = {
     "overlong": ("raise", "drop", "truncate", "truncate_history"),

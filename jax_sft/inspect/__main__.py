@@ -30,7 +30,7 @@ from typing import Any
 # This file is not jax_sft/inspect.py, and its folder has no __init__.py, so that Python still finds
 # its own module `inspect` where jax_sft/ itself is on sys.path: `python jax_sft/train.py` puts it
 # there, and so does any script in that folder.
-from jax_sft import lifecycle
+from jax_sft.runtime import lifecycle
 
 if __name__ == "__main__":
     lifecycle.begin()
@@ -38,12 +38,19 @@ if __name__ == "__main__":
 import numpy as np
 from absl import app, flags
 
-from jax_sft import command, config, hf, outputs, stop_tokens, terminal
-from jax_sft.data import check, outcomes, packing, prepare, show
-from jax_sft.data.detokenize import Detokenizer
-from jax_sft.data.examples import Examples
-from jax_sft.data.loader import Schedule
-from jax_sft.text import numbered
+from jax_sft import config
+from jax_sft.checkpoint import stop_tokens
+from jax_sft.data import check, row_report
+from jax_sft.data.batches import packing
+from jax_sft.data.batches.examples import Examples
+from jax_sft.data.batches.loader import Schedule
+from jax_sft.data.tokens import prepare
+from jax_sft.data.tokens.detokenize import Detokenizer
+from jax_sft.files import outputs
+from jax_sft.report import data_page
+from jax_sft.runtime import command_line, terminal
+from jax_sft.runtime.text import numbered
+from jax_sft.weights import hf_reader
 
 EXIT_REFUSED = 1
 MOST_LEFT_OUT = 500  # refused and dropped rows listed per source; the dump has all
@@ -77,18 +84,18 @@ def inspect(cfg: config.Config, options: Options, color: bool) -> int:
         raise ValueError(numbered("the config has {} problem(s)", problems))
     html = options.html and outputs.check_file(options.html, outputs.is_page, "--html")
     dump = options.dump and outputs.check_file(options.dump, is_dump, "--dump")
-    folder = hf.resolve(cfg.model.path, cfg.model.revision, weights=False)
+    folder = hf_reader.resolve(cfg.model.path, cfg.model.revision, weights=False)
     tokenizer = Detokenizer(folder)
-    vocab = outcomes.vocabulary(folder, tokenizer.size)
-    sources = outcomes.open_sources(cfg.data, folder)
+    vocab = row_report.vocabulary(folder, tokenizer.size)
+    sources = row_report.open_sources(cfg.data, folder)
     chosen = choose(sources, options)
     planned, refused = plan(cfg, sources, folder)
-    refused += outcomes.refusals(cfg.data, sources, vocab)
+    refused += row_report.refusals(cfg.data, sources, vocab)
     rows = row_blocks(planned, sources, tokenizer) if planned else ()
-    report = {s.name: s.report for s in sources if not s.name.startswith(outcomes.EVAL)}
+    report = {s.name: s.report for s in sources if not s.name.startswith(row_report.EVAL)}
     ends = stop_tokens.inherited(folder) | stop_tokens.trained(report)
     stops = f"stops     {stop_tokens.line(folder, stop_tokens.named(folder), ends, report)}"
-    overview = show.Overview(
+    overview = data_page.Overview(
         title=f"What trains: {cfg.model.path}, data.seq_len = {cfg.data.seq_len}",
         # Bad rows are listed further down.
         table=prepare.table({s.name: s.report | {"bad_rows": []} for s in sources}),
@@ -97,16 +104,16 @@ def inspect(cfg: config.Config, options: Options, color: bool) -> int:
         examples=list(example_blocks(chosen, options, cfg.seed, tokenizer)),
         rows=list(itertools.islice(rows, options.rows)),
         left_out=list(left_out_lists(chosen)) if options.row is None else [],
-        verdict=outcomes.verdict(cfg.data, sources, refused),
+        verdict=row_report.verdict(cfg.data, sources, refused),
         is_refused=bool(refused),
-        is_lossy=bool(outcomes.warnings(cfg.data, sources)),
+        is_lossy=bool(row_report.warnings(cfg.data, sources)),
     )
     if html:
-        outputs.write_file(html, [show.page(overview, options.tokens)])
+        outputs.write_file(html, [data_page.page(overview, options.tokens)])
     if dump:
         objects = (entry.to_json(source.name) for source in sources for entry in source.entries())
         outputs.write_file(dump, (json.dumps(found) + "\n" for found in objects))
-    print_all(show.screen(overview, color, options.tokens))
+    print_all(data_page.screen(overview, color, options.tokens))
     return EXIT_REFUSED if refused else 0
 
 
@@ -129,13 +136,13 @@ class Planned:
 
 
 def plan(
-    cfg: config.Config, sources: Sequence[outcomes.Source], folder: Path
+    cfg: config.Config, sources: Sequence[row_report.Source], folder: Path
 ) -> tuple[Planned | None, list[str]]:
     """Plan the rows of each step as training would, or say why it would not."""
-    used = {s.name: len(s.fit.kept) for s in sources if not s.name.startswith(outcomes.EVAL)}
+    used = {s.name: len(s.fit.kept) for s in sources if not s.name.startswith(row_report.EVAL)}
     if not any(used.values()):
         return None, ["to start: data.train has no example left"]
-    data = outcomes.lenient(cfg.data)
+    data = row_report.lenient(cfg.data)
     examples = prepare.prepare(data.train, folder, data, progress=False)
     assert {name: len(ids) for name, ids in examples.sources.items()} == used
     # Also where they do not fit each other: rows are inspected before a machine is chosen.
@@ -159,7 +166,7 @@ def plan(
 # ---- what is shown ------------------------------------------------------------------------------
 
 
-def choose(sources: Sequence[outcomes.Source], options: Options) -> list[outcomes.Source]:
+def choose(sources: Sequence[row_report.Source], options: Options) -> list[row_report.Source]:
     """Return the sources to show.
 
     Raises:
@@ -181,8 +188,8 @@ def choose(sources: Sequence[outcomes.Source], options: Options) -> list[outcome
 
 
 def example_blocks(
-    chosen: Sequence[outcomes.Source], options: Options, seed: int, tokenizer: Detokenizer
-) -> Iterator[show.Block]:
+    chosen: Sequence[row_report.Source], options: Options, seed: int, tokenizer: Detokenizer
+) -> Iterator[data_page.Block]:
     """Yield one block per example: of the row asked for, or of a sample of each source."""
     for source in chosen:
         if options.row is None:
@@ -192,10 +199,10 @@ def example_blocks(
         for entry in entries:
             title = f"{source.name}, row {entry.row} ({entry.where})"
             label = f"left out: {entry.error}" if entry.error else entry.describe()
-            yield show.Block(title, [show.Segment(label, pieces(entry, tokenizer))])
+            yield data_page.Block(title, [data_page.Segment(label, pieces(entry, tokenizer))])
 
 
-def sample(source: outcomes.Source, num: int, seed: int) -> list[int]:
+def sample(source: row_report.Source, num: int, seed: int) -> list[int]:
     """Choose examples: the first, and one at random from each equal part of the others."""
     size = len(source.fit.kept)
     if size <= num:
@@ -207,8 +214,8 @@ def sample(source: outcomes.Source, num: int, seed: int) -> list[int]:
 
 
 def row_blocks(
-    planned: Planned, sources: Sequence[outcomes.Source], tokenizer: Detokenizer
-) -> Iterator[show.Block]:
+    planned: Planned, sources: Sequence[row_report.Source], tokenizer: Detokenizer
+) -> Iterator[data_page.Block]:
     """Yield the packed rows of the first epoch, in the order of its batches."""
     by_name = {source.name: source for source in sources}
     names = list(planned.examples.sources)
@@ -221,15 +228,15 @@ def row_blocks(
                 entry = by_name[name].example(index - planned.examples.sources[name].start)
                 where = f"{name}, row {entry.row}, inputs {used} to {used + lengths[index] - 1}"
                 label = f"segment {place}: {where}; {entry.describe()}"
-                segments.append(show.Segment(label, pieces(entry, tokenizer)))
+                segments.append(data_page.Segment(label, pieces(entry, tokenizer)))
                 used += int(lengths[index])
             title = (
                 f"step {step + 1}, row {number}: {len(ids)} segments, {used} of {seq_len} inputs"
             )
-            yield show.Block(title, segments)
+            yield data_page.Block(title, segments)
 
 
-def pieces(entry: outcomes.Entry, tokenizer: Detokenizer) -> list[show.Piece]:
+def pieces(entry: row_report.Entry, tokenizer: Detokenizer) -> list[data_page.Piece]:
     """The text of an example, by what trains."""
     return tokenizer.pieces(entry.ids.tolist(), entry.target_weights.tolist())
 
@@ -281,7 +288,7 @@ def balance(planned: Planned) -> tuple[float, float]:
 
 
 def charts(
-    planned: Planned | None, sources: Sequence[outcomes.Source], data: config.Config
+    planned: Planned | None, sources: Sequence[row_report.Source], data: config.Config
 ) -> Iterator[tuple[str, np.ndarray, str]]:
     """Yield the histograms of the page."""
     if planned and data.packing != "none":
@@ -294,7 +301,7 @@ def charts(
 
 
 def left_out_lists(
-    chosen: Sequence[outcomes.Source],
+    chosen: Sequence[row_report.Source],
 ) -> Iterator[tuple[str, int, list[str]]]:
     """Yield (heading, number, the first of them) of the rows of each source that do not train."""
     for source in chosen:
@@ -318,7 +325,7 @@ def is_dump(start: bytes) -> bool:
 
 
 def print_all(texts: Iterable[str]) -> None:
-    """Print with the colors of `show`, which has escaped what is not its own."""
+    """Print with the colors of `data_page`, which has escaped what is not its own."""
     for text in texts:
         terminal.print_trusted(text)
     sys.stdout.flush()
@@ -338,7 +345,7 @@ def main(_: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.define_config()
+    command_line.define_config()
     flags.DEFINE_integer("num", 3, "Examples to show of each source", lower_bound=0)
     flags.DEFINE_integer("rows", 0, "Packed rows to show, in the order of training", lower_bound=0)
     flags.DEFINE_integer("row", None, "Show this row of --source, from 0", lower_bound=0)
@@ -346,4 +353,4 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("tokens", False, "Also show where tokens begin and end")
     flags.DEFINE_string("html", "", "Also write what is shown as a page to this file")
     flags.DEFINE_string("dump", "", "Also write every example's tokens to this .jsonl file")
-    lifecycle.run(lambda: app.run(main, flags_parser=command.parse_flags))
+    lifecycle.run(lambda: app.run(main, flags_parser=command_line.parse_flags))

@@ -12,7 +12,7 @@ import pkgutil
 from types import ModuleType
 from typing import Any
 
-from jax_sft.models.fields import shown
+from jax_sft.weights.hf_config import shown
 
 _TEXT_ONLY = {"gemma3": "gemma3_text"}  # a model of several kinds of input: its language model
 _PRIMITIVES = {"layers", "experts", "spec", "sizes", "rope", "fields"}

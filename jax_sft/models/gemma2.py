@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 
-from jax_sft.models import layers, sizes, spec
-from jax_sft.models.fields import LAYER_TYPES, Fields
-from jax_sft.models.rope import Rope
+from jax_sft.models import sizes
 from jax_sft.models.sizes import Sizes
-from jax_sft.models.spec import Weight
+from jax_sft.nn import layers
+from jax_sft.nn.rope import Rope
+from jax_sft.weights import param_spec
+from jax_sft.weights.hf_config import LAYER_TYPES, Fields
+from jax_sft.weights.param_spec import Weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,11 +69,11 @@ def weights(cfg: Config) -> tuple[Weight, ...]:
         "mlp_out_norm": "post_feedforward_layernorm",
     }
     rows = [
-        *spec.norms(norms, "offset"),
-        *spec.attention(cfg.attention_bias, cfg.attention_bias),
-        *spec.mlp(),
+        *param_spec.norms(norms, "offset"),
+        *param_spec.attention(cfg.attention_bias, cfg.attention_bias),
+        *param_spec.mlp(),
     ]
-    return spec.decoder(rows, cfg.tied, "offset")
+    return param_spec.decoder(rows, cfg.tied, "offset")
 
 
 def Layer(cfg: Config, key) -> layers.PrePostNorm:

@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_sft.models import layers, sizes, spec
-from jax_sft.models.fields import LAYER_TYPES, Fields, shown
-from jax_sft.models.rope import Rope
+from jax_sft.models import sizes
 from jax_sft.models.sizes import Sizes
-from jax_sft.models.spec import Weight
+from jax_sft.nn import layers
+from jax_sft.nn.rope import Rope
+from jax_sft.weights import param_spec
+from jax_sft.weights.hf_config import LAYER_TYPES, Fields, shown
+from jax_sft.weights.param_spec import Weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,12 +99,12 @@ def weights(cfg: Config) -> tuple[Weight, ...]:
     }
     qk_norms = {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
     rows = [
-        *spec.norms(norms, "offset"),
-        *spec.attention(cfg.attention_bias, cfg.attention_bias),
-        *spec.norms(qk_norms, "offset", "head_dim -> head_dim"),
-        *spec.mlp(),
+        *param_spec.norms(norms, "offset"),
+        *param_spec.attention(cfg.attention_bias, cfg.attention_bias),
+        *param_spec.norms(qk_norms, "offset", "head_dim -> head_dim"),
+        *param_spec.mlp(),
     ]
-    return spec.decoder(rows, cfg.tied, "offset")
+    return param_spec.decoder(rows, cfg.tied, "offset")
 
 
 class Layer(layers.PrePostNorm):

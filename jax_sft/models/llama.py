@@ -5,11 +5,13 @@ from typing import Any
 
 import jax
 
-from jax_sft.models import layers, sizes, spec
-from jax_sft.models.fields import Fields
-from jax_sft.models.rope import Rope
+from jax_sft.models import sizes
 from jax_sft.models.sizes import Sizes
-from jax_sft.models.spec import Weight
+from jax_sft.nn import layers
+from jax_sft.nn.rope import Rope
+from jax_sft.weights import param_spec
+from jax_sft.weights.hf_config import Fields
+from jax_sft.weights.param_spec import Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +39,11 @@ class Config(Sizes):
 def weights(cfg: Config) -> tuple[Weight, ...]:
     """Return the weight rows of the model."""
     rows = [
-        *spec.norms(spec.PRE_NORMS),
-        *spec.attention(cfg.attention_bias, cfg.attention_bias),
-        *spec.mlp(cfg.mlp_bias),
+        *param_spec.norms(param_spec.PRE_NORMS),
+        *param_spec.attention(cfg.attention_bias, cfg.attention_bias),
+        *param_spec.mlp(cfg.mlp_bias),
     ]
-    return spec.decoder(rows, cfg.tied)
+    return param_spec.decoder(rows, cfg.tied)
 
 
 def Layer(cfg: Config, key) -> layers.PreNorm:

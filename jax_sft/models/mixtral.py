@@ -5,11 +5,13 @@ from typing import Any
 
 import jax
 
-from jax_sft.models import experts, layers, sizes, spec
-from jax_sft.models.fields import Fields
-from jax_sft.models.rope import Rope
+from jax_sft.models import sizes
 from jax_sft.models.sizes import Sizes
-from jax_sft.models.spec import Weight
+from jax_sft.nn import experts, layers
+from jax_sft.nn.rope import Rope
+from jax_sft.weights import param_spec
+from jax_sft.weights.hf_config import Fields
+from jax_sft.weights.param_spec import Weight
 
 DEFAULT_THETA = 1e6  # transformers' rope_theta for a config.json without one
 
@@ -52,12 +54,14 @@ class Config(Sizes):
 def weights(cfg: Config) -> tuple[Weight, ...]:
     """Return the weight rows of the model."""
     rows = [
-        *spec.norms(spec.PRE_NORMS),
-        *spec.attention(),
-        *spec.linear("layers.mlp.router", f"{spec.LAYER}block_sparse_moe.gate", spec.TO_EXPERTS),
-        *spec.mlp(within="block_sparse_moe.experts.{experts}.", names=("w1", "w3", "w2")),
+        *param_spec.norms(param_spec.PRE_NORMS),
+        *param_spec.attention(),
+        *param_spec.linear(
+            "layers.mlp.router", f"{param_spec.LAYER}block_sparse_moe.gate", param_spec.TO_EXPERTS
+        ),
+        *param_spec.mlp(within="block_sparse_moe.experts.{experts}.", names=("w1", "w3", "w2")),
     ]
-    return spec.decoder(rows, cfg.tied)
+    return param_spec.decoder(rows, cfg.tied)
 
 
 def Layer(cfg: Config, key) -> experts.Layer:

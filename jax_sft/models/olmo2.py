@@ -6,11 +6,13 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jax_sft.models import layers, sizes, spec
-from jax_sft.models.fields import Fields
-from jax_sft.models.rope import Rope
+from jax_sft.models import sizes
 from jax_sft.models.sizes import Sizes
-from jax_sft.models.spec import Weight
+from jax_sft.nn import layers
+from jax_sft.nn.rope import Rope
+from jax_sft.weights import param_spec
+from jax_sft.weights.hf_config import Fields
+from jax_sft.weights.param_spec import Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +40,17 @@ def weights(cfg: Config) -> tuple[Weight, ...]:
         "mlp_norm": "post_feedforward_layernorm",
     }
     rows = [
-        *spec.norms(norms),
-        *spec.attention(cfg.attention_bias, cfg.attention_bias),
-        *spec.norms(
+        *param_spec.norms(norms),
+        *param_spec.attention(cfg.attention_bias, cfg.attention_bias),
+        *param_spec.norms(
             {"attn.q_norm": "self_attn.q_norm"}, layout="(heads head_dim) -> heads head_dim"
         ),
-        *spec.norms(
+        *param_spec.norms(
             {"attn.k_norm": "self_attn.k_norm"}, layout="(kv_heads head_dim) -> kv_heads head_dim"
         ),
-        *spec.mlp(),
+        *param_spec.mlp(),
     ]
-    return spec.decoder(rows, cfg.tied)
+    return param_spec.decoder(rows, cfg.tied)
 
 
 class Layer(nnx.Module):

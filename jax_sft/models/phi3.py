@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 
-from jax_sft.models import layers, sizes, spec
-from jax_sft.models.fields import Fields
-from jax_sft.models.rope import Rope
+from jax_sft.models import sizes
 from jax_sft.models.sizes import Sizes
-from jax_sft.models.spec import Weight
+from jax_sft.nn import layers
+from jax_sft.nn.rope import Rope
+from jax_sft.weights import param_spec
+from jax_sft.weights.hf_config import Fields
+from jax_sft.weights.param_spec import Weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,20 +54,20 @@ def _rope(fields: Fields, config: dict[str, Any], head_dim: int) -> Rope:
 def weights(cfg: Config) -> tuple[Weight, ...]:
     """Return the weight rows of the model."""
     qkv = {
-        "layers.attn.q": spec.TO_HEADS,
-        "layers.attn.k": spec.TO_KV_HEADS,
-        "layers.attn.v": spec.TO_KV_HEADS,
+        "layers.attn.q": param_spec.TO_HEADS,
+        "layers.attn.k": param_spec.TO_KV_HEADS,
+        "layers.attn.v": param_spec.TO_KV_HEADS,
     }
-    gate_up = {"layers.mlp.gate": spec.TO_MLP, "layers.mlp.up": spec.TO_MLP}
-    attn, mlp = f"{spec.LAYER}self_attn.", f"{spec.LAYER}mlp."
+    gate_up = {"layers.mlp.gate": param_spec.TO_MLP, "layers.mlp.up": param_spec.TO_MLP}
+    attn, mlp = f"{param_spec.LAYER}self_attn.", f"{param_spec.LAYER}mlp."
     rows = [
-        *spec.norms(spec.PRE_NORMS),
-        *spec.fused(attn + "qkv_proj", qkv),
-        *spec.linear("layers.attn.out", attn + "o_proj", spec.FROM_HEADS),
-        *spec.fused(mlp + "gate_up_proj", gate_up),
-        *spec.linear("layers.mlp.down", mlp + "down_proj", spec.FROM_MLP),
+        *param_spec.norms(param_spec.PRE_NORMS),
+        *param_spec.fused(attn + "qkv_proj", qkv),
+        *param_spec.linear("layers.attn.out", attn + "o_proj", param_spec.FROM_HEADS),
+        *param_spec.fused(mlp + "gate_up_proj", gate_up),
+        *param_spec.linear("layers.mlp.down", mlp + "down_proj", param_spec.FROM_MLP),
     ]
-    return spec.decoder(rows, cfg.tied)
+    return param_spec.decoder(rows, cfg.tied)
 
 
 def Layer(cfg: Config, key) -> layers.PreNorm:

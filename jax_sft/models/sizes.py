@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any, ClassVar
 
-from jax_sft.models.fields import MAX_PARAMETERS, Fields
-from jax_sft.models.rope import Rope
+from jax_sft.nn.rope import Rope
+from jax_sft.weights.hf_config import MAX_PARAMETERS, Fields
 
 
 @dataclasses.dataclass(frozen=True)

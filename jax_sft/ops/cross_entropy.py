@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_sft import parallel
 from jax_sft.ops.head_chunks import chunk_sizes, num_chunks
+from jax_sft.sharding import parallel
 
 LOOP = "head_chunks"  # loops whose trips the data decides are named so, "_" and their size: `plan`
 

@@ -1,7 +1,7 @@
 """Embedding lookup in a table that is sharded in both dimensions, without gathering the table.
 
 Shape suffixes: B rows, T tokens, V vocabulary, D model, S shards of the model dimension.
-Called by `models.layers` inside jit, under the mesh set by `jax.set_mesh`.
+Called by `nn.layers` inside jit, under the mesh set by `jax.set_mesh`.
 """
 
 import functools
@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_sft import parallel
+from jax_sft.sharding import parallel
 
 _EMBED = parallel.RULES["embed"]  # mesh axes that split the model dimension; they split tokens too
 

@@ -11,14 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_sft import parallel
-from jax_sft.ops import blockwise, cross_entropy, cudnn, grouped
+from jax_sft.hardware import Chip
+from jax_sft.ops import cross_entropy, grouped
+from jax_sft.ops.attention import blockwise, cudnn
 from jax_sft.ops.head_chunks import chunk_sizes, num_chunks
-from jax_sft.planning import flops, hlo, hlo_collectives, hlo_groups, hlo_kernels, hlo_loops
-from jax_sft.planning.chips import Chip
+from jax_sft.planning import step_cost
 from jax_sft.planning.compiling import Compiled, compile_step, shard_bytes
+from jax_sft.planning.hlo import collectives, device_groups, kernels, loops, parser
 from jax_sft.planning.roofline import Prediction, Traffic, predict
-from jax_sft.planning.tables import Plan
+from jax_sft.report.plan_tables import Plan
+from jax_sft.sharding import parallel
 from jax_sft.validate import Resolved
 
 LARGE_BYTES = 64 * 2**20  # a replicated array or a float32 product of this size is worth a warning
@@ -33,7 +35,7 @@ class Target:
     hosts: int
     gpus_per_host: int
     devices: Sequence[Any]
-    row: flops.RowWork
+    row: step_cost.RowWork
 
     @property
     def num_devices(self) -> int:
@@ -41,15 +43,15 @@ class Target:
 
 
 def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = None) -> Plan:
-    """Compile the step and return the plan as a dict, see `tables.Plan`."""
+    """Compile the step and return the plan as a dict, see `plan_tables.Plan`."""
     compiled = compile_step(cfg, resolved, target.devices)
     if hlo_file:
         hlo_file.write_text(compiled.text)
-    module = hlo.parse(compiled.text)
+    module = parser.parse(compiled.text)
     platform = "gpu" if compiled.for_gpus else "cpu"
-    executions = hlo_loops.executions(module, _Loops(cfg, resolved, target.row, platform))
-    found = hlo_collectives.collectives(module, executions)
-    gemms = hlo_kernels.gemms(module, executions)
+    executions = loops.executions(module, _Loops(cfg, resolved, target.row, platform))
+    found = collectives.collectives(module, executions)
+    gemms = kernels.gemms(module, executions)
     mesh = compiled.program.mesh
     table = [_row(one, mesh, target) for one in found if one.group_size > 1]
     cost = _cost(cfg, resolved, compiled, target)
@@ -83,7 +85,7 @@ def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = Non
         "warnings": _warnings(cfg, resolved, compiled, module, found, gemms),
         "advice": [],
     }
-    for one in hlo_kernels.opaque_calls(module, executions):
+    for one in kernels.opaque_calls(module, executions):
         plan["opaque_kernels"][one.target] = plan["opaque_kernels"].get(one.target, 0) + one.count
     if compiled.for_gpus:
         traffic = [_traffic(row) for row in table]
@@ -104,13 +106,13 @@ def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = Non
 class _Loops:
     """Expected trips of the loops whose number of trips the data decides."""
 
-    def __init__(self, cfg, resolved: Resolved, row: flops.RowWork, platform: str):
+    def __init__(self, cfg, resolved: Resolved, row: step_cost.RowWork, platform: str):
         self._row, self._sizes, self._platform = row, resolved.mesh_shape, platform
         ranks = self._sizes["data"] * self._sizes["fsdp"]
         self._tokens = resolved.micro_rows // ranks * cfg.data.seq_len // self._sizes["sequence"]
         self._vocab = -(-resolved.model_cfg.vocab // self._sizes["tensor"])
 
-    def __call__(self, loop: hlo.Instruction) -> float:
+    def __call__(self, loop: parser.Instruction) -> float:
         if size := re.search(rf"{cross_entropy.LOOP}_(\d+)", loop.op_name):
             trained = math.ceil(self._tokens * self._row.trained / self._row.slots)
             sizes = chunk_sizes(self._vocab, self._tokens, self._platform)
@@ -122,11 +124,11 @@ class _Loops:
             is_backward = "transpose(" in loop.op_name and "rematted" not in loop.op_name
             return max(needed / (self._sizes["sequence"] if is_backward else 1), 1.0)
         if grouped.LOOP in loop.op_name:
-            return grouped.BLOCKS * flops.LARGEST_GROUP
+            return grouped.BLOCKS * step_cost.LARGEST_GROUP
         raise ValueError(f"{loop.name} ({loop.op_name}) runs as often as data decides: say how")
 
 
-def _row(one: hlo_collectives.Collective, mesh, target: Target) -> dict:
+def _row(one: collectives.Collective, mesh, target: Target) -> dict:
     """One line of the communication table: a collective, over a whole step."""
     # The compiler counts devices by their place in the mesh, the links are those of the hosts.
     numbers = [device.id for device in mesh.devices.flat]
@@ -142,7 +144,7 @@ def _row(one: hlo_collectives.Collective, mesh, target: Target) -> dict:
         kind, sent = "reduce-scatter", sent / 2
     return {
         "kind": kind,
-        "axis": list(hlo_groups.axis_of(one.groups, mesh.shape)),
+        "axis": list(device_groups.axis_of(one.groups, mesh.shape)),
         "dtype": "+".join(one.dtypes),
         "bytes": one.result_bytes,
         "count": one.count,
@@ -179,9 +181,9 @@ def _traffic(row: Mapping[str, Any]) -> Traffic:
     )
 
 
-def _cost(cfg, resolved: Resolved, compiled: Compiled, target: Target) -> flops.StepCost:
+def _cost(cfg, resolved: Resolved, compiled: Compiled, target: Target) -> step_cost.StepCost:
     model_def = compiled.program.model_def
-    return flops.step_cost(
+    return step_cost.step_cost(
         model_def.rows,
         model_def.dims,
         resolved.model_cfg.tied,
@@ -213,7 +215,7 @@ def _workspace(cfg, resolved: Resolved) -> int:
     )
 
 
-def _memory(compiled: Compiled, chip: Chip, module: hlo.Module, workspace: int) -> dict:
+def _memory(compiled: Compiled, chip: Chip, module: parser.Module, workspace: int) -> dict:
     state = compiled.program.state
     parameters = sum(map(shard_bytes, state.weights.values()))
     moments = sum(map(shard_bytes, jax.tree.leaves(state.opt_state)))
@@ -237,11 +239,11 @@ def _memory(compiled: Compiled, chip: Chip, module: hlo.Module, workspace: int) 
         "card_bytes": chip.memory_bytes,
         "headroom_bytes": headroom,
         "fits": peak + headroom <= chip.memory_bytes,
-        "largest": [_buffer(one) for one in hlo_kernels.buffers(module, 2**20)[:12]],
+        "largest": [_buffer(one) for one in kernels.buffers(module, 2**20)[:12]],
     }
 
 
-def _buffer(one: hlo_kernels.Buffer) -> dict:
+def _buffer(one: kernels.Buffer) -> dict:
     shape = f"{one.dtype}{list(one.dims)}"
     return {"bytes": one.bytes, "shape": shape, "what": _label(one.op_name), "count": one.count}
 
@@ -275,9 +277,9 @@ def _warnings(
     cfg,
     resolved: Resolved,
     compiled: Compiled,
-    module: hlo.Module,
-    found: Sequence[hlo_collectives.Collective],
-    gemms: Sequence[hlo_kernels.Gemm],
+    module: parser.Module,
+    found: Sequence[collectives.Collective],
+    gemms: Sequence[kernels.Gemm],
 ) -> list[str]:
     """What is wrong or wasteful in the compiled step, a sentence each."""
     sizes, dims = resolved.mesh_shape, resolved.model_cfg.dims
@@ -299,7 +301,7 @@ def _warnings(
     sizes_of_one = [
         math.prod(dims[axis] for axis in row.axes if axis != "layers") for row in moving
     ]
-    for one in hlo_collectives.gradient_all_reduces(
+    for one in collectives.gradient_all_reduces(
         found,
         sizes,
         min(sizes_of_one, default=2**62) // sizes["tensor"] // 2,
@@ -307,7 +309,7 @@ def _warnings(
     ):
         if one.sliced:
             continue
-        axes = " x ".join(hlo_groups.axis_of(one.groups, sizes))
+        axes = " x ".join(device_groups.axis_of(one.groups, sizes))
         lines.append(f"all-reduce of a gradient over {axes}: {one.arrays[0]} ({one.op_name})")
     lines += _replicated(compiled, sizes)
     if cfg.model.dtype != "float32":
@@ -321,7 +323,7 @@ def _warnings(
         ("scores of all pairs of a row", (local, seq_len), heads * local * seq_len),
         ("logits of all tokens of a row", (local, vocab), 2 * local * vocab),
     ):
-        if big := hlo_kernels.with_dims(module, shape, least):
+        if big := kernels.with_dims(module, shape, least):
             lines.append(f"{name} are held at once: {big[0].dtype}{list(big[0].dims)}")
     uneven = imbalance(seq_len, sizes["sequence"])
     if uneven > IMBALANCE:

@@ -10,11 +10,11 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from jax_sft import parallel
-from jax_sft.models.spec import Weight
-from jax_sft.planning.chips import Chip
-from jax_sft.planning.flops import HEAD_CHUNK, RowWork, StepCost, recomputed, step_cost
+from jax_sft.hardware import Chip
 from jax_sft.planning.roofline import Prediction, Traffic, predict
+from jax_sft.planning.step_cost import HEAD_CHUNK, RowWork, StepCost, recomputed, step_cost
+from jax_sft.sharding import parallel
+from jax_sft.weights.param_spec import Weight
 
 # Policies tried for model.remat, from the one that keeps most.
 REMATS = (

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 
-from jax_sft import compilation_cache, parallel
+from jax_sft.hosts import compilation_cache
 from jax_sft.planning import targets
-from jax_sft.program import Program, program
+from jax_sft.sharding import parallel
+from jax_sft.training.program import Program, program
 from jax_sft.validate import Resolved
 
 ANY_NUM_STEPS = 1000  # a constant of the schedule; it changes no shape

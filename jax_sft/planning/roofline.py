@@ -7,8 +7,8 @@ Prediction with its assumptions. Called by `plan` and `search`.
 import dataclasses
 from collections.abc import Sequence
 
-from jax_sft.planning.chips import Chip
-from jax_sft.planning.flops import LARGEST_GROUP, StepCost
+from jax_sft.hardware import Chip
+from jax_sft.planning.step_cost import LARGEST_GROUP, StepCost
 
 # Shares of the dense bfloat16 peak. The best shapes of cuBLAS reach 0.80 on an H100 and 0.87 on an
 # A100 (ml-engineering's table of maximum achievable matmul FLOPS); a model's shapes reach less.

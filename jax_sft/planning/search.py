@@ -6,9 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jax_sft import program
 from jax_sft.planning import candidates
 from jax_sft.planning.analysis import Target, analyse
+from jax_sft.training import program
 from jax_sft.validate import validate
 
 MOST_COMPILED = 8  # of a search

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from jax_sft.planning.chips import Chip
+from jax_sft.hardware import Chip
 
 REMEDY = "pip install -r requirements-plan.txt"
 

@@ -28,8 +28,11 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 import numpy as np
 
-from jax_sft import checkpoint, config, manifest, model_files, parallel, resume, steps, tiny, verify
-from jax_sft.state import TrainState
+from jax_sft import config, tiny, verify
+from jax_sft.checkpoint import model_files, resume, saving
+from jax_sft.files import manifest, step_folders
+from jax_sft.sharding import parallel
+from jax_sft.training.state import TrainState
 
 OLD, NEW = 1, 2
 # Data files get random names, and differ in kind by whether they are hashed by default.
@@ -81,16 +84,16 @@ def open_folder(folder: Path, model: Path | None = None, say=lambda _: None, **o
     keep = config.default().checkpoint
     keep.update(options)
     files = model_files.Model(model, {"w": "F32"}) if model else None
-    return checkpoint.Checkpoints(folder, keep, model=files, say=say)
+    return saving.Checkpoints(folder, keep, model=files, say=say)
 
 
-def save(checkpoints: checkpoint.Checkpoints, state: TrainState, *args, **options) -> None:
+def save(checkpoints: saving.Checkpoints, state: TrainState, *args, **options) -> None:
     """Save a state."""
     checkpoints.save(int(state.step), state.named(), *args, **options)
 
 
 def restore(
-    checkpoints: checkpoint.Checkpoints, found: resume.Found, abstract: TrainState
+    checkpoints: saving.Checkpoints, found: resume.Found, abstract: TrainState
 ) -> tuple[TrainState, resume.Found]:
     """Return the state of the step that was found or an older one."""
     arrays, found = checkpoints.restore(found, abstract.named())
@@ -136,7 +139,7 @@ def flipped(file: Path, bit: int) -> Iterator[None]:
     try:
         yield
     finally:
-        for aside in file_folder(file).glob(f"{NEW}{steps.CORRUPT}*"):
+        for aside in file_folder(file).glob(f"{NEW}{step_folders.CORRUPT}*"):
             os.rename(aside, aside.parent / str(NEW))
         flip(file, bit)
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jax_sft import huge_pages
+from jax_sft.runtime import huge_pages
 
 if __name__ == "__main__":
     huge_pages.use(__file__)  # as the command does
@@ -18,12 +18,13 @@ import jax
 import numpy as np
 
 import jax_sft
-from jax_sft import command, config
+from jax_sft import config
+from jax_sft.runtime import command_line
 from scripts.peers import contract
 
 
 def main() -> None:
-    command.leave_torch_out()  # as the command does
+    command_line.leave_torch_out()  # as the command does
     spec = contract.read()
     workdir = Path(spec.workdir)
     lines = Lines(spec.started, to=sys.stdout)

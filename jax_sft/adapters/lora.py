@@ -1,0 +1,323 @@
+"""LoRA: low-rank updates beside the linear layers of a model whose own weights do not train.
+
+y = W x + s B A x (Hu et al. 2021, arXiv:2106.09685), A [rank, inputs], B [outputs, rank], with
+s = alpha / rank or, rank-stabilised, alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
+DoRA (Liu et al. 2024, arXiv:2402.09353) also learns the length of each output's weights. Names and
+numbers are those of PEFT, so that what is trained here loads there.
+"""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_sft.nn.layers import Linear
+from jax_sft.nn.model_def import ModelDef
+from jax_sft.runtime import patterns
+from jax_sft.sharding import parallel
+from jax_sft.weights import tree
+from jax_sft.weights.param_spec import Weight
+
+ALL_LINEAR = "all-linear"
+_HF = "base_model.model."  # what PEFT puts before the names of a model's modules
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What adapters there are: see the keys `lora.*` of the config.
+
+    Attributes:
+        targets: "all-linear", or regular expressions for the names of linear layers in the
+            Hugging Face model, or for what follows any of their dots: "q_proj".
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+    rslora: bool = False
+    dora: bool = False
+    quantize: str = ""
+
+    @property
+    def scale(self) -> float:
+        """The factor of the update."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def _rank_axes(outputs: Iterable[str]) -> tuple[str, str]:
+    """Return the logical axis of the rank in A and in B.
+
+    Over `tensor` it is split in the one that has the model dimension, so that what each shard makes
+    is a part of a sum, as what the layer itself makes is, and both are reduced as one.
+    """
+    return ("whole_rank", "rank") if "embed" in outputs else ("rank", "whole_rank")
+
+
+# ---- the module ----------------------------------------------------------------------------------
+
+
+class Adapter(nnx.Module):
+    """What a `Linear` adds to its product: called with its input, that product and its kernel.
+
+    Args:
+        inputs, outputs: {logical axis: size} of the linear layer.
+        drops: whether it has a random key and drops values of its input.
+    """
+
+    def __init__(
+        self,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        settings: Settings,
+        key,
+        drops: bool = False,
+    ):
+        self.axes, self.scale = (tuple(inputs), tuple(outputs)), settings.scale
+        self.dropout = settings.dropout
+        of_a, of_b = ({axis: settings.rank} for axis in _rank_axes(outputs))
+        self.a = Linear(inputs, of_a, key)
+        self.b = Linear(of_b, outputs, key)
+        if settings.dora:
+            self.magnitude = nnx.Param(jnp.ones(tuple(outputs.values())))
+        if drops:
+            self.key = nnx.Variable(key)
+
+    def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array) -> jax.Array:
+        dropped = self._drop(x) if hasattr(self, "key") else x
+        update = self.scale * self.b(self.a(dropped))
+        if not hasattr(self, "magnitude"):
+            return y + update
+        a, b = self.a.kernel[...], self.b.kernel[...]
+        # As the paper proposes (section 4.3), no gradient goes through the length.
+        length = jax.lax.stop_gradient(lengths(kernel, a, b, self.scale, self.axes))
+        return ((y + update) * (self.magnitude[...] / length)).astype(y.dtype)
+
+    def _drop(self, x: jax.Array) -> jax.Array:
+        """Zero a share of the values of x [B, T, ...] and scale the others up."""
+        keep = 1 - self.dropout
+        # Drawn in the order of the rows, then dealt out as they are: the same on every mesh.
+        kept = parallel.stripe(jax.random.bernoulli(self.key[...], keep, x.shape))
+        return jnp.where(kept, x / keep, 0).astype(x.dtype)
+
+
+def lengths(kernel, a, b, scale: float, axes) -> jax.Array:
+    """Return the Euclidean length of each output's weights in W + scale B A, float32.
+
+    Args:
+        kernel, a, b: the kernels of a Linear with these (inputs, outputs), and of its adapter.
+
+    |w + s u|^2 = |w|^2 + 2 s w.u + s^2 |u|^2 with u = A' b: the sum of both is never formed.
+    """
+    inputs, outputs = axes
+    letter = dict(zip((*inputs, *outputs), "ijklmn", strict=False))
+
+    def of(*names: str) -> str:
+        return "".join(letter[name] for name in names)
+
+    ins, outs = of(*inputs), of(*outputs)
+    w_order = outs + ins if "embed" in outputs else ins + outs
+    b_order = outs + "r" if "embed" in outputs else "r" + outs
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    kernel, a, b = (x.astype(jnp.float32) for x in (kernel, a, b))
+    of_kernel = einsum(f"{w_order},{w_order}->{outs}", kernel, kernel)
+    projected = einsum(f"{w_order},{ins}r->{b_order}", kernel, a)
+    mixed = einsum(f"{b_order},{b_order}->{outs}", projected, b)
+    gram = einsum(f"{ins}r,{ins}q->rq", a, a)
+    of_update = einsum(f"{b_order},rq,{b_order.replace('r', 'q')}->{outs}", b, gram, b)
+    return jnp.sqrt(of_kernel + 2 * scale * mixed + scale**2 * of_update)
+
+
+def merged(kernel, a, b, magnitude, settings: Settings, outputs_first: bool) -> np.ndarray:
+    """Return the kernel that computes what it does with its adapter, float32 (NumPy).
+
+    Args:
+        kernel: [inputs, outputs] or, with `outputs_first`, [outputs, inputs]: all of its inputs.
+        a: [inputs, rank].
+        b: [rank, outputs] or, with `outputs_first`, [outputs, rank].
+        magnitude: [outputs]; None = no DoRA.
+    """
+    kernel, a, b = (np.asarray(array, np.float32) for array in (kernel, a, b))
+    update = b @ a.T if outputs_first else a @ b
+    found = kernel + np.float32(settings.scale) * update
+    if magnitude is None:
+        return found
+    axis = 1 if outputs_first else 0
+    factor = np.asarray(magnitude, np.float32) / np.sqrt(np.square(found).sum(axis))
+    return found * np.expand_dims(factor, axis)
+
+
+# ---- a model with adapters -----------------------------------------------------------------------
+
+
+def add(model_def: ModelDef, settings: Settings) -> ModelDef:
+    """Return the model with adapters, everything else frozen; nothing is allocated.
+
+    Raises:
+        ValueError: a target names no linear layer of the model; the message has those there are.
+    """
+    chosen = _chosen(model_def, settings)
+    rows, trained = list(model_def.rows), {}
+    for row in model_def.rows:
+        if row.path in chosen:
+            of_adapter = adapter_rows(row, settings)
+            rows += of_adapter
+            if not chosen[row.path].all():
+                trained |= {one.path: chosen[row.path] for one in of_adapter}
+    dims = model_def.dims | {"rank": settings.rank, "whole_rank": settings.rank}
+    dims |= {f"ranks_of_{n}": n * settings.rank for n in {len(row.fused) for row in rows}}
+    compute = dataclasses.replace(
+        model_def.compute, axes={row.path: row.axes for row in rows if row.is_matrix}
+    )
+    return dataclasses.replace(
+        model_def,
+        rows=tuple(rows),
+        dims=dims,
+        abstract=_attached(model_def, chosen, settings),
+        compute=compute,
+        frozen=model_def.without_masters(row.path for row in model_def.rows),
+        trained=trained,
+        dropping=_attached(model_def, chosen, settings, True) if settings.dropout else None,
+    )
+
+
+def modules(model_def: ModelDef) -> dict[str, list[str]]:
+    """Return {path of a kernel: names of its linear layers in the Hugging Face model}."""
+    return {
+        row.path: [module_of(name) for _, name in row.hf_tensors(model_def.dims)]
+        for row in model_def.rows
+        if isinstance(tree.module_at(model_def.abstract, row.path), Linear)
+        and row.path.endswith(".kernel")
+        and "experts" not in row.axes  # PEFT has no adapters for routers
+    }
+
+
+def module_of(hf_name: str) -> str:
+    """Return the name of the module that has a tensor of the Hugging Face model."""
+    return hf_name.rpartition(".")[0]
+
+
+def target_of(hf_name: str) -> str:
+    """Return the name of the linear layer that a tensor of an adapter belongs to."""
+    return module_of(hf_name.removesuffix(".weight")).removeprefix(_HF)
+
+
+def adapter_rows(row: Weight, settings: Settings) -> list[Weight]:
+    """Return the rows of the adapter of a linear layer, from the row of its kernel.
+
+    Where a tensor of the files holds several kernels, each has an A and a B of its own. In files
+    the A stand one below the other, and the B, see `peft.joined`, along the diagonal.
+    """
+    (outputs, inputs), stem = row.factors, row.path.removesuffix(".kernel") + ".lora"
+    hf = _HF + module_of(row.hf)
+    ins, outs = " ".join(inputs), " ".join(outputs)
+    r_a, r_b = _rank_axes(outputs)
+    of_b = f"{outs} {r_b}" if "embed" in outputs else f"{r_b} {outs}"
+    each = tuple(r_a for _ in row.fused)
+
+    def part(path: str, name: str, layout: str, fused: tuple[str, ...] = row.fused) -> Weight:
+        return Weight(f"{stem}.{path}", f"{hf}.{name}", layout, fused, row.place)
+
+    rows = [
+        part("a.kernel", "lora_A.weight", f"{r_a} ({ins}) -> {ins} {r_a}", each),
+        part("b.kernel", "lora_B.weight", f"({outs}) {r_b} -> {of_b}"),
+    ]
+    if settings.dora:
+        outs = outs.replace("embed", "norm")  # as of a bias
+        rows.append(part("magnitude", "lora_magnitude_vector", f"({outs}) -> {outs}"))
+    return rows
+
+
+def init(
+    model_def: ModelDef, settings: Settings, frozen: Mapping[str, jax.Array], mesh, seed: int, dtype
+) -> dict[str, jax.Array]:
+    """Return new adapters, born sharded: the model computes what it did without them.
+
+    A is uniform within 1 / sqrt(inputs), B is zero, as in PEFT.
+
+    Args:
+        frozen: the weights of the model, by our paths.
+        dtype: of the adapters.
+    """
+    key = jax.random.key(seed)
+    rows = {row.path: row for row in model_def.moving}
+    shapes = {path: row.shape(model_def.dims) for path, row in rows.items()}
+
+    def make(frozen):
+        found = {path: jnp.zeros(shape, dtype) for path, shape in shapes.items()}
+        for path, row in rows.items():
+            if path.endswith(".a.kernel"):
+                bound = 1 / math.sqrt(math.prod(shapes[path][len(row.stacked) : -1]))
+                of_row = jax.random.fold_in(key, zlib.crc32(path.encode()))
+                found[path] = jax.random.uniform(of_row, shapes[path], dtype, -bound, bound)
+        if settings.dora:
+            model = model_def.bind(dict(frozen) | found)
+            for path, row in rows.items():
+                if path.endswith(".magnitude"):
+                    of_layer = _lengths
+                    for _ in row.stacked:
+                        of_layer = jax.vmap(of_layer)
+                    stem = path.removesuffix(".lora.magnitude")
+                    found[path] = of_layer(tree.module_at(model, f"{stem}.kernel")).astype(dtype)
+        return found
+
+    shardings = {path: parallel.sharding(mesh, *row.axes) for path, row in rows.items()}
+    with jax.set_mesh(mesh):
+        return jax.jit(make, out_shardings=shardings)(frozen if settings.dora else {})
+
+
+def _lengths(linear: Linear) -> jax.Array:
+    """`lengths` of a layer with an adapter."""
+    adapter: Any = linear.lora
+    a, b = adapter.a.kernel[...], adapter.b.kernel[...]
+    return lengths(linear.kernel[...], a, b, adapter.scale, linear.axes)
+
+
+def _chosen(model_def: ModelDef, settings: Settings) -> dict[str, np.ndarray]:
+    """{path of a kernel: which of its layers get an adapter}, of those with at least one."""
+    known = modules(model_def)
+    rows = {row.path: row for row in model_def.rows}
+    every = [name for names in known.values() for name in names]
+    expressions = [target for target in settings.targets if target != ALL_LINEAR]
+    answers = patterns.matches("lora.targets", expressions, every, "ending")
+    unused = [
+        target for target, answer in zip(expressions, answers, strict=True) if not any(answer)
+    ]
+    all_linear = [[True] * len(every)] * (ALL_LINEAR in settings.targets)
+    found = np.array([[False] * len(every), *answers, *all_linear]).any(0)
+    ends, chosen = np.cumsum([len(names) for names in known.values()]), {}
+    for path, layers in zip(known, np.split(found, ends[:-1]), strict=True):
+        if layers.any():
+            chosen[path] = layers.reshape([model_def.dims[axis] for axis in rows[path].stacked])
+    if unused or not chosen:
+        first = [names[0] for names in known.values()]
+        raise ValueError(
+            f"lora.targets, or target_modules of an adapter: {unused} names no linear layer of the "
+            f"model that can have one. There are "
+            f"{', '.join(first)}, and the same of the other layers; use endings of these, regular "
+            f'expressions, or "{ALL_LINEAR}"'
+        )
+    return chosen
+
+
+def _attached(
+    model_def: ModelDef, chosen: Mapping[str, np.ndarray], settings: Settings, drops: bool = False
+):
+    """The abstract model with an adapter in each chosen linear layer."""
+    model = tree.from_dict(model_def.abstract, tree.to_dict(model_def.abstract))  # a copy
+    for path, layers in chosen.items():
+        linear = tree.module_at(model, path)
+        inputs, outputs = ({axis: model_def.dims[axis] for axis in axes} for axes in linear.axes)
+        make = functools.partial(Adapter, inputs, outputs, settings, drops=drops)
+        for _ in layers.shape:
+            make = jax.vmap(make)
+        keys = jax.eval_shape(lambda shape=layers.shape: jax.random.split(jax.random.key(0), shape))
+        linear.lora = jax.eval_shape(make, keys)
+    return model

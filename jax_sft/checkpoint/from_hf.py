@@ -1,0 +1,217 @@
+"""From a Hugging Face folder to a checkpoint of its parameters, in blocks of a tensor.
+
+The result is a checkpoint folder with one step, 0, without an optimizer: `model.path` may name it,
+and each process then reads only its own shards; `hf_export` makes a model folder of it again.
+"""
+
+import concurrent.futures
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+from tqdm import tqdm
+
+from jax_sft import models
+from jax_sft.checkpoint import array_checksums, model_files, orbax_io
+from jax_sft.checkpoint.resume import FORMAT_VERSION
+from jax_sft.files import manifest, outputs, paths, sums
+from jax_sft.hosts import preflight
+from jax_sft.sharding import parallel
+from jax_sft.weights import blocks, hf_reader, hf_writer
+from jax_sft.weights.param_spec import Weight, contiguous
+
+STEP = 0
+_MOST_PIECES = 64  # of a block that can be read alone: more fsdp shards than these share some
+_LEAST_PIECE_BYTES = 1 << 18
+_ALIGNED = 64  # blocks begin at multiples of so many indices, so that pieces divide them
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a conversion reads and writes, known from the headers alone.
+
+    Attributes:
+        tensors: {HF name: where it is}.
+        dtypes: {our path: dtype that is stored}.
+    """
+
+    folder: Path
+    rows: tuple[Weight, ...]
+    dims: dict[str, int]
+    tensors: Mapping[str, hf_reader.Tensor]
+    dtypes: Mapping[str, np.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is written."""
+        return sum(
+            math.prod(row.shape(self.dims)) * self.dtypes[row.path].itemsize for row in self.rows
+        )
+
+    def lines(self) -> Iterator[str]:
+        """Say for every tensor what it is, which file has it and where it goes; then the sums."""
+        for row in self.rows:
+            for index, name in row.hf_tensors(self.dims):
+                tensor = self.tensors[name]
+                ours = f"{row.path}{[*index] if index else ''}"
+                shape = row.shape(self.dims)[len(index) :]
+                yield (
+                    f"{name} {tensor.dtype} {[*tensor.shape]} in {tensor.file.name}"
+                    f" -> {ours} {self.dtypes[row.path]} {[*shape]}"
+                )
+        read = sum(tensor.nbytes for tensor in self.tensors.values())
+        files = {tensor.file for tensor in self.tensors.values()}
+        yield (
+            f"{len(self.tensors)} tensors, {read / 1e9:.3f} GB in {len(files)} files -> "
+            f"{len(self.rows)} arrays, {self.nbytes / 1e9:.3f} GB"
+        )
+
+
+def plan(model: str | Path, *, revision: str = "", dtype: str = "") -> Plan:
+    """Check a model folder against its config.json, and plan its conversion.
+
+    Args:
+        model: a folder, or a hub id: downloaded.
+        dtype: as of `convert`.
+
+    Raises:
+        ValueError: everything that is wrong with the folder, at once.
+    """
+    folder = hf_reader.resolve(str(model), revision)
+    if model_files.is_kept(folder):
+        raise ValueError(f"{model} is a checkpoint folder already: model.path may name it as it is")
+    config = hf_reader.read_json(folder / "config.json")
+    family, cfg = models.read(config)
+    rows = family.weights(cfg)
+    tensors = hf_reader.check(folder, rows, cfg.dims, cfg.tied)
+    if dtype and dtype not in hf_reader.NAMES:
+        raise ValueError(f"dtype {dtype!r} is not one of {list(hf_reader.NAMES)}")
+    dtypes = {}
+    for row in rows:
+        found = {
+            np.dtype(hf_reader.DTYPES[tensors[name].dtype]) for _, name in row.hf_tensors(cfg.dims)
+        }
+        if any(each.itemsize > 4 for each in found) and not dtype:
+            raise ValueError(f"{row.path} is float64 in {folder}: choose a dtype")
+        # Where layers differ, one that holds the values of all.
+        dtypes[row.path] = np.dtype(dtype) if dtype else np.dtype(jnp.result_type(*found))
+    return Plan(folder, rows, cfg.dims, tensors, dtypes)
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    *,
+    revision: str = "",
+    dtype: str = "",
+    overwrite: bool = False,
+    progress: bool = True,
+    say: Callable[[str], object] = print,
+) -> Path:
+    """Write a model folder as a checkpoint of its parameters.
+
+    Args:
+        model: a folder, or a hub id: downloaded.
+        out: the folder to write; it appears only when complete.
+        dtype: "float32", "bfloat16" or "float16" for all arrays; "" = that of the tensors.
+        overwrite: replace an older conversion in `out` if nobody changed it.
+        say: takes a line about what a killed conversion left.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: everything that is wrong with the folder; `out` is no place for a conversion, or
+            has no room.
+        OSError, orbax_io.Failed: the file system refused something.
+    """
+    planned = plan(model, revision=revision, dtype=dtype)
+    place = outputs.check(out, outputs.CONVERSION, overwrite=overwrite, reads=[planned.folder])
+    outputs.check_room(place.out, planned.nbytes)
+    with outputs.unfinished(place.out, say) as folder:
+        hashes = _write_step(planned, folder / str(STEP), progress)
+        kept = {name: tensor.dtype for name, tensor in planned.tensors.items()}
+        model_files.keep(folder, model_files.Model(planned.folder, kept))
+        sums.write(folder, outputs.CONVERSION, {"step": STEP}, hashes)
+        outputs.put_in_place(folder, place)
+    return paths.local(out, "--out")
+
+
+def _write_step(planned: Plan, folder: Path, progress: bool) -> dict[str, str]:
+    """Write the step's folder: arrays, and a manifest of files and checksums.
+
+    Returns:
+        {path below the folder's parent: sha256} of the arrays' files.
+    """
+    dims = planned.dims
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "step": STEP,
+        "versions": preflight.versions(),
+    }
+    begun = {row.path: (len(row.axes), planned.dtypes[row.path]) for row in planned.rows}
+    orbax_io.start_params(folder, begun, metadata)
+    arrays, hashes = {}, {}
+    bar = tqdm(
+        total=planned.nbytes, desc="converting", unit="B", unit_scale=True, disable=not progress
+    )
+    with bar:
+        for row in planned.rows:
+            total = 0
+            for file, sha256, checksum, nbytes in _write_row(planned, row, folder / "params"):
+                hashes[f"params/{file}"] = sha256
+                total += checksum
+                bar.update(nbytes)
+            arrays[f"params/{row.path}"] = {
+                "shape": row.shape(dims),
+                "dtype": str(planned.dtypes[row.path]),
+                "sum": total % 2**32,
+            }
+    manifest.write(folder, arrays=arrays, hashes=hashes)
+    return {f"{folder.name}/{path}": sha256 for path, sha256 in hashes.items()}
+
+
+def _write_row(planned: Plan, row: Weight, folder: Path) -> Iterator[tuple[str, str, int, int]]:
+    """Write one array; yield of each block its file, the file's sha256, its checksum and bytes."""
+    dims, dtype, shape = planned.dims, planned.dtypes[row.path], row.shape(planned.dims)
+    ones = (1,) * len(row.stacked)
+    parts = [*row.parts(dims, blocks.BLOCK_BYTES // dtype.itemsize, _ALIGNED)]
+    block_shape = ones + tuple(stop - start for start, stop in parts[0])
+    array = orbax_io.Blocks(
+        folder, row.path, shape, dtype, block_shape, _piece(row, block_shape, dtype.itemsize)
+    )
+
+    def write(index: tuple[int, ...], tensor: hf_reader.Tensor, name: str, block: parallel.Block):
+        # Opened for each block, as its memory counts what was read of a file while it is open.
+        with safe_open(tensor.file, framework="numpy") as opened:
+            theirs = opened.get_slice(name)[row.hf_index(block, dims)]
+        ours = contiguous(row.from_hf(theirs, dims)).astype(dtype, copy=False)
+        start = (*index, *(first for first, _ in block))
+        ours = ours.reshape(ones + ours.shape)
+        checksum = array_checksums.of_numpy(ours, start, shape)
+        file = array.write(start, ours)
+        return file, manifest.sha256_of(folder, [file])[file], checksum, ours.nbytes
+
+    tasks = [
+        (index, planned.tensors[name], name, block)
+        for index, name in row.hf_tensors(dims)
+        for block in parts
+    ]
+    num_threads = hf_writer.threads(math.prod(block_shape) * dtype.itemsize)
+    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+        yield from pool.map(write, *zip(*tasks, strict=True))
+
+
+def _piece(row: Weight, block: tuple[int, ...], itemsize: int) -> list[int]:
+    """Cut a block along the dimension that is sharded over `fsdp`, which may cross hosts."""
+    piece = [*block]
+    for dim, axis in enumerate(row.axes):
+        if "fsdp" in parallel.RULES[axis]:
+            most = min(_MOST_PIECES, math.prod(block) * itemsize // _LEAST_PIECE_BYTES)
+            count = max((n for n in range(1, most + 1) if block[dim] % n == 0), default=1)
+            piece[dim] //= count
+    return piece

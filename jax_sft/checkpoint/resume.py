@@ -1,0 +1,340 @@
+"""Going on from a stored step: the newest one whose files and arrays are as they were written.
+
+A step that is not is named, moved aside and never loaded, and the one before it is used.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_sft import config
+from jax_sft.checkpoint import array_checksums, model_files, orbax_io
+from jax_sft.data.chat import chat_templates
+from jax_sft.files import step_folders
+from jax_sft.files.disk import probe_folder
+from jax_sft.hosts import cluster, consensus
+from jax_sft.runtime import command_line
+from jax_sft.runtime.text import at_most
+from jax_sft.weights import vocabulary
+
+FORMAT_VERSION = 2
+_PLACE = re.compile(r"(params/|optimizer/|)((?:\d+\.)*)(.*)", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A stored step.
+
+    Attributes:
+        metadata: what was stored beside the arrays: `config`, `metrics`, `extra`, ...
+        arrays: {"params/PATH" or "optimizer/PATH": {"shape", "dtype", "sum"}}.
+    """
+
+    step: int
+    metadata: dict[str, Any]
+    arrays: dict[str, dict[str, Any]]
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What the training gave to `save`."""
+        return self.metadata.get("extra") or {}
+
+
+class Resume:
+    """Looks for the step to go on from. Every process has one and calls the same methods.
+
+    Args: as of saving.Checkpoints.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options,
+        model: model_files.Model | None,
+        data: str,
+        vocab: vocabulary.Vocabulary,
+        say: Callable[[str], None],
+        eval_data: Mapping[str, str],
+        bound: Collection[str],
+    ):
+        self._folder, self._options, self._model = folder, options, model
+        self._data, self._vocabulary, self._say = data, vocab, say
+        self._eval_data, self._bound = eval_data, bound
+        self._untried: list[int] = []
+        self._bad: list[str] = []
+        self._replaces_files = False
+
+    def start(self, today: dict[str, Any]) -> Found | None:
+        """Clean up, and find the newest good step. Reads no arrays.
+
+        Args:
+            today: the resolved config.
+
+        Raises:
+            ValueError: the folder cannot be used, no step in it is good, or the config or the data
+                have changed in a way that is not allowed.
+        """
+        listing = consensus.from_first("checkpoint folder", self._prepare_folder)
+        for line in listing["said"]:
+            self._say(line)
+        self._untried, self._bad = listing["steps"], listing["aside"]
+        found = self._next_good()
+        if found:
+            self._check_drift(found, today)
+        return found
+
+    def restore(
+        self, found: Found, abstract: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[dict[str, jax.Array], Found]:
+        """Return the arrays of the step that was found; of an older one if these are damaged.
+
+        Args:
+            abstract: {name: shape, dtype and sharding to restore to}, see `TrainState.named`.
+                Stored arrays of other dtypes, or with a vocabulary that was padded for another
+                mesh, are converted after they were checked.
+
+        Raises:
+            ValueError: the step is of another model or optimizer, or no step is good.
+        """
+        while True:
+            arrays, problems = self._load(found, abstract)
+            if arrays:
+                return arrays, found
+            self._set_aside(found.step, problems)
+            older = self._next_good()
+            assert older  # or _next_good has raised
+            # What the config may change was decided at the start, for a step of the same run.
+            found = older
+
+    def keep_model_files(self) -> None:
+        """Keep today's files of the model where they differ and may: exports get them from here on.
+
+        Called once it is certain that the run trains on.
+        """
+        if self._model and self._replaces_files:
+            keep = functools.partial(model_files.keep, self._folder, self._model, anew=True)
+            consensus.from_first("model files", keep)
+
+    def _prepare_folder(self) -> dict[str, Any]:
+        """What the first process does and finds at the start."""
+        probe_folder(self._folder)
+        step_folders.refuse_older_format(self._folder)
+        said = [
+            f"clean   {name}: left by a run that was killed, removed"
+            for name in step_folders.remove_leftovers(self._folder)
+        ]
+        present, aside = step_folders.present(self._folder), step_folders.set_aside(self._folder)
+        if (self._folder / model_files.NAME).exists():
+            model_files.verify(self._folder)
+            # Of a start that ended before its first save.
+            if self._model and not present and model_files.changed(self._folder, self._model):
+                model_files.keep(self._folder, self._model, anew=True)
+        elif self._model:
+            if present:
+                said.append(f"WARNING {self._folder} lacks {model_files.NAME}: written anew")
+            model_files.keep(self._folder, self._model)
+        return {"said": said, "steps": present, "aside": aside}
+
+    def _next_good(self) -> Found | None:
+        """The newest step that is not known to be bad; those that are found to be go aside."""
+        while self._untried:
+            step = self._untried[0]
+            hashes = self._options.verify == "hashes"
+            part = (cluster.process_id(), cluster.num_processes())
+            bar = f"checking step {step}" if hashes and part[0] == 0 else ""
+            check = step_folders.check(self._folder, step, hashes, part, bar)
+            problems = consensus.gather("checkpoint files", check.problems)
+            if not problems:
+                assert check.manifest
+                stored = step_folders.metadata(self._folder / str(step))
+                self._check_version(stored)
+                for line in check.warnings:
+                    self._say(f"WARNING checkpoint step {step}: {line}; it is ignored")
+                return Found(step, stored, check.manifest.arrays)
+            self._set_aside(step, problems)
+        if self._bad:
+            raise ValueError(
+                f"{self._folder} has no good step left, only damaged ones ({', '.join(self._bad)}):"
+                " restore one from a backup under its plain number, or move the damaged ones "
+                "elsewhere to start from the beginning, or choose another workdir"
+            )
+        return None
+
+    def _check_version(self, stored: dict[str, Any]) -> None:
+        version = stored.get("format_version", 0)
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"{self._folder} has checkpoints of format {version}, this program knows "
+                f"{FORMAT_VERSION}: update jax_sft"
+            )
+
+    def _set_aside(self, step: int, problems: Sequence[str]) -> None:
+        """Rename a bad step and say what is wrong with it."""
+        self._untried.remove(step)
+        aside = consensus.from_first(
+            "checkpoint aside", lambda: step_folders.move_aside(self._folder, step).name
+        )
+        self._bad.append(aside)
+        self._say(f"WARNING checkpoint step {step} is damaged and NOT used; kept as {aside}:")
+        for line in at_most(problems):
+            self._say(f"WARNING   {line}")
+        if self._untried:
+            self._say(f"WARNING trying the step before it, {self._untried[0]}")
+
+    def _check_drift(self, found: Found, today: dict[str, Any]) -> None:
+        """Refuse to go on with another training than the checkpoint's."""
+        changes = config.drift(found.metadata.get("config") or {}, today, self._bound)
+        for key in [key for key in changes if self._is_moved(key, found)]:
+            self._say(f"moved   {changes.pop(key)}: the tokens are the same")
+        files = model_files.changed(self._folder, self._model) if self._model else []
+        # No process compares while they are replaced.
+        files = consensus.gather("model files", files)
+        if files:
+            key, line = self._changed_files(files, found.metadata)
+            changes.setdefault(key, line)
+        of_data = [key for key in changes if config.covered(key, ("data", "model"))]
+        if self._data != found.metadata.get("data", self._data) and not of_data:
+            changes["data"] = "data: the files are not those of the checkpoint, though their names"
+            changes["data"] += " and the config are the same"
+        allowed = [key for key in changes if config.covered(key, self._options.allow_changes)]
+        for key in allowed:
+            self._say(f"WARNING changed since the checkpoint, as allowed: {changes.pop(key)}")
+        if changes:
+            lines = "\n".join(f"  {line}" for line in changes.values())
+            keys = (*self._options.allow_changes, *changes)
+            advice = command_line.again({"checkpoint.allow_changes": tuple(dict.fromkeys(keys))})
+            raise ValueError(
+                f"{self._folder} holds step {found.step} of a run that differs in\n{lines}\n"
+                "Resume with the config of that run (config.json beside the checkpoints), choose "
+                f"another workdir, or allow the changes: {advice}"
+            )
+        self._replaces_files = bool(files)
+
+    def _changed_files(self, files: Sequence[str], stored: Mapping[str, Any]) -> tuple[str, str]:
+        """Return which key the files of the model that differ belong to, and what to say."""
+        assert self._model
+        before = ((stored.get("config") or {}).get("data") or {}).get("chat_template")
+        of_template = all(name.partition("/")[0] in chat_templates.FILES for name in files)
+        if of_template and (before or self._model.chat_template):
+            key = chat_templates.KEY
+            return key, f"{key}: the text of the template is not that of the checkpoint"
+        return "model.path", f"model.path: its files {list(files)} were changed"
+
+    def _is_moved(self, key: str, found: Found) -> bool:
+        """Whether a key only says where the same tokens come from."""
+        data, kind, name, *field = [*key.split("."), "", "", ""][:4]
+        if (data, kind) == ("data", "train") and field[0] not in ("", "epochs", "weight"):
+            return bool(self._data) and self._data == found.metadata.get("data")
+        stored = (found.metadata.get("eval_data") or {}).get(name)
+        is_eval = (data, kind) == ("data", "eval") and field[0]
+        return bool(is_eval and stored) and stored == self._eval_data.get(name)
+
+    def _named_files(self, step: int) -> list[str]:
+        """Read all files of a step that is bad, to say which it is."""
+        part = (cluster.process_id(), cluster.num_processes())
+        bar = f"looking for what is damaged in step {step}" if part[0] == 0 else ""
+        found = step_folders.check(self._folder, step, True, part, bar)
+        return consensus.gather("checkpoint files, all", found.problems)
+
+    def _load(
+        self, found: Found, abstract: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[dict[str, jax.Array] | None, list[str]]:
+        """Return (the arrays under the names of `abstract`, []) or (None, the step's problems)."""
+        wanted = under_stored_names(abstract, found.arrays)
+        self._check_shapes(found, wanted)
+        stored = {}
+        for name, array in wanted.items():
+            shape, dtype = found.arrays[name]["shape"], np.dtype(found.arrays[name]["dtype"])
+            stored[name] = vocabulary.as_stored(shape, dtype, array.sharding)
+        arrays, problems = {}, []
+        try:
+            arrays = _flat(orbax_io.load(self._folder / str(found.step), nested(stored)))
+        except orbax_io.Failed as error:
+            problems = [f"it cannot be read: {error}"]
+        if problems := consensus.gather("checkpoint arrays", problems):
+            return None, problems + self._named_files(found.step)
+        sums = array_checksums.read(arrays, array_checksums.start(arrays))
+        problems = [array_checksums.problem(n, sums[n], found.arrays[n]["sum"]) for n in arrays]
+        if problems := [problem for problem in problems if problem]:
+            return None, problems + self._named_files(found.step)
+        for name, array in wanted.items():
+            if arrays[name].shape != array.shape:
+                arrays[name] = vocabulary.resized(arrays[name], array.shape, array.sharding)
+            if arrays[name].dtype != array.dtype:
+                arrays[name] = arrays[name].astype(array.dtype)
+        # `wanted` has the names of the step, in the order of `abstract`.
+        return {name: arrays[stored] for name, stored in zip(abstract, wanted, strict=True)}, []
+
+    def _check_shapes(self, found: Found, wanted: Mapping[str, Any]) -> None:
+        """Refuse a step of another model or optimizer.
+
+        Raises:
+            ValueError: it is.
+        """
+        vocab = self._vocabulary
+        shapes = {name: vocab.cut(name, array.shape) for name, array in wanted.items()}
+        same = found.metadata.get("vocab") == vocab.size  # else what was stored had no padding
+        cut = (vocab.cut,) if same else ()
+        if problems := step_folders.misfits(found.arrays, shapes, *cut):
+            raise ValueError(
+                f"checkpoint step {found.step} is of another model or optimizer than the config's: "
+                + problems
+            )
+
+
+def under_stored_names(
+    wanted: Mapping[str, Any], arrays: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the leaves of a state under the names that a step has for them, in the same order.
+
+    optax names them by where they are in a chain, "1.0.mu.PATH": a part without arrays, such as
+    clipping, that comes or goes renames all others. What is equal but for these numbers is the
+    same array, in the order of the chain.
+    """
+
+    def grouped(names: Iterable[str]) -> dict[str, list[str]]:
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            place, _, rest = _parts(name)
+            groups.setdefault(f"{place} {rest}", []).append(name)
+        return {rest: sorted(of_rest, key=_places) for rest, of_rest in groups.items()}
+
+    here, there = grouped(wanted), grouped(arrays)
+    renamed = {
+        name: other
+        for rest, names in here.items()
+        if len(names) == len(there.get(rest, ()))
+        for name, other in zip(names, there[rest], strict=True)
+    }
+    return {renamed.get(name, name): leaf for name, leaf in wanted.items()}
+
+
+def _places(name: str) -> list[int]:
+    """Return the numbers in front of a name of the optimizer's state."""
+    return [int(number) for number in _parts(name)[1].split(".") if number]
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """Split a name into its kind, its places in the chain, and the rest."""
+    match = _PLACE.fullmatch(name)
+    assert match, name  # every text matches
+    return match[1], match[2], match[3]
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return {"params": {path: leaf}, "optimizer": {path: leaf}} of what `named` returns."""
+    found: dict[str, dict[str, Any]] = {"params": {}, "optimizer": {}}
+    for name, leaf in leaves.items():
+        kind, _, path = name.partition("/")
+        found[kind][path] = leaf
+    return found
+
+
+def _flat(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{kind}/{path}": leaf for kind, part in tree.items() for path, leaf in part.items()}

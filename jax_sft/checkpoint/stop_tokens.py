@@ -1,0 +1,244 @@
+"""The tokens that end a text: those a model names, those that training teaches, and the export's.
+
+A model folder names them in generation_config.json, which inference engines read, and in
+config.json. `train` shows both kinds at the start and stores the trained ones with each step;
+`hf_export` writes both. Token ids are counted in {id: trained turns that it ends}.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax_sft.data.tokens import worker
+from jax_sft.files import step_folders
+from jax_sft.weights import hf_reader
+
+GENERATION, CONFIG = "generation_config.json", "config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+KEY = "eos_token_id"
+# What transformers copies from config.json where there is no generation_config.json.
+_COPIED = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
+def named(folder: Path) -> list[int]:
+    """Return the token ids at which generation with a model folder stops.
+
+    Raises:
+        ValueError: a file is no JSON object.
+    """
+    files = _both(folder)
+    return _ids(files.get(GENERATION)) or _ids(files.get(CONFIG))
+
+
+def trained(report: Mapping[str, Mapping[str, Any]]) -> dict[int, int]:
+    """Add up the ends of trained turns over the sources of `Examples.report`."""
+    ends: dict[int, int] = {}
+    for counts in report.values():
+        for end, count in counts["turn_ends"].items():
+            ends[int(end)] = ends.get(int(end), 0) + count
+    return dict(sorted(ends.items(), key=lambda pair: -pair[1]))
+
+
+def stored(metadata: Mapping[str, Any]) -> dict[int, int] | None:
+    """Return the ends of trained turns that a step's metadata hold; None = it is not known."""
+    ends = metadata.get("turn_ends")
+    return None if ends is None else {int(end): count for end, count in ends.items()}
+
+
+def inherited(folder: Path) -> dict[int, int]:
+    """Return the ends that the run of a checkpoint folder trained, where `model.path` names one.
+
+    Args:
+        folder: from `hf_reader.resolve`.
+    """
+    if folder.name != hf_reader.KEPT or not (present := step_folders.present(folder.parent)):
+        return {}
+    return stored(step_folders.metadata(folder.parent / str(present[0]))) or {}
+
+
+def union(first: Iterable[int], second: Iterable[int]) -> list[int]:
+    """Return the ids of both in order, each once."""
+    return list(dict.fromkeys([*first, *second]))
+
+
+def shown(ids: Iterable[int], names: Mapping[int, str], counts: Mapping[int, int]) -> str:
+    """Return token ids as "'<|im_end|>' (258, 40 turns)"; "no token" for none."""
+    texts = []
+    for token in ids:
+        number = str(token)
+        if count := counts.get(token):
+            number += f", {count:,} turn{'s' * (count > 1)}"
+        texts.append(f"{names[token]!r} ({number})" if names.get(token) else f"token {number}")
+    return " and ".join(texts) or "no token"
+
+
+def line(
+    folder: Path,
+    before: Sequence[int],
+    ends: Mapping[int, int],
+    report: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """Say what ends texts for the model and turns in the data, and where the export will stop.
+
+    Args:
+        folder: of the model.
+        before, ends: from `named` and `trained`.
+        report: of the train sources.
+    """
+    both, of_tokens = union(before, ends), names(folder)
+    has_turns = any(counts["format"] not in worker.NO_TEMPLATE for counts in report.values())
+    if not ends:
+        return (
+            "no example trains a special token at its end: the model learns no end of text; the "
+            f"export stops at {shown(before, of_tokens, {})}"
+        )
+    if all(end in before for end in ends):
+        return f"at {shown(before, of_tokens, ends)}, as the model does"
+    of_both = "both" if len(both) == 2 else "all of them"
+    return (
+        f"the model ends texts with {shown(before, of_tokens, {})}, "
+        f"{'the template ends turns' if has_turns else 'the data end'} with "
+        f"{shown(ends, of_tokens, ends)}; the export will stop at "
+        f"{of_both if before else 'the latter'}"
+    )
+
+
+def export_line(
+    folder: Path, ends: Mapping[int, int] | None, changed: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """Say where an export stops, and what was changed for it.
+
+    Args:
+        folder: the model's files, before the change.
+        ends, changed: from `stored` and `changes`.
+    """
+    if ends is None:
+        return (
+            "the checkpoint does not say which tokens end trained turns (it is of no training, or "
+            f"older than that): unknown, {GENERATION} is not written"
+        )
+    before, of_tokens = named(folder), names(folder)
+    if not changed:
+        return f"stops at {shown(before, of_tokens, ends)}, as the model did"
+    return (
+        f"stops at {shown(union(before, ends), of_tokens, ends)}: {KEY} of "
+        f"{' and '.join(changed)} was {before or None}"
+    )
+
+
+def changes(folder: Path, ends: Mapping[int, int], vocab: int) -> dict[str, dict[str, Any]]:
+    """Return {file: its new content} of a model folder that shall also stop at trained ends.
+
+    Each file keeps the ids it names, or takes those of the other where it names none; the trained
+    ones follow. A file that names them all is not changed.
+
+    Args:
+        vocab: number of token ids; others are left out.
+
+    Raises:
+        ValueError: a file is no JSON object.
+    """
+    files = _both(folder)
+    found = {name: _ids(content) for name, content in files.items()}
+    added = [end for end in ends if end < vocab]
+    if not added:
+        return {}
+    changed = {}
+    for name, other in ((GENERATION, CONFIG), (CONFIG, GENERATION)):
+        here = found.get(name) or found.get(other) or []
+        wanted = union((token for token in here if token < vocab), added)
+        if name in files and not set(added) <= set(found[name]):
+            changed[name] = files[name] | {KEY: _compact(wanted)}
+        elif name == GENERATION and name not in files and not set(added) <= set(here):
+            kept = {key: files[CONFIG][key] for key in _COPIED if key in files.get(CONFIG, {})}
+            changed[name] = kept | {KEY: _compact(wanted)}
+    return changed
+
+
+def write(folder: Path, changed: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write what `changes` returned."""
+    for name, content in changed.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def names(folder: Path) -> dict[int, str]:
+    """Return {id: text} of the special and added tokens of a model folder.
+
+    Raises:
+        ValueError: a file is no JSON object.
+    """
+    # Small, and has them for most models; tokenizer.json may have 11 MB.
+    config = _read(folder, TOKENIZER_CONFIG).get("added_tokens_decoder")
+    if isinstance(config, dict) and config:
+        added = list(config.items())
+    else:
+        entries = _added_tokens(folder / "tokenizer.json")
+        entries = entries if isinstance(entries, list) else []
+        added = [(entry.get("id"), entry) for entry in entries if isinstance(entry, dict)]
+    return {
+        int(str(token)): entry["content"]
+        for token, entry in added
+        if re.fullmatch(r"[0-9]{1,9}", str(token))
+        and isinstance(entry, dict)
+        and isinstance(entry.get("content"), str)
+    }
+
+
+def _added_tokens(file: Path) -> Any:
+    """Return the added tokens of a tokenizer.json without parsing its vocabulary, 1 s for 11 MB."""
+    if not file.is_file():
+        return []
+    before, _, rest = file.read_text(encoding="utf-8").partition('"added_tokens":')
+    if '"vocab"' not in before and rest.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.JSONDecoder().raw_decode(rest.lstrip())[0]
+    return hf_reader.read_json(file).get("added_tokens") or []
+
+
+def eos_text(folder: Path, ends: Mapping[int, int] | None) -> str:
+    """Return the token that ends most trained turns, as a text.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    of_tokens = names(folder)
+    if not ends or (end := max(ends, key=ends.__getitem__)) not in of_tokens:
+        raise ValueError(
+            "the token that ends trained turns is not known, so that it cannot become the "
+            "tokenizer's eos_token: leave out --tokenizer-eos (train.export_tokenizer_eos)"
+        )
+    return of_tokens[end]
+
+
+def set_tokenizer_eos(folder: Path, text: str) -> None:
+    """Make a token the eos_token of a folder's tokenizer."""
+    for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):
+        if not (content := _read(folder, name)):
+            continue
+        before = content.get("eos_token")
+        content["eos_token"] = before | {"content": text} if isinstance(before, dict) else text
+        write(folder, {name: content})
+
+
+def _both(folder: Path) -> dict[str, dict[str, Any]]:
+    names = [name for name in (GENERATION, CONFIG) if (folder / name).is_file()]
+    return {name: hf_reader.read_json(folder / name) for name in names}
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    return hf_reader.read_json(folder / name) if (folder / name).is_file() else {}
+
+
+def _ids(content: Mapping[str, Any] | None) -> list[int]:
+    """The token ids that a file's eos_token_id names: one, a list or none."""
+    value = (content or {}).get(KEY)
+    ids = value if isinstance(value, list) else [value]
+    return [token for token in ids if type(token) is int and 0 <= token < 2**31]
+
+
+def _compact(ids: list[int]) -> int | list[int]:
+    return ids if len(ids) > 1 else ids[0]

@@ -1,0 +1,553 @@
+"""From a checkpoint to a Hugging Face folder, in blocks of a tensor and verified.
+
+Of a run with adapters: to a folder of PEFT, or merged into the model that they belong to.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_sft import models
+from jax_sft.adapters import freeze, lora, nf4, peft
+from jax_sft.checkpoint import array_checksums, model_files, orbax_io, pretrained, stop_tokens
+from jax_sft.files import outputs, paths, step_folders, sums
+from jax_sft.nn.model_def import ModelDef
+from jax_sft.runtime.text import at_most
+from jax_sft.weights import hf_reader, hf_writer
+from jax_sft.weights.blocks import BlockReader
+from jax_sft.weights.param_spec import Weight
+
+SHARD_BYTES = 5_000_000_000
+OF_RUN = "export"  # in the folder of a run
+_OTHER = (
+    "{} did not train, and is not in the model what it was then: name the model of the run with "
+    "--base"
+)
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    dtype: str = "",
+    merge: bool = False,
+    base: str = "",
+    overwrite: bool = False,
+    progress: bool = True,
+    tokenizer_eos: bool = False,
+    say: Callable[[str], object] = print,
+) -> Path:
+    """Write a checkpoint as a Hugging Face folder that transformers loads; adapters for PEFT.
+
+    Generation with it also stops at the tokens that end the trained turns: eos_token_id in
+    generation_config.json and config.json names them behind those that were there. The folder of
+    adapters gets such a generation_config.json, which engines take where they are given it.
+
+    Args:
+        checkpoint: a run, its checkpoint folder, or a step in that; or what `hf_convert` made.
+        out: the folder to write; it appears only when complete, with the sha256 of each file in
+            SHA256SUMS.
+        step: which step; None = the newest.
+        shard_bytes: largest safetensors file.
+        dtype: "float32", "bfloat16" or "float16" for all tensors; "" = each tensor's own dtype in
+            the model that was fine-tuned. Adapters are float32.
+        merge: add adapters to the weights of their model, and write that. Of weights in 4 bits
+            these are the values that they were trained with.
+        base: where the weights are that did not train; "" = where they were, model.path.
+        overwrite: replace an older export in `out` if nobody changed it.
+        tokenizer_eos: also make the token that ends most trained turns the tokenizer's eos_token.
+        say: is given a line about what ends a text, and about what a killed export left.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: no such checkpoint or step, a damaged one, an unknown dtype, other weights than
+            those that did not train, or `out` is no place for an export or has no room.
+        OSError: the file system refused something; an older export is as it was.
+    """
+    folder, step = step_folders.locate(paths.local(checkpoint, "--checkpoint"), step)
+
+    def write(chosen: int | None) -> Path:
+        planned = _plan(folder, chosen, shard_bytes, dtype, merge, base)
+        return _export(planned, out, shard_bytes, dtype, overwrite, progress, tokenizer_eos, say)
+
+    return step_folders.newest_again(folder, step, write, say)
+
+
+def _export(
+    planned: "Plan",
+    out: str | Path,
+    shard_bytes: int,
+    dtype: str,
+    overwrite: bool,
+    progress: bool,
+    tokenizer_eos: bool,
+    say: Callable[[str], object],
+) -> Path:
+    """Write what is planned; the arguments are those of `export`."""
+    place = outputs.check(out, outputs.EXPORT, overwrite=overwrite, reads=planned.reads)
+    outputs.check_room(place.out, planned.layout.nbytes)
+    eos = stop_tokens.eos_text(planned.kept, planned.turn_ends) if tokenizer_eos else ""
+    try:
+        with outputs.unfinished(place.out, say) as folder:
+            hashes = hf_writer.save(
+                _Params(planned),
+                planned.rows,
+                planned.dims,
+                planned.dtypes,
+                folder,
+                shard_bytes,
+                progress,
+                planned.single,
+            )
+            hf_reader.copy_side_files(planned.kept, folder)
+            stop_tokens.write(folder, planned.stops)
+            if eos:
+                stop_tokens.set_tokenizer_eos(folder, eos)
+            if planned.is_adapter:
+                _describe_adapter(planned, folder)
+            elif dtype:
+                _set_dtype(folder / "config.json", dtype)
+            about = planned.about(tokenizer_eos)
+            sums.write(folder, outputs.EXPORT, about, hashes)
+            outputs.put_in_place(folder, place)
+        say(planned.stop_line)
+    except orbax_io.Failed as error:
+        raise ValueError(
+            step_folders.damaged(planned.folder, planned.step, [str(error)])
+        ) from error
+    return paths.local(out, "--out")
+
+
+def check_of_run(workdir: Path, say: Callable[[str], object] = print) -> None:
+    """Look whether a run may write its export at its end, and remove what a killed start left.
+
+    Raises:
+        ValueError: its place holds something else.
+        OSError: the file system refused something.
+    """
+    folder = workdir / OF_RUN
+    place = outputs.check(
+        *(folder, outputs.EXPORT),
+        overwrite=True,
+        key="train.export",
+        quick=True,
+        remedy="Move that away, or start with --config.train.export=False and export elsewhere",
+    )
+    outputs.remove_leftovers(place.out, say)
+
+
+def of_run(
+    workdir: Path, *, tokenizer_eos: bool = False, say: Callable[[str], object] = print
+) -> Path:
+    """Export the newest step of a run into the run's folder, unless it is there already.
+
+    Args:
+        tokenizer_eos, say: as of `export`.
+
+    Raises:
+        ValueError, OSError: as `export`.
+    """
+    out = workdir / OF_RUN
+    planned = plan(workdir / "checkpoints")
+    old = sums.read(out)
+    if old and old.kind == outputs.EXPORT and old.about == planned.about(tokenizer_eos):
+        problems = sums.check(out, old, hashes=False)
+        note = f" ({'; '.join(at_most(problems, 5))})" if problems else ""
+        say(f"{out} holds step {planned.step} already, and is left alone{note}")
+        return out
+    check_of_run(workdir, say)
+    export(
+        *(planned.folder, out),
+        step=planned.step,
+        overwrite=True,
+        tokenizer_eos=tokenizer_eos,
+        say=say,
+    )
+    say(str(out))
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What an export reads and writes, known without reading an array.
+
+    Attributes:
+        folder: the checkpoint folder.
+        metadata: what is stored with the step.
+        arrays: {our path: {"shape", "dtype", "sum"}} of what is stored.
+        model_def: the model as it was trained.
+        settings: of its adapters; None = it has none.
+        weights: those that did not train, where they are needed.
+        rows: of what is written.
+        dtypes: {HF name: safetensors dtype}.
+        base: the folder of `weights`, or of the model that the adapters belong to; None = on the
+            hub, or there is none.
+        kept_files: {side file of the model: (bytes, sha256)}.
+    """
+
+    folder: Path
+    step: int
+    metadata: dict[str, Any]
+    arrays: Mapping[str, dict[str, Any]]
+    model_def: ModelDef
+    settings: lora.Settings | None
+    weights: pretrained.Weights | None
+    rows: tuple[Weight, ...]
+    dtypes: Mapping[str, str]
+    layout: hf_writer.Layout
+    base: Path | None
+    kept_files: Mapping[str, tuple[int, str]]
+
+    @property
+    def reads(self) -> list[Path]:
+        """Folders that an export must not touch."""
+        return [self.folder, *([self.base] if self.base else [])]
+
+    def about(self, tokenizer_eos: bool) -> dict[str, Any]:
+        """Return what tells this export from others, of this run or another one."""
+        content = [self.arrays, self.metadata.get("frozen"), self.dtypes, self.kept_files]
+        content += [self.stops, tokenizer_eos]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return {"step": self.step, "content": digest, "files": len(self.layout.headers)}
+
+    @property
+    def dims(self) -> dict[str, int]:
+        return self.model_def.dims
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether adapters are written, alone."""
+        return any(row.path.endswith(".lora.a.kernel") for row in self.rows)
+
+    @property
+    def single(self) -> str:
+        """Name of the file of weights, if it is one."""
+        return peft.WEIGHTS if self.is_adapter else hf_reader.SINGLE
+
+    @property
+    def kept(self) -> Path:
+        """The files of the model."""
+        return self.folder / model_files.NAME
+
+    @property
+    def turn_ends(self) -> dict[int, int] | None:
+        """Return the tokens that end the trained turns (`stop_tokens`); None = not recorded."""
+        return stop_tokens.stored(self.metadata)
+
+    @functools.cached_property
+    def stops(self) -> dict[str, dict[str, Any]]:
+        """The files, with content, that change for the export to stop at trained ends."""
+        changed = stop_tokens.changes(self.kept, self.turn_ends or {}, self.dims["vocab"])
+        if self.is_adapter:  # its folder has no config.json
+            changed.pop(stop_tokens.CONFIG, None)
+        return changed
+
+    @property
+    def stop_line(self) -> str:
+        """Return the line that says at which tokens generation with the export stops."""
+        line = stop_tokens.export_line(self.kept, self.turn_ends, self.stops)
+        if self.is_adapter and self.stops:
+            line += (
+                "; the model that the adapter belongs to does not know it: give the engine this "
+                "file (vLLM: --generation-config, transformers: GenerationConfig.from_pretrained)"
+            )
+        return line
+
+    def read(self, path: str) -> np.ndarray:
+        """Read one array of the step.
+
+        Raises:
+            Failed: it is damaged.
+        """
+        stored = self.stored(path)
+        array = stored[tuple(slice(0, size) for size in stored.shape)]
+        stored.finish()
+        return array
+
+    def stored(self, path: str) -> orbax_io.Stored:
+        """Open one array of the step."""
+        array = self.arrays[path]
+        shape = self.model_def.vocabulary.cut(path, array["shape"])
+        return orbax_io.Stored(
+            self.folder / str(self.step), step_folders.PARAMS + path, array, shape
+        )
+
+    def lines(self) -> Iterator[str]:
+        """Say for every tensor where it comes from, what it is and which file gets it."""
+        for row in self.rows:
+            for index, name in row.hf_tensors(self.dims):
+                if place := self.layout.tensors.get(name):
+                    yield (
+                        f"{row.path}{[*index] if index else ''} {self._source(row)}"
+                        f" -> {name} {place.dtype} {[*place.shape]} in {place.file}"
+                    )
+        yield (
+            f"step {self.step}: {len(self.rows)} arrays -> {len(self.layout.tensors)} tensors, "
+            f"{self.layout.nbytes / 1e9:.3f} GB in {len(self.layout.headers)} files; "
+            f"beside them {', '.join(hf_reader.side_files(self.kept))}"
+        )
+        yield self.stop_line
+
+    def _source(self, row: Weight) -> str:
+        if row.path in self.arrays:
+            array = self.arrays[row.path]
+            return f"{array['dtype']} {array['shape'][len(row.stacked) :]}"
+        has_adapter = row.path.replace(".kernel", ".lora.a.kernel") in self.arrays
+        return "of the model" + " and its adapter" * has_adapter
+
+
+def plan(
+    checkpoint: str | Path,
+    *,
+    step: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    dtype: str = "",
+    merge: bool = False,
+    base: str = "",
+) -> Plan:
+    """Check a checkpoint and plan its export. The arguments are those of `export`.
+
+    Raises:
+        ValueError: no such checkpoint or step, a damaged one, or an unknown dtype.
+    """
+    folder, step = step_folders.locate(paths.local(checkpoint, "--checkpoint"), step)
+    return step_folders.newest_again(
+        folder, step, lambda chosen: _plan(folder, chosen, shard_bytes, dtype, merge, base)
+    )
+
+
+def _plan(
+    folder: Path, step: int | None, shard_bytes: int, dtype: str, merge: bool, base: str
+) -> Plan:
+    """The plan of a step; the other arguments are those of `export`."""
+    kept = model_files.verify(folder).manifest
+    assert kept
+    if dtype and dtype not in hf_reader.NAMES:
+        raise ValueError(f"dtype {dtype!r} is not one of {list(hf_reader.NAMES)}")
+    step = step_folders.choose(folder, step)
+    arrays, metadata = step_folders.params(folder, step), step_folders.metadata(folder / str(step))
+    config = hf_reader.read_json(folder / model_files.NAME / "config.json")
+    model_def = ModelDef.of(*models.read(config), dtype="float32")
+    model_rows, settings = model_def.rows, None
+    if described := metadata.get("lora"):
+        settings = lora.Settings(**described | {"targets": tuple(described["targets"])})
+    if merge and not settings:
+        raise ValueError(f"{folder} has no adapters: there is nothing to merge")
+    of_run = metadata.get("config") or {}
+    frozen = of_run.get("train", {}).get("freeze", ())
+    model_def = freeze.choose(model_def, settings, frozen)
+    rows = {row.path: row for row in model_def.moving}
+    shapes = {path: row.shape(model_def.dims) for path, row in rows.items()}
+    if problems := step_folders.misfits(arrays, shapes, model_def.vocabulary.cut):
+        raise ValueError(f"{folder / str(step)} does not fit its config.json: {problems}")
+    weights = None
+    if settings and not merge:
+        names = [name for row in rows.values() for _, name in peft.tensors(row, model_def)]
+        written = tuple(peft.joined(row) for row in rows.values())
+        dtypes, single = dict.fromkeys(names, "F32"), peft.WEIGHTS
+    else:
+        dtypes, written, single = model_files.dtypes(folder), model_rows, hf_reader.SINGLE
+        if dtype:
+            dtypes = dict.fromkeys(dtypes, hf_reader.NAMES[dtype])
+        if model_def.frozen:
+            weights = _weights(of_run, base, model_rows, model_def)
+    layout = hf_writer.layout(written, model_def.dims, dtypes, shard_bytes, single)
+    base_folder = base or of_run.get("model", {}).get("path", "")
+    return Plan(
+        *(folder, step, metadata, arrays, model_def, settings, weights, written, dtypes, layout),
+        base=Path(os.path.abspath(os.path.expanduser(base_folder))) if base_folder else None,
+        kept_files=kept.files,
+    )
+
+
+def _weights(
+    of_run: Mapping[str, Any], base: str, rows: tuple[Weight, ...], model_def: ModelDef
+) -> pretrained.Weights:
+    """Find the weights that did not train.
+
+    Raises:
+        ValueError: they are not there, or of another model.
+    """
+    path, revision = (base, "") if base else (of_run["model"][n] for n in ("path", "revision"))
+    try:
+        folder, step = hf_reader.resolve(path, revision), hf_reader.step_of(path)
+        return pretrained.find(folder, rows, model_def.dims, model_def.cfg.tied, step)
+    except ValueError as error:
+        raise ValueError(
+            f"the checkpoint holds only what has trained, the rest is in {path!r}: {error}. Name "
+            "the folder with --base where it is another one now"
+        ) from error
+
+
+def _set_dtype(config_file: Path, dtype: str) -> None:
+    """Record the dtype of an export that changes it."""
+    config = hf_reader.read_json(config_file)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _describe_adapter(planned: Plan, out: Path) -> None:
+    """Make a folder of adapters, not of a model, of what is there."""
+    for name in {stop_tokens.CONFIG, stop_tokens.GENERATION} - {*planned.stops}:
+        (out / name).unlink(missing_ok=True)
+    model = planned.metadata["config"]["model"]
+    assert planned.settings
+    peft.write_config(out, planned.model_def, planned.settings, model["path"], model["revision"])
+
+
+class _Params(Mapping[str, BlockReader | np.ndarray]):
+    """What is written, by our paths: each opened when it is asked for."""
+
+    def __init__(self, planned: Plan):
+        self._planned = planned
+
+    def __getitem__(self, path: str) -> BlockReader | np.ndarray:
+        planned = self._planned
+        row = next(row for row in planned.model_def.rows if row.path == path)
+        if peft.joined(row) != row:
+            return peft.widened(planned.read(path), row)
+        if path in planned.arrays:
+            # Of adapters of some layers only these are written: the others would never be read.
+            is_partly_written = planned.is_adapter and path in planned.model_def.trained
+            return planned.read(path) if is_partly_written else planned.stored(path)
+        assert planned.weights
+        blocks, noted = planned.weights.blocks(path), planned.metadata["frozen"]
+        if path in planned.model_def.packed:
+            still = _Packed(blocks, planned.model_def, path, noted)
+        else:
+            still = _Checked(blocks, noted[path], path)
+        stem = path.removesuffix(".kernel") + ".lora"
+        if f"{stem}.a.kernel" not in planned.arrays:
+            return still
+        parts = [planned.read(f"{stem}.{part}.kernel") for part in "ab"]
+        of_dora = f"{stem}.magnitude"
+        magnitude = planned.read(of_dora) if of_dora in planned.arrays else None
+        assert planned.settings
+        return _Merged(still, row, (*parts, magnitude), planned.settings)
+
+    def __iter__(self) -> Iterator[str]:
+        return (row.path for row in self._planned.rows)
+
+    def __len__(self) -> int:
+        return len(self._planned.rows)
+
+
+class _Checked:
+    """Blocks of a weight that did not train, compared with what the run had."""
+
+    def __init__(self, blocks: BlockReader, noted: Mapping[str, Any], path: str):
+        self._blocks, self._noted, self._path = blocks, noted, path
+        self.shape, self.dtype, self.chunk = blocks.shape, blocks.dtype, blocks.chunk
+        self._found, self._lock = 0, threading.Lock()
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
+        block = self._blocks[slices]
+        start = [part.indices(size)[0] for part, size in zip(slices, self.shape, strict=True)]
+        held = block.astype(np.dtype(self._noted["dtype"]))
+        found = array_checksums.of_numpy(held, start, self.shape)
+        with self._lock:
+            self._found += found
+        return block
+
+    def finish(self) -> None:
+        """Compare, now that each element was read once.
+
+        Raises:
+            Failed: the weights are others.
+        """
+        if array_checksums.problem(self._path, self._found % 2**32, self._noted["sum"]):
+            raise orbax_io.Failed(_OTHER.format(self._path))
+
+
+class _Packed:
+    """Blocks of a kernel as it was in 4 bits, compared with what the run had; float32."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(
+        self, blocks: BlockReader, model_def: ModelDef, path: str, noted: Mapping[str, Any]
+    ):
+        self._blocks, self._model_def, self._path = blocks, model_def, path
+        self._noted = noted[f"{path}.codes"]["sum"]
+        self.shape, self.chunk = blocks.shape, (1,) * len(blocks.shape)
+        self._layers: dict[tuple[int, ...], np.ndarray] = {}
+        self._found, self._lock = 0, threading.Lock()
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
+        codes, *_ = self._model_def.packed[self._path]
+        num_stacked = len(codes.stacked)
+        layer = tuple(part.start for part in slices[:num_stacked])
+        with self._lock:
+            if layer not in self._layers:
+                whole = (*slices[:num_stacked], *(slice(0, n) for n in self.shape[num_stacked:]))
+                kernel = self._blocks[whole].reshape(self.shape[num_stacked:])
+                packed, unpacked = nf4.both_ways(self._model_def, self._path, kernel)
+                start = (*layer, *(0 for _ in packed.shape))
+                packed = packed.reshape(*(1 for _ in layer), *packed.shape)
+                of_all = codes.shape(self._model_def.dims)
+                self._found += array_checksums.of_numpy(packed, start, of_all)
+                while len(self._layers) > 2:  # blocks of a layer come one after another
+                    self._layers.pop(next(iter(self._layers)))
+                self._layers[layer] = unpacked
+            unpacked = self._layers[layer]
+        block = unpacked[slices[num_stacked:]]
+        return block.reshape(*(1 for _ in layer), *block.shape)
+
+    def finish(self) -> None:
+        """Compare, now that each layer was packed once.
+
+        Raises:
+            Failed: the weights are others.
+        """
+        if self._found % 2**32 != self._noted:
+            raise orbax_io.Failed(_OTHER.format(self._path))
+
+
+class _Merged:
+    """Blocks of a kernel with its adapter, float32."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, kernel: BlockReader, row: Weight, adapter: tuple, settings: lora.Settings):
+        self._kernel, self._settings = kernel, settings
+        self.shape, self.chunk = kernel.shape, kernel.chunk
+        self._a, self._b, self._magnitude = adapter
+        self._num_stacked = len(row.stacked)
+        # How many dimensions of the kernel, after the stacked ones, are outputs, and where.
+        outputs, _ = row.factors
+        self._num_outputs, self._outputs_first = len(outputs), "embed" in outputs
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
+        block = self._kernel[slices]
+        layer, of_one = slices[: self._num_stacked], slices[self._num_stacked :]
+        n = self._num_outputs
+        outputs = of_one[:n] if self._outputs_first else of_one[len(of_one) - n :]
+        a, b = self._a[layer], self._b[layer]
+        magnitude = None if self._magnitude is None else self._magnitude[(*layer, *outputs)]
+        rank = self._settings.rank
+        b = b[(..., *outputs, slice(None))] if self._outputs_first else b[(..., *outputs)]
+        size = int(np.prod(b.shape)) // rank
+        shape = (size, -1) if self._outputs_first else (-1, size)
+        return lora.merged(
+            block.astype(np.float32).reshape(shape),
+            a.reshape(-1, rank),
+            b.reshape((-1, rank) if self._outputs_first else (rank, -1)),
+            None if magnitude is None else magnitude.reshape(-1),
+            self._settings,
+            self._outputs_first,
+        ).reshape(block.shape)
+
+    def finish(self) -> None:
+        self._kernel.finish()

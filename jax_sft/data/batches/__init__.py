@@ -1,0 +1,1 @@
+"""Tokenized examples to device batches: mixture, packing plan and loader."""

@@ -1,0 +1,1 @@
+"""Conversations to tokens, and the decision which tokens train."""

@@ -1,0 +1,302 @@
+"""Rows to items that can be tokenized. A new format is a function here, its columns in `_needed`
+and its name in FORMATS.
+
+Called by `worker`: every format takes (row, config.source) and raises ValueError naming the field
+that is wrong. Nothing is converted: a number where text belongs is an error.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jax_sft.data.sources.messages import (
+    BRIEF,
+    MAX_WEIGHT,
+    NOTHING,
+    VISIBLE,
+    Message,
+    parsed,
+    shown,
+    to_message,
+    to_tools,
+    turn_to_message,
+)
+
+NOT_TRAINED = -100  # the label of a token that does not train
+
+Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Messages as a chat template takes them: `role` is one of messages.ROLES, `content` a string.
+
+    An assistant's message may have `tool_calls`, a list of {"type": "function", "function":
+    {"name": str, "arguments": dict}}; `reasoning_content`; and `train` (bool) or `weight` (float).
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Text tokenized without a chat template; the completion trains, the prompt does not."""
+
+    prompt: str
+    completion: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Tokens as they are, not shifted, and the loss weight of each: 0 = it does not train."""
+
+    ids: list[int]
+    weights: list[float]
+
+
+Item = Conversation | Text | Tokens
+
+
+# ---- formats -------------------------------------------------------------------------------------
+
+
+def messages(row: Row, source) -> Conversation:
+    """A column of OpenAI's messages, with an optional column of tools.
+
+    Fields that are null are left out; those that are not known stay: a template may use them. An
+    assistant's message of nothing at all is refused unless it has `train: false` or weight 0.
+    """
+    key = source.messages_key
+    found = [to_message(one, f"{key}[{n}]") for n, one in enumerate(_messages(row, key))]
+    system = _system(row, source.system_key)
+    return Conversation(_joined(system, found, key), _tools(row, source.tools_key))
+
+
+def sharegpt(row: Row, source) -> Conversation:
+    """A column of {from, value}, with an optional column of tools.
+
+    The system message may have its own column: source.system_key, or else "system" if there is
+    one. The value of "function_call" is JSON: one tool call or a list of them.
+    """
+    key = source.conversations_key
+    found = [turn_to_message(one, f"{key}[{n}]", key) for n, one in enumerate(_messages(row, key))]
+    system = _system(row, source.system_key or "system")
+    return Conversation(_joined(system, found, key), _tools(row, source.tools_key))
+
+
+def prompt_response(row: Row, source) -> Conversation:
+    """Optional system, then user = prompt (+ newline + query), then assistant = response."""
+    prompt = _text(row, source.prompt_key)
+    if source.query_key and (query := _text(row, source.query_key, optional=True)):
+        prompt += "\n" + query
+    answer = {"role": "assistant", "content": _trained(row, source.response_key)}
+    turns = [{"role": "user", "content": prompt}, answer]
+    return Conversation(_system(row, source.system_key) + turns, _tools(row, source.tools_key))
+
+
+def prompt_completion(row: Row, source) -> Conversation | Text:
+    """Two strings, tokenized plainly; or two lists of messages, of which the first is history.
+
+    An assistant's message in the prompt trains only if it says so itself.
+    """
+    keys = (source.prompt_key, source.completion_key)
+    prompt, completion = (row.get(key) for key in keys)
+    tools = _tools(row, source.tools_key)
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if tools:
+            raise ValueError(f"field {source.tools_key!r} needs prompt and completion of messages")
+        return Text(prompt, _trained(row, source.completion_key))
+    if not (isinstance(prompt, list) and isinstance(completion, list)):
+        raise ValueError(
+            f"fields {keys[0]!r} and {keys[1]!r} must be two strings or two lists of messages, not "
+            f"{shown(prompt)} and {shown(completion)}"
+        )
+    found = [
+        to_message(one, f"{key}[{number}]", trains=key == source.completion_key)
+        for key in keys
+        for number, one in enumerate(_messages(row, key))
+    ]
+    return Conversation(found, tools)
+
+
+def tokens(row: Row, source) -> Tokens:
+    """Tokenized rows: `ids` and `mask` (0, 1 or float weights), or `input_ids` and `labels`.
+
+    Neither is shifted: a label is the token at its own place, or -100 where it does not train.
+    """
+    given = [keys for keys in _needed(source)["tokens"] if row.get(keys[0]) is not None]
+    if len(given) != 1:
+        raise ValueError("fields 'ids' and 'mask' or 'input_ids' and 'labels' are needed, not both")
+    ids_key, marks_key = given[0]
+    ids, marks = _list(row, ids_key), _list(row, marks_key)
+    if not ids or len(ids) != len(marks):
+        raise ValueError(
+            f"fields {ids_key!r} and {marks_key!r} must be of the same length, from 1: they are "
+            f"{len(ids)} and {len(marks)} long"
+        )
+    for number, token in enumerate(ids):
+        if type(token) is not int or not 0 <= token < 2**31:
+            raise ValueError(f"{ids_key}[{number}] must be a token id, not {shown(token)}")
+    if row.get("attention_mask") is not None and _list(row, "attention_mask") != [1] * len(ids):
+        raise ValueError("field 'attention_mask' must be all 1: leave out the padding")
+    if marks_key == "mask":
+        return Tokens(ids, [_weight(mark, f"mask[{number}]") for number, mark in enumerate(marks)])
+    for number, (label, token) in enumerate(zip(marks, ids, strict=True)):
+        if type(label) is not int or label not in (NOT_TRAINED, token):
+            raise ValueError(
+                f"labels[{number}] must be {NOT_TRAINED} or input_ids[{number}] = {token}, not "
+                f"{shown(label)}: labels are not shifted here"
+            )
+    return Tokens(ids, [float(label != NOT_TRAINED) for label in marks])
+
+
+def text(row: Row, source) -> Text:
+    """Plain language modelling: all of it trains."""
+    return Text("", _trained(row, source.text_key))
+
+
+FORMATS: dict[str, Callable[[Row, Any], Item]] = {
+    "messages": messages,
+    "sharegpt": sharegpt,
+    "prompt_response": prompt_response,
+    "prompt_completion": prompt_completion,
+    "tokens": tokens,
+    "text": text,
+}
+# Which formats use the options of a source that name columns.
+USES = {
+    "prompt_key": ("prompt_response", "prompt_completion"),
+    "query_key": ("prompt_response",),
+    "response_key": ("prompt_response",),
+    "system_key": ("messages", "sharegpt", "prompt_response"),
+    "messages_key": ("messages",),
+    "conversations_key": ("sharegpt",),
+    "tools_key": ("messages", "sharegpt", "prompt_response", "prompt_completion"),
+    "completion_key": ("prompt_completion",),
+    "text_key": ("text",),
+}
+OPTIONAL = ("query_key", "system_key")  # not set by default; the others name a column always
+
+
+def _needed(source) -> dict[str, list[tuple[str, ...]]]:
+    """{format: its sets of columns, of which it needs one}."""
+    return {
+        "messages": [(source.messages_key,)],
+        "sharegpt": [(source.conversations_key,)],
+        "prompt_response": [(source.prompt_key, source.response_key)],
+        "prompt_completion": [(source.prompt_key, source.completion_key)],
+        "tokens": [("ids", "mask"), ("input_ids", "labels")],
+        "text": [(source.text_key,)],
+    }
+
+
+def columns(source) -> set[str]:
+    """Return the columns that any format may read of a source; no other is needed."""
+    named = {source[option] for option in USES} | {"system", "attention_mask"}
+    return named | {key for sets in _needed(source).values() for keys in sets for key in keys}
+
+
+def choose(source, rows: Sequence[Row]) -> tuple[str, str]:
+    """Return the format of a source, and the reason for it as shown to the user.
+
+    It is the one that the source names; otherwise the first, in the order of FORMATS, whose columns
+    are there. A column is there if any of these rows, the first of the source, has it.
+
+    Raises:
+        ValueError: no format fits; a column is missing that the format or a *_key option needs; or
+            an option is set that the format does not use.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    names, given = BRIEF.repr(columns), f"source.path = {source.path!r}"
+    if source.format and source.format not in FORMATS:
+        raise ValueError(f"source.format = {source.format!r} is not one of {list(FORMATS)}")
+    needed = _needed(source)
+    fits = {name: [keys for keys in needed[name] if {*keys} <= {*columns}] for name in FORMATS}
+    name = source.format or next((name for name in FORMATS if fits[name]), "")
+    if not name or not fits[name]:
+        ways = "; ".join(
+            f"{one!r} needs {' or '.join(' and '.join(map(repr, keys)) for keys in needed[one])}"
+            for one in ([name] if name else FORMATS)
+        )
+        raise ValueError(
+            f"{given} has the columns {names}, but format {ways}. Say what its columns are called: "
+            "messages_key, conversations_key, prompt_key, response_key, completion_key, text_key"
+        )
+    for option, users in USES.items():
+        default = "" if option in OPTIONAL else option.removesuffix("_key")
+        if source[option] in ("", default):
+            continue
+        if name not in users:
+            raise ValueError(f"{given}: format {name!r} does not use source.{option}: leave it out")
+        if source[option] not in columns:
+            raise ValueError(
+                f"{given} has the columns {names}, not source.{option} = {source[option]!r}"
+            )
+    keys = fits[name][0]
+    reason = f"column{'s' * (len(keys) > 1)} {' and '.join(map(repr, keys))}"
+    if name in ("messages", "prompt_response") and not source.system_key and "system" in columns:
+        reason += "; column 'system' is not used: source.system_key is not set"
+    for unused in {"train", "weight"} & {*columns}:
+        reason += f"; column {unused!r} is not used: messages have weights, rows have not"
+    return name, f"source.format, {reason}" if source.format else reason
+
+
+# ---- fields --------------------------------------------------------------------------------------
+
+
+def _text(row: Row, key: str, optional: bool = False) -> str:
+    value = row.get(key)
+    if isinstance(value, str) and (value or optional):
+        return value
+    if optional and value is None:
+        return ""
+    raise ValueError(f"field {key!r} must be a non-empty string, not {shown(value)}")
+
+
+def _trained(row: Row, key: str) -> str:
+    """Return a text that trains, which says something."""
+    words = _text(row, key)
+    if not VISIBLE.search(words):
+        raise ValueError(f"field {key!r} has only blanks, {NOTHING}: leave the row out")
+    return words
+
+
+def _list(row: Row, key: str) -> list[Any]:
+    value = row.get(key)
+    if not isinstance(value, list):
+        raise ValueError(f"field {key!r} must be a list, not {shown(value)}")
+    return value
+
+
+def _messages(row: Row, key: str) -> list[Any]:
+    found = parsed(row.get(key), f"field {key!r}")  # JSON text in a table such as CSV
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"field {key!r} must be a list of messages, not {shown(found)}")
+    return found
+
+
+def _system(row: Row, key: str) -> list[Message]:
+    content = _text(row, key, optional=True) if key else ""
+    return [{"role": "system", "content": content}] if content else []
+
+
+def _joined(system: list[Message], found: list[Message], key: str) -> list[Message]:
+    """Put the system message of its own column first."""
+    if not system or found[0] == system[0]:
+        return found
+    if found[0]["role"] == "system":
+        raise ValueError(f"{key}[0] and the column of system messages differ: leave out one")
+    return system + found
+
+
+def _tools(row: Row, key: str) -> list[dict[str, Any]] | None:
+    return to_tools(row.get(key), f"field {key!r}")
+
+
+def _weight(mark: Any, where: str) -> float:
+    if isinstance(mark, int) and mark in (0, 1):  # 2 is no weight: more likely it numbers turns
+        return float(mark)
+    if isinstance(mark, float) and 0 <= mark <= MAX_WEIGHT:
+        return mark
+    raise ValueError(f"{where} must be 0, 1 or a float from 0, not {shown(mark)}")

@@ -1,0 +1,1 @@
+"""Tokenized sources: the processes that make them, and their cache on disk."""

@@ -1,0 +1,188 @@
+"""Check an export: its files, its logits under transformers, and whether its answers end.
+
+Both models compute in float32, one after the other: 4 bytes of memory per parameter. Our weights
+are rounded to the dtypes of the export first, so that what is left is the order of sums alone,
+whatever dtypes are exported. One answer is generated as transformers does it by default, with the
+export's own generation config.
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import jinja2
+import numpy as np
+
+from jax_sft import inference
+from jax_sft.checkpoint import pretrained, stop_tokens
+from jax_sft.checkpoint.to_hf import Plan
+from jax_sft.files import sums
+from jax_sft.runtime import exit_codes
+from jax_sft.sharding import parallel
+from jax_sft.weights import hf_reader
+
+EXIT_CHANGED = 1
+SHAPE = (2, 48)  # rows and tokens
+TOLERANCE = 1e-4  # of the largest logit; float32 sums in other orders differ by under 1e-5 of it
+# With adapters, whose sums with their weights are rounded, and not only the weights.
+MERGED_TOLERANCE = 0.05
+PROMPT = "Name a color."
+MOST_NEW_TOKENS = 64  # of the answer: a minute for a model of 7B parameters
+# What transformers raises for a folder without a tokenizer, or a template that refuses the prompt.
+NOT_GENERATED = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError),
+    jinja2.TemplateError,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One generated answer.
+
+    Attributes:
+        text: with its special tokens.
+        new_ids: the generated tokens.
+        stop_ids: at which transformers' `generate` stops with the export.
+        runs_on: ends of trained turns at which it does not stop; "" = it stops at all.
+        problem: why there is no answer; "" = there is.
+    """
+
+    text: str = ""
+    new_ids: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    runs_on: str = ""
+    problem: str = ""
+
+    @property
+    def line(self) -> str:
+        """Say whether the answer ended."""
+        if self.runs_on:
+            return (
+                f"answers DO NOT END: generation runs on behind {self.runs_on}, which the trained "
+                f"turns end with: {self.text!r}"
+            )
+        if self.problem:
+            return f"WARNING no sample answer was generated: {self.problem}"
+        if self.new_ids and self.new_ids[-1] in self.stop_ids:
+            return f"a sample answer ends after {len(self.new_ids)} tokens: {self.text!r}"
+        if not self.stop_ids:
+            return f"WARNING the export names no stop token, generation never ends: {self.text!r}"
+        return (
+            f"WARNING the stop tokens are right, but a sample answer did not end within "
+            f"{len(self.new_ids)} tokens: the model may be trained too little: {self.text!r}"
+        )
+
+
+def check_files(folder: Path) -> int:
+    """Compare a folder with its SHA256SUMS, print what differs; return the exit code.
+
+    Raises:
+        ValueError: it has none.
+        OSError: a file cannot be read.
+    """
+    if not (folder / sums.NAME).exists():
+        raise ValueError(f"{folder} has no {sums.NAME}: it is not what `export` or `convert` wrote")
+    if not (listed := sums.read(folder)):
+        print(f"{folder / sums.NAME} is damaged, or another program wrote it")
+        return EXIT_CHANGED
+    problems = sums.check(folder, listed, "checking files")
+    for problem in problems:
+        print(problem)
+    size = sum(nbytes for nbytes, _ in listed.files.values()) / 1e9
+    what = f"{listed.kind} of step {listed.about.get('step')}, {len(listed.files)} files"
+    verdict = f"{len(problems)} DIFFER" if problems else "as they were written"
+    print(f"{folder}: {what}, {size:.3f} GB: {verdict}")
+    return EXIT_CHANGED if problems else exit_codes.DONE
+
+
+def missing(planned: Plan) -> str:
+    """Say what stands in the way of a comparison; "" = nothing."""
+    if planned.is_adapter:
+        return "--verify compares whole models: add --merge"
+    if importlib.util.find_spec("torch"):
+        return ""
+    return "--verify needs PyTorch to run transformers' model: pip install torch"
+
+
+def compare(planned: Plan, out: Path) -> tuple[float, float, Answer]:
+    """Return (largest difference of two logits, the most that is allowed, a generated answer)."""
+    vocab = planned.dims["vocab"]
+    tokens = np.random.default_rng(0).integers(0, vocab, SHAPE)
+    ours = our_logits(planned, tokens)
+    theirs, answer = their_logits(out, tokens, planned.turn_ends or {})
+    difference = float(np.max(np.abs(ours - theirs)))
+    is_rounded = any(
+        np.dtype(hf_reader.DTYPES[one]).itemsize < 4 for one in planned.dtypes.values()
+    )
+    tolerance = MERGED_TOLERANCE if planned.settings and is_rounded else TOLERANCE
+    return difference, tolerance * float(np.max(np.abs(ours))), answer
+
+
+def our_logits(planned: Plan, tokens: np.ndarray) -> np.ndarray:
+    """Logits of the checkpoint's parameters, float32 [B, T, V]."""
+    model_def, mesh = planned.model_def, parallel.single_device_mesh()
+    params = {path: jnp.asarray(planned.read(path), jnp.float32) for path in planned.arrays}
+    if planned.weights:
+        rest = [row.path for row in planned.rows if row.path not in params]
+        params |= pretrained.read(planned.weights, model_def, rest, mesh, jnp.float32, False)
+    for row in planned.rows:
+        for index, name in row.hf_tensors(planned.dims):
+            dtype = hf_reader.DTYPES[planned.dtypes[name]]
+            if np.dtype(dtype).itemsize < 4 and row.path in params:
+                array = params[row.path]
+                rounded = array[index].astype(dtype).astype(jnp.float32)
+                params[row.path] = array.at[index].set(rounded)
+    return np.asarray(inference.LoadedModel(model_def, params, mesh).logits(tokens))
+
+
+def their_logits(
+    folder: Path, tokens: np.ndarray, turn_ends: Mapping[int, int]
+) -> tuple[np.ndarray, Answer]:
+    """Logits of transformers' model of a folder, float32 [B, T, V], and an answer of it."""
+    # Not part of what the project needs: a test is all that it is for.
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens)).logits.numpy()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        return logits, generated(model, tokenizer, turn_ends)
+    except NOT_GENERATED as error:
+        return logits, Answer(problem=f"{type(error).__name__}: {error}")
+
+
+def generated(model: Any, tokenizer: Any, turn_ends: Mapping[int, int]) -> Answer:
+    """Answer one prompt greedily, by transformers' `generate`.
+
+    Args:
+        turn_ends: what ends the trained turns, see `stop_tokens`.
+    """
+    import torch
+
+    if tokenizer.chat_template:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+    else:
+        prompt = tokenizer(PROMPT)["input_ids"]
+    given = model.generation_config.eos_token_id
+    stops = given if isinstance(given, list) else [] if given is None else [given]
+    if max(prompt) >= model.config.vocab_size:
+        raise ValueError("the tokenizer has more tokens than the model")
+    ids = torch.tensor([prompt])
+    found = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=MOST_NEW_TOKENS,
+        pad_token_id=0,  # of a batch of one, which has no padding
+    )[0, len(prompt) :].tolist()
+    missed = [end for end in turn_ends if end not in stops or end in found[:-1]]
+    names = dict(zip(missed, tokenizer.convert_ids_to_tokens(missed), strict=True))
+    runs_on = stop_tokens.shown(missed, names, {}) if missed else ""
+    return Answer(tokenizer.decode(found), tuple(found), tuple(stops), runs_on)

@@ -1,0 +1,77 @@
+"""JSON files that others wrote, read within bounds: a regular file, so large, so deep, no lies.
+
+Called for every JSON file of a model or adapter folder, through `hf_reader.read_json`.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from jax_sft.files import regular
+
+MAX_BYTES = 16 * 2**20
+MAX_DEPTH = 64  # of objects and lists within each other
+
+
+def read(file: Path, max_bytes: int = MAX_BYTES, strict: bool = True) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        strict: refuse keys with two values, and numbers that are not finite.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a FIFO, folder or device, too large, not UTF-8, not JSON, not an object, nested
+            too deep, a key with two values, a number that is not finite.
+    """
+    try:
+        with regular.open_regular(file) as opened:
+            size = os.fstat(opened.fileno()).st_size
+            if size > max_bytes:
+                raise ValueError(f"{file} has over {max_bytes / 2**20:.0f} MiB")
+            content = opened.read(size)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
+    try:
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=_object if strict else None)
+    except RecursionError:
+        raise ValueError(f"{file} is nested more than {MAX_DEPTH} deep") from None
+    except ValueError as error:  # of JSON, of UTF-8, of int(), or our own
+        raise ValueError(f"{file} is not valid JSON: {str(error)[:200]}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} must hold a JSON object, not a {type(found).__name__}")
+    if _is_deeper(found, MAX_DEPTH):
+        raise ValueError(f"{file} is nested more than {MAX_DEPTH} deep")
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        # Compared as text: within deep values == could recurse without end.
+        if key in found and repr(found[key]) != repr(value):
+            raise ValueError(f"{key!r} has two values")
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise ValueError(f"{key!r} must be a finite number")
+        found[key] = value
+    return found
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Whether objects and lists are nested deeper than this."""
+    level = [value]
+    for _ in range(depth):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True

@@ -1,0 +1,1 @@
+"""Several processes as one run: they meet, agree, watch each other and stop together."""

@@ -1,0 +1,1 @@
+"""Processes of one host: started, watched, stopped and started again."""

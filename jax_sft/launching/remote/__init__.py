@@ -1,0 +1,1 @@
+"""Launchers on other hosts: by SSH or Ray."""

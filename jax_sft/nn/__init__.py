@@ -1,0 +1,1 @@
+"""Building blocks of models, and a model without its weights."""

@@ -1,0 +1,134 @@
+"""How a model computes, whatever its family: dtypes, attention, what the backward pass keeps.
+
+`ModelDef` makes one Compute; model families hand it on to the primitives of `layers`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jax_sft.nn.remat_names import KEPT, NAMES
+from jax_sft.sharding import parallel
+from jax_sft.weights import tree
+
+_WEIGHT = "weight"  # a gathered weight; it is never kept
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    """The policy "none": JAX asks whether to keep what an operation of a layer returned.
+
+    JAX's policies of names do not look into a custom derivative, so `gather` is known by what is
+    in it; and what a sharding constraint returned can be had again from what it was given.
+    """
+    inside = params["call_jaxpr"].eqns if primitive.name == "custom_vjp_call" else ()
+    is_weight = any(each.get("name") == _WEIGHT for each in (params, *(e.params for e in inside)))
+    return not is_weight and primitive.name != "sharding_constraint"
+
+
+# model.remat: what the backward pass keeps of a layer instead of computing it again.
+REMAT: dict[str, Callable[..., Any]] = {"none": _all_but_gathered}
+
+
+def policy(remat: str, offload: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """Return the policy of `jax.checkpoint`.
+
+    Args:
+        remat: "none" (keep all but gathered weights), "dots" (keep matrix products), "attn" (keep
+            attention), "full" (keep nothing but each layer's input), or NAMES joined by commas.
+        offload: NAMES that are kept in pinned host memory instead of the device's.
+
+    Raises:
+        ValueError: an unknown name; or `offload` with a policy that is not made of names.
+    """
+    if remat in REMAT:
+        if offload:
+            raise ValueError(
+                f"model.offload = {list(offload)} does not go with model.remat = {remat!r}: use "
+                '"full", "attn" or names'
+            )
+        return REMAT[remat]
+    saved = KEPT[remat] if remat in KEPT else tuple(remat.replace(" ", "").split(","))
+    for key, value, names in (("remat", remat, saved), ("offload", list(offload), offload)):
+        if any(name not in NAMES for name in names):
+            policies = f"one of {[*REMAT, *KEPT]}, or " if key == "remat" else ""
+            raise ValueError(
+                f"model.{key} = {value!r}: use {policies}names out of {list(NAMES)}"
+                + " joined by commas" * (key == "remat")
+            )
+    if not offload:
+        return jax.checkpoint_policies.save_only_these_names(*saved)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[name for name in saved if name not in offload],
+        names_which_can_be_offloaded=list(offload),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """What model code is told beside its weights and inputs.
+
+    Attributes:
+        dtype: of activations, and of matrices while they multiply.
+        grad_dtype: in which gradients of matrices are added up over devices.
+        attention: key of ops.attention.dispatch.BACKENDS.
+        max_segments: segments per row at most.
+        policy: of `jax.checkpoint`, for a layer.
+        axes: {path of a matrix: logical axes of its dimensions}.
+    """
+
+    dtype: Any
+    grad_dtype: Any
+    attention: str
+    max_segments: int
+    policy: Callable[..., Any]
+    axes: Mapping[str, tuple[str, ...]]
+
+    def gathered(self, layer: Any, name: str) -> Any:
+        """Return one layer of the stack `name` with its matrices gathered in the compute dtype."""
+        params = tree.to_dict(layer)
+        for path, weight in params.items():
+            axes = self.axes.get(f"{name}.{path}")
+            if axes:
+                with jax.named_scope(f"part.{name}.{path}"):  # `plan` shows it
+                    of_one = axes[-weight.ndim :]
+                    if jnp.issubdtype(weight.dtype, jnp.integer):  # packed: it travels as it is
+                        whole = parallel.constrain(weight, *parallel.gathered(of_one))
+                        params[path] = checkpoint_name(whole, _WEIGHT)
+                    else:
+                        params[path] = gather(weight, of_one, self.dtype, self.grad_dtype)
+        return tree.from_dict(layer, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather(weight: jax.Array, axes: tuple[str, ...], dtype, grad_dtype) -> jax.Array:
+    """Round a sharded master weight, then gather it over the axes of `embed` (ZeRO stage 3).
+
+    (Rajbhandari et al. 2020, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277.) Its gradient
+    comes summed and scattered from `layers.Linear`; it is pinned to the sharding of the weight
+    here, so that a product of another kind cannot leave it all-reduced.
+
+    Args:
+        axes: logical axes of the weight's dimensions.
+        dtype: the weight is rounded to it and travels in it.
+        grad_dtype: of the result, hence of its gradient, which is formed and summed in it.
+    """
+    shard = parallel.constrain(weight.astype(dtype), *axes)  # cast first: half the bytes
+    return checkpoint_name(parallel.gather(shard, axes), _WEIGHT).astype(grad_dtype)
+
+
+def _gather_fwd(weight, axes, dtype, grad_dtype):
+    return gather(weight, axes, dtype, grad_dtype), jnp.zeros((), weight.dtype)
+
+
+def _gather_bwd(axes, dtype, grad_dtype, like, grad):
+    return (parallel.constrain(grad, *axes).astype(like.dtype),)
+
+
+gather.defvjp(_gather_fwd, _gather_bwd)

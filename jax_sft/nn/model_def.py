@@ -1,0 +1,140 @@
+"""A model without its weights: bound to parameters, it turns tokens into hidden states."""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_sft.nn.compute import Compute, policy
+from jax_sft.weights import tree
+from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.vocabulary import Vocabulary, padded
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDef:
+    """What the step and inference need to know of a model.
+
+    Attributes:
+        cfg: the family's Config.
+        rows: its weight rows, and those of its adapters.
+        dims: size of each logical axis; that of the vocabulary is padded, `cfg.vocab` is not.
+        abstract: the NNX model with ShapeDtypeStructs as parameters.
+        compute: how it computes.
+        frozen: {path: dtype in which it is held} of the parameters that do not train.
+        trained: {path: bool array over the stacked axes}, which layers of a parameter train, where
+            only some do.
+        packed: {path of a row: rows of the arrays that hold it in fewer bits}.
+        dropping: `abstract` with a random key for each dropout; None = there is none.
+    """
+
+    cfg: Any
+    rows: tuple[Weight, ...]
+    dims: dict[str, int]
+    abstract: Any
+    compute: Compute
+    frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    trained: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    packed: Mapping[str, tuple[Weight, ...]] = dataclasses.field(default_factory=dict)
+    dropping: Any = None
+
+    @classmethod
+    def of(
+        cls,
+        family,
+        cfg,
+        *,
+        dtype,
+        grad_dtype: Any = "float32",
+        attention: str = "auto",
+        max_segments: int = 256,
+        remat: str = "none",
+        offload: Sequence[str] = (),
+        vocab_shards: int = 1,
+    ) -> "ModelDef":
+        """Build from a family module and its Config, allocating nothing.
+
+        Args:
+            vocab_shards: size of mesh.tensor; the vocabulary is padded to a multiple.
+        """
+        dims = padded(cfg.dims, vocab_shards)
+        stored = dataclasses.replace(cfg, vocab=dims["vocab"])
+        abstract = jax.eval_shape(lambda key: family.Model(stored, key), jax.random.key(0))
+        rows = family.weights(cfg)
+        compute = Compute(
+            dtype=jnp.dtype(dtype),
+            grad_dtype=jnp.dtype(grad_dtype),
+            attention=attention,
+            max_segments=max_segments,
+            policy=policy(remat, tuple(offload)),
+            axes={row.path: row.axes for row in rows if row.is_matrix},
+        )
+        return cls(cfg, rows, dims, abstract, compute)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether layers have a router and experts."""
+        return "experts" in self.cfg.dims
+
+    def bind(self, params: dict[str, jax.Array], dropout_key: jax.Array | None = None) -> Any:
+        """Return the model with these parameters; with a key, one that drops what it should."""
+        if dropout_key is None or self.dropping is None:
+            return tree.from_dict(self.abstract, params)
+        keys = {}
+        for path, leaf in tree.to_dict(self.dropping).items():
+            if path not in params:
+                key = jax.random.fold_in(dropout_key, zlib.crc32(path.encode()))
+                keys[path] = jax.random.split(key, leaf.shape)
+        return tree.from_dict(self.dropping, params | keys)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Its token ids, and the arrays that have a row or a column for each."""
+        return Vocabulary.of(self.rows, self.cfg.vocab)
+
+    @property
+    def stored(self) -> tuple[Weight, ...]:
+        """The rows of the arrays that `bind` takes."""
+        return tuple(one for row in self.rows for one in self.packed.get(row.path, (row,)))
+
+    @property
+    def moving(self) -> tuple[Weight, ...]:
+        """The rows of what trains."""
+        return tuple(row for row in self.rows if row.path not in self.still)
+
+    @property
+    def still(self) -> dict[str, float]:
+        """{path of a row that does not train: bytes per element in which it is held}."""
+        found: dict[str, float] = {path: dtype.itemsize for path, dtype in self.frozen.items()}
+        for row in self.rows:
+            if row.path in self.packed:
+                parts = self.packed[row.path]
+                sizes = (math.prod(one.shape(self.dims)) * found.pop(one.path) for one in parts)
+                found[row.path] = sum(sizes) / math.prod(row.shape(self.dims))
+        return found
+
+    def without_masters(self, paths: Iterable[str]) -> dict[str, np.dtype]:
+        """Return {path: dtype} to hold what does not train: that in which matrices multiply."""
+        matrices = {row.path for row in self.rows if row.is_matrix}
+        return {
+            path: np.dtype(self.compute.dtype if path in matrices else np.float32) for path in paths
+        }
+
+    @property
+    def head_trains(self) -> bool:
+        """Whether the output head, which is the embedding in tied models, gets a gradient."""
+        return ("embed.table" if self.cfg.tied else "head.table") not in self.frozen
+
+    def hidden(self, model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Return final hidden states [B, T, D] of a bound model."""
+        return model(batch["tokens"], batch["segment_ids"], batch["positions"], self.compute)
+
+    def routed(self, model: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
+        """Return (final hidden states, Routing of all layers) of a bound model with experts."""
+        context = batch["segment_ids"], batch["positions"], self.compute
+        return model.routed(batch["tokens"], *context)

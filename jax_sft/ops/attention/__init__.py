@@ -1,0 +1,1 @@
+"""Causal attention on packed rows: one file per backend, and the choice among them."""

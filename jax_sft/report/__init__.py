@@ -1,0 +1,1 @@
+"""Data sets and plans as text for a terminal and as HTML pages."""

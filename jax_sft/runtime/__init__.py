@@ -1,0 +1,1 @@
+"""A process: how it starts, prints and ends, and bounds for programs of others."""

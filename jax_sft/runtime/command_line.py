@@ -1,0 +1,116 @@
+"""What the programs' command lines have in common: the config file, and how mistakes are told."""
+
+import itertools
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+import jax_sft
+from jax_sft.runtime import exit_codes, lifecycle
+
+# What a mistake on the command line or in a config file raises.
+CONFIG_ERRORS = (
+    *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
+    *(ImportError, NameError, OSError, SyntaxError),
+    *(ArithmeticError, AssertionError, RuntimeError),
+)
+
+HELP = {"-h", "-help", "--help", "-?"}
+
+
+def define_config() -> None:
+    """Define --config, a Python file, and with it --config.KEY for every key."""
+    config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/tiny.py")
+    flags.mark_flag_as_required("config")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse the command line; an error in it or in the config file is a line, not a traceback."""
+    if HELP & {*argv[1:]}:
+        app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)  # absl's own exits with 1
+    try:
+        require_config_file(argv)
+        rest = flags.FLAGS(argv)
+        _ = flags.FLAGS.config.seed  # a file that could not be loaded says so only now
+        if len(rest) > 1:
+            raise ValueError(f"unexpected arguments {rest[1:]}: options start with --")
+        leave_torch_out()  # not before the config file, which may want it
+        return rest
+    except CONFIG_ERRORS as error:
+        if lifecycle.shows_traceback():
+            raise
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, AttributeError | KeyError):
+            text += " (jax_sft/config.py has all keys)"
+        hint = "(--help lists the options; JAX_SFT_TRACEBACK=1 shows where)"
+        print(f"error: {text}\n{hint}", file=sys.stderr)
+        sys.exit(exit_codes.USER_ERROR)
+
+
+def require_config_file(argv: Sequence[str]) -> None:
+    """Check that the file of --config is there, before overrides of its keys hide that it is not.
+
+    Raises:
+        FileNotFoundError: it is not; the message names the example to use instead.
+    """
+    file = ""
+    for argument, following in itertools.zip_longest(argv[1:], argv[2:], fillvalue=""):
+        option, equals, value = argument.partition("=")
+        if option in ("--config", "-config"):
+            file = (value if equals else following).partition(":")[0]  # FILE:ARGUMENT
+    if not file or Path(file).exists():
+        return
+    examples = example_configs()
+    known = examples / Path(file).name
+    advice = f"use --config={known}, or a copy" if known.exists() else f"examples are in {examples}"
+    raise FileNotFoundError(f"there is no config file {file} in {Path.cwd()}: {advice}")
+
+
+def example_configs() -> Path:
+    """Return the folder of example configs: that of a clone, or within the package of a wheel."""
+    package = Path(jax_sft.__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def default_workdir() -> Path:
+    """Return runs/NAME_OF_CONFIG, where a program was given no --workdir."""
+    return Path("runs") / Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+
+
+def again(changes: Mapping[str, Any]) -> str:
+    """Return the command that starts this run again with config keys changed.
+
+    Where Python called the trainer, or a launcher, it is what to add to theirs.
+    """
+    options = " ".join(_quoted(f"--config.{key}", f"{value}") for key, value in changes.items())
+    if not sys.argv[0].endswith("/jax_sft/train.py") or os.environ.get("JAX_SFT_NUM_PROCESSES"):
+        return f"the same command with {options}"
+    given = " ".join(_quoted(*arg.partition("=")[::2]) for arg in sys.argv[1:])
+    return f"{lifecycle.program()} {given} {options}"
+
+
+def _quoted(option: str, value: str) -> str:
+    """An option as a shell takes it, in double quotes where that is enough."""
+    text = f"{option}={value}" if value else option
+    if shlex.quote(text) == text:
+        return text
+    if re.search(r'["$`\\!]', text) or shlex.quote(option) != option:
+        return shlex.quote(text)
+    return f'{option}="{value}"'
+
+
+def leave_torch_out() -> None:
+    """Keep transformers from importing PyTorch where it is installed; tokenizers do not need it.
+
+    It would take 2 s. Afterwards this process finds no torch: it is a program of ours alone.
+    """
+    if "transformers" not in sys.modules and "torch" not in sys.modules:
+        sys.modules["torch"] = None  # type: ignore[assignment]

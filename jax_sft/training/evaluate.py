@@ -1,0 +1,109 @@
+"""Evaluation over whole validation sets, tail included, weighted by trained tokens."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from jax_sft.data.batches.examples import Example, Examples
+from jax_sft.data.batches.loader import Loader
+from jax_sft.inference import LoadedModel
+from jax_sft.training.step import no_sums
+
+
+def evaluate(
+    eval_step: Callable,
+    params: dict[str, jax.Array],
+    sets: Mapping[str, Loader],
+    tick: Callable[[], None] = lambda: None,
+) -> dict:
+    """Return token-weighted loss, perplexity and next-token accuracy of each set and of all.
+
+    Args:
+        eval_step: from `step.make_eval_step`.
+        sets: {name: loader without shuffling}.
+        tick: called before each batch; what it raises ends the evaluation.
+
+    Returns:
+        {"eval/NAME/loss": ..., "eval/NAME/perplexity": ..., "eval/NAME/accuracy": ...} and the
+        same without NAME over all sets together.
+    """
+    metrics, totals = {}, []
+    for name, loader in sets.items():
+        sums, before = [], no_sums()
+        for batch in loader.batches(0, loader.steps_per_epoch):
+            tick()
+            of_batch = eval_step(params, batch, before)
+            # Read while the devices compute the next: they never wait, no batches pile up on them,
+            # and `tick` tells how far they are.
+            sums.append(jax.device_get(before))
+            before = of_batch
+        sums.append(jax.device_get(before))
+        # Added on the host in float64: a float32 count stops growing at 16.8M tokens.
+        total = [sum(float(s[key]) for s in sums) for key in ("loss", "weight", "correct")]
+        totals.append(total)
+        metrics |= _means(f"eval/{name}/", *total)
+    if totals:
+        metrics |= _means("eval/", *(sum(part) for part in zip(*totals, strict=True)))
+    return metrics
+
+
+def _means(prefix: str, loss: float, weight: float, correct: float) -> dict[str, float]:
+    mean = loss / weight
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"{prefix}loss is {mean}: the model or the data is broken")
+    return {
+        prefix + "loss": mean,
+        prefix + "perplexity": math.exp(min(mean, 700.0)),  # JSON has no infinity
+        prefix + "accuracy": correct / weight,
+    }
+
+
+def answers(
+    model: LoadedModel,
+    tokenizer,
+    sets: Mapping[str, Examples],
+    num_samples: int,
+    stop_ids: Sequence[int],
+    say: Callable,
+) -> dict[str, float]:
+    """Answer the first `num_samples` examples of each set greedily and show them.
+
+    Args:
+        stop_ids: where generation with the export will stop. The end of the reference is not one
+            of its own: an answer that would run on is none.
+
+    Returns:
+        {"eval/NAME/exact_match": share of answers that stop, and are equal to the reference to the
+        last character}.
+    """
+    found = {}
+    for name, examples in sets.items():
+        samples = [examples[i] for i in range(min(num_samples, len(examples)))]
+        prompts, references = zip(*(first_turn(sample) for sample in samples), strict=True)
+        references = [ids[:-1] if ids[-1] in stop_ids else ids for ids in references]
+        most = 1 + max(len(reference) for reference in references)  # and the stop token
+        given = model.greedy(prompts, most, stop_ids)
+        right = 0
+        for prompt, reference, answer in zip(prompts, references, given, strict=True):
+            texts = [tokenizer.decode(ids) for ids in (prompt, reference, answer)]
+            stopped = len(answer) < most  # `greedy` leaves the stop token out
+            right += stopped and texts[1] == texts[2]
+            end = "" if stopped else " and does not stop"
+            say(f"  {name}: ...{texts[0][-60:]!r} -> {texts[2]!r}{end} (reference {texts[1]!r})")
+        found[f"eval/{name}/exact_match"] = right / len(samples)
+    return found
+
+
+def first_turn(example: Example) -> tuple[list[int], list[int]]:
+    """Return (prompt, answer with its end-of-turn token) of an example's first trained turn."""
+    trained = example.weights > 0
+    start = int(np.argmax(trained))
+    stop = start + int(np.argmin(np.append(trained[start:], False)))
+    return example.tokens[: start + 1].tolist(), example.targets[start:stop].tolist()
+
+
+def line(found: Mapping[str, float]) -> str:
+    """Return the metrics as one line for the screen."""
+    return " | ".join(f"{name} {value:.4f}" for name, value in found.items())

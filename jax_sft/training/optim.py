@@ -1,0 +1,101 @@
+"""The optimizer and its learning-rate schedule, from the config."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_sft.weights.param_spec import Weight
+
+
+def warmup_steps(optimizer, num_steps: int) -> int:
+    """Return the number of warm-up steps that `optimizer.warmup` means.
+
+    It may be over num_steps: the ramp stays the one that was asked for, as in transformers.
+    """
+    warmup = optimizer.warmup
+    return round(warmup * num_steps if warmup < 1 else warmup)
+
+
+def warnings(optimizer, num_steps: int) -> list[str]:
+    """Return what of the schedule does not come to pass in a run of so many steps."""
+    warmup, decay_steps = warmup_steps(optimizer, num_steps), optimizer.decay_fraction * num_steps
+    if warmup >= num_steps:
+        highest = optimizer.learning_rate * num_steps / (warmup + 1)
+        return [
+            f"optimizer.warmup = {optimizer.warmup:g} lasts {warmup:,} steps, the run "
+            f"{num_steps:,}: the learning rate reaches {highest:.2e} at its last step, never "
+            f"optimizer.learning_rate = {optimizer.learning_rate:g}. Use a shorter warm-up, or "
+            "more steps"
+        ]
+    if optimizer.schedule == "wsd" and warmup + decay_steps > num_steps:
+        return [
+            f"optimizer.warmup = {optimizer.warmup:g} and optimizer.decay_fraction = "
+            f"{optimizer.decay_fraction:g} overlap in a run of {num_steps:,} steps: the learning "
+            f"rate never reaches optimizer.learning_rate = {optimizer.learning_rate:g}"
+        ]
+    return []
+
+
+def schedule(optimizer, num_steps: int) -> Callable[[Any], jax.Array]:
+    """Return the learning rate as a function of the step (0 = first).
+
+    Warm-up rises linearly and never starts at zero: (step + 1) / (warmup + 1) of the peak. Then
+    "cosine" and "linear" fall to final_ratio at `num_steps`; "constant" stays; "wsd" (Hu et al.
+    2024, arXiv:2404.06395) stays and falls linearly over the last decay_fraction of all steps.
+    """
+    warmup = float(warmup_steps(optimizer, num_steps))  # an int may be over those of float32
+    floor = optimizer.final_ratio
+
+    def factor(step: jax.Array) -> jax.Array:
+        rise = (step + 1) / (warmup + 1)
+        done = jnp.clip((step - warmup) / max(num_steps - warmup, 1), 0.0, 1.0)
+        decay_steps = max(optimizer.decay_fraction * num_steps, 1.0)
+        decaying = jnp.clip((step - (num_steps - decay_steps)) / decay_steps, 0.0, 1.0)
+        fall = {
+            "cosine": floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * done)),
+            "linear": 1 - (1 - floor) * done,
+            "constant": jnp.ones_like(done),
+            "wsd": 1 - (1 - floor) * decaying,
+        }[optimizer.schedule]
+        return jnp.where(step < warmup, rise, fall)
+
+    return lambda step: optimizer.learning_rate * factor(jnp.asarray(step, jnp.float32))
+
+
+def make(optimizer, num_steps: int, rows: Iterable[Weight]) -> optax.GradientTransformation:
+    """Return AdamW (Loshchilov & Hutter 2019) behind global-norm clipping.
+
+    Weight decay acts on matrices only, embeddings included; never on norms and biases. Moments are
+    stored in `optimizer.moments_dtype`, whatever the dtype of the parameters.
+    """
+    decayed = {row.path: row.is_matrix for row in rows}
+    clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else None
+    adamw = optax.adamw(
+        schedule(optimizer, num_steps),
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        mask=decayed,
+    )
+    tx = optax.chain(clip, adamw) if clip else adamw
+    return store_moments(tx, jnp.dtype(optimizer.moments_dtype))
+
+
+def store_moments(tx: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
+    """Return `tx` computing with float32 moments that are stored in `dtype` between steps."""
+
+    def cast(state, to):
+        return optax.tree_utils.tree_map_params(tx, lambda moment: moment.astype(to), state)
+
+    def init(params):
+        return cast(tx.init(params), dtype)
+
+    def update(updates, state, params=None):
+        updates, state = tx.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,1 @@
+"""Parameters and Hugging Face folders: the name of each tensor, and the way in and out."""

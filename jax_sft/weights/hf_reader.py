@@ -1,0 +1,404 @@
+"""Hugging Face folders: check one, stream its weights to their shards; `hf_write` writes one.
+
+Reads safetensors only. The weight rows of a family (`weights.param_spec`) say what every tensor
+is called, what shape it has and how it is laid out; nothing here knows a family.
+"""
+
+import dataclasses
+import math
+import re
+import shutil
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from jax.sharding import NamedSharding
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from jax_sft.files import paths, regular, step_folders, strict_json
+from jax_sft.runtime.text import at_most
+from jax_sft.sharding import parallel
+from jax_sft.weights import vocabulary
+from jax_sft.weights.param_spec import Weight
+
+DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+}
+NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+MOST_MISSING = 20_000  # tensors that `check` looks for one by one
+
+# What belongs to a model folder beside its weights. Carried over unchanged, but for eos_token_id
+# (`stop_tokens`) and the template that `data.chat_template` names.
+SIDE_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+
+TEMPLATES = "additional_chat_templates/*.jinja"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+KEPT = step_folders.KEPT
+
+_READ = {".json", ".jinja", ".txt", ".model", ".safetensors"}  # suffixes of SIDE_FILES and weights
+_READ_BY_OTHERS = (
+    *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.json", "preprocessor_config.json"),
+)
+_PICKLES = ("bin", "pt", "pth", "pkl", "ckpt")
+# Buffers that old exports contain and the architecture computes.
+_COMPUTED = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+
+
+def resolve(path: str, revision: str = "", weights: bool = True) -> Path:
+    """Return the local folder of a model: `path` itself, or a download of the hub id `path`.
+
+    Of a run, its checkpoint folder or a step, and of what `convert` makes, it is what
+    that keeps of the model; see `pretrained` and `step_of` for the weights.
+
+    Args:
+        weights: download the weights too, not only config and tokenizer.
+
+    Raises:
+        ValueError: neither a folder nor a hub id that can be had; or a file of the folder is a
+            link out of it.
+    """
+    folder = paths.local(path, "model.path")
+    if folder.is_dir():
+        checkpoints, _ = step_folders.locate(folder)
+        if (checkpoints / KEPT).is_dir() and not _has_model_type(folder):
+            folder = checkpoints / KEPT
+        check_entries(folder)
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
+        raise ValueError(f"model.path = {path!r} is not a folder")
+    patterns = [*SIDE_FILES, TEMPLATES]
+    if weights:
+        patterns += ["*.safetensors", INDEX]
+    try:
+        found = huggingface_hub.snapshot_download(
+            path, revision=revision or None, allow_patterns=patterns
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"model.path = {path!r} is neither a folder here nor a model the hub gave: {error}"
+        ) from error
+    return Path(found)
+
+
+def step_of(path: str, step: int | None = None) -> int | None:
+    """Return the step that a path for `resolve` names; None = none, the newest is meant.
+
+    Args:
+        step: another way to name one.
+
+    Raises:
+        ValueError: two different steps are named.
+    """
+    folder = paths.local(path, "model.path")
+    return step_folders.locate(folder, step)[1] if folder.is_dir() else step
+
+
+def _has_model_type(folder: Path) -> bool:
+    """Whether a folder has the config.json of a model; that of a run is another."""
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        return "model_type" in read_json(folder / "config.json")
+    except ValueError:
+        return True  # the caller reads it too, and says what is wrong
+
+
+def check_entries(folder: Path) -> None:
+    """Refuse what would hang or crash a library that reads the folder, and links out of it.
+
+    Linked files would be read, and copied into every export. JSON that transformers reads by itself
+    is bounded here; tokenizer.json is bounded by its own library.
+
+    Raises:
+        ValueError: naming each.
+    """
+    home = folder.resolve()
+    if home.parent.name == "snapshots":  # the hub's cache: its files are links into ../../blobs
+        home = home.parent.parent
+    links, others = [], []
+    for pattern in ("*", "additional_chat_templates/*"):
+        for file in sorted(folder.glob(pattern)):
+            if file.is_symlink() and not file.resolve().is_relative_to(home):
+                links.append(f"{file.relative_to(folder)} -> {file.resolve()}")
+            elif file.suffix in _READ and file.exists() and not file.is_file():
+                kind = regular.KINDS.get(stat.S_IFMT(file.stat().st_mode), "of another kind")
+                others.append(f"{file.relative_to(folder)} is {kind}")
+    if others:
+        raise ValueError(f"{folder} has no model: {', '.join(others)}, not a regular file")
+    if links:
+        raise ValueError(
+            f"{folder} has links out of the folder: {', '.join(links)}. Put the files "
+            "themselves there, or set model.path to the folder that has them"
+        )
+    for name in _READ_BY_OTHERS:
+        if (folder / name).exists():
+            strict_json.read(folder / name, strict=False)
+
+
+def pickles(folder: Path) -> list[str]:
+    """Name the pickle files of a model folder; they could run code, and are never read."""
+    return sorted(file.name for kind in _PICKLES for file in folder.glob(f"*.{kind}"))
+
+
+def side_files(folder: Path) -> list[str]:
+    """Return what a folder has of SIDE_FILES, and its further chat templates."""
+    found = [name for name in SIDE_FILES if (folder / name).is_file()]
+    return found + sorted(str(file.relative_to(folder)) for file in folder.glob(TEMPLATES))
+
+
+def copy_side_files(folder: Path, out: Path) -> list[str]:
+    """Copy config, generation config, tokenizer and chat templates. Returns the names copied."""
+    names = side_files(folder)
+    for name in names:
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / name, out / name)
+    return names
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of a model folder.
+
+    Raises:
+        ValueError: no such file, or what `strict_json.read` refuses.
+    """
+    try:
+        return strict_json.read(file, max_bytes=64 * 2**20 if file.name == INDEX else 16 * 2**20)
+    except FileNotFoundError:
+        raise ValueError(f"{file.parent} has no {file.name}: it is not a model folder") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where one tensor of a folder is."""
+
+    file: Path
+    dtype: str  # safetensors' name, a key of DTYPES
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """List the safetensors files of a model folder, from its index if it has one."""
+    index, single = folder / INDEX, folder / SINGLE
+    if index.exists() and not single.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) for name in weight_map.values()
+        ):
+            raise ValueError(f"{index} has no weight_map from tensor names to file names")
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if Path(name).name != name:
+                raise ValueError(f"{index} names {name!r}, a path out of the folder")
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise ValueError(f"{index} names files that are not there: {missing}")
+        return [folder / name for name in names]
+    if single.exists():
+        return [single]
+    if files := sorted(folder.glob("*.safetensors")):
+        return files
+    if found := pickles(folder):
+        raise ValueError(
+            f"{folder} holds weights only as pickle files {found}, which can run code "
+            "when read: convert them with transformers' save_pretrained(safe_serialization=True)"
+        )
+    raise ValueError(f"{folder} has no *.safetensors file")
+
+
+def read_headers(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Read the headers of all weight files. Returns ({HF name: Tensor}, problems)."""
+    tensors: dict[str, Tensor] = {}
+    problems = []
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                for name in opened.keys():
+                    part = opened.get_slice(name)
+                    if name in tensors:
+                        problems.append(f"{name} is in {tensors[name].file.name} and {file.name}")
+                    tensors[name] = Tensor(file, part.get_dtype(), tuple(part.get_shape()))
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{file.name} cannot be read: {error}")
+    return tensors, problems
+
+
+def check(
+    folder: Path, rows: Iterable[Weight], dims: dict[str, int], tied: bool
+) -> dict[str, Tensor]:
+    """Check a folder's tensors against the weight rows, reading only headers.
+
+    Returns:
+        {HF name: Tensor} of exactly the tensors of the rows.
+
+    Raises:
+        ValueError: every unknown, missing, duplicate, misshapen or non-floating tensor at once,
+            with file, name and both shapes.
+    """
+    rows = list(rows)
+    found, problems = read_headers(folder)
+    # Before names are made of sizes that may be anything.
+    num_wanted = sum(math.prod(dims[axis] for axis in row.stacked) for row in rows)
+    if num_wanted > len(found) + MOST_MISSING:
+        sizes = {
+            axis: dims[axis] for axis in sorted({axis for row in rows for axis in row.stacked})
+        }
+        raise ValueError(
+            f"{folder} does not fit its config.json: {sizes} need {num_wanted:,} tensors, its "
+            f"files have {len(found):,}" + "".join(f"; {problem}" for problem in problems[:3])
+        )
+    wanted = {name: row.hf_shape(dims) for row in rows for _, name in row.hf_tensors(dims)}
+    for name, tensor in found.items():
+        where = f"{tensor.file.name}: {name}"
+        if name not in wanted:
+            if tied and name == "lm_head.weight":
+                problems += _tied_copy_problems(found)
+            elif not _COMPUTED.match(name):
+                problems.append(f"{where} {tensor.shape} is not part of this architecture")
+        elif tensor.shape != wanted[name]:
+            problems.append(f"{where} has shape {tensor.shape}, config.json needs {wanted[name]}")
+        elif tensor.dtype not in DTYPES:
+            problems.append(f"{where} has dtype {tensor.dtype}, which is not one of {[*DTYPES]}")
+    for name in sorted(wanted.keys() - found.keys()):
+        hint = " (set tie_word_embeddings in config.json if it is tied)"
+        problems.append(
+            f"{name} {wanted[name]} is missing{hint if name == 'lm_head.weight' else ''}"
+        )
+    if problems:
+        lines = "\n  ".join(at_most(problems, 50))
+        raise ValueError(f"{folder} does not fit its config.json:\n  {lines}")
+    return {name: found[name] for name in wanted}
+
+
+def _tied_copy_problems(found: dict[str, Tensor]) -> list[str]:
+    """A tied model may store its head too, but only as an exact copy of the embedding."""
+    head, embedding = found["lm_head.weight"], found.get("model.embed_tokens.weight")
+    if embedding is None or embedding.dtype not in DTYPES:
+        return []  # reported
+    comparable = head.dtype in DTYPES and head.shape == embedding.shape and len(head.shape) == 2
+    if comparable and _are_equal(head, embedding):
+        return []
+    return [
+        f"{head.file.name}: lm_head.weight differs from the embedding, yet config.json says "
+        "tie_word_embeddings = true: set it to false, or remove the tensor"
+    ]
+
+
+def _are_equal(head: Tensor, embedding: Tensor) -> bool:
+    """Compare a few rows at a time: both may be large."""
+    with safe_open(head.file, "numpy") as a, safe_open(embedding.file, "numpy") as b:
+        theirs, ours = a.get_slice("lm_head.weight"), b.get_slice("model.embed_tokens.weight")
+        for start in range(0, head.shape[0], 4096):
+            rows = slice(start, min(start + 4096, head.shape[0]))
+            if not np.array_equal(theirs[rows], ours[rows]):
+                return False
+    return True
+
+
+def load(
+    tensors: Mapping[str, Tensor],
+    rows: Iterable[Weight],
+    dims: dict[str, int],
+    shardings: Mapping[str, NamedSharding],
+    dtype: Any,
+    progress: bool = True,
+    vocab_shards: int = 1,
+) -> dict[str, jax.Array]:
+    """Read every weight straight into its shards.
+
+    Each process reads only the blocks its devices hold, one HF tensor at a time: host memory
+    peaks at this process's shards of one parameter.
+
+    Args:
+        tensors: as returned by `check`.
+        shardings: {our path: sharding}.
+        dtype: of the returned arrays.
+        vocab_shards: the vocabulary is padded to a multiple.
+
+    Returns:
+        {our path: array}.
+    """
+    rows, padded = list(rows), vocabulary.padded(dims, vocab_shards)
+    opened = {
+        file: safe_open(file, framework="numpy") for file in {t.file for t in tensors.values()}
+    }
+    params = {}
+    total = sum(1 for row in rows for _ in row.hf_tensors(dims))
+    bar = tqdm(total=total, desc="reading weights", unit="tensor", disable=not progress)
+    with bar:
+        for row in rows:
+            num_stacked = len(row.stacked)
+            shape, sharding = row.shape(padded), shardings[row.path]
+            ends = row.shape(dims)
+            names = dict(row.hf_tensors(dims))
+            arrays: dict[parallel.Block, np.ndarray] = {}
+            shards = []
+            for device, block in parallel.local_blocks(sharding, shape).items():
+                if block not in arrays:  # devices that hold copies share one read
+                    array = np.empty([stop - start for start, stop in block], dtype)
+                    there = tuple(
+                        (min(start, end), min(stop, end))
+                        for (start, stop), end in zip(block, ends, strict=True)
+                    )
+                    filled = tuple(slice(0, stop - start) for start, stop in there)[num_stacked:]
+                    if there != block:
+                        array[...] = 0
+                    is_padding = any(start == stop for start, stop in there)
+                    hf_block = row.hf_index(there[num_stacked:], dims)
+                    for stack_index, name in () if is_padding else names.items():
+                        part = opened[tensors[name].file].get_slice(name)[hf_block]
+                        array[*stack_index, *filled] = row.from_hf(part, dims).astype(dtype)
+                    arrays[block] = array
+                shards.append(jax.device_put(arrays[block], device))
+            # A copy to a device goes on by itself, and holds its block until it is done.
+            jax.block_until_ready(shards)
+            params[row.path] = jax.make_array_from_single_device_arrays(shape, sharding, shards)
+            bar.update(len(names))
+    return params
+
+
+class Blocks:
+    """A `BlockReader` of one of our arrays, from the tensors of a folder."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], row: Weight, dims: dict[str, int]):
+        self._row, self._dims = row, dims
+        self.shape = row.shape(dims)
+        self.chunk = (1,) * len(self.shape)
+        self._names = dict(row.hf_tensors(dims))
+        found = {tensors[name] for name in self._names.values()}
+        self.dtype = np.dtype(jnp.result_type(*(DTYPES[tensor.dtype] for tensor in found)))
+        opened = {file: safe_open(file, "numpy") for file in {tensor.file for tensor in found}}
+        self._slices = {
+            name: opened[tensors[name].file].get_slice(name) for name in self._names.values()
+        }
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
+        block = [part.indices(n)[:2] for part, n in zip(slices, self.shape, strict=True)]
+        num_stacked = len(self._row.stacked)
+        index = tuple(start for start, _ in block[:num_stacked])
+        of_one = tuple(block[num_stacked:])
+        part = self._slices[self._names[index]][self._row.hf_index(of_one, self._dims)]
+        return self._row.from_hf(part, self._dims).reshape([stop - start for start, stop in block])
+
+    def finish(self) -> None:
+        """Do nothing: a safetensors file has no checksum."""

@@ -1,0 +1,264 @@
+"""Safetensors files of Hugging Face folders, written in blocks of a tensor.
+
+A folder is laid out first (`layout`), so that its size is known and its tensors can be written in
+any order, several at a time.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jax_sft.files import manifest
+from jax_sft.files.disk import write_at
+from jax_sft.sharding import parallel
+from jax_sft.weights import blocks
+from jax_sft.weights.blocks import BlockReader, InMemory
+from jax_sft.weights.hf_reader import DTYPES, INDEX, SINGLE
+from jax_sft.weights.param_spec import Weight
+
+_HASHED_BYTES = 1 << 20  # at a time
+_MOST_THREADS = 4  # some wait for the disk
+_BLOCKS_BYTES = 1 << 29  # worked on at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a tensor of a folder that is written goes.
+
+    Attributes:
+        offset: of its first byte in the file.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A folder's weights before they are written.
+
+    Attributes:
+        tensors: {HF name: Place}, in the order of the files.
+        headers: {file: what it begins with}.
+    """
+
+    tensors: dict[str, Place]
+    headers: dict[str, bytes]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(place.nbytes for place in self.tensors.values())
+
+
+def layout(
+    rows: Iterable[Weight],
+    dims: dict[str, int],
+    dtypes: Mapping[str, str],
+    shard_bytes: int,
+    single: str = SINGLE,
+) -> Layout:
+    """Deal tensors of the rows out to one file, or several.
+
+    Args:
+        dtypes: {HF name: safetensors dtype} of those tensors that are written.
+        shard_bytes: tensor bytes of a file at most, unless one tensor alone has more.
+        single: name of the file if it is one.
+    """
+    shapes = {
+        name: row.hf_shape(dims)
+        for row in rows
+        for _, name in row.hf_tensors(dims)
+        if name in dtypes
+    }
+    shards: list[dict[str, Place]] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        place = Place("", dtypes[name], shape, filled)
+        if shards[-1] and filled + place.nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = dataclasses.replace(place, offset=filled)
+        filled += place.nbytes
+    count = len(shards)
+    tensors, headers = {}, {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else single
+        headers[file] = _header(shard)
+        for name, place in shard.items():
+            offset = len(headers[file]) + place.offset
+            tensors[name] = dataclasses.replace(place, file=file, offset=offset)
+    return Layout(tensors, headers)
+
+
+def _header(shard: Mapping[str, Place]) -> bytes:
+    """A safetensors header: its length as little-endian u64, then JSON padded to 8 bytes.
+
+    Args:
+        shard: offsets count from the end of the header.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, place in shard.items():
+        header[name] = {
+            "dtype": place.dtype,
+            "shape": list(place.shape),
+            "data_offsets": [place.offset, place.offset + place.nbytes],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def save(
+    params: Mapping[str, BlockReader | np.ndarray | jax.Array],
+    rows: Iterable[Weight],
+    dims: dict[str, int],
+    dtypes: Mapping[str, str],
+    out: Path,
+    shard_bytes: int,
+    progress: bool = True,
+    single: str = SINGLE,
+) -> dict[str, str]:
+    """Write the weights as safetensors files, in blocks of a tensor.
+
+    Args:
+        params: {our path: reader of its blocks, or an array that this process can read whole}.
+        out: an existing folder.
+        dtypes, shard_bytes, single: see `layout`.
+
+    Returns:
+        {name of each file: its sha256}: of one, or of several and their index.
+
+    Raises:
+        orbax_io.Failed: a stored array is damaged.
+    """
+    rows = list(rows)
+    plan = layout(rows, dims, dtypes, shard_bytes, single)
+    bar = tqdm(
+        total=plan.nbytes, desc="writing weights", unit="B", unit_scale=True, disable=not progress
+    )
+    names = begin(plan, out)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(bar)
+        files = {name: stack.enter_context(open(out / name, "r+b")) for name in plan.headers}
+        descriptors = {name: file.fileno() for name, file in files.items()}
+        hashes = {
+            name: _Hash(files[name].fileno(), header) for name, header in plan.headers.items()
+        }
+        for row in rows:
+            for name, offset, nbytes in _save_row(params[row.path], row, dims, plan, descriptors):
+                hashes[name].add(offset, nbytes)
+                bar.update(nbytes)
+        for descriptor in descriptors.values():
+            os.fsync(descriptor)
+    written = {name: hashes[name].result() for name in plan.headers}
+    rest = manifest.sha256_of(out, [name for name in names if not written.get(name)])
+    return {name: written.get(name) or rest[name] for name in names}
+
+
+class _Hash:
+    """The sha256 of a file, as long as it is written from its beginning to its end, in blocks.
+
+    Blocks are read back while others are written, when they are still in the page cache. Tensors
+    that hold several parameters (phi3) are written in parts, out of order.
+    """
+
+    def __init__(self, descriptor: int, header: bytes):
+        self._descriptor, self._end = descriptor, len(header)
+        self._sha256, self._in_order = hashlib.sha256(header), True
+
+    def add(self, offset: int, nbytes: int) -> None:
+        """Take a block that was written."""
+        self._in_order = self._in_order and offset == self._end
+        if not self._in_order:
+            return
+        self._end += nbytes
+        while offset < self._end:
+            part = os.pread(self._descriptor, min(_HASHED_BYTES, self._end - offset), offset)
+            if not part:
+                raise OSError(f"the file ends at byte {offset}, and {self._end} were written")
+            self._sha256.update(part)
+            offset += len(part)
+
+    def result(self) -> str:
+        """Return the sha256; "" = the blocks were not in order."""
+        return self._sha256.hexdigest() if self._in_order else ""
+
+
+def begin(plan: Layout, out: Path) -> list[str]:
+    """Write files that lack nothing but what the tensors hold, which takes no room yet.
+
+    Returns:
+        Names of the files: one, or several and their index.
+    """
+    for name, header in plan.headers.items():
+        ends = [p.offset + p.nbytes for p in plan.tensors.values() if p.file == name]
+        with open(out / name, "wb") as file:
+            file.write(header)
+            file.truncate(max(ends))
+    if len(plan.headers) == 1:
+        return [*plan.headers]
+    index = {
+        "metadata": {"total_size": plan.nbytes},
+        "weight_map": {name: place.file for name, place in plan.tensors.items()},
+    }
+    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return [*plan.headers, INDEX]
+
+
+def _save_row(
+    array: BlockReader | np.ndarray | jax.Array,
+    row: Weight,
+    dims: dict[str, int],
+    plan: Layout,
+    descriptors: Mapping[str, int],
+) -> Iterator[tuple[str, int, int]]:
+    """Write all tensors of a row, several blocks at a time; yield (file, offset, bytes) of each."""
+    reader = InMemory(array) if isinstance(array, np.ndarray | jax.Array) else array
+    multiple = reader.chunk[len(row.stacked) + row.cut]
+
+    def write(index: tuple[int, ...], place: Place, block: parallel.Block):
+        ours = (*((i, i + 1) for i in index), *block)
+        part = reader[tuple(slice(*ends) for ends in ours)]
+        part = row.to_hf(part.reshape(part.shape[len(index) :]), dims)
+        content = part.astype(DTYPES[place.dtype], copy=False).reshape(-1).view(np.uint8)
+        first, *rest = row.hf_index(block, dims)
+        assert all(part == slice(0, n) for part, n in zip(rest, place.shape[1:], strict=True))
+        offset = place.offset + first.start * (place.nbytes // place.shape[0])
+        write_at(descriptors[place.file], content.data, offset)
+        return place.file, offset, content.nbytes
+
+    tasks = [
+        (index, plan.tensors[name], block)
+        for index, name in row.hf_tensors(dims)
+        if name in plan.tensors
+        for block in row.parts(dims, blocks.BLOCK_BYTES // reader.dtype.itemsize, multiple)
+    ]
+    largest = reader.dtype.itemsize * max(
+        math.prod(stop - start for start, stop in block) for *_, block in tasks
+    )
+    with concurrent.futures.ThreadPoolExecutor(threads(largest)) as pool:
+        yield from pool.map(write, *zip(*tasks, strict=True))
+    reader.finish()
+
+
+def threads(block_bytes: int) -> int:
+    """Return how many blocks to work on at a time: each is in memory about three times."""
+    return max(1, min(_MOST_THREADS, _BLOCKS_BYTES // block_bytes))
