@@ -16,6 +16,7 @@ import jax_sft
 from jax_sft import config
 from jax_sft.runtime import command_line
 from jax_sft.sharding import parallel
+from jax_sft.training import run
 from jax_sft.validate import validate
 
 PACKAGE = Path(config.__file__).parent
@@ -449,7 +450,7 @@ def test_micro_rows_are_not_free_where_they_change_losses(dropout, experts, is_b
     dims = {"experts": 4} if experts else {}
     model_cfg = SimpleNamespace(dims=dims, router_aux=0.01)
     resolved = SimpleNamespace(adapters=SimpleNamespace(dropout=dropout), model_cfg=model_cfg)
-    bound = jax_sft.train.bound_keys(config.default(), resolved)
+    bound = run.bound_keys(config.default(), resolved)
     assert bound == (("batch.micro_rows",) if is_bound else ())
 
 

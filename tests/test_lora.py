@@ -22,6 +22,7 @@ from jax_sft.files import step_folders
 from jax_sft.inference import LoadedModel
 from jax_sft.runtime import patterns
 from jax_sft.sharding import parallel
+from jax_sft.training import metrics
 from jax_sft.training.step import batch_sums
 from tests.conftest import ODD
 from tests.test_parity import (
@@ -216,7 +217,7 @@ def test_a_stopped_run_goes_on_bitwise_and_stores_adapters_alone(
     )
     jax_sft.train(cfg, tmp_path / "whole")
     halted = tmp_path / "halted"
-    real = jax_sft.train.metrics.Meter.add
+    real = metrics.Meter.add
 
     def stop_after_five(meter, sums, *args):
         real(meter, sums, *args)
@@ -226,7 +227,7 @@ def test_a_stopped_run_goes_on_bitwise_and_stores_adapters_alone(
 
     stop_after_five.count = 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax_sft.train.metrics.Meter, "add", stop_after_five)
+        patch.setattr(metrics.Meter, "add", stop_after_five)
         with pytest.raises(KeyboardInterrupt):
             jax_sft.train(cfg, halted)
     jax_sft.train(cfg, halted)

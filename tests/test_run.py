@@ -23,7 +23,7 @@ from jax_sft.nn.model_def import ModelDef
 from jax_sft.ops.attention import dispatch
 from jax_sft.runtime import exit_codes
 from jax_sft.sharding import parallel
-from jax_sft.training import optim, state
+from jax_sft.training import metrics, optim, state
 from jax_sft.training.step import make_train_step, value_and_grad
 from jax_sft.weights import hf_reader, placement
 
@@ -198,7 +198,7 @@ def test_a_stopped_run_goes_on_with_bitwise_the_same_losses(make_config, tmp_pat
     jax_sft.train(whole, tmp_path / "whole")
     # Killed after step 9 of 20 with step 7 saved: steps 8 and 9 are done again.
     first = make_config(model, **options, **{"checkpoint.every_steps": 7})
-    real_add = jax_sft.train.metrics.Meter.add
+    real_add = metrics.Meter.add
 
     def crash_after_9(meter, *sums):
         real_add(meter, *sums)
@@ -206,7 +206,7 @@ def test_a_stopped_run_goes_on_with_bitwise_the_same_losses(make_config, tmp_pat
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax_sft.train.metrics.Meter, "add", crash_after_9)
+        patch.setattr(metrics.Meter, "add", crash_after_9)
         with pytest.raises(KeyboardInterrupt):
             jax_sft.train(first, tmp_path / "parts")
     jax_sft.train(first, tmp_path / "parts")
@@ -219,14 +219,14 @@ def test_a_stopped_run_goes_on_with_bitwise_the_same_losses(make_config, tmp_pat
 def train_until_saved(cfg, workdir: Path) -> None:
     """Train until the first checkpoint is there."""
     with pytest.MonkeyPatch.context() as patch:
-        real_save = jax_sft.train.saving.Checkpoints.save
+        real_save = saving.Checkpoints.save
 
         def save_and_stop(checkpoints, *args, **options):
             real_save(checkpoints, *args, **options)
             checkpoints.close()
             raise KeyboardInterrupt
 
-        patch.setattr(jax_sft.train.saving.Checkpoints, "save", save_and_stop)
+        patch.setattr(saving.Checkpoints, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             jax_sft.train(cfg, workdir)
 
@@ -288,12 +288,12 @@ def test_a_run_leaves_what_it_promises_and_its_export_loads(make_config, tmp_pat
     cfg = make_config(**{"train.export": True, "train.steps": 3, "eval.every_steps": 2})
     cfg.data.eval.held = config.source(cfg.data.train.main.path, limit=10)
     cfg.eval.samples = 2
-    metrics = jax_sft.train(cfg, tmp_path / "run")
+    last = jax_sft.train(cfg, tmp_path / "run")
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left == {"config.json", "metrics.jsonl", "data_report.json", "checkpoints", "export"}
     lines = [json.loads(s) for s in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in lines if "eval/loss" in m] == [0, 2, 3]
-    assert metrics["step"] == 3 and "eval/held/exact_match" in metrics
+    assert last["step"] == 3 and "eval/held/exact_match" in last
     tokens = np.arange(40).reshape(2, 20)
     exported = jax_sft.load(tmp_path / "run" / "export").logits(tokens)
     before = jax_sft.load(cfg.model.path).logits(tokens)

@@ -1,7 +1,6 @@
 """From the command to the first step: what is imported, and what is compiled again."""
 
 import dataclasses
-import importlib
 import json
 import multiprocessing
 import os
@@ -24,9 +23,8 @@ import jax_sft
 from jax_sft.data.batches.loader import Loader
 from jax_sft.files import cache_folder
 from jax_sft.hosts import compilation_cache
+from jax_sft.training import run as training_run
 from jax_sft.training.program import Program, program
-
-train = importlib.import_module("jax_sft.train")  # not the function of that name
 
 REPO = Path(__file__).resolve().parent.parent
 # What the program does without until it needs it, and PyTorch for good.
@@ -247,7 +245,7 @@ def test_the_loop_neither_waits_nor_sends(make_config, monkeypatch, tmp_path, pl
     to_devices = Loader._to_devices
     monkeypatch.setattr(Loader, "_to_devices", send)
     monkeypatch.setattr(ArrayImpl, "_value", property(noted))
-    monkeypatch.setattr(train, "program", around_steps(around))
+    monkeypatch.setattr(training_run, "program", around_steps(around))
     cfg = make_config(**{"train.steps": 14, "log.every_steps": 5})
 
     def check():
@@ -280,8 +278,9 @@ def time_between_steps(cfg, workdir: Path, planted_ms: float) -> list[float]:
 
         return run
 
-    train.program = around_steps(around)
-    jax_sft.train(cfg, workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_run, "program", around_steps(around))
+        jax_sft.train(cfg, workdir)
     return outside
 
 

@@ -13,6 +13,7 @@ import jax
 import pytest
 
 import jax_sft
+from jax_sft.checkpoint import pretrained
 from jax_sft.runtime import exit_codes, lifecycle, terminal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -255,7 +256,7 @@ def test_memory_that_is_too_small_for_a_start_is_a_user_error(
     def full(*_, **__):
         raise planted
 
-    monkeypatch.setattr(jax_sft.train.freeze, "read", full)
+    monkeypatch.setattr(pretrained, "read", full)
     with pytest.raises(ValueError, match=f"{line} is too small.*\n.*batch.micro_rows") as raised:
         jax_sft.train(make_config(), tmp_path / "run")
     assert exit_codes.of(raised.value) == 64
