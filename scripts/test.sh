@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Formats, lints, type-checks and tests: what must pass before a change lands.
-# Extra arguments go to pytest: scripts/test.sh -m slow, scripts/test.sh tests/test_chat.py -x
+# Extra arguments go to pytest: scripts/test.sh -m slow, scripts/test.sh tests/data -x
 # Tests run on all cores; -n 0 runs them in one process, where --pdb and -s work.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -34,7 +34,7 @@ os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 
 def pytest_addoption(parser):
-    text = "write tests/token_digests.json anew, after TOKENS_VERSION was raised"
+    text = "write tests/data/tokens/token_digests.json anew, after TOKENS_VERSION was raised"
     parser.addoption("--update-token-digests", action="store_true", help=text)
 
 

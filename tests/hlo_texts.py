@@ -1,4 +1,4 @@
-"""Compiled modules for the tests of hlo*.py: real ones from tests/hlo, and hand-written ones."""
+"""Compiled modules for the tests of planning/hlo: real ones, and hand-written ones."""
 
 import gzip
 from functools import cache

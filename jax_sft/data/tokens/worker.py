@@ -43,7 +43,7 @@ LONG = 20  # messages
 # Raise it with every change after which any source may have other rows, tokens, weights, places or
 # refused rows than before, or after which the files of a store are laid out differently; all users'
 # data are then tokenized again. Leave it for anything else, reworded messages included. A test
-# compares a digest of the tokens of each format with tests/token_digests.json.
+# compares a digest of the tokens of each format with tests/data/tokens/token_digests.json.
 TOKENS_VERSION = 1
 # Libraries whose update may change tokens: they tokenize, render templates and read files.
 LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow")

@@ -1,6 +1,6 @@
 """How often each computation of an HLO module runs: loops, branches, calls.
 
-In: a Module. Out: {computation: times per step}, by which `hlo_kernels` and `hlo_collectives`
+In: a Module. Out: {computation: times per step}, by which `kernels` and `collectives`
 multiply.
 """
 

@@ -1,0 +1,192 @@
+"""Real processes that are killed, stopped, told to stop, or differ: what the others do."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jax_sft.runtime import exit_codes
+
+REPO = Path(__file__).resolve().parents[2]
+CONFIG = """
+from jax_sft import config
+
+
+def get_config():
+    cfg = config.default()
+    cfg.model.path = {model!r}
+    cfg.model.dtype = "float32"
+    cfg.data.train.main = config.source({data!r})
+    cfg.data.seq_len = 128
+    cfg.batch.rows = 8
+    cfg.train.steps = 20
+    cfg.log.every_steps = 1
+    cfg.checkpoint.every_steps = 5
+    cfg.mesh.cpu_devices = 2
+    return cfg
+"""
+# A trainer that does something at a step: `fault(step, process)` is called before each.
+TRAINER = """
+import os, signal, sys, time
+from jax_sft.training import metrics
+from jax_sft import train
+from jax_sft.data.batches.loader import Loader
+add = metrics.Meter.add
+def with_fault(meter, *arguments):
+    add(meter, *arguments)
+    time.sleep({pace})
+    step, process = meter._step, int(os.environ.get("JAX_SFT_PROCESS_ID", 0))
+    {fault}
+metrics.Meter.add = with_fault
+sys.argv[0] = "train"
+from absl import app, flags
+from jax_sft.runtime import command_line, lifecycle
+lifecycle.begin(requeues=True)
+command_line.define_config()
+flags.DEFINE_string("workdir", "", "")
+lifecycle.run(lambda: app.run(train.main, flags_parser=command_line.parse_flags), train.end)
+"""
+
+
+@pytest.fixture
+def launch(make_config, tmp_path):
+    """Start processes of one run; keywords: the fault, options per process, seconds per step."""
+    cfg = make_config()
+    file = tmp_path / "run_config.py"
+    file.write_text(CONFIG.format(model=cfg.model.path, data=cfg.data.train.main.path))
+    started: list[subprocess.Popen] = []
+
+    def start(count=2, fault="", options=((), ()), pace=0.0, workdir="run", env=()):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        trainer = tmp_path / "trainer.py"
+        trainer.write_text(TRAINER.format(fault=fault or "...", pace=pace))
+        environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        environ["PYTHONPATH"] = str(REPO)
+        processes = []
+        for number in range(count):
+            ours = environ | dict(env[number] if env else {})
+            if count > 1:
+                ours |= {
+                    "JAX_SFT_COORDINATOR": f"127.0.0.1:{port}",
+                    "JAX_SFT_NUM_PROCESSES": str(count),
+                    "JAX_SFT_PROCESS_ID": str(number),
+                }
+            command = [sys.executable, str(trainer), f"--config={file}"]
+            command += [f"--workdir={tmp_path / workdir}", *options[number]]
+            with (tmp_path / f"{workdir}.{number}.log").open("w") as log:
+                processes.append(
+                    subprocess.Popen(command, env=ours, stdout=log, stderr=subprocess.STDOUT)
+                )
+        started.extend(processes)
+        return processes
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+        process.wait()
+
+
+def said(tmp_path, number, workdir="run"):
+    return (tmp_path / f"{workdir}.{number}.log").read_text()
+
+
+def losses(run: Path) -> list:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(m["step"], m["loss"], m["grad_norm"]) for m in lines if "loss" in m]
+
+
+def wait_for_step(run: Path, step: int, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and losses(run)[-1:] and losses(run)[-1][0] >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def codes(processes, seconds=90):
+    return [process.wait(timeout=seconds) for process in processes]
+
+
+def test_one_process_told_to_stop_stops_both_saved_and_they_go_on_bitwise(launch, tmp_path):
+    assert codes(launch(workdir="whole")) == [0, 0], said(tmp_path, 0, "whole")
+    processes = launch(pace=0.2)
+    wait_for_step(tmp_path / "run", 7)
+    processes[1].send_signal(signal.SIGTERM)
+    assert codes(processes) == [exit_codes.REQUEUE] * 2, said(tmp_path, 0)
+    stored = max(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir() if p.name.isdigit())
+    assert stored == losses(tmp_path / "run")[-1][0] >= 8
+    assert codes(launch()) == [0, 0], said(tmp_path, 0)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_stopped_process_is_named_by_the_other_within_the_bound(launch, tmp_path, victim):
+    limit = ("--config.train.stall_timeout_s=5",)
+    processes = launch(pace=0.2, options=(limit, limit))
+    wait_for_step(tmp_path / "run", 3)
+    processes[victim].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    assert processes[1 - victim].wait(timeout=40) == exit_codes.LOST, said(tmp_path, 1 - victim)
+    assert time.monotonic() - began < 5 + 10
+    told = said(tmp_path, 1 - victim)
+    assert f"STOPPED: process {victim} (host " in told and "running step" in told
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_data_is_named_by_both(launch, tmp_path):
+    fault = "time.sleep(1000 if (process, step) == (1, 6) else 0)"
+    limit = ("--config.train.stall_timeout_s=4",)
+    found = codes(launch(fault=fault, options=(limit, limit)))
+    assert found == [exit_codes.LOST] * 2
+    both = said(tmp_path, 0) + said(tmp_path, 1)
+    assert "process 1 (host" in both and " late" in both
+
+
+def test_an_error_on_one_host_ends_both_with_its_message(launch, tmp_path):
+    wrong = ("--config.data.train.main.prompt_key=question",)
+    processes = launch(options=((), wrong))
+    assert codes(processes) == [exit_codes.USER_ERROR] * 2
+    told = said(tmp_path, 0)
+    assert "data.train.main.prompt_key of process 1 (host" in told and '"question"' in told
+    assert "Traceback" not in told
+
+
+def test_different_compiler_flags_on_a_host_are_found_before_the_first_collective(launch, tmp_path):
+    env = ({}, {"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"})
+    assert codes(launch(env=env)) == [exit_codes.USER_ERROR] * 2
+    assert "the processes differ in environment: XLA_FLAGS of process 1" in said(tmp_path, 0)
+
+
+@pytest.mark.slow
+def test_an_unexpected_exception_on_one_host_ends_both_soon(launch, tmp_path):
+    began = time.monotonic()
+    found = codes(launch(fault="assert (process, step) != (1, 4), 'surprise'"))
+    assert found == [1, 1] and time.monotonic() - began < 60
+    assert "process 1 (host" in said(tmp_path, 0) and "surprise" in said(tmp_path, 0)
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once(launch, tmp_path):
+    fault = "step == 6 and (print('it hangs', flush=True), time.sleep(1000))"
+    (process,) = launch(count=1, fault=fault, options=((),))
+    deadline = time.monotonic() + 90
+    while "it hangs" not in said(tmp_path, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(3.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == exit_codes.REQUEUE
+    assert codes(launch(count=1, options=((),))) == [0]
