@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_sft import hardware
-from jax_sft.ops.attention import dispatch
+from jax_sft.ops.attention import self_test
 from jax_sft.planning import targets
 from jax_sft.planning.analysis import Target, analyse
 from jax_sft.planning.step_cost import RowWork
@@ -203,7 +203,7 @@ def machine(smoke: bool) -> Iterator[Row]:
     heads_per_kv, head_dim = sizes.head_shapes[0]
     began = time.perf_counter()
     failed: list[str] = []
-    backend = dispatch.choose(
+    backend = self_test.choose(
         sizes.attention,
         say=failed.append,
         dtype=sizes.dtype,

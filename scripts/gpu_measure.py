@@ -30,7 +30,7 @@ if missing := stand_ins.install():
     print(f"stand-ins for {missing}, which are not installed", file=sys.stderr)
 
 from jax_sft.nn.layers import INIT_STD
-from jax_sft.ops.attention import cudnn, dispatch
+from jax_sft.ops.attention import cudnn, dispatch, self_test
 from jax_sft.ops.cross_entropy import cross_entropy
 from jax_sft.sharding import parallel
 from scripts import gpu_step
@@ -184,7 +184,7 @@ def selftest(backend: str, sizes: Sizes) -> Iterator[Row]:
     for num_heads_per_kv, head_dim in sizes.head_shapes:
         shape = {"heads_per_kv": num_heads_per_kv, "head_dim": head_dim}
         try:
-            dispatch.self_test(
+            self_test.self_test(
                 backend,
                 dtype=sizes.dtype,
                 num_heads_per_kv=num_heads_per_kv,
@@ -206,7 +206,7 @@ def selftest(backend: str, sizes: Sizes) -> Iterator[Row]:
             for f, w in zip(found, wanted, strict=True)
         ]
         row = {"tokens": tokens, "rows of": kind, "largest_error": max(errors)}
-        yield {**row, "passed": max(errors) <= dispatch.TOLERANCE[sizes.dtype]}
+        yield {**row, "passed": max(errors) <= self_test.TOLERANCE[sizes.dtype]}
 
 
 def backend_problems(backend: str, sizes: Sizes) -> list[str]:

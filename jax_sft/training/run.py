@@ -23,7 +23,7 @@ from jax_sft.hosts import cluster, compilation_cache, consensus, preflight
 from jax_sft.hosts.preemption import Preempted, Preemption
 from jax_sft.hosts.watchdog import SLOW_PHASE_S, Watchdog
 from jax_sft.inference import LoadedModel
-from jax_sft.ops.attention import dispatch
+from jax_sft.ops.attention import self_test
 from jax_sft.runtime import command_line, confined, lifecycle, terminal
 from jax_sft.runtime.startup import Startup
 from jax_sft.sharding import parallel
@@ -143,7 +143,7 @@ def _train(
     if (padded := vocabulary.padded(dims, shards)["vocab"]) > model_cfg.vocab:
         of_mesh = f"mesh.tensor = {shards}"
         say(f"padded  vocabulary {model_cfg.vocab:,} -> {padded:,} for {of_mesh}")
-    chosen = dispatch.choose(
+    chosen = self_test.choose(
         cfg.model.attention,
         say=say,
         dtype=cfg.model.dtype,

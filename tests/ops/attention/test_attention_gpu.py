@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_sft.ops.attention import cudnn, dispatch, segments, tokamax
+from jax_sft.ops.attention import cudnn, dispatch, segments, self_test, tokamax
 from jax_sft.sharding import parallel
 
 GARBAGE = np.nan
@@ -355,28 +355,28 @@ def test_offsets_beyond_32_bits_are_refused():
         jax.eval_shape(forward, *args)
 
 
-def self_test(
+def run_self_test(
     backend: str, has_window: bool = False, has_soft_cap: bool = False, **sizes: int
 ) -> None:
     mesh = parallel.make_mesh(sizes, devices=jax.devices()[: math.prod(sizes.values())])
-    dispatch.self_test.cache_clear()
+    self_test.self_test.cache_clear()
     options = dict(num_heads_per_kv=3, head_dim=8)
     options |= dict(has_window=has_window, has_soft_cap=has_soft_cap)
-    dispatch.self_test(backend, dtype="float32", mesh=mesh, **options)
+    self_test.self_test(backend, dtype="float32", mesh=mesh, **options)
 
 
 def test_cudnn_passes_the_self_test_in_several_classes(fake):
-    self_test("cudnn", fsdp=1)
+    run_self_test("cudnn", fsdp=1)
     assert len(fake.calls) == 4 and all((lengths > 0).any() for lengths, *_ in fake.calls)
 
 
 def test_the_self_test_finds_a_window_that_is_not_heeded(fake, monkeypatch):
-    self_test("cudnn", has_window=True, fsdp=1)
+    run_self_test("cudnn", has_window=True, fsdp=1)
     right = fake.scores
-    for other in (None, dispatch._TEST_WINDOW + 1):
+    for other in (None, self_test._TEST_WINDOW + 1):
         monkeypatch.setattr(fake, "scores", lambda *args, other=other: right(*args[:-1], other))
         with pytest.raises(ValueError, match="'cudnn' computes wrongly .* and a sliding window"):
-            self_test("cudnn", has_window=True, fsdp=1)
+            run_self_test("cudnn", has_window=True, fsdp=1)
 
 
 def test_the_self_test_finds_keys_of_the_wrong_segment(fake, monkeypatch):
@@ -387,7 +387,7 @@ def test_the_self_test_finds_keys_of_the_wrong_segment(fake, monkeypatch):
     right = fake.segments
     monkeypatch.setattr(fake, "segments", shifted)
     with pytest.raises(ValueError, match="'cudnn' computes wrongly on this machine, in float32"):
-        self_test("cudnn", fsdp=1)
+        run_self_test("cudnn", fsdp=1)
 
 
 # --- cuDNN: when it may be used --------------------------------------------------------------
@@ -590,13 +590,13 @@ def test_tokamax_takes_keys_in_stripes(on_cpu):
 @needs_tokamax
 @pytest.mark.parametrize("sizes", [dict(fsdp=2), dict(sequence=4), dict(sequence=2, tensor=2)])
 def test_tokamax_passes_the_self_test(on_cpu, sizes):
-    self_test("tokamax", **sizes)
+    run_self_test("tokamax", **sizes)
 
 
 @needs_tokamax
 @pytest.mark.parametrize("sizes", [dict(fsdp=2), dict(sequence=2)])
 def test_tokamax_passes_the_self_test_with_a_soft_cap(on_cpu, sizes):
-    self_test("tokamax", has_window=True, has_soft_cap=True, **sizes)
+    run_self_test("tokamax", has_window=True, has_soft_cap=True, **sizes)
 
 
 @needs_tokamax

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_sft.ops.attention import blockwise, cudnn, dispatch, reference, tokamax
+from jax_sft.ops.attention import blockwise, cudnn, dispatch, reference, self_test, tokamax
 from jax_sft.ops.attention.backend import Backend
 from jax_sft.sharding import parallel
 
@@ -94,7 +94,7 @@ def test_a_soft_cap_is_not_for_cudnn(monkeypatch):
 # ---- self-test -----------------------------------------------------------------------------------
 
 
-def self_test(
+def run_self_test(
     backend="blockwise",
     dtype="float32",
     group=2,
@@ -105,7 +105,7 @@ def self_test(
 ):
     shape = {"num_heads_per_kv": group, "head_dim": head_dim, "has_window": window}
     shape |= {"has_soft_cap": soft_cap}
-    dispatch.self_test(backend, dtype=dtype, mesh=make_mesh(sizes), **shape)
+    self_test.self_test(backend, dtype=dtype, mesh=make_mesh(sizes), **shape)
 
 
 @pytest.mark.parametrize(
@@ -119,17 +119,17 @@ def self_test(
     ],
 )
 def test_a_right_backend_passes(backend, dtype, group, sizes):
-    self_test(backend, dtype, group, sizes=sizes)
+    run_self_test(backend, dtype, group, sizes=sizes)
 
 
 @pytest.mark.parametrize("backend", ["blockwise", "reference"])
 def test_a_right_backend_passes_with_a_window(backend):
-    self_test(backend, "bfloat16", window=True)
+    run_self_test(backend, "bfloat16", window=True)
 
 
 def test_a_backend_that_does_not_heed_the_soft_cap_is_refused(monkeypatch):
-    self_test("reference", "bfloat16", soft_cap=True)
-    self_test("blockwise", "bfloat16", window=True, soft_cap=True)
+    run_self_test("reference", "bfloat16", soft_cap=True)
+    run_self_test("blockwise", "bfloat16", window=True, soft_cap=True)
 
     def forward(*args, soft_cap, **options):
         return reference.BACKEND.forward(*args, **options)
@@ -137,7 +137,7 @@ def test_a_backend_that_does_not_heed_the_soft_cap_is_refused(monkeypatch):
     faulty = Backend(forward, reference.BACKEND.backward)
     monkeypatch.setitem(dispatch._MODULES, "tokamax", types.SimpleNamespace(BACKEND=faulty))
     with pytest.raises(ValueError, match="'tokamax' computes wrongly .* and a soft cap: out"):
-        self_test("tokamax", soft_cap=True)
+        run_self_test("tokamax", soft_cap=True)
 
 
 @pytest.mark.parametrize("change", [None, 1, -1])  # None: it knows no window
@@ -148,16 +148,16 @@ def test_a_backend_that_counts_the_window_otherwise_is_refused(change, monkeypat
 
     faulty = Backend(forward, reference.BACKEND.backward)
     monkeypatch.setitem(dispatch._MODULES, "tokamax", types.SimpleNamespace(BACKEND=faulty))
-    self_test("tokamax")
-    dispatch.self_test.cache_clear()
+    run_self_test("tokamax")
+    self_test.self_test.cache_clear()
     with pytest.raises(ValueError, match="'tokamax' computes wrongly .* and a sliding window: out"):
-        self_test("tokamax", window=True)
+        run_self_test("tokamax", window=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_rounding_takes_less_than_a_third_of_what_is_allowed(dtype, monkeypatch):
-    monkeypatch.setitem(dispatch.TOLERANCE, dtype, dispatch.TOLERANCE[dtype] / 3)
-    self_test(dtype=dtype, group=4, head_dim=16)
+    monkeypatch.setitem(self_test.TOLERANCE, dtype, self_test.TOLERANCE[dtype] / 3)
+    run_self_test(dtype=dtype, group=4, head_dim=16)
 
 
 def same_segment(forward, backward):
@@ -274,7 +274,7 @@ def test_a_wrong_backend_is_refused_and_named(fault, dtype, sizes, wrong, monkey
     faulty = Backend(*fault(reference.BACKEND.forward, reference.BACKEND.backward))
     monkeypatch.setitem(dispatch._MODULES, "tokamax", types.SimpleNamespace(BACKEND=faulty))
     with pytest.raises(ValueError, match=r"model\.attention = 'tokamax' computes wrongly") as error:
-        self_test("tokamax", dtype, sizes=sizes)
+        run_self_test("tokamax", dtype, sizes=sizes)
     message = str(error.value)
     named = [name for name in ("out", "dq", "dk", "dv") if f"{name} by " in message]
     # A wrong output and log-sum-exp may spoil gradients too.
@@ -303,7 +303,7 @@ RIGHT = reference.BACKEND
 
 def choose(name: str, say=lambda line: None) -> str:
     mesh = make_mesh((1, 1, 1, 1))
-    return dispatch.choose(
+    return self_test.choose(
         name, say=say, mesh=mesh, dtype="float32", head_dim=8, num_heads_per_kv=2
     )
 
@@ -319,11 +319,11 @@ def plant(monkeypatch):
         as_on_a_gpu = functools.partial(
             lambda real, name, **s: real(name, **s | {"platform": "gpu"}), dispatch.candidates
         )
-        monkeypatch.setattr(dispatch, "candidates", as_on_a_gpu)
+        monkeypatch.setattr(self_test, "candidates", as_on_a_gpu)
 
-    dispatch.self_test.cache_clear()
+    self_test.self_test.cache_clear()
     yield plant
-    dispatch.self_test.cache_clear()
+    self_test.self_test.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -380,11 +380,11 @@ def test_all_processes_take_what_passes_on_each_of_them(plant, monkeypatch):
         return [text, others.get(what, text)]
 
     asked, lines = [], []
-    monkeypatch.setattr(dispatch.cluster, "exchange", exchange)
+    monkeypatch.setattr(self_test.cluster, "exchange", exchange)
     assert choose("auto", lines.append) == "blockwise"
     (line,) = lines
     assert "'tokamax' fails" in line and "Boom: x [process 1]" in line
 
 
 def test_blocks_of_the_self_test_are_several():
-    assert dispatch._TEST_TOKENS > blockwise.BLOCK
+    assert self_test._TEST_TOKENS > blockwise.BLOCK
