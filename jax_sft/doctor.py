@@ -30,7 +30,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax_sft.files import paths
 from jax_sft.hosts import cluster, preflight
 from jax_sft.runtime import exit_codes
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import use_gpu_memory
 
 LEAST_OPEN_FILES = 4096  # a sharded save or a data set of many files takes thousands
 LEAST_FREE_BYTES = 50e9
@@ -166,7 +166,7 @@ def main() -> int:
     parser.add_argument("--megabytes", type=int, default=64, help="to move in each test [64]")
     options = parser.parse_args()
     num_bytes = max(options.megabytes, 1) * 1_000_000
-    parallel.use_gpu_memory()
+    use_gpu_memory()
     findings = Findings()
     try:
         cluster.initialize()

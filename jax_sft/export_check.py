@@ -21,7 +21,7 @@ from jax_sft.checkpoint import pretrained, stop_tokens
 from jax_sft.checkpoint.to_hf import Plan
 from jax_sft.files import sums
 from jax_sft.runtime import exit_codes
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import single_device_mesh
 from jax_sft.weights import hf_reader
 
 EXIT_CHANGED = 1
@@ -123,7 +123,7 @@ def compare(planned: Plan, out: Path) -> tuple[float, float, Answer]:
 
 def our_logits(planned: Plan, tokens: np.ndarray) -> np.ndarray:
     """Logits of the checkpoint's parameters, float32 [B, T, V]."""
-    model_def, mesh = planned.model_def, parallel.single_device_mesh()
+    model_def, mesh = planned.model_def, single_device_mesh()
     params = {path: jnp.asarray(planned.read(path), jnp.float32) for path in planned.arrays}
     if planned.weights:
         rest = [row.path for row in planned.rows if row.path not in params]

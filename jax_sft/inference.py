@@ -20,6 +20,7 @@ from jax_sft.checkpoint import pretrained
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.ops.attention import dispatch as attend
 from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import single_device_mesh
 from jax_sft.weights import hf_reader, placement
 
 
@@ -184,7 +185,7 @@ def load(
     Args:
         folder: holds config.json and safetensors files; or a run, its checkpoint folder, or a step
             in that.
-        mesh: with the axes data, fsdp, tensor, sequence (`parallel.make_mesh`); None = one device.
+        mesh: with the axes data, fsdp, tensor, sequence (`make_mesh`); None = one device.
         dtype: of weights and computation.
         adapter: a folder with LoRA adapters in PEFT's format; "" = none.
         step: of a checkpoint folder; None = the newest.
@@ -196,7 +197,7 @@ def load(
     step = hf_reader.step_of(str(folder), step)
     config = hf_reader.read_json(path / "config.json")
     family, cfg = models.read(config)
-    mesh = parallel.single_device_mesh() if mesh is None else mesh
+    mesh = single_device_mesh() if mesh is None else mesh
     shards = mesh.shape["tensor"]
     attention = _attention(attention, cfg, jnp.dtype(dtype).name, mesh)
     model_def = ModelDef.of(family, cfg, dtype=dtype, attention=attention, vocab_shards=shards)

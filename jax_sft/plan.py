@@ -30,7 +30,7 @@ from jax_sft.planning.step_cost import RowWork, segment_pairs
 from jax_sft.report import plan_page
 from jax_sft.report.plan_tables import Plan
 from jax_sft.runtime import command_line
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import simulate_cpu_devices
 from jax_sft.validate import validate
 
 EXIT_DOES_NOT_FIT = 1
@@ -125,7 +125,7 @@ def cpu_devices(num_devices: int) -> list[Any]:
     Raises:
         ValueError: JAX already runs, with fewer of them.
     """
-    parallel.simulate_cpu_devices(num_devices)
+    simulate_cpu_devices(num_devices)
     if jax.device_count() < num_devices:
         raise ValueError(f"JAX already runs with {jax.device_count()} of {num_devices} devices")
     return jax.devices()[:num_devices]

@@ -22,6 +22,7 @@ from jax_sft.ops.attention.dispatch import BACKENDS, resolve
 from jax_sft.runtime import patterns
 from jax_sft.runtime.text import numbered
 from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import mesh_shape
 from jax_sft.weights import hf_reader
 from jax_sft.weights.param_spec import Weight
 
@@ -75,7 +76,7 @@ def validate(cfg, num_devices: int, planned_for: tuple[int, ...] | None = None) 
 
     problems += _value_problems(cfg)
     attempt(compute.policy, cfg.model.remat, tuple(cfg.model.offload))
-    sizes = attempt(parallel.mesh_shape, cfg.mesh, num_devices)
+    sizes = attempt(mesh_shape, cfg.mesh, num_devices)
     folder, family, model_cfg = _model(cfg, attempt)
     micro_rows = cfg.batch.micro_rows or cfg.batch.rows
     if sizes and cfg.batch.rows > 0 and micro_rows > 0 and cfg.data.seq_len > 0:

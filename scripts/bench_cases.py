@@ -16,7 +16,7 @@ from jax_sft.data.batches.examples import Examples
 from jax_sft.data.batches.loader import Loader
 from jax_sft.data.tokens import prepare
 from jax_sft.planning import step_cost
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import single_device_mesh
 from jax_sft.training import metrics
 from jax_sft.weights import hf_reader
 from scripts.peers import ours
@@ -209,7 +209,7 @@ def make(case: Case, name: str, inputs: Inputs, folder: Path) -> Work:
         cfg.data.train,
         rows=case.rows,
         micro_rows=cfg.batch.micro_rows or case.rows,
-        mesh=parallel.single_device_mesh(),
+        mesh=single_device_mesh(),
         shuffle=cfg.data.shuffle,
         seed=cfg.seed,
     )

@@ -36,7 +36,7 @@ from jax_sft.data.chat import encoding
 from jax_sft.data.sources import formats, read
 from jax_sft.data.tokens import worker
 from jax_sft.runtime import confined
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import single_device_mesh
 
 NODE_TOKENS_PER_S = 100_000  # what eight H200s train of a 7B model, about
 # Grain's packers without threads: with its default of 16, two cores are ten times slower.
@@ -309,7 +309,7 @@ def compare_loaders(examples: Examples, num_steps: int) -> None:
     data.seq_len, num_rows = 4096, 64
     batch = {"rows": num_rows, "micro_rows": num_rows, "shuffle": True, "seed": 0}
     schedule = Schedule(examples, data, None, **batch)
-    mesh = parallel.single_device_mesh()
+    mesh = single_device_mesh()
     loader = Loader(examples, data, None, **batch, mesh=mesh)
     num_steps = min(num_steps, loader.steps_per_epoch)
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax_sft import models
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.ops.cross_entropy import chunk_sizes, cross_entropy
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import single_device_mesh
 from jax_sft.training.step import value_and_grad
 
 SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
@@ -47,7 +47,7 @@ def main() -> None:
     print(f"{num_tokens} tokens in chunks of {', '.join(map(str, sizes))}\n")
 
     model_def, params = random_model(options)
-    with jax.set_mesh(parallel.single_device_mesh()):
+    with jax.set_mesh(single_device_mesh()):
         whole = jax.jit(lambda params, batch: value_and_grad(model_def, params, batch))
         alone = jax.jit(jax.value_and_grad(loss_alone, (0, 1)))
         hidden_BTD = jax.random.normal(

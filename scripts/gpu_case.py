@@ -30,7 +30,7 @@ from jax_sft.ops.attention import self_test
 from jax_sft.planning import targets
 from jax_sft.planning.analysis import Target, analyse
 from jax_sft.planning.step_cost import RowWork
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import single_device_mesh, use_gpu_memory
 from jax_sft.validate import validate
 from scripts import gpu_cases, gpu_measure, gpu_profile, gpu_step
 from scripts.gpu_cases import MEDIANS, Case, Setting
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="of the results")
     parser.add_argument("--smoke", action="store_true", help="toy sizes")
     options = parser.parse_args(argv)
-    parallel.use_gpu_memory()
+    use_gpu_memory()
     first, _, rest = options.task.partition("/")
     if first == "machine":
         rows = machine(options.smoke)
@@ -209,7 +209,7 @@ def machine(smoke: bool) -> Iterator[Row]:
         dtype=sizes.dtype,
         num_heads_per_kv=heads_per_kv,
         head_dim=head_dim,
-        mesh=parallel.single_device_mesh(),
+        mesh=single_device_mesh(),
     )
     yield from ({"attention": line} for line in failed)
     yield {"attention": backend, "self_test": "passed", "seconds": time.perf_counter() - began}

@@ -32,7 +32,7 @@ if missing := stand_ins.install():
 from jax_sft.nn.layers import INIT_STD
 from jax_sft.ops.attention import cudnn, dispatch, self_test
 from jax_sft.ops.cross_entropy import cross_entropy
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import single_device_mesh, use_gpu_memory
 from scripts import gpu_step
 from scripts.gpu_checks import Row, record
 
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="of the results")
     parser.add_argument("--smoke", action="store_true", help="toy sizes")
     options = parser.parse_args(argv)
-    parallel.use_gpu_memory()
+    use_gpu_memory()
     check, _, argument = options.task.partition("/")
     passed = True
     for row in CHECKS[check](argument, SMOKE if options.smoke else H200):
@@ -180,7 +180,7 @@ def selftest(backend: str, sizes: Sizes) -> Iterator[Row]:
     if problems := backend_problems(backend, sizes):
         yield {"skipped": "; ".join(problems)}
         return
-    mesh = parallel.single_device_mesh()
+    mesh = single_device_mesh()
     for num_heads_per_kv, head_dim in sizes.head_shapes:
         shape = {"heads_per_kv": num_heads_per_kv, "head_dim": head_dim}
         try:
@@ -302,7 +302,7 @@ def attend_both(backend: str) -> Callable:
 
 def compile_here(function: Callable, arguments: tuple) -> jax.stages.Compiled:
     """Compile for one device."""
-    with jax.set_mesh(parallel.single_device_mesh()):
+    with jax.set_mesh(single_device_mesh()):
         return jax.jit(function).lower(*arguments).compile()
 
 

@@ -29,6 +29,7 @@ if missing := stand_ins.install():
 from jax_sft.hardware import CHIPS
 from jax_sft.nn.layers import INIT_STD
 from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import program, state
 from jax_sft.validate import validate
 from jax_sft.weights import placement
@@ -112,7 +113,7 @@ def measured_step(
     """
     cfg = runpy.run_path(str(config_file))["get_config"]()
     resolved = validate(cfg, jax.device_count())
-    mesh = parallel.make_mesh(resolved.mesh_shape)
+    mesh = make_mesh(resolved.mesh_shape)
     with mock.patch.object(program, "gpu_options", options_left):
         planned = program.program(cfg, resolved, mesh, num_steps=1000)
     rows, dims = planned.model_def.rows, resolved.model_cfg.dims

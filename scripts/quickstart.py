@@ -18,7 +18,7 @@ import transformers
 
 import jax_sft
 from configs import tiny
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh, simulate_cpu_devices
 
 WORKDIR = Path("runs/quickstart")
 
@@ -52,8 +52,8 @@ def main() -> int:
     began = time.perf_counter()
     cfg = tiny.get_config()
     keep_earlier(WORKDIR)
-    parallel.simulate_cpu_devices(cfg.mesh.cpu_devices)
-    mesh = parallel.make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
+    simulate_cpu_devices(cfg.mesh.cpu_devices)
+    mesh = make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
     heldout = Path(cfg.data.eval.heldout.path).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in heldout]
     questions, references = [r["prompt"] for r in rows], [r["response"] for r in rows]

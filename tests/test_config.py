@@ -16,6 +16,7 @@ import jax_sft
 from jax_sft import config
 from jax_sft.runtime import command_line
 from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import mesh_shape
 from jax_sft.training import run
 from jax_sft.validate import validate
 
@@ -59,7 +60,7 @@ def attributes_read() -> set[str]:
 
 def test_every_key_is_read_somewhere():
     read = attributes_read()
-    # `parallel.mesh_shape` reads these by name.
+    # `mesh_shape` reads these by name.
     assert set(config.default().mesh) == {*parallel.AXES, "cpu_devices"}
     read |= set(parallel.AXES)
     keys = leaves(config.default()) + leaves(config.source("x"), "source.")
@@ -344,9 +345,9 @@ def test_minus_one_is_what_is_left_of_the_devices(sizes, resolved):
         mesh[axis] = size
     if resolved is None:
         with pytest.raises(ValueError, match="mesh.tensor = "):
-            parallel.mesh_shape(mesh, 8)
+            mesh_shape(mesh, 8)
     else:
-        assert tuple(parallel.mesh_shape(mesh, 8).values()) == resolved
+        assert tuple(mesh_shape(mesh, 8).values()) == resolved
 
 
 def test_an_unknown_logical_axis_raises():

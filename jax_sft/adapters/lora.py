@@ -21,7 +21,7 @@ from flax import nnx
 from jax_sft.nn.layers import Linear
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.runtime import patterns
-from jax_sft.sharding import parallel
+from jax_sft.sharding import collectives, parallel
 from jax_sft.weights import tree
 from jax_sft.weights.param_spec import Weight
 
@@ -104,7 +104,7 @@ class Adapter(nnx.Module):
         """Zero a share of the values of x [B, T, ...] and scale the others up."""
         keep = 1 - self.dropout
         # Drawn in the order of the rows, then dealt out as they are: the same on every mesh.
-        kept = parallel.stripe(jax.random.bernoulli(self.key[...], keep, x.shape))
+        kept = collectives.stripe(jax.random.bernoulli(self.key[...], keep, x.shape))
         return jnp.where(kept, x / keep, 0).astype(x.dtype)
 
 

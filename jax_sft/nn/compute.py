@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_sft.nn.remat_names import KEPT, NAMES
-from jax_sft.sharding import parallel
+from jax_sft.sharding import collectives, parallel
 from jax_sft.weights import tree
 
 _WEIGHT = "weight"  # a gathered weight; it is never kept
@@ -120,7 +120,7 @@ def gather(weight: jax.Array, axes: tuple[str, ...], dtype, grad_dtype) -> jax.A
         grad_dtype: of the result, hence of its gradient, which is formed and summed in it.
     """
     shard = parallel.constrain(weight.astype(dtype), *axes)  # cast first: half the bytes
-    return checkpoint_name(parallel.gather(shard, axes), _WEIGHT).astype(grad_dtype)
+    return checkpoint_name(collectives.gather(shard, axes), _WEIGHT).astype(grad_dtype)
 
 
 def _gather_fwd(weight, axes, dtype, grad_dtype):

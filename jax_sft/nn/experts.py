@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_sft.nn import layers
 from jax_sft.ops import grouped
-from jax_sft.sharding import parallel
+from jax_sft.sharding import collectives, parallel
 from jax_sft.weights.hf_config import Fields
 
 _KERNEL = ("experts", "embed", "mlp")
@@ -231,14 +231,14 @@ def _backward(grad_BTD, x_BTD, weights_BTK, chosen_BTK, gate, up, down, gate_BRF
     # not kept, with the gradient of the sum.
     grad_MF = grouped.matmul(grad_MD, down, rows.sizes_E, over=1)
     grad_weights_M = jnp.sum(grad_MF.astype(jnp.float32) * hidden_MF.astype(jnp.float32), axis=-1)
-    grad_weights_BTK = parallel.psum(rows.unsorted(grad_weights_M), parallel.RULES["mlp"])
+    grad_weights_BTK = collectives.psum(rows.unsorted(grad_weights_M), parallel.RULES["mlp"])
     grad_gate_MF, grad_up_MF = activation_vjp((weights_M1 * grad_MF).astype(grad_MF.dtype))
     grad_x_MD = grouped.matmul(grad_gate_MF, gate, rows.sizes_E, over=2)
     grad_x_MD += grouped.matmul(grad_up_MF, up, rows.sizes_E, over=2)
     weighted_MF = (weights_M1 * hidden_MF).astype(hidden_MF.dtype)
     with jax.named_scope(".".join(("part.gradient", *_KERNEL))):  # `plan` shows it
         grad_kernels = [
-            parallel.sum_over_tokens(grouped.outer(*pair, rows.sizes_E, gate.dtype), _KERNEL)
+            collectives.sum_over_tokens(grouped.outer(*pair, rows.sizes_E, gate.dtype), _KERNEL)
             for pair in ((x_MD, grad_gate_MF), (x_MD, grad_up_MF), (grad_MD, weighted_MF))
         ]
     ones_BTK = jnp.ones_like(weights_BTK)
@@ -248,7 +248,7 @@ def _backward(grad_BTD, x_BTD, weights_BTK, chosen_BTK, gate, up, down, gate_BRF
 def _scatter_tokens(part_BTD: jax.Array) -> jax.Array:
     """Add up what the shards of `mlp` have, each getting its tokens of the residual stream."""
     (axis,) = parallel.RULES["mlp"]
-    return parallel.psum_scatter(part_BTD, axis, scatter_dimension=1, tiled=True)
+    return collectives.psum_scatter(part_BTD, axis, scatter_dimension=1, tiled=True)
 
 
 @dataclasses.dataclass(frozen=True)

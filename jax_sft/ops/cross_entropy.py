@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_sft.ops.head_chunks import chunk_sizes, num_chunks
-from jax_sft.sharding import parallel
+from jax_sft.sharding import collectives, parallel
 
 LOOP = "head_chunks"  # loops whose trips the data decides are named so, "_" and their size: `plan`
 
@@ -117,7 +117,7 @@ def _island(objective, num_sources, hidden_BTD, head_VD, of_tokens, *, gradients
     of_head = parallel.spec("vocab", "embed")
     of_sums = (jax.P(),) * (5 if num_sources else 3)
     of_grads = (of_hidden, of_head) if objective.head_trains else (of_hidden,)
-    return parallel.island(
+    return collectives.island(
         functools.partial(
             _local, objective=objective, num_sources=num_sources, gradients=gradients
         ),
@@ -139,14 +139,14 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
         head = jax.lax.all_gather(head.T, parallel.RULES["embed"], tiled=True)
     num_local = len(head_VD)
     # Tokens are in the order in which the shards of `tensor`, S of them, hold their hidden states.
-    hidden_SBTD = parallel.all_gather(hidden_BTD, "tensor")
+    hidden_SBTD = collectives.all_gather(hidden_BTD, "tensor")
     hidden_ND = hidden_SBTD.reshape(-1, hidden_BTD.shape[-1])
     shards = hidden_SBTD.shape[0]
     of_tokens_N = [
         x_BT.reshape(len(x_BT), shards, -1).swapaxes(0, 1).reshape(-1) for x_BT in of_tokens
     ]
     weights_N = of_tokens_N[1]
-    sizes = chunk_sizes(num_local, len(weights_N), parallel.platform())
+    sizes = chunk_sizes(num_local, len(weights_N), collectives.platform())
     index_M = trained_first(weights_N, sizes[-1])
     targets_M, weights_M, *sources_M = (
         x_N.at[index_M].get(mode="fill", fill_value=0) for x_N in of_tokens_N
@@ -177,7 +177,7 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
         )
         if gradients:
             hidden_DC = hidden_CD.T
-            if parallel.platform() == "cpu":
+            if collectives.platform() == "cpu":
                 # A copy, of a 200th of the operands: YNNPACK does not take transposed ones, and
                 # Eigen, which does, multiplies 256 x 256 by 256 x 49152 at 0.6 of its speed.
                 hidden_DC = jax.lax.optimization_barrier(hidden_DC)
@@ -198,12 +198,12 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
     losses_M, correct_M, grads = found
     sums = losses_M * weights_M, weights_M, correct_M * weights_M
     by_source = _sums_by_source(sums[:2], sources_M[0], num_sources) if num_sources else ()
-    sums = parallel.psum((*(of_M.sum() for of_M in sums), *by_source), token_axes)
+    sums = collectives.psum((*(of_M.sum() for of_M in sums), *by_source), token_axes)
     if not gradients:
         return sums
     grad_hidden_ND, *of_head = grads
-    grad_hidden_BTD = parallel.psum_scatter(grad_hidden_ND.reshape(hidden_SBTD.shape), "tensor")
-    of_head = [parallel.sum_over_tokens(grad_DV, ("embed", "vocab")) for grad_DV in of_head]
+    grad_hidden_BTD = collectives.psum_scatter(grad_hidden_ND.reshape(hidden_SBTD.shape), "tensor")
+    of_head = [collectives.sum_over_tokens(grad_DV, ("embed", "vocab")) for grad_DV in of_head]
     return sums, grad_hidden_BTD, *(grad_DV.T.astype(head_VD.dtype) for grad_DV in of_head)
 
 
@@ -252,9 +252,9 @@ def _chunk(hidden_CD, head_DV, targets_C, weights_C, objective: Objective):
     if objective.label_smoothing:
         sums_C.append(of_ids(shifted_CV, 0.0).sum(axis=-1))
     # Stacked: one collective per chunk, not one per sum.
-    sum_exp_C, target_C, *sum_C = parallel.psum(jnp.stack(sums_C), "tensor")
+    sum_exp_C, target_C, *sum_C = collectives.psum(jnp.stack(sums_C), "tensor")
     # Apart: the compiler drops it where nobody asks.
-    correct_C = (target_C == 0) & (parallel.psum(is_better_CV.sum(axis=-1), "tensor") == 0)
+    correct_C = (target_C == 0) & (collectives.psum(is_better_CV.sum(axis=-1), "tensor") == 0)
     log_sum_C = jnp.log(sum_exp_C)
     losses_C = log_sum_C - target_C
     slope_C, at_target, elsewhere = 1.0, 1.0, 0.0

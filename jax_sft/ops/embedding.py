@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_sft.sharding import parallel
+from jax_sft.sharding import collectives, parallel
 
 _EMBED = parallel.RULES["embed"]  # mesh axes that split the model dimension; they split tokens too
 
@@ -57,7 +57,7 @@ _lookup.defvjp(_lookup_fwd, _lookup_bwd)
 
 
 def _island(local, out_spec, *in_specs):
-    return parallel.island(
+    return collectives.island(
         local,
         in_specs=(parallel.spec("batch", "token"), *in_specs),
         out_specs=out_spec,
@@ -66,7 +66,7 @@ def _island(local, out_spec, *in_specs):
 
 def _local_ids(tokens_BT, num_local):
     """Ids of the tokens of all shards [S, B, T] within this device's part of the vocabulary."""
-    tokens_SBT = parallel.all_gather(tokens_BT, _EMBED)
+    tokens_SBT = collectives.all_gather(tokens_BT, _EMBED)
     return tokens_SBT - jax.lax.axis_index("tensor") * num_local
 
 
@@ -77,7 +77,7 @@ def _find(tokens_BT, table_VD, *, dtype):
     found_SBTD = jnp.where(is_here[..., None], found_SBTD, 0)
     found_SBTD = jax.lax.all_to_all(found_SBTD, _EMBED, 0, 0, tiled=True)
     found_BTD = jnp.moveaxis(found_SBTD, 0, 2).reshape(*tokens_BT.shape, -1)
-    return parallel.psum(found_BTD, "tensor")
+    return collectives.psum(found_BTD, "tensor")
 
 
 def _add(tokens_BT, grad_BTD, *, vocab):
@@ -97,7 +97,7 @@ def _add(tokens_BT, grad_BTD, *, vocab):
     places_N = jnp.where(is_last_N, ids_N, num_local + jnp.arange(ids_N.size))
     sum_VD = jnp.zeros((num_local, rows_ND.shape[1]), jnp.float32)
     sum_VD = sum_VD.at[places_N].set(sums_ND, mode="drop", unique_indices=True)
-    return parallel.psum(sum_VD, "data")
+    return collectives.psum(sum_VD, "data")
 
 
 def _add_within(left, right):

@@ -20,7 +20,8 @@ from jax_sft.planning.compiling import Compiled, compile_step, shard_bytes
 from jax_sft.planning.hlo import collectives, device_groups, kernels, loops, parser
 from jax_sft.planning.roofline import Prediction, Traffic, predict
 from jax_sft.report.plan_tables import Plan
-from jax_sft.sharding import parallel
+from jax_sft.sharding.collectives import STRIPE_TOKENS
+from jax_sft.sharding.mesh import GPU_MEMORY
 from jax_sft.validate import Resolved
 
 LARGE_BYTES = 64 * 2**20  # a replicated array or a float32 product of this size is worth a warning
@@ -223,7 +224,7 @@ def _memory(compiled: Compiled, chip: Chip, module: parser.Module, workspace: in
         shard_bytes(jax.ShapeDtypeStruct(p.shape, np.float32, sharding=p.sharding))
         for p in state.params.values()
     )
-    headroom = round((1 - parallel.GPU_MEMORY) * chip.memory_bytes)
+    headroom = round((1 - GPU_MEMORY) * chip.memory_bytes)
     memory = compiled.memory
     peak = memory["peak"] + workspace
     return {
@@ -349,6 +350,6 @@ def imbalance(seq_len: int, shards: int) -> float:
     """Return the highest over the mean attention work of the shards of a row of one segment."""
     if shards == 1:
         return 1.0
-    stripe = math.gcd(parallel.STRIPE_TOKENS, seq_len // shards)
+    stripe = math.gcd(STRIPE_TOKENS, seq_len // shards)
     work = np.arange(1, seq_len + 1).reshape(-1, shards, stripe).sum((0, 2))
     return float(work.max() / work.mean())

@@ -325,7 +325,7 @@ def _ring(
 ) -> tuple[int, float]:
     """Return (devices of a group, share of the hops of its ring that leave a host).
 
-    Devices stand as `parallel.make_mesh` puts them: `tensor` varies fastest, then `sequence`.
+    Devices stand as `make_mesh` puts them: `tensor` varies fastest, then `sequence`.
     """
     sizes, stride, offsets = dict(mesh), 1, [0]
     for axis in ("tensor", "sequence", "fsdp", "data"):

@@ -15,7 +15,7 @@ import jax
 
 from jax_sft.hosts import compilation_cache
 from jax_sft.planning import targets
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training.program import Program, program
 from jax_sft.validate import Resolved
 
@@ -46,7 +46,7 @@ class Compiled:
 
 def compile_step(cfg, resolved: Resolved, devices: Sequence[Any]) -> Compiled:
     """Compile the step that `train` would run on these devices."""
-    mesh = parallel.make_mesh(resolved.mesh_shape, devices)
+    mesh = make_mesh(resolved.mesh_shape, devices)
     num_sources = len(cfg.data.train) if cfg.log.per_source else 0
     planned = program(cfg, resolved, mesh, ANY_NUM_STEPS, num_sources=num_sources)
     for_gpus = mesh.devices.flat[0].platform != "cpu"

@@ -26,7 +26,7 @@ from jax_sft.inference import LoadedModel
 from jax_sft.ops.attention import self_test
 from jax_sft.runtime import command_line, confined, lifecycle, terminal
 from jax_sft.runtime.startup import Startup
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh, simulate_cpu_devices, use_gpu_memory
 from jax_sft.training import evaluate, metrics, optim, state, trackers
 from jax_sft.training.program import objective, program
 from jax_sft.training.step import ROUTER_AUX
@@ -106,8 +106,8 @@ def _train(
     ends: contextlib.ExitStack,
 ) -> dict[str, float]:
     # ---- processes, devices and config ---------------------------------------------------------
-    parallel.simulate_cpu_devices(cfg.mesh.cpu_devices)
-    parallel.use_gpu_memory()
+    simulate_cpu_devices(cfg.mesh.cpu_devices)
+    use_gpu_memory()
     watch.at("joining")
     cluster.initialize(watched=cfg.train.stall_timeout_s > 0)
     watch.joined()
@@ -122,7 +122,7 @@ def _train(
     preflight.shared_folder(workdir)
     lock = take_lock(workdir, say, ends)
     saving.check_folder(workdir / "checkpoints")
-    mesh = parallel.make_mesh(resolved.mesh_shape)
+    mesh = make_mesh(resolved.mesh_shape)
     family, model_cfg = resolved.family, resolved.model_cfg
     rows, dims = family.weights(model_cfg), model_cfg.dims
     num_params = sum(math.prod(row.shape(dims)) for row in rows)

@@ -18,7 +18,7 @@ from jax_sft.batch import Batch, fields
 from jax_sft.nn.experts import balance_loss
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.ops.cross_entropy import cross_entropy
-from jax_sft.sharding import parallel
+from jax_sft.sharding import collectives, parallel
 from jax_sft.training import state
 from jax_sft.training.state import TrainState
 from jax_sft.weights import placement
@@ -48,7 +48,7 @@ def batch_sums(
             `cross_entropy`, router_aux of `value_and_grad`; None = nothing.
         dropout_key: random key of this micro-batch; None = nothing is dropped.
     """
-    micro = {name: parallel.stripe(array) for name, array in micro.items()}
+    micro = {name: collectives.stripe(array) for name, array in micro.items()}
     model = model_def.bind(weights, dropout_key)
     options = {name: value for name, value in (objective or {}).items() if name != ROUTER_AUX}
     balance = None

@@ -32,6 +32,7 @@ from jax_sft import config, tiny, verify
 from jax_sft.checkpoint import model_files, resume, saving
 from jax_sft.files import manifest, step_folders
 from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training.state import TrainState
 
 OLD, NEW = 1, 2
@@ -45,7 +46,7 @@ _NAMES = (
 
 def make_state(step: int, mesh: jax.sharding.Mesh | None = None) -> TrainState:
     """Return 4 MiB of sharded parameters and two moments, so that data files are not small."""
-    mesh = mesh or parallel.make_mesh({"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1})
+    mesh = mesh or make_mesh({"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1})
     rng = np.random.default_rng(step)
 
     def array(shape, dtype, *axes):

@@ -21,7 +21,7 @@ from jax_sft.adapters import peft as ours
 from jax_sft.files import step_folders
 from jax_sft.inference import LoadedModel
 from jax_sft.runtime import patterns
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import metrics
 from jax_sft.training.step import batch_sums
 from tests.conftest import ODD
@@ -101,7 +101,7 @@ def test_logits_with_an_adapter_of_peft_equal_its_own(make_strong_model, tmp_pat
     folder = make_strong_model(**FAMILIES["llama" if "dora" in variant else "qwen2"])
     adapter = make_adapter(folder, tmp_path / "adapter", **VARIANTS[variant])
     theirs = peft_logits(folder, adapter, TOKENS)
-    mesh = parallel.make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
+    mesh = make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
     ours = np.asarray(jax_sft.load(folder, mesh, adapter=adapter).logits(TOKENS))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
     assert np.abs(ours - np.asarray(jax_sft.load(folder).logits(TOKENS))).max() > 0.3
@@ -267,7 +267,7 @@ def test_dropout_drops_the_share_it_should_the_same_on_every_mesh(make_strong_mo
     sums = jax.jit(lambda w, b, k: batch_sums(model_def, w, b, dropout_key=k))
 
     def loss(sizes, key) -> float:
-        mesh = parallel.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+        mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
         with jax.set_mesh(mesh):
             return float(sums(weights, batch, key)["loss"])
 

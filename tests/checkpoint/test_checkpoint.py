@@ -24,7 +24,7 @@ from jax_sft import config, verify
 from jax_sft.checkpoint import model_files, orbax_io, saving, to_hf
 from jax_sft.files import plain_paths, step_folders
 from jax_sft.runtime import exit_codes
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import optim, state
 from jax_sft.weights import vocabulary
 from jax_sft.weights.param_spec import Weight
@@ -95,7 +95,7 @@ def test_a_vocabulary_is_padded_anew_for_each_mesh(tmp_path, before, after):
     tx, dims = optax.adam(1e-3), {"vocab": 269, "embed": 16}
 
     def abstract(shards: int, dims=dims) -> state.TrainState:
-        mesh = parallel.make_mesh({"fsdp": 8 // shards, "tensor": shards})
+        mesh = make_mesh({"fsdp": 8 // shards, "tensor": shards})
         return state.abstract(tx, rows, vocabulary.padded(dims, shards), np.float32, mesh)
 
     def filled(like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -678,7 +678,7 @@ def test_a_step_of_an_older_format_names_it_and_stays(tmp_path):
 
 def test_clipping_that_comes_or_goes_restores_every_moment(tmp_path):
     rows = [Weight("a.kernel", "a", "embed features -> embed features")]
-    mesh = parallel.make_mesh({"fsdp": 8})
+    mesh = make_mesh({"fsdp": 8})
     params = {"a.kernel": STATE.params["a.kernel"]}
 
     def made(clip_norm: float) -> state.TrainState:

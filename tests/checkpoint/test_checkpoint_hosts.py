@@ -17,18 +17,18 @@ from pathlib import Path
 import jax, numpy as np
 from jax_sft.hosts import cluster
 from jax_sft import config
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh, simulate_cpu_devices
 from jax_sft.training.state import TrainState
 
 num_devices, folder, *actions = sys.argv[1:]
-parallel.simulate_cpu_devices(int(num_devices))
+simulate_cpu_devices(int(num_devices))
 cluster.initialize()
 from scripts.faults import damage  # after devices are known
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 CONFIG = config.to_dict(config.default())
 cluster.hosts()
 checkpoints = damage.open_folder(Path(folder), say=lambda line: print(line, flush=True))
-mesh = parallel.make_mesh({"data": 1, "fsdp": int(num_devices), "tensor": 1, "sequence": 1})
+mesh = make_mesh({"data": 1, "fsdp": int(num_devices), "tensor": 1, "sequence": 1})
 abstract = damage.abstract_of(damage.make_state(0, mesh=mesh))
 found = checkpoints.start(CONFIG)
 for action in actions:

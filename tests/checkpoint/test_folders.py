@@ -28,6 +28,7 @@ from jax_sft.checkpoint import (
 )
 from jax_sft.files import manifest, step_folders, sums
 from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 from jax_sft.training import state
 from jax_sft.weights import blocks, hf_reader, hub, placement, vocabulary
 from scripts import make_model
@@ -116,7 +117,7 @@ def test_weights_load_alike_from_a_folder_and_from_checkpoints_and_return(
     folder = make_model(dtype="BF16", **UNTIED, num_key_value_heads=4, vocab_size=vocab)
     converted = from_hf.convert(folder, tmp_path / "converted", progress=False)
     planned = from_hf.plan(folder)
-    mesh = parallel.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     shardings = placement.shardings(planned.rows, mesh)
     shards = sizes.get("tensor", 1)
     what = planned.rows, planned.dims, False
@@ -149,7 +150,7 @@ def test_weights_load_alike_from_a_folder_and_from_checkpoints_and_return(
     checkpoints.save(1, saved.named(), as_dict, wait=True)
     out = to_hf.export(tmp_path / "run", tmp_path / "out", progress=False)
     assert_same_folder(folder, out)
-    one = placement.shardings(planned.rows, parallel.single_device_mesh())
+    one = placement.shardings(planned.rows, single_device_mesh())
     again, before = (find(p, 1).load(one, np.float32, False) for p in (tmp_path / "run", folder))
     for path, array in before.items():
         np.testing.assert_array_equal(again[path], array)
@@ -280,7 +281,7 @@ def test_a_flipped_bit_is_named_by_export_and_by_training(make_model, tmp_path):
 def test_an_export_of_float32_masters_reads_blocks_within_a_layer(make_model, tmp_path):
     folder = make_model(dtype="BF16", **UNTIED)
     planned = from_hf.plan(folder)
-    shardings = placement.shardings(planned.rows, parallel.make_mesh({"fsdp": 4, "tensor": 2}))
+    shardings = placement.shardings(planned.rows, make_mesh({"fsdp": 4, "tensor": 2}))
     find = pretrained.find(folder, planned.rows, planned.dims, False)
     params = find.load(shardings, np.float32, False)
     step = tmp_path / "checkpoints/7"

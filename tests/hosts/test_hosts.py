@@ -21,18 +21,18 @@ from pathlib import Path
 import jax, numpy as np
 from jax_sft.hosts import cluster
 from jax_sft import config
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh, simulate_cpu_devices
 from jax_sft.data.batches.loader import Loader
 from jax_sft.data.tokens.prepare import prepare
 
-parallel.simulate_cpu_devices(8)
+simulate_cpu_devices(8)
 cluster.initialize()
 model, data, out, start, stop, packing = sys.argv[1:]
 cfg = config.default()
 cfg.data.seq_len, cfg.data.packing = 256, packing
 cfg.data.train.a = config.source(data, limit=50)
 cfg.data.train.b = config.source(data, epochs=0.4)
-mesh = parallel.make_mesh({"data": 2, "fsdp": 4})
+mesh = make_mesh({"data": 2, "fsdp": 4})
 examples = prepare(cfg.data.train, Path(model), cfg.data, progress=False)
 cluster.check_same("data", {"a": json.dumps(examples.report["a"]["fingerprint"])})
 loader = Loader(

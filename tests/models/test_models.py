@@ -26,6 +26,7 @@ import jax_sft
 from jax_sft import models
 from jax_sft.nn.rope import Rope
 from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh
 from jax_sft.weights import tree
 
 TOLERANCE = 1e-4  # largest absolute difference of float32 logits of order 1
@@ -606,7 +607,7 @@ def test_logits_do_not_depend_on_the_mesh(make_strong_model, family):
     folder = make_strong_model(**FAMILIES[family])
     tokens, segments, positions, parts = packed_row()
     assert tokens.shape == (1, 51)  # padded to 2 rows of 52 by this mesh
-    mesh = parallel.make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
+    mesh = make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
     alone = jax_sft.load(folder).logits(tokens, segments, positions)
     split = jax_sft.load(folder, mesh).logits(tokens, segments, positions)
     end = parts[-1].stop  # what padding predicts is nobody's concern
@@ -616,7 +617,7 @@ def test_logits_do_not_depend_on_the_mesh(make_strong_model, family):
 def test_padding_of_a_row_to_the_mesh_is_invisible_to_every_segment_id(make_strong_model):
     folder = make_strong_model()
     tokens = random_tokens(1, 5)  # padded to 8 tokens over sequence = 4
-    mesh = parallel.make_mesh({"sequence": 4}, jax.devices()[:4])
+    mesh = make_mesh({"sequence": 4}, jax.devices()[:4])
     whole = jax_sft.load(folder).logits(tokens)
     for segment in (0, 1, 7, -1):
         ids = np.full_like(tokens, segment)

@@ -24,7 +24,7 @@ from jax_sft import models
 from jax_sft.data.batches.loader import Loader
 from jax_sft.data.tokens.prepare import prepare
 from jax_sft.nn.model_def import ModelDef
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 from jax_sft.training import optim, state
 from jax_sft.training.program import objective
 from jax_sft.training.step import make_train_step, value_and_grad
@@ -212,7 +212,7 @@ def make_loader(cfg, mesh, micro_rows: int = 0) -> Loader:
 
 def packed_batches(cfg, num_steps: int = NUM_STEPS) -> list[dict[str, np.ndarray]]:
     """The rows of each step, arrays [rows, seq_len]."""
-    loader = make_loader(cfg, parallel.single_device_mesh())
+    loader = make_loader(cfg, single_device_mesh())
     batches = []
     for step in range(num_steps):
         rows = [loader.row(step, row) for row in range(cfg.batch.rows)]
@@ -222,7 +222,7 @@ def packed_batches(cfg, num_steps: int = NUM_STEPS) -> list[dict[str, np.ndarray
 
 def load(cfg, sizes: dict[str, int]):
     """Return (model_def, params, mesh)."""
-    mesh = parallel.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     folder = Path(cfg.model.path)
     config = hf_reader.read_json(folder / "config.json")
     family = models.find(config["model_type"])

@@ -8,7 +8,8 @@ from jax.extend.core import jaxprs_in_params
 from jax_sft import models
 from jax_sft.nn import compute
 from jax_sft.nn.model_def import ModelDef
-from jax_sft.sharding import parallel
+from jax_sft.sharding import collectives, parallel
+from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 from jax_sft.training.step import value_and_grad
 from jax_sft.weights import placement
 
@@ -24,7 +25,7 @@ def run(dtype: str = "float32", **options):
     """(products of the gradient, its temporary bytes, loss, gradients, jaxpr) on 8 devices."""
     family = models.find("llama")
     model_def = ModelDef.of(family, family.Config.from_hf(RAW), dtype=dtype, **options)
-    mesh = parallel.make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
+    mesh = make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
     rng = np.random.default_rng(0)
     shardings = placement.shardings(model_def.rows, mesh)
     params = {}
@@ -133,20 +134,20 @@ def test_an_unknown_name_is_refused(remat, offload, message):
 @pytest.mark.parametrize("devices", [1, 8])
 def test_what_devices_have_is_added_up_and_one_adds_up_nothing(devices):
     single = devices == 1
-    mesh = parallel.single_device_mesh() if single else parallel.make_mesh({"fsdp": 8})
+    mesh = single_device_mesh() if single else make_mesh({"fsdp": 8})
     x = np.arange(8, dtype=np.float32)
 
     def total(x):
-        return parallel.psum(x.sum(), "fsdp")
+        return collectives.psum(x.sum(), "fsdp")
 
     def own(x):
         return x.sum()
 
     with jax.set_mesh(mesh):
-        adds = jax.jit(parallel.island(total, jax.P("fsdp"), jax.P()))
+        adds = jax.jit(collectives.island(total, jax.P("fsdp"), jax.P()))
         assert float(adds(x)) == 28.0
         # XLA on CPUs copies what it is told to add up over one device.
         assert ("all-reduce" in adds.lower(x).compile().as_text()) == (not single)
         if not single:  # a sum that was forgotten is found
             with pytest.raises(ValueError, match="fsdp"):
-                jax.jit(parallel.island(own, jax.P("fsdp"), jax.P()))(x)
+                jax.jit(collectives.island(own, jax.P("fsdp"), jax.P()))(x)

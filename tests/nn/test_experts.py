@@ -24,6 +24,7 @@ from jax_sft.nn.model_def import ModelDef
 from jax_sft.ops import grouped
 from jax_sft.planning import step_cost, targets
 from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 from jax_sft.training import metrics, program
 from jax_sft.training.step import batch_sums, value_and_grad
 from jax_sft.validate import validate
@@ -104,7 +105,7 @@ def test_a_gpu_holds_no_copy_of_the_rows_for_each_expert(product):
     # Of Qwen3-30B-A3B: 8,192 tokens that take 8 of 128 experts. `ragged_dot` holds them 128 times;
     # where it no longer does, it may take the place of `grouped`.
     num_rows, num_experts, features, mlp = 65_536, 128, 2048, 768
-    mesh = parallel.make_mesh({}, targets.topology(hardware.find("h200"), 1, 1))
+    mesh = make_mesh({}, targets.topology(hardware.find("h200"), 1, 1))
     everywhere = parallel.sharding(mesh)
 
     def shape(*sizes: int, dtype: Any = jnp.bfloat16):
@@ -164,7 +165,7 @@ def test_what_remat_keeps_of_the_experts_is_not_computed_again():
 
 def test_only_what_is_trained_has_the_balance():
     model_def, params, batch = abstract("none")
-    with jax.set_mesh(parallel.single_device_mesh()):
+    with jax.set_mesh(single_device_mesh()):
         for objective, has_balance in ((None, False), ({"router_aux": 0.1}, True)):
             sums, _ = jax.eval_shape(
                 functools.partial(value_and_grad, model_def, objective=objective), params, batch
@@ -191,7 +192,7 @@ def abstract(remat: str):
 
 def grouped_products(remat: str) -> int:
     model_def, params, batch = abstract(remat)
-    with jax.set_mesh(parallel.make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})):
+    with jax.set_mesh(make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})):
         jaxpr = jax.make_jaxpr(lambda p, b: value_and_grad(model_def, p, b))(params, batch)
     loops = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "while"]
     return sum(grouped.LOOP in str(loop.source_info.name_stack) for loop in loops)

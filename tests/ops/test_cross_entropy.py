@@ -18,6 +18,7 @@ from jax.extend.core import jaxprs_in_params
 from jax_sft.ops import cross_entropy as ce
 from jax_sft.ops import head_chunks
 from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 
 MESHES = [m for m in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(m) == 8]
 TENSOR, MIXED = (1, 1, 8, 1), (1, 2, 2, 2)
@@ -28,8 +29,8 @@ QUICK = {"xla_backend_optimization_level": 0}  # of the machine code alone: comp
 ALL: dict[str, Any] = {"z_loss": 1e-2, "label_smoothing": 0.1, "soft_cap": 2.0}
 
 
-def make_mesh(sizes):
-    return parallel.make_mesh(dict(zip(parallel.AXES, sizes, strict=True)))
+def mesh_of(sizes):
+    return make_mesh(dict(zip(parallel.AXES, sizes, strict=True)))
 
 
 def relative_error(found, wanted) -> float:
@@ -138,7 +139,7 @@ def on_mesh(
 ) -> tuple[Any, ...]:
     """(loss, weight, correct[, two more by source], gradients of hidden and head) of ours."""
     hidden_BTD, head_VD, targets_BT, weights_BT = problem
-    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh(sizes)):
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh_of(sizes)):
         patch.setitem(head_chunks.CHUNKS, "cpu", chunks)
         run = compiled(sizes, chunks, bool(sources_BT), gradients, **settings)
         found = run(hidden_BTD, head_VD, weights_BT, targets_BT, *sources_BT)
@@ -166,7 +167,7 @@ def test_sums_and_gradients_equal_the_dense_ones(sizes):
 def test_one_device_gathers_and_scatters_nothing():
     hidden_BTD, head_VD, targets_BT, weights_BT = loss_problem()
     found = {}
-    for axis, mesh in (("none", parallel.single_device_mesh()), ("fsdp", make_mesh((1, 8, 1, 1)))):
+    for axis, mesh in (("none", single_device_mesh()), ("fsdp", mesh_of((1, 8, 1, 1)))):
         with jax.set_mesh(mesh):
             lowered = compiled((), CHUNKS).lower(hidden_BTD, head_VD, weights_BT, targets_BT)
         found[axis] = [name in lowered.as_text() for name in ("all_gather", "reduce_scatter")]
@@ -415,7 +416,7 @@ LARGE = (8, 512, 16, 512)  # logits of all tokens on a device: 4096 x 64 over 8 
 def traced(sizes, dtype=jnp.float32, shape=LARGE, **settings):
     """The program before it is compiled; the head is float32 and sharded as it is stored."""
     rows, tokens, features, ids = shape
-    mesh = make_mesh(sizes)
+    mesh = mesh_of(sizes)
 
     def array(shape, dtype, *axes):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.sharding(mesh, *axes))

@@ -9,6 +9,7 @@ import pytest
 
 from jax_sft.ops.embedding import lookup
 from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh
 
 B, T, V, D = 8, 16, 24, 16
 MESHES = [m for m in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(m) == 8]
@@ -23,7 +24,7 @@ def problem(seed: int = 0):
 
 
 def value_and_gradient(sizes, table_VD, tokens_BT, grad_BTD, dtype=jnp.float32):
-    mesh = parallel.make_mesh(dict(zip(parallel.AXES, sizes, strict=True)))
+    mesh = make_mesh(dict(zip(parallel.AXES, sizes, strict=True)))
 
     @jax.jit
     def run(table_VD, tokens_BT, grad_BTD):
@@ -63,7 +64,7 @@ def test_the_same_problem_gives_the_same_bits():
 
 
 def test_the_table_is_never_gathered():
-    mesh = parallel.make_mesh({"fsdp": 8})
+    mesh = make_mesh({"fsdp": 8})
     vocab, features = 4096, 64
     table_VD = jax.ShapeDtypeStruct(
         (vocab, features), np.float32, sharding=parallel.sharding(mesh, "vocab", "embed")

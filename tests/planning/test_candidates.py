@@ -10,6 +10,7 @@ from jax_sft import hardware
 from jax_sft.models import qwen2
 from jax_sft.planning import candidates, step_cost
 from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh
 
 QWEN_7B = {
     **{"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944},
@@ -82,7 +83,7 @@ def test_a_search_on_1024_gpus_has_every_axis_and_ends():
     [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 2, "tensor": 2, "sequence": 2}, {"tensor": 4}],
 )
 def test_parameters_and_moments_are_the_shards_that_the_rules_give(sizes):
-    mesh = parallel.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     of_7b = model()
     shards = [
         math.prod(parallel.sharding(mesh, *row.axes).shard_shape(row.shape(dict(of_7b.dims))))

@@ -17,6 +17,7 @@ from jax_sft.nn import compute
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.planning import roofline, step_cost
 from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import single_device_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = hardware.find("h100")
@@ -120,7 +121,7 @@ def test_recomputation_is_what_the_compiler_is_left_with():
         def loss(params, batch):
             return model_def.hidden(model_def.bind(params), batch).sum()
 
-        with jax.set_mesh(parallel.single_device_mesh()):
+        with jax.set_mesh(single_device_mesh()):
             analysis = jax.jit(jax.grad(loss)).lower(params, batch).compile().cost_analysis()
         assert analysis is not None
         return analysis["flops"]  # of the loop over layers, one pass

@@ -9,7 +9,8 @@ import pytest
 from jax_sft import models
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.planning.analysis import imbalance
-from jax_sft.sharding import parallel
+from jax_sft.sharding import collectives, parallel
+from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training.step import value_and_grad
 from jax_sft.weights import placement
 from jax_sft.weights.hf_reader import read_json
@@ -17,16 +18,16 @@ from jax_sft.weights.hf_reader import read_json
 
 def striped(sequence: int, num_tokens: int, **sizes) -> np.ndarray:
     """Where the tokens of a row go: their numbers, in the order of the shards."""
-    mesh = parallel.make_mesh(
+    mesh = make_mesh(
         {"sequence": sequence, **sizes}, jax.devices()[: sequence * math.prod(sizes.values())]
     )
     with jax.set_mesh(mesh):
-        return np.asarray(jax.jit(parallel.stripe)(np.arange(num_tokens)[None]))[0]
+        return np.asarray(jax.jit(collectives.stripe)(np.arange(num_tokens)[None]))[0]
 
 
 @pytest.mark.parametrize(("sequence", "num_tokens"), [(2, 4096), (4, 4096), (8, 8192), (4, 36)])
 def test_shards_get_every_so_manyth_stripe(sequence, num_tokens):
-    stripe = math.gcd(parallel.STRIPE_TOKENS, num_tokens // sequence)
+    stripe = math.gcd(collectives.STRIPE_TOKENS, num_tokens // sequence)
     shards = striped(sequence, num_tokens).reshape(sequence, -1)
     for rank, tokens in enumerate(shards):
         np.testing.assert_array_equal(tokens // stripe % sequence, rank)
@@ -63,7 +64,7 @@ def long_row_gradient(folder, sizes, batch):
     family = models.find(config["model_type"])
     model_def = ModelDef.of(family, family.Config.from_hf(config), dtype="float32", remat="full")
     devices = jax.devices()[: math.prod(sizes.values())]
-    mesh = parallel.make_mesh(sizes, devices)
+    mesh = make_mesh(sizes, devices)
     rng = np.random.default_rng(0)
     shardings = placement.shardings(model_def.rows, mesh)
     params = {}

@@ -24,7 +24,7 @@ from jax_sft.data.tokens.prepare import prepare
 from jax_sft.files import run_files
 from jax_sft.models import qwen2
 from jax_sft.nn.model_def import ModelDef
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import evaluate, metrics, trackers
 from jax_sft.training.step import make_eval_step, no_sums
 from jax_sft.validate import validate
@@ -467,7 +467,7 @@ def test_an_unknown_tracker_is_named_at_the_start(make_config):
 def sets(make_model, tmp_path):
     """A model folder, its mesh and two evaluation sets of very different size."""
     folder = make_model()
-    mesh = parallel.make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
+    mesh = make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
     cfg = config.default()
     cfg.data.seq_len = 64
     examples, loaders = {}, {}

@@ -14,7 +14,7 @@ from jax_sft import config, hardware
 from jax_sft.checkpoint import saving
 from jax_sft.models import qwen2
 from jax_sft.planning import targets
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 from jax_sft.training import optim, program, state
 from jax_sft.validate import validate
 from jax_sft.weights import placement
@@ -171,7 +171,7 @@ EVEN = DIMS | {"vocab": 6, "embed": 8}  # divided by the mesh
 
 def updates(optimizer, param_dtype, num_steps: int):
     """Return [(state, norm of the gradient that led to it)] of so many updates on eight devices."""
-    mesh = parallel.make_mesh(MESH)
+    mesh = make_mesh(MESH)
     tx = optim.make(optimizer, STEPS, ROWS)
     masters = {path: p.astype(param_dtype) for path, p in arrays(0, EVEN).items()}
     masters = jax.device_put(masters, placement.shardings(ROWS, mesh))
@@ -244,7 +244,7 @@ def test_bfloat16_moments_take_half_the_bytes_whatever_the_parameters(param_dtyp
     sizes = {}
     for dtype in config.MOMENTS_DTYPES:
         tx = optim.make(options(moments_dtype=dtype), STEPS, ROWS)
-        mesh = parallel.make_mesh(MESH)
+        mesh = make_mesh(MESH)
         abstract = state.abstract(tx, ROWS, EVEN, jnp.dtype(param_dtype), mesh)
         moments = [leaf for leaf in jax.tree.leaves(abstract.opt_state) if leaf.ndim]
         assert {leaf.dtype for leaf in moments} == {jnp.dtype(dtype)}
@@ -277,7 +277,7 @@ def shard_bytes(tree) -> int:
 
 
 def test_the_update_copies_no_moment_on_cpus_and_is_bitwise_the_same():
-    mesh, dims = parallel.single_device_mesh(), DIMS | {"vocab": 4096, "embed": 256, "norm": 256}
+    mesh, dims = single_device_mesh(), DIMS | {"vocab": 4096, "embed": 256, "norm": 256}
     tx = optim.make(options(), STEPS, ROWS)
     found, temporary = {}, {}
     with jax.set_mesh(mesh):
@@ -313,7 +313,7 @@ def test_the_update_copies_no_moment_on_cpus_and_is_bitwise_the_same():
 def test_the_update_of_a_7b_model_copies_nothing_on_gpus(sizes, moments_dtype, param_dtype):
     rows, dims = qwen2.weights(QWEN2_7B), QWEN2_7B.dims
     devices = targets.topology(hardware.find("h200"), math.prod(sizes.values()) // 8, 8)
-    mesh = parallel.make_mesh(sizes, devices)
+    mesh = make_mesh(sizes, devices)
     tx = optim.make(options(moments_dtype=moments_dtype), STEPS, rows)
     old = state.abstract(tx, rows, dims, jnp.dtype(param_dtype), mesh)
     to = state.shardings(tx, old.params, rows, mesh)
@@ -416,7 +416,7 @@ def test_decays_too_slow_for_bfloat16_moments_are_refused(make_config):
 
 @pytest.mark.parametrize("resumed_dtype", config.MOMENTS_DTYPES)
 def test_a_checkpoint_gives_bfloat16_moments_back_bitwise_or_widened(tmp_path, resumed_dtype):
-    mesh = parallel.make_mesh(MESH)
+    mesh = make_mesh(MESH)
     tx = optim.make(options(moments_dtype="bfloat16"), STEPS, ROWS)
     saved, _ = updates(options(moments_dtype="bfloat16"), "float32", 3)[-1]
     to = state.shardings(tx, saved.params, ROWS, mesh)

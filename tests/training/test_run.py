@@ -23,6 +23,7 @@ from jax_sft.nn.model_def import ModelDef
 from jax_sft.ops.attention import dispatch
 from jax_sft.runtime import exit_codes
 from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import metrics, optim, state
 from jax_sft.training.step import make_train_step, value_and_grad
 from jax_sft.weights import hf_reader, placement
@@ -50,7 +51,7 @@ def read_metrics(workdir: Path) -> list[dict]:
 
 def on_mesh(cfg, sizes: tuple[int, ...], attention: str = "auto"):
     """Return (model_def, params, loader, mesh) of a config on a mesh of these sizes."""
-    mesh = parallel.make_mesh(
+    mesh = make_mesh(
         dict(zip(parallel.AXES, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))]
     )
     folder = Path(cfg.model.path)
@@ -278,7 +279,7 @@ def test_a_vocabulary_that_the_mesh_does_not_divide_changes_nothing(
     # What was exported has no padding, and gives the same on every mesh.
     tokens, prompts = np.arange(40).reshape(2, 20), [[3, 1, 4], [260]]
     one = jax_sft.load(parts / "export")
-    two = jax_sft.load(parts / "export", parallel.make_mesh({"fsdp": 2, "tensor": 4}))
+    two = jax_sft.load(parts / "export", make_mesh({"fsdp": 2, "tensor": 4}))
     assert one.logits(tokens).shape == two.logits(tokens).shape == (2, 20, 269)
     np.testing.assert_allclose(one.logits(tokens), two.logits(tokens), rtol=0, atol=1e-5)
     assert one.greedy(prompts, 4, []) == two.greedy(prompts, 4, [])

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 import jax_sft
 from jax_sft import models, tiny
 from jax_sft.files import manifest
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 from jax_sft.weights import hf_reader, hf_writer, placement
 
 LLAMA = {
@@ -66,7 +66,7 @@ def there_and_back(folder: Path, out: Path, mesh: str, shard_bytes: int = UNLIMI
     rows, dims, tensors = read(folder)
     sizes = MESHES[mesh]
     devices = jax.devices()[: math.prod(sizes.values())]
-    shardings = placement.shardings(rows, parallel.make_mesh(sizes, devices))
+    shardings = placement.shardings(rows, make_mesh(sizes, devices))
     params = hf_reader.load(tensors, rows, dims, shardings, np.float32, progress=False)
     for row in rows:
         assert params[row.path].shape == row.shape(dims)
@@ -251,7 +251,7 @@ def test_transformers_loads_the_result_without_missing_or_unexpected_weights(mak
 def test_loading_in_bfloat16_rounds_to_nearest(make_model):
     folder = make_model()
     rows, dims, tensors = read(folder)
-    shardings = placement.shardings(rows, parallel.single_device_mesh())
+    shardings = placement.shardings(rows, single_device_mesh())
     exact = hf_reader.load(tensors, rows, dims, shardings, np.float32, progress=False)
     rounded = hf_reader.load(tensors, rows, dims, shardings, ml_dtypes.bfloat16, progress=False)
     for path, array in rounded.items():
@@ -338,7 +338,7 @@ def test_only_the_blocks_of_the_shards_are_read_and_each_once(make_model, monkey
     # So a process that holds one of eight devices reads an eighth of each fsdp-sharded matrix.
     folder = make_model(**LLAMA)
     rows, dims, tensors = read(folder)
-    shardings = placement.shardings(rows, parallel.make_mesh(MESHES[mesh]))
+    shardings = placement.shardings(rows, make_mesh(MESHES[mesh]))
     monkeypatch.setattr(hf_reader, "safe_open", CountingFile)
     READ.clear()
     params = hf_reader.load(tensors, rows, dims, shardings, np.float32, progress=False)
@@ -362,7 +362,7 @@ def test_loading_peaks_at_one_parameter_of_host_memory(tmp_path):
     config = tiny.CONFIG | sizes | {"num_hidden_layers": 16}
     tiny.write_model(folder, config)
     rows, dims, tensors = read(folder)
-    shardings = placement.shardings(rows, parallel.make_mesh({"fsdp": 8}))
+    shardings = placement.shardings(rows, make_mesh({"fsdp": 8}))
     hf_reader.load(tensors, rows, dims, shardings, np.float32, progress=False)
     whole = 4 * sum(math.prod(row.shape(dims)) for row in rows)
     largest = 4 * max(math.prod(row.shape(dims)) for row in rows)

@@ -1,7 +1,7 @@
 """Groups of devices: XLA's spellings of them, the mesh axes they span, the links they use.
 
 Devices are numbered by their place in the mesh, row-major, as compiled modules number them. Hosts
-are taken to hold consecutive numbers, which is how `parallel.make_mesh` lays a mesh out.
+are taken to hold consecutive numbers, which is how `make_mesh` lays a mesh out.
 """
 
 import functools

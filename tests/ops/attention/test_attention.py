@@ -20,6 +20,7 @@ from jax_sft.nn import compute
 from jax_sft.ops.attention import blockwise, dispatch, reference
 from jax_sft.ops.attention.dispatch import packed_attention
 from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh
 
 BACKENDS = {"blockwise": blockwise.BACKEND, "reference": reference.BACKEND}
 SHAPES = [s for s in itertools.product([1, 2, 4, 8], repeat=4) if math.prod(s) == 8]
@@ -37,8 +38,8 @@ def small_blocks():
         yield
 
 
-def make_mesh(sizes):
-    return parallel.make_mesh(dict(zip(parallel.AXES, sizes, strict=True)))
+def mesh_of(sizes):
+    return make_mesh(dict(zip(parallel.AXES, sizes, strict=True)))
 
 
 def relative_error(found, wanted) -> float:
@@ -137,7 +138,7 @@ def attention_and_gradients(backend, sizes, window=None, soft_cap=0.0):
 
 def sharded_attention(backend, sizes, problem, grad_out, window=None, windowed=None, soft_cap=0.0):
     """(out, gradients of q, k, v) of ours on a mesh."""
-    with jax.set_mesh(make_mesh(sizes)):
+    with jax.set_mesh(mesh_of(sizes)):
         run = attention_and_gradients(backend, sizes, window, soft_cap)
         return jax.device_get(run(*problem, grad_out, windowed))
 
@@ -496,7 +497,7 @@ def test_a_row_of_8192_tokens_needs_memory_for_its_tokens_and_not_their_square(m
 
 
 def primitives(function, *args, sizes) -> list[str]:
-    with jax.set_mesh(make_mesh(sizes)):
+    with jax.set_mesh(mesh_of(sizes)):
         jaxpr = jax.make_jaxpr(function)(*args)
     return [eqn.primitive.name for eqn in equations(jaxpr)]
 
@@ -523,7 +524,7 @@ def test_keys_and_values_travel_in_the_compute_dtype_and_only_over_sequence():
     names = primitives(gradients, *rounded, sizes=(2, 2, 2, 1))
     assert not set(names) & set(COLLECTIVES)
 
-    with jax.set_mesh(make_mesh((2, 1, 1, 4))):
+    with jax.set_mesh(mesh_of((2, 1, 1, 4))):
         found = [
             (eqn.primitive.name, [(v.aval.dtype.name, v.aval.shape) for v in eqn.invars])
             for eqn in equations(jax.make_jaxpr(gradients)(*rounded))
@@ -559,7 +560,7 @@ def test_the_backward_pass_attends_again_only_where_nothing_was_kept(remat, num_
     names = primitives(jax.grad(last), *args, sizes=(8, 1, 1, 1))
     assert names.count("while") == num_islands  # each has one over the blocks that it needs
     if remat in ("full", "attn"):
-        with jax.set_mesh(make_mesh((8, 1, 1, 1))):
+        with jax.set_mesh(mesh_of((8, 1, 1, 1))):
             compiled = jax.jit(jax.grad(last)).lower(*args).compile()
         # Two in an island, since XLA removes the one over the single row of a device; and two over
         # the layers, forward and back.

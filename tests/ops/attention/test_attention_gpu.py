@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from jax_sft.ops.attention import cudnn, dispatch, segments, self_test, tokamax
-from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 
 GARBAGE = np.nan
 
@@ -358,7 +358,7 @@ def test_offsets_beyond_32_bits_are_refused():
 def run_self_test(
     backend: str, has_window: bool = False, has_soft_cap: bool = False, **sizes: int
 ) -> None:
-    mesh = parallel.make_mesh(sizes, devices=jax.devices()[: math.prod(sizes.values())])
+    mesh = make_mesh(sizes, devices=jax.devices()[: math.prod(sizes.values())])
     self_test.self_test.cache_clear()
     options = dict(num_heads_per_kv=3, head_dim=8)
     options |= dict(has_window=has_window, has_soft_cap=has_soft_cap)
@@ -505,7 +505,7 @@ def test_the_compiled_step_has_cudnn_with_and_without_a_window_that_the_layer_de
     q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
     ids = (jax.ShapeDtypeStruct((1, 256), jnp.int32),) * 2
     flag = jax.ShapeDtypeStruct((), jnp.bool)
-    with jax.set_mesh(parallel.single_device_mesh()):
+    with jax.set_mesh(single_device_mesh()):
         traced = jax.jit(step).trace(q, q, q, ids, flag)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     found = re.findall(r"sliding_window_length\\22: (\d+)", text)
@@ -610,7 +610,7 @@ def test_tokamax_takes_a_window_that_the_layer_decides(on_cpu, windowed):
         options = dict(scale=0.3, backend="tokamax", windowed=windowed, window=window)
         return dispatch.packed_attention(q, k, v, *ids, **options)
 
-    with jax.set_mesh(parallel.single_device_mesh()):
+    with jax.set_mesh(single_device_mesh()):
         found = attend(jnp.array(windowed), window=20)
         wanted = attend(None, window=20 if windowed else None)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)

@@ -11,15 +11,16 @@ import pytest
 from jax_sft.ops.attention import blockwise, cudnn, dispatch, reference, self_test, tokamax
 from jax_sft.ops.attention.backend import Backend
 from jax_sft.sharding import parallel
+from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 
 HERE = {"platform": "cpu", "dtype": "float32", "head_dim": 64, "sequence": 1}
 GPU = {**HERE, "platform": "gpu", "dtype": "bfloat16"}
 
 
-def make_mesh(sizes):
+def mesh_of(sizes):
     if sizes == (1, 1, 1, 1):
-        return parallel.single_device_mesh()
-    return parallel.make_mesh(dict(zip(parallel.AXES, sizes, strict=True)))
+        return single_device_mesh()
+    return make_mesh(dict(zip(parallel.AXES, sizes, strict=True)))
 
 
 # ---- resolve -------------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ def test_auto_inside_a_model_is_told_by_the_devices_of_the_mesh(monkeypatch):
     )
     x = jnp.zeros((8, 4, 2, 6), jnp.bfloat16)
     ids = jnp.zeros((8, 4), jnp.int32)
-    with jax.set_mesh(make_mesh((2, 2, 1, 2))):
+    with jax.set_mesh(mesh_of((2, 2, 1, 2))):
         jax.eval_shape(functools.partial(dispatch.packed_attention, scale=1.0), x, x, x, ids, ids)
     wanted = {"platform": "cpu", "dtype": "bfloat16", "head_dim": 6, "sequence": 2}
     assert asked == [wanted | {"has_soft_cap": False}]
@@ -105,7 +106,7 @@ def run_self_test(
 ):
     shape = {"num_heads_per_kv": group, "head_dim": head_dim, "has_window": window}
     shape |= {"has_soft_cap": soft_cap}
-    self_test.self_test(backend, dtype=dtype, mesh=make_mesh(sizes), **shape)
+    self_test.self_test(backend, dtype=dtype, mesh=mesh_of(sizes), **shape)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +303,7 @@ RIGHT = reference.BACKEND
 
 
 def choose(name: str, say=lambda line: None) -> str:
-    mesh = make_mesh((1, 1, 1, 1))
+    mesh = mesh_of((1, 1, 1, 1))
     return self_test.choose(
         name, say=say, mesh=mesh, dtype="float32", head_dim=8, num_heads_per_kv=2
     )

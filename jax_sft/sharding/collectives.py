@@ -1,0 +1,123 @@
+"""Collectives inside a jitted step: gathers, sums over devices, and `shard_map` under the mesh.
+
+Called by layers, losses and the step, under the mesh set by `jax.set_mesh`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_sft.sharding.parallel import RULES, constrain, gathered
+
+
+def platform() -> str:
+    """Return "cpu" or "gpu", inside jit under the mesh set by `jax.set_mesh`."""
+    return jax.sharding.get_abstract_mesh().abstract_device.platform
+
+
+STRIPE_TOKENS = 512  # per stripe of a row that is split over `sequence`
+
+
+def stripe(x_BT: jax.Array) -> jax.Array:
+    """Deal the tokens of rows out over `sequence` in stripes instead of contiguous parts.
+
+    Shard r of R gets stripes r, r + R, r + 2R, ... of STRIPE_TOKENS tokens (fewer where rows are
+    short), so that each has early and late tokens of the long segments: causal attention is work
+    that grows with the position. Called inside jit on every array of a batch [B, T]; further
+    dimensions stay as they are.
+    """
+    shards = jax.sharding.get_abstract_mesh().shape["sequence"]
+    if shards == 1:
+        return x_BT
+    num_rows, num_tokens, *rest = x_BT.shape
+    stripe_tokens = math.gcd(STRIPE_TOKENS, num_tokens // shards)
+    striped = x_BT.reshape(num_rows, -1, shards, stripe_tokens, *rest).swapaxes(1, 2)
+    return constrain(striped.reshape(x_BT.shape), "batch", "token", *["features"] * len(rest))
+
+
+def gather(weight: jax.Array, logical_axes: Sequence[str]) -> jax.Array:
+    """Gather a weight over the mesh axes of `embed`, inside a jitted function."""
+    dim = tuple(logical_axes).index("embed") if "embed" in logical_axes else 0
+    if dim == 0:
+        return constrain(weight, *gathered(logical_axes))
+    # The shards go first, and behind the gather to their place, by a copy of this layer. Gathered
+    # over `dim` itself, the parameter would need another layout, and XLA copy all layers of it.
+    shards = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in RULES["embed"])
+    parts = jnp.moveaxis(_split(weight, dim, shards), dim, 0)
+    parts = constrain(parts, "embed", *gathered(logical_axes))
+    parts = constrain(parts, "features", *gathered(logical_axes))
+    return jnp.moveaxis(parts, 0, dim).reshape(weight.shape)
+
+
+def all_gather(local: jax.Array, axes: str | Sequence[str], **options: Any) -> jax.Array:
+    """`jax.lax.all_gather`, inside `shard_map`, that leaves alone what is whole already.
+
+    With one shard there is nothing to gather, yet XLA copies the array on CPUs, and wants its
+    memory in order for it: a second copy of a transposed head.
+    """
+    shards = jax.lax.axis_size(axes)
+    if shards > 1:
+        return jax.lax.all_gather(local, axes, **options)
+    return local if options.get("tiled") else local[None]
+
+
+def island(local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`jax.shard_map` over the mesh set by `jax.set_mesh`, with its check of what `psum` adds up;
+    on one device, where `psum` adds up nothing, without.
+    """
+    is_checked = not is_one_device()
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=is_checked)
+
+
+def is_one_device() -> bool:
+    """Whether the mesh set by `jax.set_mesh` has one device."""
+    return jax.sharding.get_abstract_mesh().size == 1
+
+
+def psum(local: Any, axes: str | Sequence[str]) -> Any:
+    """`jax.lax.psum`, inside `island`, that leaves alone what one device has.
+
+    XLA on CPUs copies what it adds up, on one device too: all gradients of a step.
+    """
+    return local if is_one_device() else jax.lax.psum(local, axes)
+
+
+def psum_scatter(local: jax.Array, axes: str | Sequence[str], **options: Any) -> jax.Array:
+    """`jax.lax.psum_scatter`, inside `shard_map`, that leaves alone what one shard has."""
+    if jax.lax.axis_size(axes) > 1:
+        return jax.lax.psum_scatter(local, axes, **options)
+    if options.get("tiled"):
+        return local
+    return jax.lax.squeeze(local, [options.get("scatter_dimension", 0)])
+
+
+def _split(array: jax.Array, dim: int, parts: int) -> jax.Array:
+    """[..., N, ...] -> [..., parts, N / parts, ...]."""
+    return array.reshape(*array.shape[:dim], parts, -1, *array.shape[dim + 1 :])
+
+
+def sum_over_tokens(local: jax.Array, logical_axes: Sequence[str]) -> jax.Array:
+    """Add up what each device has for its own tokens: a gradient of a weight, inside `shard_map`.
+
+    Reduce-scattered to the sharding of the weight; only the scattered part is all-reduced, over
+    the axes that split tokens but not weights.
+
+    Args:
+        local: this device's sum over its tokens; its `embed` dimension is whole.
+        logical_axes: of the weight's dimensions.
+    """
+    scattered = RULES["embed"] if "embed" in logical_axes else ()
+    if scattered:
+        dim = tuple(logical_axes).index("embed")
+        if dim == 0:
+            local = psum_scatter(local, scattered, scatter_dimension=0, tiled=True)
+        else:
+            # As in `gather`: else all layers' gradient would be copied.
+            shards = math.prod(jax.lax.axis_size(axis) for axis in scattered)
+            parts = jnp.moveaxis(_split(local, dim, shards), dim, 0)
+            local = psum_scatter(parts, scattered, scatter_dimension=0)
+    others = [axis for axis in (*RULES["batch"], *RULES["token"]) if axis not in scattered]
+    return psum(local, others)
