@@ -19,7 +19,7 @@ from jax_sft.adapters import lora, peft
 from jax_sft.checkpoint import pretrained
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.ops.attention import dispatch as attend
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import single_device_mesh
 from jax_sft.weights import hf_reader, placement
 
@@ -60,7 +60,7 @@ class LoadedModel:
             logits_BV = logits_BV[:, : model_def.cfg.vocab]
             return logits_BV.argmax(axis=-1)  # a soft cap would not change their order
 
-        replicated = parallel.sharding(mesh)
+        replicated = rules.sharding(mesh)
         self._logits = jax.jit(logits, out_shardings=replicated)
         self._next_tokens = jax.jit(next_tokens, out_shardings=replicated)
 
@@ -148,7 +148,7 @@ class LoadedModel:
 
     def _batch(self, **arrays: np.ndarray) -> dict[str, jax.Array]:
         """Pad to what the mesh divides (segment 0 is padding) and put on the devices."""
-        sharding = parallel.sharding(self.mesh, "batch", "token")
+        sharding = rules.sharding(self.mesh, "batch", "token")
         sizes = self.mesh.shape
         multiples = (sizes["data"] * sizes["fsdp"], sizes["sequence"] * sizes["tensor"])
         batch = {}
@@ -207,7 +207,7 @@ def load(
         model_def = lora.add(model_def, peft.read_settings(Path(adapter)))
         peft.check(Path(adapter), model_def)
     arrays = {row.path: (row.axes, row.shape(model_def.dims)) for row in model_def.rows}
-    if problems := parallel.size_problems(arrays, mesh.shape):
+    if problems := rules.size_problems(arrays, mesh.shape):
         raise ValueError("the mesh does not fit the model:\n  " + "\n  ".join(problems))
     params = weights.load(placement.shardings(rows, mesh), jnp.dtype(dtype), progress)
     if adapter:

@@ -21,7 +21,7 @@ from jax_sft.nn.model_def import ModelDef
 from jax_sft.ops.attention.dispatch import BACKENDS, resolve
 from jax_sft.runtime import patterns
 from jax_sft.runtime.text import numbered
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import mesh_shape
 from jax_sft.weights import hf_reader
 from jax_sft.weights.param_spec import Weight
@@ -90,7 +90,7 @@ def validate(cfg, num_devices: int, planned_for: tuple[int, ...] | None = None) 
         if sizes:
             rows, dims = of_model
             arrays = {row.path: (row.axes, row.shape(dims)) for row in rows}
-            problems += parallel.size_problems(arrays, sizes)
+            problems += rules.size_problems(arrays, sizes)
     if model_cfg and cfg.data.seq_len > model_cfg.longest:
         scaled = model_cfg.rope.reach > 0
         problems.append(

@@ -28,7 +28,7 @@ if missing := stand_ins.install():
 
 from jax_sft.hardware import CHIPS
 from jax_sft.nn.layers import INIT_STD
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import program, state
 from jax_sft.validate import validate
@@ -233,7 +233,7 @@ def random_batch(
         "segment_ids": segments,
         "positions": positions,
     }
-    sharding = parallel.sharding(mesh, "micro_batch", "batch", "token")
+    sharding = rules.sharding(mesh, "micro_batch", "batch", "token")
     return {
         name: jax.device_put(array.reshape(-1, micro_rows, num_tokens), sharding)
         for name, array in arrays.items()

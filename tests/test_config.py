@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 import jax_sft
 from jax_sft import config
 from jax_sft.runtime import command_line
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import mesh_shape
 from jax_sft.training import run
 from jax_sft.validate import validate
@@ -61,8 +61,8 @@ def attributes_read() -> set[str]:
 def test_every_key_is_read_somewhere():
     read = attributes_read()
     # `mesh_shape` reads these by name.
-    assert set(config.default().mesh) == {*parallel.AXES, "cpu_devices"}
-    read |= set(parallel.AXES)
+    assert set(config.default().mesh) == {*rules.AXES, "cpu_devices"}
+    read |= set(rules.AXES)
     keys = leaves(config.default()) + leaves(config.source("x"), "source.")
     assert len(keys) > 45
     assert [key for key in keys if key.split(".")[-1] not in read] == []
@@ -341,7 +341,7 @@ def test_a_tracker_whose_package_is_missing_names_the_command(make_config, monke
 )
 def test_minus_one_is_what_is_left_of_the_devices(sizes, resolved):
     mesh = config.default().mesh
-    for axis, size in zip(parallel.AXES, sizes, strict=True):
+    for axis, size in zip(rules.AXES, sizes, strict=True):
         mesh[axis] = size
     if resolved is None:
         with pytest.raises(ValueError, match="mesh.tensor = "):
@@ -351,8 +351,8 @@ def test_minus_one_is_what_is_left_of_the_devices(sizes, resolved):
 
 
 def test_an_unknown_logical_axis_raises():
-    with pytest.raises(ValueError, match="'nobody' has no rule: add it to parallel.RULES"):
-        parallel.spec("layers", "nobody")
+    with pytest.raises(ValueError, match="'nobody' has no rule: add it to rules.RULES"):
+        rules.spec("layers", "nobody")
 
 
 # ---- the command line, and config.json -----------------------------------------------------------

@@ -21,7 +21,7 @@ from flax import nnx
 from jax_sft.nn.layers import Linear
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.runtime import patterns
-from jax_sft.sharding import collectives, parallel
+from jax_sft.sharding import collectives, rules
 from jax_sft.weights import tree
 from jax_sft.weights.param_spec import Weight
 
@@ -268,7 +268,7 @@ def init(
                     found[path] = of_layer(tree.module_at(model, f"{stem}.kernel")).astype(dtype)
         return found
 
-    shardings = {path: parallel.sharding(mesh, *row.axes) for path, row in rows.items()}
+    shardings = {path: rules.sharding(mesh, *row.axes) for path, row in rows.items()}
     with jax.set_mesh(mesh):
         return jax.jit(make, out_shardings=shardings)(frozen if settings.dora else {})
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from jax_sft.nn.layers import Linear
 from jax_sft.nn.model_def import ModelDef
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.weights import tree
 from jax_sft.weights.param_spec import Weight
 
@@ -209,7 +209,7 @@ def packed_arrays(
             do = functools.partial(jax.lax.map, do)
         return {f"{path}.{name}": part for name, part in do(kernel).items()}
 
-    shardings = {row.path: parallel.sharding(mesh, *row.axes) for row in rows}
+    shardings = {row.path: rules.sharding(mesh, *row.axes) for row in rows}
     return jax.jit(of_all, out_shardings=shardings)(kernel)
 
 

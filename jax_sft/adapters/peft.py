@@ -17,7 +17,7 @@ from jax_sft.adapters import lora
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.runtime import patterns
 from jax_sft.runtime.text import at_most
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.weights import hf_reader
 from jax_sft.weights.param_spec import Weight
 
@@ -273,7 +273,7 @@ def load(folder: Path, model_def: ModelDef, mesh: Mesh, dtype) -> dict[str, jax.
             for index, name in tensors(row, model_def):
                 part = _part(stored.get_tensor(name), row, name, model_def.dims)
                 array[index] = row.from_hf(part, model_def.dims).astype(dtype)
-            sharding = parallel.sharding(mesh, *row.axes)
+            sharding = rules.sharding(mesh, *row.axes)
             params[row.path] = jax.make_array_from_callback(
                 array.shape, sharding, lambda block, array=array: array[block]
             )

@@ -20,7 +20,7 @@ from jax_sft.checkpoint import array_checksums, model_files, orbax_io
 from jax_sft.checkpoint.resume import FORMAT_VERSION
 from jax_sft.files import manifest, outputs, paths, sums
 from jax_sft.hosts import preflight
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.weights import blocks, hf_reader, hf_writer
 from jax_sft.weights.param_spec import Weight, contiguous
 
@@ -185,7 +185,7 @@ def _write_row(planned: Plan, row: Weight, folder: Path) -> Iterator[tuple[str, 
         folder, row.path, shape, dtype, block_shape, _piece(row, block_shape, dtype.itemsize)
     )
 
-    def write(index: tuple[int, ...], tensor: hf_reader.Tensor, name: str, block: parallel.Block):
+    def write(index: tuple[int, ...], tensor: hf_reader.Tensor, name: str, block: rules.Block):
         # Opened for each block, as its memory counts what was read of a file while it is open.
         with safe_open(tensor.file, framework="numpy") as opened:
             theirs = opened.get_slice(name)[row.hf_index(block, dims)]
@@ -210,7 +210,7 @@ def _piece(row: Weight, block: tuple[int, ...], itemsize: int) -> list[int]:
     """Cut a block along the dimension that is sharded over `fsdp`, which may cross hosts."""
     piece = [*block]
     for dim, axis in enumerate(row.axes):
-        if "fsdp" in parallel.RULES[axis]:
+        if "fsdp" in rules.RULES[axis]:
             most = min(_MOST_PIECES, math.prod(block) * itemsize // _LEAST_PIECE_BYTES)
             count = max((n for n in range(1, most + 1) if block[dim] % n == 0), default=1)
             piece[dim] //= count

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_sft.nn.remat_names import KEPT, NAMES
-from jax_sft.sharding import collectives, parallel
+from jax_sft.sharding import collectives, rules
 from jax_sft.weights import tree
 
 _WEIGHT = "weight"  # a gathered weight; it is never kept
@@ -99,7 +99,7 @@ class Compute:
                 with jax.named_scope(f"part.{name}.{path}"):  # `plan` shows it
                     of_one = axes[-weight.ndim :]
                     if jnp.issubdtype(weight.dtype, jnp.integer):  # packed: it travels as it is
-                        whole = parallel.constrain(weight, *parallel.gathered(of_one))
+                        whole = rules.constrain(weight, *rules.gathered(of_one))
                         params[path] = checkpoint_name(whole, _WEIGHT)
                     else:
                         params[path] = gather(weight, of_one, self.dtype, self.grad_dtype)
@@ -119,7 +119,7 @@ def gather(weight: jax.Array, axes: tuple[str, ...], dtype, grad_dtype) -> jax.A
         dtype: the weight is rounded to it and travels in it.
         grad_dtype: of the result, hence of its gradient, which is formed and summed in it.
     """
-    shard = parallel.constrain(weight.astype(dtype), *axes)  # cast first: half the bytes
+    shard = rules.constrain(weight.astype(dtype), *axes)  # cast first: half the bytes
     return checkpoint_name(collectives.gather(shard, axes), _WEIGHT).astype(grad_dtype)
 
 
@@ -128,7 +128,7 @@ def _gather_fwd(weight, axes, dtype, grad_dtype):
 
 
 def _gather_bwd(axes, dtype, grad_dtype, like, grad):
-    return (parallel.constrain(grad, *axes).astype(like.dtype),)
+    return (rules.constrain(grad, *axes).astype(like.dtype),)
 
 
 gather.defvjp(_gather_fwd, _gather_bwd)

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_sft.nn import layers
 from jax_sft.ops import grouped
-from jax_sft.sharding import collectives, parallel
+from jax_sft.sharding import collectives, rules
 from jax_sft.weights.hf_config import Fields
 
 _KERNEL = ("experts", "embed", "mlp")
@@ -153,8 +153,8 @@ def _best(probs_BTE: jax.Array, num_chosen: int) -> jax.Array:
     """The experts of highest probability, int32 [B, T, K]: an island, as no token needs another."""
     return jax.shard_map(
         lambda probs: jax.lax.top_k(probs, num_chosen)[1],
-        in_specs=parallel.spec("batch", "token", "experts"),
-        out_specs=parallel.spec(*_CHOSEN),
+        in_specs=rules.spec("batch", "token", "experts"),
+        out_specs=rules.spec(*_CHOSEN),
     )(jax.lax.stop_gradient(probs_BTE))
 
 
@@ -177,7 +177,7 @@ def _experts_fwd(x_BTD, weights_BTK, chosen_BTK, gate, up, down):
     operands = x_BTD, weights_BTK, chosen_BTK, gate, up, down
     y_BTD, *hidden = _island(
         _forward,
-        (_TOKENS, _CHOSEN, _CHOSEN, *[parallel.gathered(_KERNEL)] * 3),
+        (_TOKENS, _CHOSEN, _CHOSEN, *[rules.gathered(_KERNEL)] * 3),
         (_RESIDUAL, _HIDDEN, _HIDDEN),
     )(*operands)
     hidden = [checkpoint_name(checkpoint_name(part, "dots"), "mlp") for part in hidden]
@@ -188,7 +188,7 @@ def _experts_bwd(residuals, grad_BTD):
     (x_BTD, weights_BTK, chosen_BTK, *kernels), hidden = residuals
     grad_x, grad_weights, *grad_kernels = _island(
         _backward,
-        (_TOKENS, _TOKENS, _CHOSEN, _CHOSEN, *[parallel.gathered(_KERNEL)] * 3, *[_HIDDEN] * 2),
+        (_TOKENS, _TOKENS, _CHOSEN, _CHOSEN, *[rules.gathered(_KERNEL)] * 3, *[_HIDDEN] * 2),
         (_RESIDUAL, _CHOSEN, *[_KERNEL] * 3),
     )(grad_BTD, x_BTD, weights_BTK, chosen_BTK, *kernels, *hidden)
     return grad_x, grad_weights, None, *grad_kernels
@@ -200,8 +200,8 @@ _experts.defvjp(_experts_fwd, _experts_bwd)
 def _island(local, of_inputs, of_outputs):
     return jax.shard_map(
         local,
-        in_specs=tuple(parallel.spec(*axes) for axes in of_inputs),
-        out_specs=tuple(parallel.spec(*axes) for axes in of_outputs),
+        in_specs=tuple(rules.spec(*axes) for axes in of_inputs),
+        out_specs=tuple(rules.spec(*axes) for axes in of_outputs),
         check_vma=False,  # the sums of `grouped` start from constants
     )
 
@@ -231,7 +231,7 @@ def _backward(grad_BTD, x_BTD, weights_BTK, chosen_BTK, gate, up, down, gate_BRF
     # not kept, with the gradient of the sum.
     grad_MF = grouped.matmul(grad_MD, down, rows.sizes_E, over=1)
     grad_weights_M = jnp.sum(grad_MF.astype(jnp.float32) * hidden_MF.astype(jnp.float32), axis=-1)
-    grad_weights_BTK = collectives.psum(rows.unsorted(grad_weights_M), parallel.RULES["mlp"])
+    grad_weights_BTK = collectives.psum(rows.unsorted(grad_weights_M), rules.RULES["mlp"])
     grad_gate_MF, grad_up_MF = activation_vjp((weights_M1 * grad_MF).astype(grad_MF.dtype))
     grad_x_MD = grouped.matmul(grad_gate_MF, gate, rows.sizes_E, over=2)
     grad_x_MD += grouped.matmul(grad_up_MF, up, rows.sizes_E, over=2)
@@ -247,7 +247,7 @@ def _backward(grad_BTD, x_BTD, weights_BTK, chosen_BTK, gate, up, down, gate_BRF
 
 def _scatter_tokens(part_BTD: jax.Array) -> jax.Array:
     """Add up what the shards of `mlp` have, each getting its tokens of the residual stream."""
-    (axis,) = parallel.RULES["mlp"]
+    (axis,) = rules.RULES["mlp"]
     return collectives.psum_scatter(part_BTD, axis, scatter_dimension=1, tiled=True)
 
 

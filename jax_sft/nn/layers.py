@@ -19,7 +19,7 @@ from jax_sft.nn import rope
 from jax_sft.nn.compute import Compute
 from jax_sft.ops.attention.dispatch import packed_attention
 from jax_sft.ops.embedding import lookup
-from jax_sft.sharding import collectives, parallel
+from jax_sft.sharding import collectives, rules
 
 INIT_STD = 0.02  # of matrices made from scratch, as in Hugging Face's initializer_range
 
@@ -83,12 +83,12 @@ def _matmul_fwd(x, kernel, axes):
 
 def _matmul_bwd(axes, residuals, grad):
     x, kernel = residuals
-    of_x, of_grad = (("batch", "token", *parallel.gathered(some)) for some in axes)
-    grad = parallel.constrain(grad, *of_grad)
+    of_x, of_grad = (("batch", "token", *rules.gathered(some)) for some in axes)
+    grad = rules.constrain(grad, *of_grad)
     island = collectives.island(
         functools.partial(_kernel_gradient, axes=axes, dtype=kernel.dtype),
-        in_specs=(parallel.spec(*of_x), parallel.spec(*of_grad)),
-        out_specs=parallel.spec(*_kernel_axes(axes)),
+        in_specs=(rules.spec(*of_x), rules.spec(*of_grad)),
+        out_specs=rules.spec(*_kernel_axes(axes)),
     )
     with jax.named_scope(".".join(("part.gradient", *_kernel_axes(axes)))):
         grad_kernel = island(x, grad)
@@ -226,7 +226,7 @@ class GLU(nnx.Module):
         gate_BTF = checkpoint_name(self.gate(x_BTD), "mlp")
         up_BTF = checkpoint_name(self.up(x_BTD), "mlp")
         hidden_BTF = self.activation(gate_BTF) * up_BTF
-        return self.down(parallel.constrain(hidden_BTF, "batch", "token", "mlp"))
+        return self.down(rules.constrain(hidden_BTF, "batch", "token", "mlp"))
 
 
 def SwiGLU(features: int, mlp: int, key, bias: bool = False) -> GLU:
@@ -324,7 +324,7 @@ def whole(x_BTD: jax.Array) -> jax.Array:
     """Gather what a block reads over `tensor`: every shard of heads or mlp needs all tokens."""
     # Pinned before too, so that what is gathered is the compute dtype and not a norm's float32.
     with jax.named_scope("part.activations"):
-        return parallel.constrain(residual(x_BTD), "batch", "token", "features")
+        return rules.constrain(residual(x_BTD), "batch", "token", "features")
 
 
 def residual(x_BTD: jax.Array) -> jax.Array:
@@ -333,7 +333,7 @@ def residual(x_BTD: jax.Array) -> jax.Array:
     So what the shards of a block have computed is reduce-scattered, and what lives between blocks,
     norms included, takes 1/tensor of the memory (Korthikanti et al. 2022, arXiv:2205.05198).
     """
-    return parallel.constrain(x_BTD, "batch", "residual", "features")
+    return rules.constrain(x_BTD, "batch", "residual", "features")
 
 
 class PreNorm(nnx.Module):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_sft.ops.head_chunks import chunk_sizes, num_chunks
-from jax_sft.sharding import collectives, parallel
+from jax_sft.sharding import collectives, rules
 
 LOOP = "head_chunks"  # loops whose trips the data decides are named so, "_" and their size: `plan`
 
@@ -113,15 +113,15 @@ _sums.defvjp(_forward, _backward)
 
 
 def _island(objective, num_sources, hidden_BTD, head_VD, of_tokens, *, gradients: bool) -> Any:
-    of_hidden = parallel.spec("batch", "residual", "features")
-    of_head = parallel.spec("vocab", "embed")
+    of_hidden = rules.spec("batch", "residual", "features")
+    of_head = rules.spec("vocab", "embed")
     of_sums = (jax.P(),) * (5 if num_sources else 3)
     of_grads = (of_hidden, of_head) if objective.head_trains else (of_hidden,)
     return collectives.island(
         functools.partial(
             _local, objective=objective, num_sources=num_sources, gradients=gradients
         ),
-        in_specs=(of_hidden, of_head, (parallel.spec("batch", "token"),) * len(of_tokens)),
+        in_specs=(of_hidden, of_head, (rules.spec("batch", "token"),) * len(of_tokens)),
         out_specs=(of_sums, *of_grads) if gradients else of_sums,
     )(hidden_BTD, head_VD, of_tokens)
 
@@ -131,12 +131,12 @@ def _island(objective, num_sources, hidden_BTD, head_VD, of_tokens, *, gradients
 
 def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients):
     """The sums over all devices and, with `gradients`, those of this device's blocks."""
-    token_axes = (*parallel.RULES["batch"], *parallel.RULES["token"])
+    token_axes = (*rules.RULES["batch"], *rules.RULES["token"])
     head = head_VD.astype(hidden_BTD.dtype)
-    is_whole = jax.lax.axis_size(parallel.RULES["embed"]) == 1
+    is_whole = jax.lax.axis_size(rules.RULES["embed"]) == 1
     if not is_whole:
         # D first: XLA transposes the whole, not the shard, around one over the last dimension.
-        head = jax.lax.all_gather(head.T, parallel.RULES["embed"], tiled=True)
+        head = jax.lax.all_gather(head.T, rules.RULES["embed"], tiled=True)
     num_local = len(head_VD)
     # Tokens are in the order in which the shards of `tensor`, S of them, hold their hidden states.
     hidden_SBTD = collectives.all_gather(hidden_BTD, "tensor")
@@ -157,7 +157,7 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
         no_grads.append(jnp.zeros((hidden_ND.shape[-1], num_local), jnp.float32))
     start = (
         *jax.lax.pcast(none_M, token_axes, to="varying"),
-        jax.lax.pcast(no_grads if gradients else (), parallel.AXES, to="varying"),
+        jax.lax.pcast(no_grads if gradients else (), rules.AXES, to="varying"),
     )
 
     def add_chunk(first, size, found):

@@ -9,9 +9,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_sft.sharding import collectives, parallel
+from jax_sft.sharding import collectives, rules
 
-_EMBED = parallel.RULES["embed"]  # mesh axes that split the model dimension; they split tokens too
+_EMBED = rules.RULES["embed"]  # mesh axes that split the model dimension; they split tokens too
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
@@ -34,8 +34,8 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
 def _lookup(table_VD, tokens_BT, dtype, vocab, table_dtype):
     find = _island(
         functools.partial(_find, dtype=dtype),
-        parallel.spec("batch", "token", "features"),
-        parallel.spec("vocab", "embed"),
+        rules.spec("batch", "token", "features"),
+        rules.spec("vocab", "embed"),
     )
     return find(tokens_BT, table_VD)
 
@@ -47,8 +47,8 @@ def _lookup_fwd(table_VD, tokens_BT, *static):
 def _lookup_bwd(dtype, vocab, table_dtype, tokens_BT, grad_BTD):
     add = _island(
         functools.partial(_add, vocab=vocab),
-        parallel.spec("vocab", "embed"),
-        parallel.spec("batch", "token", "features"),
+        rules.spec("vocab", "embed"),
+        rules.spec("batch", "token", "features"),
     )
     return add(tokens_BT, grad_BTD).astype(table_dtype), None
 
@@ -59,7 +59,7 @@ _lookup.defvjp(_lookup_fwd, _lookup_bwd)
 def _island(local, out_spec, *in_specs):
     return collectives.island(
         local,
-        in_specs=(parallel.spec("batch", "token"), *in_specs),
+        in_specs=(rules.spec("batch", "token"), *in_specs),
         out_specs=out_spec,
     )
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from jax_sft.hardware import Chip
 from jax_sft.planning.roofline import Prediction, Traffic, predict
 from jax_sft.planning.step_cost import HEAD_CHUNK, RowWork, StepCost, recomputed, step_cost
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.weights.param_spec import Weight
 
 # Policies tried for model.remat, from the one that keeps most.
@@ -147,13 +147,13 @@ def settings(
 ) -> Iterator[Setting]:
     """Yield the settings that divide everything, `tensor` staying within a host."""
     arrays = {row.path: (row.axes, row.shape(dict(model.dims))) for row in model.rows}
-    for sizes in _factorisations(num_devices, len(parallel.AXES)):
-        mesh: dict[str, int] = dict(zip(parallel.AXES, sizes, strict=True))
-        if gpus_per_host % mesh["tensor"] or parallel.size_problems(arrays, mesh):
+    for sizes in _factorisations(num_devices, len(rules.AXES)):
+        mesh: dict[str, int] = dict(zip(rules.AXES, sizes, strict=True))
+        if gpus_per_host % mesh["tensor"] or rules.size_problems(arrays, mesh):
             continue
         for micro_rows in _divisors(num_rows):
             batch = {"micro-batch": (("batch", "residual"), (micro_rows, seq_len))}
-            if not parallel.size_problems(batch, mesh):
+            if not rules.size_problems(batch, mesh):
                 yield from (Setting(mesh, micro_rows, remat) for remat in remats)
 
 
@@ -176,7 +176,7 @@ def _divisors(number: int) -> tuple[int, ...]:
 def analytic_memory(model: Model, setting: Setting, num_rows: int, seq_len: int) -> Memory:
     """Estimate the bytes of one device at the peak of a step.
 
-    Parameters, moments and gradients are exact, by parallel.RULES; the rest is what the policy
+    Parameters, moments and gradients are exact, by rules.RULES; the rest is what the policy
     keeps of each layer and the working set of the phase that takes most. Within a tenth of what was
     compiled for 7B on 8 H200 (18 to 39 GiB), 32B on 8 and 72B on 64.
     """
@@ -208,7 +208,7 @@ def analytic_memory(model: Model, setting: Setting, num_rows: int, seq_len: int)
 
 
 def _shards(row: Weight, mesh: Mapping[str, int]) -> int:
-    return math.prod(mesh[axis] for logical in row.axes for axis in parallel.rule(logical))
+    return math.prod(mesh[axis] for logical in row.axes for axis in rules.rule(logical))
 
 
 def _matrix_elements(model: Model, prefix: str, trained: bool = False) -> int:
@@ -302,7 +302,7 @@ def analytic_traffic(
             *(kind, tuple(axes), sent * (1 - slow), sent * slow, count, hidden, 0.0, blocking)
         )
 
-    embed, tensor, sequence = parallel.RULES["embed"], ("tensor",), ("sequence",)
+    embed, tensor, sequence = rules.RULES["embed"], ("tensor",), ("sequence",)
     gather, scatter, reduce = "all-gather", "reduce-scatter", "all-reduce"
     found = [
         traffic(gather, embed, layer, COMPUTE_BYTES, 2 * of_layers, behind),

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_sft.sharding.parallel import RULES, constrain, gathered
+from jax_sft.sharding.rules import RULES, constrain, gathered
 
 
 def platform() -> str:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from jax_sft.sharding.parallel import AXES
+from jax_sft.sharding.rules import AXES
 
 # Share of a GPU's memory that arrays may take; the rest is for the CUDA context, NCCL's buffers
 # and cuBLAS's workspace.

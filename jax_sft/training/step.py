@@ -18,7 +18,7 @@ from jax_sft.batch import Batch, fields
 from jax_sft.nn.experts import balance_loss
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.ops.cross_entropy import cross_entropy
-from jax_sft.sharding import collectives, parallel
+from jax_sft.sharding import collectives, rules
 from jax_sft.training import state
 from jax_sft.training.state import TrainState
 from jax_sft.weights import placement
@@ -116,7 +116,7 @@ def value_and_grad(
     def gradient(micro, number):
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
         grads, sums = jax.grad(loss, has_aux=True)(params, micro, key)
-        return sums, {path: parallel.constrain(grads[path], *axes[path]) for path in grads}
+        return sums, {path: rules.constrain(grads[path], *axes[path]) for path in grads}
 
     def accumulate(carry, numbered):
         return jax.tree.map(jnp.add, carry, gradient(*numbered)), None
@@ -128,7 +128,7 @@ def value_and_grad(
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(gradient, first, 0)
         )
-        zeros = (zeros[0], {p: parallel.constrain(z, *axes[p]) for p, z in zeros[1].items()})
+        zeros = (zeros[0], {p: rules.constrain(z, *axes[p]) for p, z in zeros[1].items()})
         (sums, grads), _ = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(num_micros)))
     # A batch of padding alone has a zero gradient.
     count = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
@@ -198,7 +198,7 @@ def make_eval_step(
     of_params = placement.shardings(model_def.stored, mesh)
     return jax.jit(
         eval_step,
-        in_shardings=(of_params, batch_shardings(mesh), parallel.sharding(mesh)),
+        in_shardings=(of_params, batch_shardings(mesh), rules.sharding(mesh)),
         keep_unused=True,
         compiler_options=compiler_options,
     )
@@ -211,5 +211,5 @@ def no_sums() -> dict[str, np.float32]:
 
 def batch_shardings(mesh: Mesh, per_source: bool = False) -> dict[str, jax.sharding.NamedSharding]:
     """Return the sharding of each array of a batch."""
-    of_tokens = parallel.sharding(mesh, "micro_batch", "batch", "token")
+    of_tokens = rules.sharding(mesh, "micro_batch", "batch", "token")
     return dict.fromkeys(fields(per_source), of_tokens)

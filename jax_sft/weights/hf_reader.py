@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from jax_sft.files import paths, regular, step_folders, strict_json
 from jax_sft.runtime.text import at_most
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.weights import vocabulary
 from jax_sft.weights.param_spec import Weight
 
@@ -351,9 +351,9 @@ def load(
             shape, sharding = row.shape(padded), shardings[row.path]
             ends = row.shape(dims)
             names = dict(row.hf_tensors(dims))
-            arrays: dict[parallel.Block, np.ndarray] = {}
+            arrays: dict[rules.Block, np.ndarray] = {}
             shards = []
-            for device, block in parallel.local_blocks(sharding, shape).items():
+            for device, block in rules.local_blocks(sharding, shape).items():
                 if block not in arrays:  # devices that hold copies share one read
                     array = np.empty([stop - start for start, stop in block], dtype)
                     there = tuple(

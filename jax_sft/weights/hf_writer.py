@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from jax_sft.files import manifest
 from jax_sft.files.disk import write_at
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.weights import blocks
 from jax_sft.weights.blocks import BlockReader, InMemory
 from jax_sft.weights.hf_reader import DTYPES, INDEX, SINGLE
@@ -234,7 +234,7 @@ def _save_row(
     reader = InMemory(array) if isinstance(array, np.ndarray | jax.Array) else array
     multiple = reader.chunk[len(row.stacked) + row.cut]
 
-    def write(index: tuple[int, ...], place: Place, block: parallel.Block):
+    def write(index: tuple[int, ...], place: Place, block: rules.Block):
         ours = (*((i, i + 1) for i in index), *block)
         part = reader[tuple(slice(*ends) for ends in ours)]
         part = row.to_hf(part.reshape(part.shape[len(index) :]), dims)

@@ -31,7 +31,7 @@ import numpy as np
 from jax_sft import config, tiny, verify
 from jax_sft.checkpoint import model_files, resume, saving
 from jax_sft.files import manifest, step_folders
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training.state import TrainState
 
@@ -51,14 +51,14 @@ def make_state(step: int, mesh: jax.sharding.Mesh | None = None) -> TrainState:
 
     def array(shape, dtype, *axes):
         value = rng.standard_normal(shape).astype(dtype)
-        return jax.device_put(value, parallel.sharding(mesh, *axes))
+        return jax.device_put(value, rules.sharding(mesh, *axes))
 
     kernel = ((1024, 1024), np.float32, "embed", "features")
     return TrainState(
-        step=jax.device_put(np.int32(step), parallel.sharding(mesh)),
+        step=jax.device_put(np.int32(step), rules.sharding(mesh)),
         params={"a.kernel": array(*kernel), "b.scale": array((24,), np.float32, "norm")},
         opt_state={
-            "count": jax.device_put(np.int32(step), parallel.sharding(mesh)),
+            "count": jax.device_put(np.int32(step), rules.sharding(mesh)),
             "mu": array(kernel[0], jax.numpy.bfloat16, *kernel[2:]),
             "nu": array(*kernel),
         },

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_sft.checkpoint import array_checksums
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
 
 DTYPES = (np.float32, jnp.bfloat16, np.float16, np.int32, np.int8, jnp.float8_e4m3fn, np.bool_)
@@ -31,7 +31,7 @@ def test_every_mesh_and_numpy_give_the_same_checksum(dtype, monkeypatch):
         ({"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1}, ("layers", "embed", "mlp")),
     ):
         mesh = make_mesh(sizes)
-        assert of_jax(jax.device_put(array, parallel.sharding(mesh, *axes))) == expected
+        assert of_jax(jax.device_put(array, rules.sharding(mesh, *axes))) == expected
     assert of_jax(jnp.asarray(array)) == expected
     assert of_jax(jnp.asarray(array[0, 0, 0])) == array_checksums.of_numpy(array[0, 0, 0])
 

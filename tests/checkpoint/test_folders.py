@@ -27,7 +27,7 @@ from jax_sft.checkpoint import (
     to_hf,
 )
 from jax_sft.files import manifest, step_folders, sums
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 from jax_sft.training import state
 from jax_sft.weights import blocks, hf_reader, hub, placement, vocabulary
@@ -145,7 +145,7 @@ def test_weights_load_alike_from_a_folder_and_from_checkpoints_and_return(
     )
     as_dict = config.to_dict(config.default())
     checkpoints.start(as_dict)
-    step = jax.device_put(np.int32(1), parallel.sharding(mesh))
+    step = jax.device_put(np.int32(1), rules.sharding(mesh))
     saved = state.TrainState(step, there, {"count": step})
     checkpoints.save(1, saved.named(), as_dict, wait=True)
     out = to_hf.export(tmp_path / "run", tmp_path / "out", progress=False)

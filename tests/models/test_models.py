@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 import jax_sft
 from jax_sft import models
 from jax_sft.nn.rope import Rope
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
 from jax_sft.weights import tree
 
@@ -697,8 +697,8 @@ def test_weight_rows_are_exactly_the_tensors_of_transformers(name, tmp_path):
 def test_every_logical_axis_has_a_sharding_rule_and_a_size(name):
     for family, cfg in variants(name):
         axes = {axis for row in family.weights(cfg) for axis in row.axes}
-        assert axes <= parallel.RULES.keys() and axes <= cfg.dims.keys()
-        assert {axis for rule in parallel.RULES.values() for axis in rule} <= set(parallel.AXES)
+        assert axes <= rules.RULES.keys() and axes <= cfg.dims.keys()
+        assert {axis for rule in rules.RULES.values() for axis in rule} <= set(rules.AXES)
 
 
 @EVERY_FAMILY

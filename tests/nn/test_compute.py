@@ -8,7 +8,7 @@ from jax.extend.core import jaxprs_in_params
 from jax_sft import models
 from jax_sft.nn import compute
 from jax_sft.nn.model_def import ModelDef
-from jax_sft.sharding import collectives, parallel
+from jax_sft.sharding import collectives, rules
 from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 from jax_sft.training.step import value_and_grad
 from jax_sft.weights import placement
@@ -42,7 +42,7 @@ def run(dtype: str = "float32", **options):
 
     with jax.set_mesh(mesh):
         params = jax.device_put(params, shardings)
-        batch = jax.device_put(batch, parallel.sharding(mesh, "micro_batch", "batch", "token"))
+        batch = jax.device_put(batch, rules.sharding(mesh, "micro_batch", "batch", "token"))
         jaxpr = jax.make_jaxpr(gradient)(params, batch)
         compiled = jax.jit(gradient).lower(params, batch).compile()
         sums, grads = jax.device_get(compiled(params, batch))

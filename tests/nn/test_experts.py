@@ -23,7 +23,7 @@ from jax_sft.nn.experts import Routing, balance_loss
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.ops import grouped
 from jax_sft.planning import step_cost, targets
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 from jax_sft.training import metrics, program
 from jax_sft.training.step import batch_sums, value_and_grad
@@ -106,7 +106,7 @@ def test_a_gpu_holds_no_copy_of_the_rows_for_each_expert(product):
     # where it no longer does, it may take the place of `grouped`.
     num_rows, num_experts, features, mlp = 65_536, 128, 2048, 768
     mesh = make_mesh({}, targets.topology(hardware.find("h200"), 1, 1))
-    everywhere = parallel.sharding(mesh)
+    everywhere = rules.sharding(mesh)
 
     def shape(*sizes: int, dtype: Any = jnp.bfloat16):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=everywhere)

@@ -17,7 +17,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jax_sft.ops import cross_entropy as ce
 from jax_sft.ops import head_chunks
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 
 MESHES = [m for m in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(m) == 8]
@@ -30,7 +30,7 @@ ALL: dict[str, Any] = {"z_loss": 1e-2, "label_smoothing": 0.1, "soft_cap": 2.0}
 
 
 def mesh_of(sizes):
-    return make_mesh(dict(zip(parallel.AXES, sizes, strict=True)))
+    return make_mesh(dict(zip(rules.AXES, sizes, strict=True)))
 
 
 def relative_error(found, wanted) -> float:
@@ -191,7 +191,7 @@ def test_the_error_is_below_a_millionth_at_a_real_vocabulary():
 
 @pytest.mark.parametrize("embed", [("fsdp",), ("fsdp", "sequence")])
 def test_the_head_may_be_split_over_either_set_of_axes(embed, monkeypatch):
-    monkeypatch.setitem(parallel.RULES, "embed", embed)
+    monkeypatch.setitem(rules.RULES, "embed", embed)
     problem = loss_problem()
     wanted, found = dense_loss(*problem), on_mesh(MIXED, problem, changed=embed)
     assert max(relative_error(found[i], wanted[i]) for i in (0, 3, 4)) < 1e-5
@@ -322,7 +322,7 @@ def test_each_device_computes_as_many_chunks_as_its_trained_tokens_fill(sizes, m
     computed, chunk_of = Counter(), ce._chunk
 
     def counting(*arguments):
-        device = jax.lax.axis_index(parallel.AXES)
+        device = jax.lax.axis_index(rules.AXES)
         jax.debug.callback(lambda device: computed.update([int(device)]), device)
         return chunk_of(*arguments)
 
@@ -419,7 +419,7 @@ def traced(sizes, dtype=jnp.float32, shape=LARGE, **settings):
     mesh = mesh_of(sizes)
 
     def array(shape, dtype, *axes):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.sharding(mesh, *axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=rules.sharding(mesh, *axes))
 
     hidden_BTD = array((rows, tokens, features), dtype, "batch", "residual", "features")
     head_VD = array((ids, features), jnp.float32, "vocab", "embed")
@@ -457,13 +457,13 @@ def test_only_small_sums_over_tensor_are_sent_within_the_loop(sizes):
     for equation, in_loop in equations(traced(sizes, jnp.bfloat16).jaxpr.jaxpr):
         name = equation.primitive.name
         axes = equation.params.get("axes") or equation.params.get("axis_name") or ()
-        if name in ("axis_index", "pvary") or not any(axis in parallel.AXES for axis in axes):
+        if name in ("axis_index", "pvary") or not any(axis in rules.AXES for axis in axes):
             continue
         if in_loop:
             assert axes == ("tensor",) and equation.invars[0].aval.size <= 2 * max(CHUNKS), equation
         else:
             sent[name, axes, str(equation.invars[0].aval.dtype)] += 1
-    embed = parallel.RULES["embed"]
+    embed = rules.RULES["embed"]
     assert sent.pop(("all_gather", embed, "bfloat16")) == 1  # the head, in the compute dtype
     assert sent.pop(("reduce_scatter", embed, "float32")) == 1  # its gradient
     for name in ("all_gather", "reduce_scatter"):  # hidden states and their gradient

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_sft.ops.embedding import lookup
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
 
 B, T, V, D = 8, 16, 24, 16
@@ -24,7 +24,7 @@ def problem(seed: int = 0):
 
 
 def value_and_gradient(sizes, table_VD, tokens_BT, grad_BTD, dtype=jnp.float32):
-    mesh = make_mesh(dict(zip(parallel.AXES, sizes, strict=True)))
+    mesh = make_mesh(dict(zip(rules.AXES, sizes, strict=True)))
 
     @jax.jit
     def run(table_VD, tokens_BT, grad_BTD):
@@ -32,7 +32,7 @@ def value_and_gradient(sizes, table_VD, tokens_BT, grad_BTD, dtype=jnp.float32):
         return found, backward(grad_BTD.astype(dtype))[0]
 
     with jax.set_mesh(mesh):
-        table_VD = jax.device_put(table_VD, parallel.sharding(mesh, "vocab", "embed"))
+        table_VD = jax.device_put(table_VD, rules.sharding(mesh, "vocab", "embed"))
         return run(table_VD, tokens_BT, grad_BTD)
 
 
@@ -45,7 +45,7 @@ def test_rows_are_found_and_gradients_added_on_every_mesh(sizes):
     np.add.at(wanted, tokens_BT, np.float64(grad_BTD))
     np.testing.assert_allclose(grad_VD, wanted, rtol=1e-6, atol=1e-6)
     assert not np.asarray(grad_VD)[V // 2 :].any()
-    assert grad_VD.sharding.spec == parallel.spec("vocab", "embed")
+    assert grad_VD.sharding.spec == rules.spec("vocab", "embed")
 
 
 def test_gradients_of_bfloat16_activations_are_added_in_float32():
@@ -67,10 +67,10 @@ def test_the_table_is_never_gathered():
     mesh = make_mesh({"fsdp": 8})
     vocab, features = 4096, 64
     table_VD = jax.ShapeDtypeStruct(
-        (vocab, features), np.float32, sharding=parallel.sharding(mesh, "vocab", "embed")
+        (vocab, features), np.float32, sharding=rules.sharding(mesh, "vocab", "embed")
     )
     tokens_BT = jax.ShapeDtypeStruct(
-        (B, T), np.int32, sharding=parallel.sharding(mesh, "batch", "token")
+        (B, T), np.int32, sharding=rules.sharding(mesh, "batch", "token")
     )
 
     def loss(table_VD, tokens_BT):

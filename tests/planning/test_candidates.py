@@ -9,7 +9,7 @@ import pytest
 from jax_sft import hardware
 from jax_sft.models import qwen2
 from jax_sft.planning import candidates, step_cost
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
 
 QWEN_7B = {
@@ -27,7 +27,7 @@ def model(**changes) -> candidates.Model:
 
 
 def setting(micro_rows: int = 8, remat: str = "full", **sizes) -> candidates.Setting:
-    mesh = dict.fromkeys(parallel.AXES, 1) | sizes
+    mesh = dict.fromkeys(rules.AXES, 1) | sizes
     return candidates.Setting(mesh, micro_rows, remat)
 
 
@@ -86,7 +86,7 @@ def test_parameters_and_moments_are_the_shards_that_the_rules_give(sizes):
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     of_7b = model()
     shards = [
-        math.prod(parallel.sharding(mesh, *row.axes).shard_shape(row.shape(dict(of_7b.dims))))
+        math.prod(rules.sharding(mesh, *row.axes).shard_shape(row.shape(dict(of_7b.dims))))
         for row in of_7b.rows
     ]
     memory = candidates.analytic_memory(of_7b, setting(**sizes), 8, 4096)

@@ -16,7 +16,7 @@ from jax_sft.models import llama, qwen2
 from jax_sft.nn import compute
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.planning import roofline, step_cost
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import single_device_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,7 +200,7 @@ def cost_of(row=None, **changes) -> step_cost.StepCost:
     """Llama-3-8B, 16 rows of 4096 trained tokens."""
     cfg = llama.Config.from_hf(LLAMA_8B)
     options = {"num_rows": 16, "micro_batches": 1, "remat": "none", "attention": "cudnn"}
-    options |= {"sizes": dict.fromkeys(parallel.AXES, 1) | {"fsdp": 8}} | changes
+    options |= {"sizes": dict.fromkeys(rules.AXES, 1) | {"fsdp": 8}} | changes
     row = row or step_cost.full_row(4096)
     return step_cost.step_cost(llama.weights(cfg), cfg.dims, cfg.tied, row, **options)
 

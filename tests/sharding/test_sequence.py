@@ -9,7 +9,7 @@ import pytest
 from jax_sft import models
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.planning.analysis import imbalance
-from jax_sft.sharding import collectives, parallel
+from jax_sft.sharding import collectives, rules
 from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training.step import value_and_grad
 from jax_sft.weights import placement
@@ -75,7 +75,7 @@ def long_row_gradient(folder, sizes, batch):
     with jax.set_mesh(mesh):
         params = {path: jax.device_put(array, shardings[path]) for path, array in params.items()}
         batch = {
-            name: jax.device_put(array, parallel.sharding(mesh, "micro_batch", "batch", "token"))
+            name: jax.device_put(array, rules.sharding(mesh, "micro_batch", "batch", "token"))
             for name, array in batch.items()
         }
         return jax.device_get(jax.jit(lambda p, b: value_and_grad(model_def, p, b))(params, batch))

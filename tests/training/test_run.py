@@ -22,7 +22,7 @@ from jax_sft.data.tokens.prepare import prepare
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.ops.attention import dispatch
 from jax_sft.runtime import exit_codes
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import metrics, optim, state
 from jax_sft.training.step import make_train_step, value_and_grad
@@ -52,7 +52,7 @@ def read_metrics(workdir: Path) -> list[dict]:
 def on_mesh(cfg, sizes: tuple[int, ...], attention: str = "auto"):
     """Return (model_def, params, loader, mesh) of a config on a mesh of these sizes."""
     mesh = make_mesh(
-        dict(zip(parallel.AXES, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))]
+        dict(zip(rules.AXES, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))]
     )
     folder = Path(cfg.model.path)
     raw = json.loads((folder / "config.json").read_text())

@@ -11,7 +11,7 @@ from jax_sft import config, models, tiny
 from jax_sft.data.batches.examples import Encoded, Examples
 from jax_sft.data.batches.loader import Loader
 from jax_sft.nn.model_def import ModelDef
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import optim, state
 from jax_sft.training.step import make_eval_step, make_train_step, no_sums, value_and_grad
@@ -42,7 +42,7 @@ def examples_of_sources() -> Examples:
 def on_mesh(folder: Path, sizes: tuple[int, ...], per_source: bool):
     """(model_def, params, first batch, mesh)."""
     devices = jax.devices()[: int(np.prod(sizes))]
-    mesh = make_mesh(dict(zip(parallel.AXES, sizes, strict=True)), devices)
+    mesh = make_mesh(dict(zip(rules.AXES, sizes, strict=True)), devices)
     raw = hf_reader.read_json(folder / "config.json")
     family = models.find(raw["model_type"])
     model_def = ModelDef.of(family, family.Config.from_hf(raw), dtype="float32")

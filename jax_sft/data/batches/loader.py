@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jax_sft.batch import Batch, Row, empty_rows
 from jax_sft.data.batches import mixture, packing
 from jax_sft.data.batches.examples import Examples
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 
 SHORTEST_BUCKET = 128  # tokens; with the doublings, log2(seq_len / 64) shapes to compile at most
 
@@ -193,12 +193,12 @@ class Loader:
             examples, data, sources, rows=rows, micro_rows=micro_rows, shuffle=shuffle, seed=seed
         )
         self._grid = (rows // micro_rows, micro_rows)
-        self._sharding = parallel.sharding(mesh, "micro_batch", "batch", "token")
+        self._sharding = rules.sharding(mesh, "micro_batch", "batch", "token")
         self._buckets = _buckets(data, mesh.shape["sequence"] * mesh.shape["tensor"])
         self._waited_s = 0.0
         self.num_rows = len(self.schedule.plan(0)[0])
         self.steps_per_epoch = self.schedule.steps_in(0)
-        blocks = parallel.local_blocks(self._sharding, (*self._grid, data.seq_len)).values()
+        blocks = rules.local_blocks(self._sharding, (*self._grid, data.seq_len)).values()
         self._micro_rows_here = sorted({r for block in blocks for r in range(*block[1])})
         self.local_rows = [
             micro_batch * micro_rows + row

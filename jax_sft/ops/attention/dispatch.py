@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_sft.ops.attention import blockwise, cudnn, reference, tokamax
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 
 # In the order in which "auto" tries them on a GPU; elsewhere it begins with blockwise.
 _MODULES: dict[str, Any] = {
@@ -211,12 +211,12 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 def array_specs():
     """Shardings of q and out; of k and v; of ids; of lse."""
-    tokens = parallel.spec("batch", "token")
+    tokens = rules.spec("batch", "token")
     return (
-        parallel.spec("batch", "token", "heads", "head_dim"),
-        parallel.spec("batch", "token", "kv_heads", "head_dim"),
+        rules.spec("batch", "token", "heads", "head_dim"),
+        rules.spec("batch", "token", "kv_heads", "head_dim"),
         (tokens, tokens),
-        parallel.spec("batch", "token", "heads"),
+        rules.spec("batch", "token", "heads"),
     )
 
 

@@ -10,7 +10,7 @@ from jax_sft import config
 from jax_sft.batch import FIELDS, empty_rows, fields
 from jax_sft.data.batches.examples import Encoded, Examples
 from jax_sft.data.batches.loader import Loader, fill_row
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
 
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 2, 4), (2, 2, 2, 1), (1, 2, 2, 2)]
@@ -36,7 +36,7 @@ def make_loader(sizes=(8, 1, 1, 1), devices=None, examples=None, mix=None, **cha
     cfg = config.default()
     cfg.data.seq_len, cfg.data.max_segments = changes.pop("seq_len", SEQ_LEN), 4
     cfg.data.packing = changes.pop("packing", "best_fit")
-    mesh = make_mesh(dict(zip(parallel.AXES, sizes, strict=True)), devices)
+    mesh = make_mesh(dict(zip(rules.AXES, sizes, strict=True)), devices)
     sources = mix and {name: config.source("x.jsonl", **options) for name, options in mix.items()}
     options = {"rows": 16, "micro_rows": 8, "shuffle": True, "seed": 3, "mesh": mesh} | changes
     examples = make_examples() if examples is None else examples
@@ -403,13 +403,13 @@ class Host:
 @pytest.mark.parametrize("sizes", MESHES)
 def test_hosts_together_make_the_global_batch(uninterrupted, monkeypatch, sizes, num_hosts, kind):
     devices = np.array(jax.devices()).reshape(num_hosts, -1)
-    of_mesh = parallel.sharding
+    of_mesh = rules.sharding
     wanted = uninterrupted[kind][3:6]  # a resumed run
     rebuilt = [{name: np.zeros_like(a) for name, a in batch.items()} for batch in wanted]
     filled = [{name: np.zeros(a.shape, int) for name, a in batch.items()} for batch in wanted]
     for here in devices:
         monkeypatch.setattr(
-            parallel, "sharding", lambda mesh, *axes, here=here: Host(of_mesh(mesh, *axes), here)
+            rules, "sharding", lambda mesh, *axes, here=here: Host(of_mesh(mesh, *axes), here)
         )
         monkeypatch.setattr(
             jax, "make_array_from_callback", lambda shape, host, block: host.blocks(shape, block)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jax_sft.nn import compute
 from jax_sft.ops.attention import blockwise, dispatch, reference
 from jax_sft.ops.attention.dispatch import packed_attention
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
 
 BACKENDS = {"blockwise": blockwise.BACKEND, "reference": reference.BACKEND}
@@ -39,7 +39,7 @@ def small_blocks():
 
 
 def mesh_of(sizes):
-    return make_mesh(dict(zip(parallel.AXES, sizes, strict=True)))
+    return make_mesh(dict(zip(rules.AXES, sizes, strict=True)))
 
 
 def relative_error(found, wanted) -> float:

@@ -10,7 +10,7 @@ import pytest
 
 from jax_sft.ops.attention import blockwise, cudnn, dispatch, reference, self_test, tokamax
 from jax_sft.ops.attention.backend import Backend
-from jax_sft.sharding import parallel
+from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 
 HERE = {"platform": "cpu", "dtype": "float32", "head_dim": 64, "sequence": 1}
@@ -20,7 +20,7 @@ GPU = {**HERE, "platform": "gpu", "dtype": "bfloat16"}
 def mesh_of(sizes):
     if sizes == (1, 1, 1, 1):
         return single_device_mesh()
-    return make_mesh(dict(zip(parallel.AXES, sizes, strict=True)))
+    return make_mesh(dict(zip(rules.AXES, sizes, strict=True)))
 
 
 # ---- resolve -------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def rule(name: str) -> tuple[str, ...]:
     found = RULES.get(name.partition("/")[0])
     if found is None:
         raise ValueError(
-            f"logical axis {name!r} has no rule: add it to parallel.RULES ({sorted(RULES)})"
+            f"logical axis {name!r} has no rule: add it to rules.RULES ({sorted(RULES)})"
         )
     return found
 
