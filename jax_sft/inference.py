@@ -21,7 +21,7 @@ from jax_sft.nn.model_def import ModelDef
 from jax_sft.ops.attention import dispatch as attend
 from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import single_device_mesh
-from jax_sft.weights import hf_reader, placement
+from jax_sft.weights import hf_folder, placement
 
 
 class LoadedModel:
@@ -193,9 +193,9 @@ def load(
     Raises:
         ValueError: an unsupported model, or tensors that do not fit its config.json.
     """
-    path = hf_reader.resolve(str(folder), revision)
-    step = hf_reader.step_of(str(folder), step)
-    config = hf_reader.read_json(path / "config.json")
+    path = hf_folder.resolve(str(folder), revision)
+    step = hf_folder.step_of(str(folder), step)
+    config = hf_folder.read_json(path / "config.json")
     family, cfg = models.read(config)
     mesh = single_device_mesh() if mesh is None else mesh
     shards = mesh.shape["tensor"]

@@ -23,7 +23,7 @@ from jax_sft.runtime import patterns
 from jax_sft.runtime.text import numbered
 from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import mesh_shape
-from jax_sft.weights import hf_reader
+from jax_sft.weights import hf_folder
 from jax_sft.weights.param_spec import Weight
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -197,8 +197,8 @@ def _model(cfg, attempt) -> tuple[Path | None, Any, Any]:
             _fail, 'model.path is empty: name a model folder or a hub id like "Qwen/Qwen2.5-7B"'
         )
         return None, None, None
-    folder = attempt(hf_reader.resolve, cfg.model.path, cfg.model.revision, False)
-    raw = attempt(hf_reader.read_json, folder / "config.json") if folder else None
+    folder = attempt(hf_folder.resolve, cfg.model.path, cfg.model.revision, False)
+    raw = attempt(hf_folder.read_json, folder / "config.json") if folder else None
     family, model_cfg = (raw is not None and attempt(models.read, raw)) or (None, None)
     return folder, family, model_cfg
 

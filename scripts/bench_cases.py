@@ -18,7 +18,7 @@ from jax_sft.data.tokens import prepare
 from jax_sft.planning import step_cost
 from jax_sft.sharding.mesh import single_device_mesh
 from jax_sft.training import metrics
-from jax_sft.weights import hf_reader
+from jax_sft.weights import hf_folder
 from scripts.peers import ours
 from scripts.peers.contract import Spec
 
@@ -237,7 +237,7 @@ def work_of(model: Path, rows: Mapping[str, np.ndarray], warmup: int) -> dict[st
         model: a folder with config.json.
         rows: arrays [steps, rows, seq_len].
     """
-    raw = hf_reader.read_json(model / "config.json")
+    raw = hf_folder.read_json(model / "config.json")
     family = models.find(raw["model_type"])
     cfg = family.Config.from_hf(raw)
     weights = family.weights(cfg)

@@ -18,7 +18,7 @@ from jax_sft.nn.model_def import ModelDef
 from jax_sft.runtime import patterns
 from jax_sft.runtime.text import at_most
 from jax_sft.sharding import rules
-from jax_sft.weights import hf_reader
+from jax_sft.weights import hf_folder, hf_reader
 from jax_sft.weights.param_spec import Weight
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,8 +41,8 @@ def read_settings(folder: Path) -> lora.Settings:
         ValueError: it is no LoRA adapter, uses something that is not implemented here, or has a
             link out of it.
     """
-    hf_reader.check_entries(folder)
-    config = hf_reader.read_json(folder / CONFIG)
+    hf_folder.check_entries(folder)
+    config = hf_folder.read_json(folder / CONFIG)
     problems = []
     if config.get("peft_type") != "LORA":
         problems.append(f"peft_type = {config.get('peft_type')!r}: only LORA is known")
@@ -235,7 +235,7 @@ def _is_in_layers(config: Mapping[str, Any], module: str) -> bool:
 def _selection_differences(folder: Path, model_def: ModelDef) -> list[str]:
     """Compare the layers that PEFT would choose with those of a model that has adapters."""
     known = [module for modules in lora.modules(model_def).values() for module in modules]
-    config = hf_reader.read_json(folder / CONFIG)
+    config = hf_folder.read_json(folder / CONFIG)
     by_peft = {
         m for m, yes in zip(known, chosen(config, known, str(folder / CONFIG)), strict=True) if yes
     }
@@ -304,7 +304,7 @@ def check(folder: Path, model_def: ModelDef) -> None:
                 f"{name} has dtype {found[name].dtype}: not one of {[*hf_reader.DTYPES]}"
             )
     if problems:
-        if ranks := hf_reader.read_json(folder / CONFIG).get("rank_pattern"):
+        if ranks := hf_folder.read_json(folder / CONFIG).get("rank_pattern"):
             problems.append(f"{CONFIG} has rank_pattern = {ranks!r}, but one rank is supported")
         shown = sorted(problems)[:50] + ["..."] * (len(problems) > 50)
         raise ValueError(f"{folder} does not fit the model:\n  " + "\n  ".join(shown))

@@ -21,7 +21,7 @@ from jax_sft.checkpoint.resume import FORMAT_VERSION
 from jax_sft.files import manifest, outputs, paths, sums
 from jax_sft.hosts import preflight
 from jax_sft.sharding import rules
-from jax_sft.weights import blocks, hf_reader, hf_writer
+from jax_sft.weights import blocks, hf_folder, hf_reader, hf_writer
 from jax_sft.weights.param_spec import Weight, contiguous
 
 STEP = 0
@@ -81,10 +81,10 @@ def plan(model: str | Path, *, revision: str = "", dtype: str = "") -> Plan:
     Raises:
         ValueError: everything that is wrong with the folder, at once.
     """
-    folder = hf_reader.resolve(str(model), revision)
+    folder = hf_folder.resolve(str(model), revision)
     if model_files.is_kept(folder):
         raise ValueError(f"{model} is a checkpoint folder already: model.path may name it as it is")
-    config = hf_reader.read_json(folder / "config.json")
+    config = hf_folder.read_json(folder / "config.json")
     family, cfg = models.read(config)
     rows = family.weights(cfg)
     tensors = hf_reader.check(folder, rows, cfg.dims, cfg.tied)

@@ -17,9 +17,9 @@ from jax_sft.data.chat import chat_templates
 from jax_sft.files import manifest, step_folders
 from jax_sft.files.disk import sync
 from jax_sft.runtime.text import at_most
-from jax_sft.weights import hf_reader
+from jax_sft.weights import hf_folder
 
-NAME = hf_reader.KEPT
+NAME = hf_folder.KEPT
 DTYPES_FILE = "tensor_dtypes.json"
 
 
@@ -39,7 +39,7 @@ class Model:
 
     def copy_side_files(self, out: Path) -> None:
         """Copy config, tokenizer and chat template to a folder."""
-        hf_reader.copy_side_files(self.folder, out)
+        hf_folder.copy_side_files(self.folder, out)
         if self.chat_template:
             chat_templates.put(self.chat_template, out)
 
@@ -55,7 +55,7 @@ def dtypes(folder: Path) -> dict[str, str]:
     Raises:
         ValueError: the file is missing, or no JSON object.
     """
-    return hf_reader.read_json(folder / NAME / DTYPES_FILE)
+    return hf_folder.read_json(folder / NAME / DTYPES_FILE)
 
 
 def keep(folder: Path, model: Model, anew: bool = False) -> None:
@@ -121,7 +121,7 @@ def changed(folder: Path, model: Model) -> list[str]:
 def _sha256(model: Model) -> dict[str, str]:
     """Return {name: sha256} of the files that `keep` would copy."""
     if not model.chat_template:
-        return manifest.sha256_of(model.folder, hf_reader.side_files(model.folder))
+        return manifest.sha256_of(model.folder, hf_folder.side_files(model.folder))
     with tempfile.TemporaryDirectory() as folder:
         model.copy_side_files(Path(folder))
-        return manifest.sha256_of(Path(folder), hf_reader.side_files(Path(folder)))
+        return manifest.sha256_of(Path(folder), hf_folder.side_files(Path(folder)))

@@ -48,7 +48,7 @@ def find(
     step: int | None = None,
     vocab_shards: int = 1,
 ) -> Weights:
-    """Return the weights of a folder that `hf_reader.resolve` returned, reading only headers.
+    """Return the weights of a folder that `hf_folder.resolve` returned, reading only headers.
 
     Args:
         dims: of the model, without padding.

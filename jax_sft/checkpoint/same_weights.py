@@ -14,7 +14,7 @@ from pathlib import Path
 from jax_sft.checkpoint import model_files
 from jax_sft.files import regular, step_folders
 from jax_sft.hosts import cluster
-from jax_sft.weights import hf_reader
+from jax_sft.weights import hf_folder
 
 # Bytes of the weights that each process reads: all of a model up to this size, and of larger ones
 # pieces of each tensor, evenly spaced. 1 GiB takes about a second from the page cache.
@@ -33,7 +33,7 @@ def check(folder: Path, adapter: Path | None = None, step: int | None = None) ->
     tensor of another training does.
 
     Args:
-        folder: that `hf_reader.resolve` returned.
+        folder: that `hf_folder.resolve` returned.
         adapter: a folder with a PEFT adapter; None = there is none.
         step: of a checkpoint folder; None = the newest.
 
@@ -55,10 +55,10 @@ def check(folder: Path, adapter: Path | None = None, step: int | None = None) ->
 
 def digests(folder: Path, step: int | None = None) -> dict[str, str]:
     """Return {name: digest} of the files of a model, adapter or checkpoint folder."""
-    whole = [folder / name for name in hf_reader.side_files(folder)]
+    whole = [folder / name for name in hf_folder.side_files(folder)]
     whole += [
         file
-        for file in (folder / "adapter_config.json", folder / hf_reader.INDEX)
+        for file in (folder / "adapter_config.json", folder / hf_folder.INDEX)
         if file.is_file()
     ]
     weights = sorted(folder.glob("*.safetensors"))

@@ -14,7 +14,7 @@ from typing import Any
 
 from jax_sft.data.tokens import worker
 from jax_sft.files import step_folders
-from jax_sft.weights import hf_reader
+from jax_sft.weights import hf_folder
 
 GENERATION, CONFIG = "generation_config.json", "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -52,9 +52,9 @@ def inherited(folder: Path) -> dict[int, int]:
     """Return the ends that the run of a checkpoint folder trained, where `model.path` names one.
 
     Args:
-        folder: from `hf_reader.resolve`.
+        folder: from `hf_folder.resolve`.
     """
-    if folder.name != hf_reader.KEPT or not (present := step_folders.present(folder.parent)):
+    if folder.name != hf_folder.KEPT or not (present := step_folders.present(folder.parent)):
         return {}
     return stored(step_folders.metadata(folder.parent / str(present[0]))) or {}
 
@@ -196,7 +196,7 @@ def _added_tokens(file: Path) -> Any:
     if '"vocab"' not in before and rest.lstrip().startswith("["):
         with contextlib.suppress(ValueError, RecursionError):
             return json.JSONDecoder().raw_decode(rest.lstrip())[0]
-    return hf_reader.read_json(file).get("added_tokens") or []
+    return hf_folder.read_json(file).get("added_tokens") or []
 
 
 def eos_text(folder: Path, ends: Mapping[int, int] | None) -> str:
@@ -226,11 +226,11 @@ def set_tokenizer_eos(folder: Path, text: str) -> None:
 
 def _both(folder: Path) -> dict[str, dict[str, Any]]:
     names = [name for name in (GENERATION, CONFIG) if (folder / name).is_file()]
-    return {name: hf_reader.read_json(folder / name) for name in names}
+    return {name: hf_folder.read_json(folder / name) for name in names}
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
-    return hf_reader.read_json(folder / name) if (folder / name).is_file() else {}
+    return hf_folder.read_json(folder / name) if (folder / name).is_file() else {}
 
 
 def _ids(content: Mapping[str, Any] | None) -> list[int]:

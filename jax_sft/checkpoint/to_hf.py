@@ -21,7 +21,7 @@ from jax_sft.checkpoint import array_checksums, model_files, orbax_io, pretraine
 from jax_sft.files import outputs, paths, step_folders, sums
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.runtime.text import at_most
-from jax_sft.weights import hf_reader, hf_writer
+from jax_sft.weights import hf_folder, hf_reader, hf_writer
 from jax_sft.weights.blocks import BlockReader
 from jax_sft.weights.param_spec import Weight
 
@@ -111,7 +111,7 @@ def _export(
                 progress,
                 planned.single,
             )
-            hf_reader.copy_side_files(planned.kept, folder)
+            hf_folder.copy_side_files(planned.kept, folder)
             stop_tokens.write(folder, planned.stops)
             if eos:
                 stop_tokens.set_tokenizer_eos(folder, eos)
@@ -234,7 +234,7 @@ class Plan:
     @property
     def single(self) -> str:
         """Name of the file of weights, if it is one."""
-        return peft.WEIGHTS if self.is_adapter else hf_reader.SINGLE
+        return peft.WEIGHTS if self.is_adapter else hf_folder.SINGLE
 
     @property
     def kept(self) -> Path:
@@ -296,7 +296,7 @@ class Plan:
         yield (
             f"step {self.step}: {len(self.rows)} arrays -> {len(self.layout.tensors)} tensors, "
             f"{self.layout.nbytes / 1e9:.3f} GB in {len(self.layout.headers)} files; "
-            f"beside them {', '.join(hf_reader.side_files(self.kept))}"
+            f"beside them {', '.join(hf_folder.side_files(self.kept))}"
         )
         yield self.stop_line
 
@@ -338,7 +338,7 @@ def _plan(
         raise ValueError(f"dtype {dtype!r} is not one of {list(hf_reader.NAMES)}")
     step = step_folders.choose(folder, step)
     arrays, metadata = step_folders.params(folder, step), step_folders.metadata(folder / str(step))
-    config = hf_reader.read_json(folder / model_files.NAME / "config.json")
+    config = hf_folder.read_json(folder / model_files.NAME / "config.json")
     model_def = ModelDef.of(*models.read(config), dtype="float32")
     model_rows, settings = model_def.rows, None
     if described := metadata.get("lora"):
@@ -358,7 +358,7 @@ def _plan(
         written = tuple(peft.joined(row) for row in rows.values())
         dtypes, single = dict.fromkeys(names, "F32"), peft.WEIGHTS
     else:
-        dtypes, written, single = model_files.dtypes(folder), model_rows, hf_reader.SINGLE
+        dtypes, written, single = model_files.dtypes(folder), model_rows, hf_folder.SINGLE
         if dtype:
             dtypes = dict.fromkeys(dtypes, hf_reader.NAMES[dtype])
         if model_def.frozen:
@@ -382,7 +382,7 @@ def _weights(
     """
     path, revision = (base, "") if base else (of_run["model"][n] for n in ("path", "revision"))
     try:
-        folder, step = hf_reader.resolve(path, revision), hf_reader.step_of(path)
+        folder, step = hf_folder.resolve(path, revision), hf_folder.step_of(path)
         return pretrained.find(folder, rows, model_def.dims, model_def.cfg.tied, step)
     except ValueError as error:
         raise ValueError(
@@ -393,7 +393,7 @@ def _weights(
 
 def _set_dtype(config_file: Path, dtype: str) -> None:
     """Record the dtype of an export that changes it."""
-    config = hf_reader.read_json(config_file)
+    config = hf_folder.read_json(config_file)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     config_file.write_text(json.dumps(config, indent=2) + "\n")
 

@@ -16,7 +16,7 @@ from jax_sft import models
 from jax_sft.data.tokens import cache, losses, prepare
 from jax_sft.runtime import confined
 from jax_sft.runtime.text import numbered
-from jax_sft.weights import hf_reader
+from jax_sft.weights import hf_folder
 from jax_sft.weights.hf_config import size
 
 EVAL = "eval/"  # before the names of eval sets
@@ -214,7 +214,7 @@ def vocabulary(folder: Path, num_tokens: int) -> int:
         ValueError: its config.json is one that training would refuse.
     """
     file = folder / "config.json"
-    config = hf_reader.read_json(file) if file.is_file() else {}
+    config = hf_folder.read_json(file) if file.is_file() else {}
     if "model_type" in config:
         return models.read(config)[1].vocab
     return size("vocab_size", config["vocab_size"]) if "vocab_size" in config else num_tokens

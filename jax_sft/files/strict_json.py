@@ -1,6 +1,6 @@
 """JSON files that others wrote, read within bounds: a regular file, so large, so deep, no lies.
 
-Called for every JSON file of a model or adapter folder, through `hf_reader.read_json`.
+Called for every JSON file of a model or adapter folder, through `hf_folder.read_json`.
 """
 
 import json

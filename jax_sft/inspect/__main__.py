@@ -50,7 +50,7 @@ from jax_sft.files import outputs
 from jax_sft.report import data_page
 from jax_sft.runtime import command_line, terminal
 from jax_sft.runtime.text import numbered
-from jax_sft.weights import hf_reader
+from jax_sft.weights import hf_folder
 
 EXIT_REFUSED = 1
 MOST_LEFT_OUT = 500  # refused and dropped rows listed per source; the dump has all
@@ -84,7 +84,7 @@ def inspect(cfg: config.Config, options: Options, color: bool) -> int:
         raise ValueError(numbered("the config has {} problem(s)", problems))
     html = options.html and outputs.check_file(options.html, outputs.is_page, "--html")
     dump = options.dump and outputs.check_file(options.dump, is_dump, "--dump")
-    folder = hf_reader.resolve(cfg.model.path, cfg.model.revision, weights=False)
+    folder = hf_folder.resolve(cfg.model.path, cfg.model.revision, weights=False)
     tokenizer = Detokenizer(folder)
     vocab = row_report.vocabulary(folder, tokenizer.size)
     sources = row_report.open_sources(cfg.data, folder)

@@ -32,7 +32,7 @@ from jax_sft.training.program import objective, program
 from jax_sft.training.step import ROUTER_AUX
 from jax_sft.training.step_guard import Health, dump_batches
 from jax_sft.validate import MOST_STEPS, Resolved, validate
-from jax_sft.weights import hf_reader, vocabulary
+from jax_sft.weights import hf_folder, vocabulary
 
 # How XLA says that a device's memory is full; JAX has no exception of its own for it.
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
@@ -126,18 +126,18 @@ def _train(
     family, model_cfg = resolved.family, resolved.model_cfg
     rows, dims = family.weights(model_cfg), model_cfg.dims
     num_params = sum(math.prod(row.shape(dims)) for row in rows)
-    folder = hf_reader.resolve(cfg.model.path, cfg.model.revision)
+    folder = hf_folder.resolve(cfg.model.path, cfg.model.revision)
     shards = resolved.mesh_shape["tensor"]
     pretrained_weights = pretrained.find(
         *(folder, rows, dims, model_cfg.tied),
-        step=hf_reader.step_of(cfg.model.path),
+        step=hf_folder.step_of(cfg.model.path),
         vocab_shards=shards,
     )
     if first_process and not prepare.is_cached(cfg.data, folder):
         confined.start_early()
     axes = " ".join(f"{axis}={size}" for axis, size in resolved.mesh_shape.items())
     say(f"model   {cfg.model.path}: {model_cfg.__module__}, {metrics.count(num_params)} parameters")
-    if pickles := hf_reader.pickles(folder):
+    if pickles := hf_folder.pickles(folder):
         say(f"WARNING {', '.join(pickles)} in the model's folder: pickle files are never read")
     say(f"mesh    {axes} on {jax.device_count()} x {jax.devices()[0].device_kind}")
     if (padded := vocabulary.padded(dims, shards)["vocab"]) > model_cfg.vocab:
@@ -218,7 +218,7 @@ def _train(
     if first_process:
         lifecycle.keeps(workdir)
     adapter = paths.local(cfg.lora.path, "lora.path") if cfg.lora.path else None
-    same_weights.check(folder, adapter, hf_reader.step_of(cfg.model.path))
+    same_weights.check(folder, adapter, hf_folder.step_of(cfg.model.path))
     checkpoints = saving.Checkpoints(
         workdir / "checkpoints",
         cfg.checkpoint,

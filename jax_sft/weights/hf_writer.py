@@ -24,7 +24,8 @@ from jax_sft.files.disk import write_at
 from jax_sft.sharding import rules
 from jax_sft.weights import blocks
 from jax_sft.weights.blocks import BlockReader, InMemory
-from jax_sft.weights.hf_reader import DTYPES, INDEX, SINGLE
+from jax_sft.weights.hf_folder import INDEX, SINGLE
+from jax_sft.weights.hf_reader import DTYPES
 from jax_sft.weights.param_spec import Weight
 
 _HASHED_BYTES = 1 << 20  # at a time

@@ -30,7 +30,7 @@ from jax_sft.files import manifest, step_folders, sums
 from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 from jax_sft.training import state
-from jax_sft.weights import blocks, hf_reader, hub, placement, vocabulary
+from jax_sft.weights import blocks, hf_folder, hub, placement, vocabulary
 from scripts import make_model
 
 UNTIED = {"tie_word_embeddings": False, "model_type": "llama", "attention_bias": True}
@@ -123,7 +123,7 @@ def test_weights_load_alike_from_a_folder_and_from_checkpoints_and_return(
     what = planned.rows, planned.dims, False
 
     def find(path: Path, shards: int) -> pretrained.Weights:
-        return pretrained.find(hf_reader.resolve(str(path)), *what, vocab_shards=shards)
+        return pretrained.find(hf_folder.resolve(str(path)), *what, vocab_shards=shards)
 
     found = [find(path, shards) for path in (folder, converted)]
     assert found[0].dtypes == found[1].dtypes
@@ -467,12 +467,12 @@ def test_a_run_its_checkpoints_and_a_step_are_taken_everywhere(
     ways = [".", "checkpoints", "checkpoints/0/", "../a [run] ü/checkpoints", "~/latest"]
     kept = run_folder / "checkpoints" / model_files.NAME
     for way in ways:
-        assert hf_reader.resolve(way).samefile(kept) and hf_reader.step_of(way) in (None, 0)
+        assert hf_folder.resolve(way).samefile(kept) and hf_folder.step_of(way) in (None, 0)
         planned = to_hf.plan(way)
         assert (planned.folder.resolve(), planned.step) == (run_folder / "checkpoints", 0)
         code, printed, _ = run(verify, monkeypatch, capsys, f"--checkpoint={way}")
         assert code == 0 and printed.startswith("step         0  good")
-    assert hf_reader.step_of("~/latest") == hf_reader.step_of("checkpoints/0") == 0
+    assert hf_folder.step_of("~/latest") == hf_folder.step_of("checkpoints/0") == 0
     wanted = load_file(folder / WEIGHTS)["model.embed_tokens.weight"]
     loaded = jax_sft.load("checkpoints/0").params["embed.table"]
     np.testing.assert_array_equal(loaded, wanted)

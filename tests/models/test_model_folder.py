@@ -11,7 +11,7 @@ import jax_sft
 from jax_sft import models
 from jax_sft.files import strict_json
 from jax_sft.validate import validate
-from jax_sft.weights import hf_reader
+from jax_sft.weights import hf_folder, hf_reader
 
 DEEP = 100_000
 LIES = {
@@ -35,13 +35,13 @@ def test_json_that_lies_is_one_line_that_names_the_file(tmp_path, lie):
     file, content = tmp_path / "config.json", LIES[lie]
     file.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ValueError, match=r"config\.json") as error:
-        hf_reader.read_json(file)
+        hf_folder.read_json(file)
     assert len(str(error.value)) < 500 and "\n" not in str(error.value)
 
 
 def test_a_key_that_is_there_twice_with_one_value_is_no_lie(tmp_path):
     (tmp_path / "config.json").write_text('{"dtype": "float32", "dtype": "float32"}')
-    assert hf_reader.read_json(tmp_path / "config.json") == {"dtype": "float32"}
+    assert hf_folder.read_json(tmp_path / "config.json") == {"dtype": "float32"}
 
 
 def make_special(file, kind: str) -> None:
@@ -66,10 +66,10 @@ def test_what_is_not_a_regular_file_is_named_and_not_waited_for(
     monkeypatch.chdir(folder)  # paths of sockets are short
     make_special(folder.relative_to(folder) / name, kind)
     with pytest.raises(ValueError, match=f"{name} is a {kind}, not a regular file"):
-        hf_reader.resolve(str(folder))
+        hf_folder.resolve(str(folder))
     if name.endswith(".json"):
         with pytest.raises(ValueError, match=f"{name} is a {kind}"):
-            hf_reader.read_json(folder / name)
+            hf_folder.read_json(folder / name)
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ def test_deep_json_that_transformers_would_read_is_refused_by_its_file(make_mode
     folder = make_model()
     (folder / name).write_text(LIES["deep"])
     with pytest.raises(ValueError, match=f"{name} is nested"):
-        hf_reader.resolve(str(folder))
+        hf_folder.resolve(str(folder))
     (folder / name).write_text('{"model_max_length": Infinity}')  # Python's json writes that
-    assert hf_reader.resolve(str(folder)) == folder
+    assert hf_folder.resolve(str(folder)) == folder
 
 
 def header(content: object, data: bytes = b"", length: int | None = None) -> bytes:

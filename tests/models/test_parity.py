@@ -28,7 +28,7 @@ from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 from jax_sft.training import optim, state
 from jax_sft.training.program import objective
 from jax_sft.training.step import make_train_step, value_and_grad
-from jax_sft.weights import hf_reader, placement
+from jax_sft.weights import hf_folder, hf_reader, placement
 
 NUM_STEPS = 20
 FAMILIES = {
@@ -224,7 +224,7 @@ def load(cfg, sizes: dict[str, int]):
     """Return (model_def, params, mesh)."""
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     folder = Path(cfg.model.path)
-    config = hf_reader.read_json(folder / "config.json")
+    config = hf_folder.read_json(folder / "config.json")
     family = models.find(config["model_type"])
     # Without remat, which compiles faster; the run on eight devices has the default's.
     model_def = ModelDef.of(family, family.Config.from_hf(config), dtype="float32")

@@ -13,7 +13,7 @@ from jax_sft.sharding import collectives, rules
 from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training.step import value_and_grad
 from jax_sft.weights import placement
-from jax_sft.weights.hf_reader import read_json
+from jax_sft.weights.hf_folder import read_json
 
 
 def striped(sequence: int, num_tokens: int, **sizes) -> np.ndarray:

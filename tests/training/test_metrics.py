@@ -28,7 +28,7 @@ from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import evaluate, metrics, trackers
 from jax_sft.training.step import make_eval_step, no_sums
 from jax_sft.validate import validate
-from jax_sft.weights import hf_reader, placement
+from jax_sft.weights import hf_folder, hf_reader, placement
 
 # ---- FLOPs ---------------------------------------------------------------------------------------
 
@@ -486,7 +486,7 @@ def test_evaluation_weighs_every_token_of_every_example_once(sets):
     folder, mesh, examples, loaders = sets
     assert loaders["large"].num_rows % 4 and loaders["small"].num_rows < 4  # tails are not full
 
-    raw = hf_reader.read_json(folder / "config.json")
+    raw = hf_folder.read_json(folder / "config.json")
     family = models.find(raw["model_type"])
     cfg = family.Config.from_hf(raw)
     model_def = ModelDef.of(family, cfg, dtype="float32")

@@ -26,7 +26,7 @@ from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import metrics, optim, state
 from jax_sft.training.step import make_train_step, value_and_grad
-from jax_sft.weights import hf_reader, placement
+from jax_sft.weights import hf_folder, hf_reader, placement
 
 MESHES = [
     (8, 1, 1, 1),
@@ -306,7 +306,7 @@ def test_a_run_leaves_what_it_promises_and_its_export_loads(make_config, tmp_pat
     generation = json.loads((tmp_path / "run/export/generation_config.json").read_text())
     assert generation == {"do_sample": False, "eos_token_id": 258}
     # Another run that starts from these checkpoints stops there, too.
-    kept = hf_reader.resolve(str(tmp_path / "run/checkpoints"))
+    kept = hf_folder.resolve(str(tmp_path / "run/checkpoints"))
     assert stop_tokens.inherited(kept) == {258: 60} and stop_tokens.inherited(tmp_path) == {}
 
 

@@ -15,7 +15,7 @@ from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import optim, state
 from jax_sft.training.step import make_eval_step, make_train_step, no_sums, value_and_grad
-from jax_sft.weights import hf_reader, placement
+from jax_sft.weights import hf_folder, hf_reader, placement
 
 MESHES = [(8, 1, 1, 1), (1, 2, 2, 2)]
 NUM_SOURCES = 3
@@ -43,7 +43,7 @@ def on_mesh(folder: Path, sizes: tuple[int, ...], per_source: bool):
     """(model_def, params, first batch, mesh)."""
     devices = jax.devices()[: int(np.prod(sizes))]
     mesh = make_mesh(dict(zip(rules.AXES, sizes, strict=True)), devices)
-    raw = hf_reader.read_json(folder / "config.json")
+    raw = hf_folder.read_json(folder / "config.json")
     family = models.find(raw["model_type"])
     model_def = ModelDef.of(family, family.Config.from_hf(raw), dtype="float32")
     rows, dims = model_def.rows, model_def.cfg.dims

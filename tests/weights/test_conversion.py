@@ -20,7 +20,7 @@ import jax_sft
 from jax_sft import models, tiny
 from jax_sft.files import manifest
 from jax_sft.sharding.mesh import make_mesh, single_device_mesh
-from jax_sft.weights import hf_reader, hf_writer, placement
+from jax_sft.weights import hf_folder, hf_reader, hf_writer, placement
 
 LLAMA = {
     **{"model_type": "llama", "tie_word_embeddings": False},
@@ -54,7 +54,7 @@ UNLIMITED = 10**12
 
 def read(folder: Path):
     """Return (weight rows, sizes, {HF name: Tensor}) of a model folder."""
-    config = hf_reader.read_json(folder / "config.json")
+    config = hf_folder.read_json(folder / "config.json")
     family = models.find(config["model_type"])
     cfg = family.Config.from_hf(config)
     rows = family.weights(cfg)
@@ -76,7 +76,7 @@ def there_and_back(folder: Path, out: Path, mesh: str, shard_bytes: int = UNLIMI
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     hashes = hf_writer.save(params, rows, dims, dtypes, out, shard_bytes, progress=False)
     assert hashes == manifest.sha256_of(out, [path.name for path in out.iterdir()])
-    hf_reader.copy_side_files(folder, out)
+    hf_folder.copy_side_files(folder, out)
     return [*hashes]
 
 
@@ -509,8 +509,8 @@ def test_pickles_beside_the_weights_are_named_and_left_alone(make_model):
     folder = make_model()
     for name in ("training_args.bin", "optimizer.pt", "notes.txt"):
         (folder / name).write_bytes(b"not to be read")
-    assert hf_reader.pickles(folder) == ["optimizer.pt", "training_args.bin"]
-    assert hf_reader.resolve(str(folder)) == folder and hf_reader.read_headers(folder)[1] == []
+    assert hf_folder.pickles(folder) == ["optimizer.pt", "training_args.bin"]
+    assert hf_folder.resolve(str(folder)) == folder and hf_reader.read_headers(folder)[1] == []
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "chat_template.jinja"])
@@ -520,7 +520,7 @@ def test_a_file_that_is_a_link_out_of_the_folder_is_refused(make_model, tmp_path
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to("../outside")
     with pytest.raises(ValueError, match=f"{name} -> .*outside"):
-        hf_reader.resolve(str(folder))
+        hf_folder.resolve(str(folder))
 
 
 def test_links_within_a_folder_and_within_the_cache_of_the_hub_are_followed(make_model, tmp_path):
@@ -528,15 +528,15 @@ def test_links_within_a_folder_and_within_the_cache_of_the_hub_are_followed(make
     (folder / "config.json").rename(folder / "real.json")
     (folder / "config.json").symlink_to("real.json")
     (tmp_path / "linked").symlink_to(folder)
-    assert hf_reader.resolve(str(tmp_path / "linked"))
+    assert hf_folder.resolve(str(tmp_path / "linked"))
     (cache / "blobs").mkdir(parents=True)
     (cache / "snapshots/1234").mkdir(parents=True)
     (folder / "model.safetensors").rename(cache / "blobs/5678")
     (cache / "snapshots/1234/model.safetensors").symlink_to("../../blobs/5678")
-    assert hf_reader.resolve(str(cache / "snapshots/1234"))
+    assert hf_folder.resolve(str(cache / "snapshots/1234"))
     (cache / "snapshots/1234/config.json").symlink_to("../../../outside")
     with pytest.raises(ValueError, match="links out of the folder"):
-        hf_reader.resolve(str(cache / "snapshots/1234"))
+        hf_folder.resolve(str(cache / "snapshots/1234"))
 
 
 def test_a_folder_without_weights_is_refused(make_model):
