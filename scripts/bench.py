@@ -1,8 +1,8 @@
 """Speed beside the peers: the same weights, tokens and arithmetic, on this machine, in one run.
 
-    python -m scripts.bench --model=SMOLLM2 --table=BUILD.md        # all CPU cases, 3 repeats
-    python -m scripts.bench --cases=a --only=ours,trl --repeats=1   # a quick look
-    python -m scripts.bench --smoke                                 # a toy, our own trainer only
+    python -m scripts.bench --model=SMOLLM2 --table=docs/benchmarks.md  # all CPU cases, 3 repeats
+    python -m scripts.bench --cases=a --only=ours,trl --repeats=1       # a quick look
+    python -m scripts.bench --smoke                                     # a toy, our trainer only
 
 Every subject (our trainer, TRL's SFTTrainer, a plain torch loop, Tunix's PeftTrainer packed by hand
 and padded) runs in fresh processes, in turn, each in a virtual environment of its own that is made

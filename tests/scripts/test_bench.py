@@ -140,7 +140,7 @@ def test_mfu_is_shown_where_the_peak_is_known():
 
 
 def test_a_block_is_rewritten_in_its_place_and_others_stay(tmp_path):
-    file = tmp_path / "BUILD.md"
+    file = tmp_path / "benchmarks.md"
     file.write_text("# Title\n\nText.\n")
     other = dataclasses.replace(HEADER, machine="GPU")
     bench_table.write(file, HEADER, [record("ours", 0.2)])
