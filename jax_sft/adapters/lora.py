@@ -104,7 +104,7 @@ class Adapter(nnx.Module):
         """Zero a share of the values of x [B, T, ...] and scale the others up."""
         keep = 1 - self.dropout
         # Drawn in the order of the rows, then dealt out as they are: the same on every mesh.
-        kept = collectives.stripe(jax.random.bernoulli(self.key[...], keep, x.shape))
+        kept = collectives.interleave(jax.random.bernoulli(self.key[...], keep, x.shape))
         return jnp.where(kept, x / keep, 0).astype(x.dtype)
 
 

@@ -150,7 +150,10 @@ class ExpertKernel(nnx.Module):
 
 
 def _best(probs_BTE: jax.Array, num_chosen: int) -> jax.Array:
-    """The experts of highest probability, int32 [B, T, K]: an island, as no token needs another."""
+    """The experts of highest probability, int32 [B, T, K].
+
+    A `shard_map` region, since no token needs another one.
+    """
     return jax.shard_map(
         lambda probs: jax.lax.top_k(probs, num_chosen)[1],
         in_specs=rules.spec("batch", "token", "experts"),
@@ -158,7 +161,7 @@ def _best(probs_BTE: jax.Array, num_chosen: int) -> jax.Array:
     )(jax.lax.stop_gradient(probs_BTE))
 
 
-# ---- the experts: each device's tokens, on islands -----------------------------------------------
+# ---- the experts: each device's tokens, in shard_map regions -------------------------------------
 
 
 @jax.custom_vjp
@@ -175,7 +178,7 @@ def _experts(x_BTD, weights_BTK, chosen_BTK, gate, up, down) -> jax.Array:
 
 def _experts_fwd(x_BTD, weights_BTK, chosen_BTK, gate, up, down):
     operands = x_BTD, weights_BTK, chosen_BTK, gate, up, down
-    y_BTD, *hidden = _island(
+    y_BTD, *hidden = _shard_map_region(
         _forward,
         (_TOKENS, _CHOSEN, _CHOSEN, *[rules.gathered(_KERNEL)] * 3),
         (_RESIDUAL, _HIDDEN, _HIDDEN),
@@ -186,7 +189,7 @@ def _experts_fwd(x_BTD, weights_BTK, chosen_BTK, gate, up, down):
 
 def _experts_bwd(residuals, grad_BTD):
     (x_BTD, weights_BTK, chosen_BTK, *kernels), hidden = residuals
-    grad_x, grad_weights, *grad_kernels = _island(
+    grad_x, grad_weights, *grad_kernels = _shard_map_region(
         _backward,
         (_TOKENS, _TOKENS, _CHOSEN, _CHOSEN, *[rules.gathered(_KERNEL)] * 3, *[_HIDDEN] * 2),
         (_RESIDUAL, _CHOSEN, *[_KERNEL] * 3),
@@ -197,7 +200,7 @@ def _experts_bwd(residuals, grad_BTD):
 _experts.defvjp(_experts_fwd, _experts_bwd)
 
 
-def _island(local, of_inputs, of_outputs):
+def _shard_map_region(local, of_inputs, of_outputs):
     return jax.shard_map(
         local,
         in_specs=tuple(rules.spec(*axes) for axes in of_inputs),

@@ -85,13 +85,13 @@ def _matmul_bwd(axes, residuals, grad):
     x, kernel = residuals
     of_x, of_grad = (("batch", "token", *rules.gathered(some)) for some in axes)
     grad = rules.constrain(grad, *of_grad)
-    island = collectives.island(
+    region = collectives.shard_map_region(
         functools.partial(_kernel_gradient, axes=axes, dtype=kernel.dtype),
         in_specs=(rules.spec(*of_x), rules.spec(*of_grad)),
         out_specs=rules.spec(*_kernel_axes(axes)),
     )
     with jax.named_scope(".".join(("part.gradient", *_kernel_axes(axes)))):
-        grad_kernel = island(x, grad)
+        grad_kernel = region(x, grad)
     return _contract(grad, kernel, axes, over=axes[1]), grad_kernel
 
 
@@ -99,7 +99,7 @@ def _kernel_gradient(x, grad, *, axes: Axes, dtype):
     """One device's part of the gradient of a kernel, summed over the tokens of all devices.
 
     It is formed and added up in the dtype of the (gathered) kernel: what each device has, rounded
-    to bfloat16 before it is added, would lose more with every device. An island, since the
+    to bfloat16 before it is added, would lose more with every device. A shard_map region, since the
     partitioner may gather all activations instead of scattering the sum.
     """
     first, second = (grad, x) if "embed" in axes[1] else (x, grad)

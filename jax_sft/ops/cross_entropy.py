@@ -2,7 +2,7 @@
 
 Shape suffixes: B rows, T tokens, N tokens of a device, M the same with trained tokens first and
 room for whole chunks of the smallest size, C tokens of a chunk, D model, V vocabulary (of a device,
-inside the island), S shards of the tokens over `tensor`.
+inside the shard_map region), S shards of the tokens over `tensor`.
 Called by `step` and `evaluate` inside jit, under the mesh set by `jax.set_mesh`.
 """
 
@@ -88,16 +88,20 @@ def cross_entropy(
         return _sums(objective, num_sources, hidden_BTD, head_VD, of_tokens)
 
 
-# ---- derivative: by hand, so that nothing differentiates through the island or its loop ----------
+# ---- derivative: by hand, so that nothing differentiates through the region or its loop ----------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sums(objective: Objective, num_sources: int, hidden_BTD, head_VD, of_tokens) -> Sums:
-    return _island(objective, num_sources, hidden_BTD, head_VD, of_tokens, gradients=False)
+    return _shard_map_region(
+        objective, num_sources, hidden_BTD, head_VD, of_tokens, gradients=False
+    )
 
 
 def _forward(objective, num_sources, hidden_BTD, head_VD, of_tokens):
-    sums, *grads = _island(objective, num_sources, hidden_BTD, head_VD, of_tokens, gradients=True)
+    sums, *grads = _shard_map_region(
+        objective, num_sources, hidden_BTD, head_VD, of_tokens, gradients=True
+    )
     # Together: else XLA scatters the gradient of the head when the backward pass of the layers is
     # over, and holds all of it, float32, until then (2 GiB of a 7B model).
     return sums, jax.lax.optimization_barrier(grads)
@@ -112,12 +116,14 @@ def _backward(objective, num_sources, grads, of_sums):
 _sums.defvjp(_forward, _backward)
 
 
-def _island(objective, num_sources, hidden_BTD, head_VD, of_tokens, *, gradients: bool) -> Any:
+def _shard_map_region(
+    objective, num_sources, hidden_BTD, head_VD, of_tokens, *, gradients: bool
+) -> Any:
     of_hidden = rules.spec("batch", "residual", "features")
     of_head = rules.spec("vocab", "embed")
     of_sums = (jax.P(),) * (5 if num_sources else 3)
     of_grads = (of_hidden, of_head) if objective.head_trains else (of_hidden,)
-    return collectives.island(
+    return collectives.shard_map_region(
         functools.partial(
             _local, objective=objective, num_sources=num_sources, gradients=gradients
         ),

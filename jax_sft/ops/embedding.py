@@ -32,7 +32,7 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _lookup(table_VD, tokens_BT, dtype, vocab, table_dtype):
-    find = _island(
+    find = _shard_map_region(
         functools.partial(_find, dtype=dtype),
         rules.spec("batch", "token", "features"),
         rules.spec("vocab", "embed"),
@@ -45,7 +45,7 @@ def _lookup_fwd(table_VD, tokens_BT, *static):
 
 
 def _lookup_bwd(dtype, vocab, table_dtype, tokens_BT, grad_BTD):
-    add = _island(
+    add = _shard_map_region(
         functools.partial(_add, vocab=vocab),
         rules.spec("vocab", "embed"),
         rules.spec("batch", "token", "features"),
@@ -56,8 +56,8 @@ def _lookup_bwd(dtype, vocab, table_dtype, tokens_BT, grad_BTD):
 _lookup.defvjp(_lookup_fwd, _lookup_bwd)
 
 
-def _island(local, out_spec, *in_specs):
-    return collectives.island(
+def _shard_map_region(local, out_spec, *in_specs):
+    return collectives.shard_map_region(
         local,
         in_specs=(rules.spec("batch", "token"), *in_specs),
         out_specs=out_spec,

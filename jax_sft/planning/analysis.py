@@ -20,7 +20,7 @@ from jax_sft.planning.compiling import Compiled, compile_step, shard_bytes
 from jax_sft.planning.hlo import collectives, device_groups, kernels, loops, parser
 from jax_sft.planning.roofline import Prediction, Traffic, predict
 from jax_sft.report.plan_tables import Plan
-from jax_sft.sharding.collectives import STRIPE_TOKENS
+from jax_sft.sharding.collectives import INTERLEAVED_TOKENS
 from jax_sft.sharding.mesh import GPU_MEMORY
 from jax_sft.validate import Resolved
 
@@ -330,7 +330,7 @@ def _warnings(
     if uneven > IMBALANCE:
         lines.append(
             f"attention of one full segment is {uneven:.2f} times the mean on the busiest shard of "
-            f"mesh.sequence: its stripes are too few, use a longer data.seq_len"
+            f"mesh.sequence: its interleaved chunks are too few, use a longer data.seq_len"
         )
     return lines
 
@@ -350,6 +350,6 @@ def imbalance(seq_len: int, shards: int) -> float:
     """Return the highest over the mean attention work of the shards of a row of one segment."""
     if shards == 1:
         return 1.0
-    stripe = math.gcd(STRIPE_TOKENS, seq_len // shards)
-    work = np.arange(1, seq_len + 1).reshape(-1, shards, stripe).sum((0, 2))
+    chunk = math.gcd(INTERLEAVED_TOKENS, seq_len // shards)
+    work = np.arange(1, seq_len + 1).reshape(-1, shards, chunk).sum((0, 2))
     return float(work.max() / work.mean())

@@ -18,24 +18,24 @@ def platform() -> str:
     return jax.sharding.get_abstract_mesh().abstract_device.platform
 
 
-STRIPE_TOKENS = 512  # per stripe of a row that is split over `sequence`
+INTERLEAVED_TOKENS = 512  # per chunk of a row that is split over `sequence`
 
 
-def stripe(x_BT: jax.Array) -> jax.Array:
-    """Deal the tokens of rows out over `sequence` in stripes instead of contiguous parts.
+def interleave(x_BT: jax.Array) -> jax.Array:
+    """Interleave chunks of tokens over `sequence` instead of splitting rows into contiguous parts.
 
-    Shard r of R gets stripes r, r + R, r + 2R, ... of STRIPE_TOKENS tokens (fewer where rows are
-    short), so that each has early and late tokens of the long segments: causal attention is work
-    that grows with the position. Called inside jit on every array of a batch [B, T]; further
+    Shard r of R gets chunks r, r + R, r + 2R, ... of INTERLEAVED_TOKENS tokens (fewer where rows
+    are short), so that each has early and late tokens of the long segments: causal attention is
+    work that grows with the position. Called inside jit on every array of a batch [B, T]; further
     dimensions stay as they are.
     """
     shards = jax.sharding.get_abstract_mesh().shape["sequence"]
     if shards == 1:
         return x_BT
     num_rows, num_tokens, *rest = x_BT.shape
-    stripe_tokens = math.gcd(STRIPE_TOKENS, num_tokens // shards)
-    striped = x_BT.reshape(num_rows, -1, shards, stripe_tokens, *rest).swapaxes(1, 2)
-    return constrain(striped.reshape(x_BT.shape), "batch", "token", *["features"] * len(rest))
+    chunk_tokens = math.gcd(INTERLEAVED_TOKENS, num_tokens // shards)
+    interleaved = x_BT.reshape(num_rows, -1, shards, chunk_tokens, *rest).swapaxes(1, 2)
+    return constrain(interleaved.reshape(x_BT.shape), "batch", "token", *["features"] * len(rest))
 
 
 def gather(weight: jax.Array, logical_axes: Sequence[str]) -> jax.Array:
@@ -64,9 +64,12 @@ def all_gather(local: jax.Array, axes: str | Sequence[str], **options: Any) -> j
     return local if options.get("tiled") else local[None]
 
 
-def island(local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`jax.shard_map` over the mesh set by `jax.set_mesh`, with its check of what `psum` adds up;
-    on one device, where `psum` adds up nothing, without.
+def shard_map_region(
+    local: Callable[..., Any], in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """`jax.shard_map` over the mesh set by `jax.set_mesh`.
+
+    Its check of replication is off on one device, where `psum` is skipped.
     """
     is_checked = not is_one_device()
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=is_checked)
@@ -78,7 +81,7 @@ def is_one_device() -> bool:
 
 
 def psum(local: Any, axes: str | Sequence[str]) -> Any:
-    """`jax.lax.psum`, inside `island`, that leaves alone what one device has.
+    """`jax.lax.psum`, inside `shard_map_region`, that leaves alone what one device has.
 
     XLA on CPUs copies what it adds up, on one device too: all gradients of a step.
     """

@@ -48,7 +48,7 @@ def batch_sums(
             `cross_entropy`, router_aux of `value_and_grad`; None = nothing.
         dropout_key: random key of this micro-batch; None = nothing is dropped.
     """
-    micro = {name: collectives.stripe(array) for name, array in micro.items()}
+    micro = {name: collectives.interleave(array) for name, array in micro.items()}
     model = model_def.bind(weights, dropout_key)
     options = {name: value for name, value in (objective or {}).items() if name != ROUTER_AUX}
     balance = None

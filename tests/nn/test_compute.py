@@ -100,7 +100,7 @@ def test_gradients_are_scattered_in_the_dtype_asked_for(grad_dtype, num_float32)
 
 
 def equations(jaxpr):
-    """All equations, those of loops and islands too."""
+    """All equations, those of loops and shard_map regions too."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jaxprs_in_params(equation.params):
@@ -144,10 +144,10 @@ def test_what_devices_have_is_added_up_and_one_adds_up_nothing(devices):
         return x.sum()
 
     with jax.set_mesh(mesh):
-        adds = jax.jit(collectives.island(total, jax.P("fsdp"), jax.P()))
+        adds = jax.jit(collectives.shard_map_region(total, jax.P("fsdp"), jax.P()))
         assert float(adds(x)) == 28.0
         # XLA on CPUs copies what it is told to add up over one device.
         assert ("all-reduce" in adds.lower(x).compile().as_text()) == (not single)
         if not single:  # a sum that was forgotten is found
             with pytest.raises(ValueError, match="fsdp"):
-                jax.jit(collectives.island(own, jax.P("fsdp"), jax.P()))(x)
+                jax.jit(collectives.shard_map_region(own, jax.P("fsdp"), jax.P()))(x)

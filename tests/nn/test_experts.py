@@ -199,7 +199,7 @@ def grouped_products(remat: str) -> int:
 
 
 def equations(jaxpr):
-    """All equations, those of loops and islands too."""
+    """All equations, those of loops and shard_map regions too."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jaxprs_in_params(equation.params):

@@ -1,4 +1,4 @@
-"""Rows split over `sequence`: stripes, their balance, and a long row against the unsplit one."""
+"""Rows split over `sequence`: interleaved, balanced, and a long row against the unsplit one."""
 
 import math
 
@@ -16,43 +16,43 @@ from jax_sft.weights import placement
 from jax_sft.weights.hf_folder import read_json
 
 
-def striped(sequence: int, num_tokens: int, **sizes) -> np.ndarray:
+def interleaved(sequence: int, num_tokens: int, **sizes) -> np.ndarray:
     """Where the tokens of a row go: their numbers, in the order of the shards."""
     mesh = make_mesh(
         {"sequence": sequence, **sizes}, jax.devices()[: sequence * math.prod(sizes.values())]
     )
     with jax.set_mesh(mesh):
-        return np.asarray(jax.jit(collectives.stripe)(np.arange(num_tokens)[None]))[0]
+        return np.asarray(jax.jit(collectives.interleave)(np.arange(num_tokens)[None]))[0]
 
 
 @pytest.mark.parametrize(("sequence", "num_tokens"), [(2, 4096), (4, 4096), (8, 8192), (4, 36)])
-def test_shards_get_every_so_manyth_stripe(sequence, num_tokens):
-    stripe = math.gcd(collectives.STRIPE_TOKENS, num_tokens // sequence)
-    shards = striped(sequence, num_tokens).reshape(sequence, -1)
+def test_shards_get_every_so_manyth_chunk(sequence, num_tokens):
+    chunk = math.gcd(collectives.INTERLEAVED_TOKENS, num_tokens // sequence)
+    shards = interleaved(sequence, num_tokens).reshape(sequence, -1)
     for rank, tokens in enumerate(shards):
-        np.testing.assert_array_equal(tokens // stripe % sequence, rank)
+        np.testing.assert_array_equal(tokens // chunk % sequence, rank)
         assert (np.diff(tokens) > 0).all()
     np.testing.assert_array_equal(np.sort(shards.ravel()), np.arange(num_tokens))
 
 
 def test_a_row_that_is_not_split_keeps_its_order():
-    np.testing.assert_array_equal(striped(1, 4096, fsdp=1), np.arange(4096))
+    np.testing.assert_array_equal(interleaved(1, 4096, fsdp=1), np.arange(4096))
 
 
 @pytest.mark.parametrize(("seq_len", "shards"), [(131_072, 16), (131_072, 8), (32_768, 8)])
-def test_stripes_balance_the_attention_of_a_full_row(seq_len, shards):
+def test_interleaving_balances_the_attention_of_a_full_row(seq_len, shards):
     assert imbalance(seq_len, shards) < 1.13
     contiguous = np.arange(1, seq_len + 1).reshape(shards, -1).sum(1)
-    assert contiguous.max() / contiguous.mean() > 1.8  # what stripes are for
+    assert contiguous.max() / contiguous.mean() > 1.8  # what interleaving is for
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_stripes_balance_packed_rows_too(seed):
+def test_interleaving_balances_packed_rows_too(seed):
     rng = np.random.default_rng(seed)
     seq_len, shards = 131_072, 8
     lengths = np.minimum(rng.lognormal(8.5, 1.2, 500).astype(int) + 1, 65_536)
     work = np.concatenate([np.arange(1, length + 1) for length in lengths])[:seq_len]
-    of_shard = work[striped(shards, seq_len)].reshape(shards, -1).sum(1)
+    of_shard = work[interleaved(shards, seq_len)].reshape(shards, -1).sum(1)
     contiguous = work.reshape(shards, -1).sum(1)
     assert of_shard.max() / of_shard.mean() < 1.2
     assert contiguous.max() / contiguous.mean() > 1.5

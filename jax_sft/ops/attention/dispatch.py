@@ -182,9 +182,11 @@ def _attention_fwd(q_BTNH, k_BTKH, v_BTKH, ids, windowed, options):
         all_k, all_v, all_ids = _gathered((k, v, ids))
         return options.call("forward", q, all_k, all_v, ids, all_ids, windowed=windowed)
 
-    island = _island(local, (heads, kv_heads, kv_heads, tokens, jax.P()), (heads, of_heads))
-    out_BTNH, lse = island(q_BTNH, k_BTKH, v_BTKH, ids, windowed)
-    # Named outside of the island, where the policies of `jax.checkpoint` see names.
+    region = _shard_map_region(
+        local, (heads, kv_heads, kv_heads, tokens, jax.P()), (heads, of_heads)
+    )
+    out_BTNH, lse = region(q_BTNH, k_BTKH, v_BTKH, ids, windowed)
+    # Named outside of the region, where the policies of `jax.checkpoint` see names.
     out_BTNH = checkpoint_name(out_BTNH, "attention")
     lse = checkpoint_name(lse, "attention_lse")
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, ids, windowed, out_BTNH, lse)
@@ -202,7 +204,7 @@ def _attention_bwd(options, residuals, grad_out_BTNH):
         return dq, *grads
 
     specs = (heads, kv_heads, kv_heads, tokens, jax.P(), heads, of_heads, heads)
-    grads = _island(local, specs, (heads, kv_heads, kv_heads))(*residuals, grad_out_BTNH)
+    grads = _shard_map_region(local, specs, (heads, kv_heads, kv_heads))(*residuals, grad_out_BTNH)
     return *grads, None, None
 
 
@@ -220,8 +222,8 @@ def array_specs():
     )
 
 
-def _island(local, in_specs, out_specs):
-    # Nothing is differentiated through the island, so that JAX need not track along which axes
+def _shard_map_region(local, in_specs, out_specs):
+    # Nothing is differentiated through the region, so that JAX need not track along which axes
     # values vary, which kernels of other libraries cannot tell it.
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 

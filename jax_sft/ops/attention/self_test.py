@@ -28,7 +28,7 @@ _ADVICE = f". Nothing was trained: use another of {BACKENDS[1:]}"
 # has the mantissa of float16. A wrong mask or head gives 0.3 and more.
 TOLERANCE = {"float32": 5e-3, "float16": 5e-3, "bfloat16": 3e-2}
 _TEST_TOKENS = 384  # per device: several blocks of any backend
-_TEST_STRIPES = 2  # per device, in which the tokens of a split row lie
+_TEST_CHUNKS = 2  # per device, in which the tokens of a split row are interleaved
 _TEST_WINDOW = 24  # of a model that has one: shorter than most segments of the test
 _TEST_SOFT_CAP = 1.5  # of a model that has one: the scores of the test have a deviation of 1
 
@@ -104,7 +104,7 @@ def self_test(
     """Compare `packed_attention` on a small packed batch, values and gradients, with NumPy.
 
     Every process of `mesh` must call it. The devices that split rows get the same two rows each;
-    there are two kv heads for every device of `tensor`; a split row lies in stripes.
+    there are two kv heads for every device of `tensor`; a split row is interleaved.
 
     Args:
         has_window: test with a sliding window, a short one, whatever the model's.
@@ -225,8 +225,8 @@ def _test_batch(num_tokens, *, shards, num_kv_heads, num_heads_per_kv, head_dim,
         for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
             segments[row, start:stop] = n + 1
             positions[row, start:stop] = np.arange(stop - start)
-    # Token t of the row lies in stripe (t // tokens per stripe), which go to the shards in turn.
-    order = np.arange(num_tokens).reshape(_TEST_STRIPES, shards, -1).swapaxes(0, 1).reshape(-1)
+    # Token t of the row lies in chunk (t // tokens per chunk), which go to the shards in turn.
+    order = np.arange(num_tokens).reshape(_TEST_CHUNKS, shards, -1).swapaxes(0, 1).reshape(-1)
     segments, positions = segments[:, order], positions[:, order]
 
     num_heads = num_kv_heads * num_heads_per_kv

@@ -277,12 +277,12 @@ def test_blockwise_takes_no_gradient_from_padding():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", ["reversed", "striped", "random"])
+@pytest.mark.parametrize("layout", ["reversed", "interleaved", "random"])
 def test_the_layout_of_tokens_permutes_the_output_alone(backend, layout):
     q, k, v, segments, positions = attention_problem()
     order = {
         "reversed": np.arange(T)[::-1],
-        "striped": np.arange(T).reshape(4, -1).T.ravel(),  # every sequence shard gets all parts
+        "interleaved": np.arange(T).reshape(4, -1).T.ravel(),  # every sequence shard gets all parts
         "random": np.random.default_rng(1).permutation(T),
     }[layout]
     grad_out = output_gradient(segments)
@@ -421,8 +421,8 @@ def test_work_is_that_of_the_segments():
 
     natural = packed_ids([[5 * BLOCK, 7 * BLOCK]], size)
     blocks = np.arange(size).reshape(num_blocks, BLOCK)
-    striped = blocks.reshape(3, 4, BLOCK).swapaxes(0, 1).ravel()
-    assert num_pairs([x[:, striped] for x in natural]) == num_pairs(natural) == 15 + 28
+    interleaved = blocks.reshape(3, 4, BLOCK).swapaxes(0, 1).ravel()
+    assert num_pairs([x[:, interleaved] for x in natural]) == num_pairs(natural) == 15 + 28
 
 
 def test_work_is_that_of_the_window():
@@ -541,11 +541,11 @@ def test_keys_and_values_travel_in_the_compute_dtype_and_only_over_sequence():
 
 
 @pytest.mark.parametrize(
-    ("remat", "num_islands"),
+    ("remat", "num_regions"),
     # forward, forward again, backward
     [("full", 3), ("attention", 3), ("attention_lse", 3), ("attn", 2), ("none", 2)],
 )
-def test_the_backward_pass_attends_again_only_where_nothing_was_kept(remat, num_islands):
+def test_the_backward_pass_attends_again_only_where_nothing_was_kept(remat, num_regions):
     q, k, v, *ids = attention_problem()
 
     def layer(q, scale):
@@ -558,10 +558,10 @@ def test_the_backward_pass_attends_again_only_where_nothing_was_kept(remat, num_
 
     args = (np.float32([1.1, 0.9]), q)
     names = primitives(jax.grad(last), *args, sizes=(8, 1, 1, 1))
-    assert names.count("while") == num_islands  # each has one over the blocks that it needs
+    assert names.count("while") == num_regions  # each has one over the blocks that it needs
     if remat in ("full", "attn"):
         with jax.set_mesh(mesh_of((8, 1, 1, 1))):
             compiled = jax.jit(jax.grad(last)).lower(*args).compile()
-        # Two in an island, since XLA removes the one over the single row of a device; and two over
+        # Two in a region, since XLA removes the one over the single row of a device; and two over
         # the layers, forward and back.
-        assert compiled.as_text().count(" while(") == 2 * num_islands + 2
+        assert compiled.as_text().count(" while(") == 2 * num_regions + 2

@@ -339,8 +339,8 @@ def test_too_many_segments_cannot_pass_unseen(fake):
 
 def test_a_row_out_of_order_cannot_pass_unseen(fake):
     segments, positions = row(4, 4, size=8)
-    stripes = np.array([0, 1, 4, 5, 2, 3, 6, 7])
-    ids = batch((segments[stripes], positions[stripes]), (segments, positions))
+    order = np.array([0, 1, 4, 5, 2, 3, 6, 7])
+    ids = batch((segments[order], positions[order]), (segments, positions))
     out = forward(cudnn.BACKEND, ids, max_segments=8)
     assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()
 
@@ -558,8 +558,8 @@ def test_ranges_of_keys_are_what_the_definition_sees(window):
 
 def test_natural_order_is_told():
     good = row(3, 2, size=7, before=1)
-    stripes = [0, 1, 4, 2, 3, 5, 6]
-    ids = batch(good, (good[0][stripes], good[1][stripes]), row(7, size=7), row(size=7))
+    order = [0, 1, 4, 2, 3, 5, 6]
+    ids = batch(good, (good[0][order], good[1][order]), row(7, size=7), row(size=7))
     assert segments.in_natural_order(ids).tolist() == [True, False, True, True]
 
 
@@ -577,7 +577,7 @@ def test_tokamax_equals_the_definition(on_cpu, size, window):
 
 
 @needs_tokamax
-def test_tokamax_takes_keys_in_stripes(on_cpu):
+def test_tokamax_takes_interleaved_keys(on_cpu):
     full = batch(row(30, 1, 60, 20, size=128), row(128, size=128))
     gathered = np.concatenate([np.arange(128).reshape(-1, 16)[rank::2].ravel() for rank in (0, 1)])
     for mine in (gathered[:64], gathered[64:]):
