@@ -1,5 +1,6 @@
 """Evaluation over whole validation sets, tail included, weighted by trained tokens."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,8 +9,50 @@ import numpy as np
 
 from jax_sft.data.batches.examples import Example, Examples
 from jax_sft.data.batches.loader import Loader
+from jax_sft.data.tokens.detokenize import Detokenizer
 from jax_sft.inference import LoadedModel
 from jax_sft.training.step import no_sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Evaluates weights of a run: called with {path: array}, it returns the metrics.
+
+    Attributes:
+        eval_step: see `evaluate`.
+        loaders: {name of a set: loader without shuffling}.
+        tick: see `evaluate`.
+        examples: {name of a set: its examples}, of which the first are answered.
+        num_samples: how many of them in each set.
+        stop_ids: where an answer ends, see `answers`.
+        answerer: the model that answers; None = nothing is answered.
+        detokenizer: shows the answers; None = nothing is answered.
+        say: prints a line.
+    """
+
+    eval_step: Callable
+    loaders: Mapping[str, Loader]
+    tick: Callable[[], None]
+    examples: Mapping[str, Examples]
+    num_samples: int
+    stop_ids: Sequence[int]
+    answerer: LoadedModel | None
+    detokenizer: Detokenizer | None
+    say: Callable[[str], None]
+
+    def __call__(self, weights: dict[str, jax.Array]) -> dict[str, float]:
+        metrics = evaluate(self.eval_step, weights, self.loaders, self.tick)
+        if self.answerer and self.detokenizer:
+            self.answerer.params = weights
+            metrics |= answers(
+                self.answerer,
+                self.detokenizer,
+                self.examples,
+                self.num_samples,
+                self.stop_ids,
+                self.say,
+            )
+        return metrics
 
 
 def evaluate(

@@ -29,6 +29,7 @@ from jax_sft.runtime.startup import Startup
 from jax_sft.sharding.mesh import make_mesh, simulate_cpu_devices, use_gpu_memory
 from jax_sft.training import evaluate, metrics, optim, state, trackers
 from jax_sft.training.program import objective, program
+from jax_sft.training.reporter import Reporter
 from jax_sft.training.step import ROUTER_AUX
 from jax_sft.training.step_guard import Health, dump_batches
 from jax_sft.validate import MOST_STEPS, Resolved, validate
@@ -307,104 +308,81 @@ def _train(
         peak=metrics.peak_flops(jax.devices()),
         observe=health.note,
     )
-    answerer = LoadedModel(model_def, current.weights, mesh) if cfg.eval.samples else None
-    detokenizer = Detokenizer(folder) if cfg.eval.samples and eval_examples else None
-    last: dict[str, float] = {}
+    evaluator = evaluate.Evaluator(
+        compiled.eval_step,
+        eval_sets,
+        tick=functools.partial(_tick, watch, preemption),
+        examples=eval_examples,
+        num_samples=cfg.eval.samples,
+        stop_ids=stop_tokens.union(model_stops, turn_ends),
+        answerer=LoadedModel(model_def, current.weights, mesh) if cfg.eval.samples else None,
+        detokenizer=Detokenizer(folder) if cfg.eval.samples and eval_examples else None,
+        say=say,
+    )
+    reporter = Reporter(
+        meter=meter,
+        health=health,
+        evaluator=evaluator,
+        trackers=logs,
+        num_steps=num_steps,
+        say=say,
+    )
+    save = functools.partial(
+        _save,
+        checkpoints=checkpoints,
+        reporter=reporter,
+        lock=lock,
+        record=record,
+        watch=watch,
+        config=as_dict,
+    )
     done = start
     stopped = owes_evaluation = False
 
-    def log(found: dict[str, float]) -> None:
-        for tracker in logs:
-            tracker.log(int(found["step"]), {k: v for k, v in found.items() if k != "step"})
-        last.update(found)
-
-    def log_steps() -> None:
-        found = meter.read() | {"skipped_steps": health.skipped}
-        say(meter.line(found))
-        log(found)
-
-    def tick() -> None:
-        watch.at("evaluating")
-        if preemption.reached():
-            raise Preempted("told to stop within an evaluation")
-
-    def run_evaluation(step: int, weights) -> dict[str, float]:
-        with meter.paused():
-            found = evaluate.evaluate(compiled.eval_step, weights, eval_sets, tick)
-            if answerer and detokenizer:
-                answerer.params = weights
-                stops = stop_tokens.union(model_stops, turn_ends)
-                found |= evaluate.answers(
-                    answerer, detokenizer, eval_examples, cfg.eval.samples, stops, say
-                )
-        say(f"step {step}/{num_steps} | " + evaluate.line(found))
-        log({"step": step, **found})
-        return found
-
-    def save(evaluated: dict[str, float] | None) -> None:
-        if meter.due:
-            log_steps()
-        meter.check()  # a run that has gone wrong stops before it is saved
-        if done == num_steps:
-            health.require_applied(done)
-        if lock:
-            lock.check(look=True)
-        if record:
-            record.mend()
-        watch.at(f"saving step {done}")
-        extra = {"skipped_steps": health.skipped, "owes_evaluation": owes_evaluation}
-        is_last = done == num_steps
-        wait = is_last or stopped
-        checkpoints.save(done, current.named(), as_dict, evaluated, extra, wait)
-
     # ---- the loop ------------------------------------------------------------------------------
-    with contextlib.ExitStack() as stack:
-        for tracker in logs:  # closed whatever happens; the save first
-            stack.callback(tracker.close)
-        stack.enter_context(checkpoints)
-        stack.enter_context(jax.set_mesh(mesh))
+    # At the end, whatever happens, the running save is waited for before the trackers are closed.
+    with reporter, checkpoints, jax.set_mesh(mesh):
         if owed:
-            run_evaluation(start, current.weights)
+            reporter.evaluate(start, current.weights)
             startup.end("evaluation")
         began = time.perf_counter()
-        meter.start_clock()
+        reporter.start_clock()
         for packed in watch.batches(loader.batches(start, num_steps), start + 1):
             stopped = preemption.reached()
             if stopped:
                 break
             if lock:
                 lock.check()
-            if meter.due:  # the step before: its numbers are ready while this one is dispatched
-                log_steps()
+            # The step before: its numbers are ready while this one is dispatched.
+            reporter.log_due()
             current, sums = compiled.train_step(current, packed)
             watch.started(sums)
-            meter.add(sums, packed["tokens"].size, loader.wait_ms)
+            reporter.add(sums, packed["tokens"].size, loader.wait_ms)
             done += 1
             if done == start + 1:
                 jax.block_until_ready(sums)
                 say(f"compiled and ran the first step in {time.perf_counter() - began:.1f} s")
                 startup.end("first step")
                 say(startup.line())
-                meter.start_clock()
+                reporter.start_clock()
                 preemption.saves_from_here()
             is_last = done == num_steps
             evaluated = None
             if eval_sets and (is_last or is_due(done, cfg.eval.every_steps)):
-                if meter.due:
-                    log_steps()
+                reporter.log_due()
                 try:
-                    evaluated = run_evaluation(done, current.weights)
+                    evaluated = reporter.evaluate(done, current.weights)
                 except Preempted as told:
                     say(f"step {done}: {told}")
                     stopped = owes_evaluation = True
             if stopped:
                 break
             if is_last or is_due(done, cfg.checkpoint.every_steps):
-                save(evaluated)
-        if meter.due:
-            log_steps()
+                save(done, current, metrics=evaluated, owes_evaluation=False, wait=is_last)
+        reporter.log_due()
         if stopped:
-            save(None)  # waits; also tries again what was begun and failed
+            # Waits, and tries again what was begun and failed.
+            save(done, current, metrics=None, owes_evaluation=owes_evaluation, wait=True)
         watch.at("waiting for the last save")
     if stopped:
         is_saved = f"is saved in {workdir}" if checkpoints.saved_step == done else "is NOT saved"
@@ -415,7 +393,49 @@ def _train(
         checkpoints.require(num_steps)
         say(f"saved   {workdir / 'checkpoints'}")
     end_run(cfg, workdir, lock, preemption, watch, say)
-    return last
+    return reporter.last
+
+
+def _tick(watch: Watchdog, preemption: Preemption) -> None:
+    """Note that an evaluation goes on.
+
+    Raises:
+        Preempted: the run is to stop.
+    """
+    watch.at("evaluating")
+    if preemption.reached():
+        raise Preempted("told to stop within an evaluation")
+
+
+def _save(
+    step: int,
+    current: state.TrainState,
+    *,
+    metrics: dict[str, float] | None,
+    owes_evaluation: bool,
+    wait: bool,
+    checkpoints: saving.Checkpoints,
+    reporter: Reporter,
+    lock: run_lock.RunLock | None,
+    record: run_files.Record | None,
+    watch: Watchdog,
+    config: dict,
+) -> None:
+    """Save the state after a step.
+
+    Args:
+        metrics: of the evaluation of this very step.
+        owes_evaluation: whether the resumed run evaluates this step first.
+        wait: whether to wait until it is stored.
+    """
+    reporter.require_sound(step)  # a run that has gone wrong stops before it is saved
+    if lock:
+        lock.check(look=True)
+    if record:
+        record.mend()
+    watch.at(f"saving step {step}")
+    extra = {"skipped_steps": reporter.skipped_steps, "owes_evaluation": owes_evaluation}
+    checkpoints.save(step, current.named(), config, metrics, extra, wait)
 
 
 def end_run(
