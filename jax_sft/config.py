@@ -28,7 +28,7 @@ TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # and the package 
 # would train something that neither config describes.
 FREE = {
     "mesh": "sums are only taken in another order",
-    "batch.micro_rows": "as above, but with dropout or a loss that balances experts: run.py",
+    "batch.micro_rows": "as above, but with dropout or a loss that balances experts: bound_keys",
     "model.attention": "as above",
     "model.remat": "the same numbers, computed again or kept",
     "model.offload": "as above",

@@ -17,7 +17,7 @@ from jax_sft import config
 from jax_sft.runtime import command_line
 from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import mesh_shape
-from jax_sft.training import run
+from jax_sft.training import open_state
 from jax_sft.validate import validate
 
 PACKAGE = Path(config.__file__).parent
@@ -451,7 +451,7 @@ def test_micro_rows_are_not_free_where_they_change_losses(dropout, experts, is_b
     dims = {"experts": 4} if experts else {}
     model_cfg = SimpleNamespace(dims=dims, router_aux=0.01)
     resolved = SimpleNamespace(adapters=SimpleNamespace(dropout=dropout), model_cfg=model_cfg)
-    bound = run.bound_keys(config.default(), resolved)
+    bound = open_state.bound_keys(config.default(), resolved)
     assert bound == (("batch.micro_rows",) if is_bound else ())
 
 

@@ -5,14 +5,25 @@ them, and stops a run that has gone wrong.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
+from jax_sft.checkpoint import stop_tokens
+from jax_sft.data.tokens.detokenize import Detokenizer
+from jax_sft.hosts.preemption import Preempted, Preemption
+from jax_sft.hosts.watchdog import Watchdog
+from jax_sft.inference import LoadedModel
 from jax_sft.training import evaluate
-from jax_sft.training.metrics import Meter
-from jax_sft.training.step_guard import Health
+from jax_sft.training.metrics import Meter, peak_flops, step_flops
+from jax_sft.training.open_data import Data
+from jax_sft.training.open_run import Run
+from jax_sft.training.open_state import Start
+from jax_sft.training.program import Program
+from jax_sft.training.step_guard import Health, dump_batches
 
 
 class Reporter:
@@ -116,3 +127,90 @@ class Reporter:
         for tracker in self._trackers:
             tracker.log(int(metrics["step"]), {k: v for k, v in metrics.items() if k != "step"})
         self.last.update(metrics)
+
+
+def open_reporter(
+    run: Run,
+    data: Data,
+    program: Program,
+    weights: dict[str, jax.Array],
+    start: Start,
+    trackers: Sequence[Any],
+) -> Reporter:
+    """Return the reporter of a run.
+
+    Args:
+        weights: those at the start, of the model that answers.
+        trackers: open; the reporter closes them.
+    """
+    health = Health(
+        on_nonfinite=run.cfg.train.on_nonfinite,
+        most=run.cfg.train.max_nonfinite,
+        dump=functools.partial(_dump, run, data),
+        say=run.say,
+        skipped=start.skipped_steps,
+        vocab=run.resolved.model_cfg.vocab,
+    )
+    return Reporter(
+        meter=_meter(run, data, program, start, health),
+        health=health,
+        evaluator=_evaluator(run, data, program, weights),
+        trackers=trackers,
+        num_steps=data.num_steps,
+        say=run.say,
+    )
+
+
+def _meter(run: Run, data: Data, program: Program, start: Start, health: Health) -> Meter:
+    model_def, is_tied = program.model_def, run.resolved.model_cfg.tied
+
+    def flops(sums: Mapping[str, float]) -> float:
+        tokens, pairs = sums["tokens"], sums["pairs"]
+        return step_flops(model_def.rows, model_def.dims, is_tied, tokens, pairs, model_def.still)
+
+    return Meter(
+        every_steps=run.cfg.log.every_steps,
+        num_steps=data.num_steps,
+        start_step=start.step,
+        epoch_of=data.loader.epoch_of,
+        sources=data.source_names,
+        flops=flops,
+        peak=peak_flops(jax.devices()),
+        observe=health.note,
+    )
+
+
+def _evaluator(
+    run: Run, data: Data, program: Program, weights: dict[str, jax.Array]
+) -> evaluate.Evaluator:
+    num_samples = run.cfg.eval.samples
+    return evaluate.Evaluator(
+        program.eval_step,
+        data.eval_loaders,
+        tick=functools.partial(_tick, run.watch, run.preemption),
+        examples=data.eval,
+        num_samples=num_samples,
+        stop_ids=stop_tokens.union(data.model_stops, data.turn_ends),
+        answerer=LoadedModel(program.model_def, weights, run.mesh) if num_samples else None,
+        detokenizer=Detokenizer(run.model.folder) if num_samples and data.eval else None,
+        say=run.say,
+    )
+
+
+def _tick(watch: Watchdog, preemption: Preemption) -> None:
+    """Note that an evaluation goes on.
+
+    Raises:
+        Preempted: the run is to stop.
+    """
+    watch.at("evaluating")
+    if preemption.reached():
+        raise Preempted("told to stop within an evaluation")
+
+
+def _dump(run: Run, data: Data, sums: Mapping[int, Mapping[str, float]]) -> Path:
+    """Write the batches of steps that went wrong, on the first process; return their folder."""
+    folder = run.workdir / "nonfinite"
+    if run.is_first:
+        dump_batches(folder, data.loader, data.train, sums)
+    return folder

@@ -1,0 +1,168 @@
+"""Open the data of a run: tokenized examples, loaders, the number of steps, and the stop tokens."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from jax_sft.checkpoint import stop_tokens
+from jax_sft.data.batches.examples import Examples
+from jax_sft.data.batches.loader import Loader
+from jax_sft.data.tokens import losses, prepare
+from jax_sft.hosts import cluster
+from jax_sft.training import optim
+from jax_sft.training.open_run import Run
+from jax_sft.validate import MOST_STEPS
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The data of a run.
+
+    Attributes:
+        train: the training examples.
+        eval: {name: examples} of the eval sets.
+        loader: of the training batches.
+        eval_loaders: {name: loader}, each in order and without shuffling.
+        source_names: train sources whose loss is logged; none unless asked for.
+        num_steps: of the whole run.
+        turn_ends: {token id: trained turns that end with it}.
+        model_stops: token ids at which generation with the model stops.
+        report: of data_report.json.
+    """
+
+    train: Examples
+    eval: dict[str, Examples]
+    loader: Loader
+    eval_loaders: dict[str, Loader]
+    source_names: list[str]
+    num_steps: int
+    turn_ends: dict[int, int]
+    model_stops: list[int]
+    report: dict[str, Any]
+
+
+def open_data(run: Run) -> Data:
+    """Tokenize the data, or find it tokenized, and print what it holds.
+
+    Raises:
+        ValueError: anything wrong with the data.
+    """
+    cfg = run.cfg
+    run.watch.at("reading the data")
+    train, eval_sets = _prepare(run)
+    loader, eval_loaders, source_names = _loaders(run, train, eval_sets)
+    num_steps = cfg.train.steps or loader.num_steps(cfg.train.epochs)
+    if num_steps >= MOST_STEPS:
+        raise ValueError(
+            f"train.epochs = {cfg.train.epochs} gives {num_steps} steps: use fewer, so that they "
+            f"are below {MOST_STEPS} (2**31)"
+        )
+    eval_report = {name: examples.report[name] for name, examples in eval_sets.items()}
+    _describe(run, train.report, eval_report, loader, num_steps)
+    turn_ends, model_stops = _stops(run, train)
+    run.startup.end("data")
+    return Data(
+        train=train,
+        eval=eval_sets,
+        loader=loader,
+        eval_loaders=eval_loaders,
+        source_names=source_names,
+        num_steps=num_steps,
+        turn_ends=turn_ends,
+        model_stops=model_stops,
+        report={"train": train.report, "eval": eval_report},
+    )
+
+
+def _prepare(run: Run) -> tuple[Examples, dict[str, Examples]]:
+    """Return the training examples and {name: examples} of the eval sets, the same on all hosts."""
+    data, folder = run.cfg.data, run.model.folder
+    train = prepare.prepare(data.train, folder, data, progress=run.is_first)
+    eval_sets = {
+        name: prepare.prepare({name: source}, folder, data, progress=run.is_first)
+        for name, source in sorted(data.eval.items())
+    }
+    every_set = {"train": train, **{f"eval/{name}": e for name, e in eval_sets.items()}}
+    _check_vocabulary(every_set.values(), run.model.dims["vocab"])
+    cluster.check_same(
+        "data",
+        {name: prepare.fingerprint(examples) for name, examples in every_set.items()},
+        "Every host must see the same files",
+    )
+    return train, eval_sets
+
+
+def _check_vocabulary(sets: Iterable[Examples], vocab: int) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        ValueError: the tokenizer does not belong to the model.
+    """
+    highest = max(counts["highest_id"] for e in sets for counts in e.report.values())
+    if highest >= vocab:
+        raise ValueError(
+            f"the tokenizer gives token id {highest}, the model has only {vocab}: it belongs to "
+            "another model, or tokens were added to it without resizing the embedding"
+        )
+
+
+def _loaders(
+    run: Run, train: Examples, eval_sets: dict[str, Examples]
+) -> tuple[Loader, dict[str, Loader], list[str]]:
+    """Return the loader of `train`, those of the eval sets, and the sources to log the loss of."""
+    cfg, micro_rows = run.cfg, run.resolved.micro_rows
+    source_names = list(train.sources) if cfg.log.per_source else []
+    load = functools.partial(
+        Loader, data=cfg.data, micro_rows=micro_rows, mesh=run.mesh, seed=cfg.seed
+    )
+    loader = load(
+        train,
+        sources=cfg.data.train,
+        rows=cfg.batch.rows,
+        shuffle=cfg.data.shuffle,
+        per_source=bool(source_names),
+    )
+    eval_loaders = {
+        name: load(examples, sources=None, rows=micro_rows, shuffle=False)
+        for name, examples in eval_sets.items()
+    }
+    return loader, eval_loaders, source_names
+
+
+def _describe(
+    run: Run,
+    train_report: dict[str, Any],
+    eval_report: dict[str, Any],
+    loader: Loader,
+    num_steps: int,
+) -> None:
+    """Print what the data holds, and warn of what looks like a mistake."""
+    named = {f"eval/{name}": counts for name, counts in eval_report.items()}
+    run.say(prepare.table({**train_report, **named}))
+    # One set at a time: the training data as a whole, then each eval set.
+    for counts in (train_report, *({name: counts} for name, counts in named.items())):
+        for warning in losses.warnings(counts):
+            run.say(f"WARNING {warning}")
+    run.say(
+        f"packed  {loader.num_rows} rows, {loader.fill:.1%} full; "
+        f"{loader.steps_per_epoch} steps per epoch"
+    )
+    for warning in optim.warnings(run.cfg.optimizer, num_steps):
+        run.say(f"WARNING {warning}")
+
+
+def _stops(run: Run, train: Examples) -> tuple[dict[int, int], list[int]]:
+    """Return the ends of trained turns, and the stop tokens of the model; print both.
+
+    Raises:
+        ValueError: no token can become the tokenizer's eos_token, as train.export_tokenizer_eos
+            asks.
+    """
+    folder = run.model.folder
+    turn_ends = stop_tokens.inherited(folder) | stop_tokens.trained(train.report)
+    model_stops = stop_tokens.named(folder)
+    if run.cfg.train.export_tokenizer_eos:
+        stop_tokens.eos_text(folder, turn_ends)  # fails now, not after the training
+    run.say(f"stops   {stop_tokens.line(folder, model_stops, turn_ends, train.report)}")
+    return turn_ends, model_stops

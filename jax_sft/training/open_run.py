@@ -1,0 +1,227 @@
+"""Open a run: join its processes, check its config, take its workdir, choose its attention.
+
+Everything that is wrong with the config, the machine or the model's folder is found here, before
+any data or weight is read.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jax_sft import config
+from jax_sft.checkpoint import pretrained, saving
+from jax_sft.data.tokens import prepare
+from jax_sft.files import run_lock
+from jax_sft.hosts import cluster, compilation_cache, consensus, preflight
+from jax_sft.hosts.preemption import Preemption
+from jax_sft.hosts.watchdog import Watchdog
+from jax_sft.ops.attention import self_test
+from jax_sft.runtime import confined
+from jax_sft.runtime.startup import Startup
+from jax_sft.sharding.mesh import make_mesh, simulate_cpu_devices, use_gpu_memory
+from jax_sft.training import metrics
+from jax_sft.validate import Resolved, validate
+from jax_sft.weights import hf_folder, vocabulary
+from jax_sft.weights.param_spec import Weight
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """The model that a run starts from.
+
+    Attributes:
+        folder: its local folder.
+        rows: its weights.
+        dims: {name: size} of their dimensions, without padding.
+        weights: reads them.
+    """
+
+    folder: Path
+    rows: tuple[Weight, ...]
+    dims: dict[str, int]
+    weights: pretrained.Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The surroundings of a run, which nothing changes once it is open.
+
+    Attributes:
+        cfg: the config.
+        config: the same as a plain dict, as it is stored.
+        workdir: the run's folder.
+        is_first: whether this process is the one that prints and writes.
+        say: prints a line; does nothing on other processes than the first.
+        resolved: what validation found out, with the attention that passed its test.
+        mesh: all devices.
+        model: the model that the run starts from.
+        lock: of the workdir; held by the first process, None on the others.
+        preemption: knows when to stop.
+        watch: is told what this process does.
+        startup: measures the parts of the start.
+    """
+
+    cfg: config.Config
+    config: dict[str, Any]
+    workdir: Path
+    is_first: bool
+    say: Say
+    resolved: Resolved
+    mesh: Mesh
+    model: BaseModel
+    lock: run_lock.RunLock | None
+    preemption: Preemption
+    watch: Watchdog
+    startup: Startup
+
+
+def open_run(
+    cfg: config.Config,
+    workdir: Path,
+    preemption: Preemption,
+    watch: Watchdog,
+    startup: Startup,
+    ends: contextlib.ExitStack,
+) -> Run:
+    """Join the other processes and check all that can be checked before the data is read.
+
+    Args:
+        ends: gives the workdir free at the end of the run.
+
+    Raises:
+        ValueError: anything wrong with config, workdir or model.
+        Lost, Stopped: another process did not come, or ended with an error.
+    """
+    # 1. Devices are configured before JAX starts, processes meet before they compare anything.
+    _join(cfg, watch)
+    is_first = cluster.process_id() == 0
+    say = print_now if is_first else silent
+    as_dict = config.to_dict(cfg)
+    watch.at("comparing hosts")
+    preflight.same_programs(as_dict | {"workdir": str(workdir)})
+    preflight.clocks(say)
+    # 2. Before anything is compiled.
+    compilation_cache.use(cfg.train.compilation_cache, workdir, say)
+    # 3. The config is checked before the workdir is locked, and locked before it is looked at.
+    resolved = validate(cfg, jax.device_count())
+    preflight.shared_folder(workdir)
+    lock = _take_lock(workdir, say, ends)
+    saving.check_folder(workdir / "checkpoints")
+    mesh = make_mesh(resolved.mesh_shape)
+    model = _find_model(cfg, resolved)
+    if is_first and not prepare.is_cached(cfg.data, model.folder):
+        confined.start_early()  # meanwhile the attention is tested
+    _describe(cfg, resolved, model, say)
+    attention = _choose_attention(cfg, resolved, model, mesh, say)
+    startup.end("checks")
+    return Run(
+        cfg=cfg,
+        config=as_dict,
+        workdir=workdir,
+        is_first=is_first,
+        say=say,
+        resolved=dataclasses.replace(resolved, attention=attention),
+        mesh=mesh,
+        model=model,
+        lock=lock,
+        preemption=preemption,
+        watch=watch,
+        startup=startup,
+    )
+
+
+def _join(cfg: config.Config, watch: Watchdog) -> None:
+    """Meet the other processes."""
+    simulate_cpu_devices(cfg.mesh.cpu_devices)
+    use_gpu_memory()
+    watch.at("joining")
+    cluster.initialize(watched=cfg.train.stall_timeout_s > 0)
+    watch.joined()
+
+
+def _take_lock(workdir: Path, say: Say, ends: contextlib.ExitStack) -> run_lock.RunLock | None:
+    """Take a workdir for this run, until it ends; return the lock on process 0, which holds it.
+
+    Raises:
+        ValueError: on all processes, another run has the workdir, or it cannot be locked.
+    """
+    lock = run_lock.RunLock(workdir, say) if cluster.process_id() == 0 else None
+
+    def take() -> None:
+        ends.enter_context(lock or contextlib.nullcontext())
+
+    consensus.from_first("run lock", take)
+    return lock
+
+
+def _find_model(cfg: config.Config, resolved: Resolved) -> BaseModel:
+    """Find the model's weights, reading only headers.
+
+    Raises:
+        ValueError: they do not fit the model.
+    """
+    rows, dims = tuple(resolved.family.weights(resolved.model_cfg)), resolved.model_cfg.dims
+    folder = hf_folder.resolve(cfg.model.path, cfg.model.revision)
+    weights = pretrained.find(
+        folder,
+        rows,
+        dims,
+        resolved.model_cfg.tied,
+        step=hf_folder.step_of(cfg.model.path),
+        vocab_shards=resolved.mesh_shape["tensor"],
+    )
+    return BaseModel(folder, rows, dims, weights)
+
+
+def _describe(cfg: config.Config, resolved: Resolved, model: BaseModel, say: Say) -> None:
+    """Print what is trained, and on which devices."""
+    num_params = sum(math.prod(row.shape(model.dims)) for row in model.rows)
+    family = resolved.model_cfg.__module__
+    say(f"model   {cfg.model.path}: {family}, {metrics.count(num_params)} parameters")
+    if pickles := hf_folder.pickles(model.folder):
+        say(f"WARNING {', '.join(pickles)} in the model's folder: pickle files are never read")
+    axes = " ".join(f"{axis}={size}" for axis, size in resolved.mesh_shape.items())
+    say(f"mesh    {axes} on {jax.device_count()} x {jax.devices()[0].device_kind}")
+    vocab, shards = resolved.model_cfg.vocab, resolved.mesh_shape["tensor"]
+    if (padded := vocabulary.padded(model.dims, shards)["vocab"]) > vocab:
+        say(f"padded  vocabulary {vocab:,} -> {padded:,} for mesh.tensor = {shards}")
+
+
+def _choose_attention(
+    cfg: config.Config, resolved: Resolved, model: BaseModel, mesh: Mesh, say: Say
+) -> str:
+    """Return the attention backend of the run, which has passed its test.
+
+    Raises:
+        ValueError: the one that was asked for fails its test.
+    """
+    model_cfg, dims = resolved.model_cfg, model.dims
+    attention = self_test.choose(
+        cfg.model.attention,
+        say=say,
+        dtype=cfg.model.dtype,
+        num_heads_per_kv=dims["heads"] // dims["kv_heads"],
+        head_dim=dims["head_dim"],
+        mesh=mesh,
+        has_window=model_cfg.window is not None and model_cfg.window < cfg.data.seq_len,
+        has_soft_cap=model_cfg.attention_soft_cap > 0,
+    )
+    say(f"attend  {attention}: values and gradients right on a packed test batch")
+    return attention
+
+
+def print_now(line: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(line, flush=True)
+
+
+def silent(_: str) -> None:
+    """Discard the line: on every process but the first."""

@@ -1,0 +1,145 @@
+"""Open the state of a run: that of its newest checkpoint, or the pretrained weights at step 0."""
+
+import dataclasses
+import functools
+
+from jax_sft import config
+from jax_sft.adapters import freeze
+from jax_sft.checkpoint import model_files, pretrained, same_weights, saving
+from jax_sft.checkpoint.resume import Found
+from jax_sft.data.batches.loader import Loader
+from jax_sft.data.tokens import prepare
+from jax_sft.files import paths
+from jax_sft.runtime import command_line, lifecycle
+from jax_sft.training import metrics, optim, state
+from jax_sft.training.open_data import Data
+from jax_sft.training.open_run import Run
+from jax_sft.training.program import Program, objective
+from jax_sft.training.step import ROUTER_AUX
+from jax_sft.validate import Resolved
+from jax_sft.weights import hf_folder, vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        step: steps already done.
+        skipped_steps: those of them that were not applied.
+        owes_evaluation: whether this step is evaluated before the next one is trained.
+    """
+
+    step: int
+    skipped_steps: int
+    owes_evaluation: bool
+
+    @classmethod
+    def of(cls, stored: Found | None, run: Run, data: Data) -> "Start":
+        """Return the start from a stored step, or from the beginning."""
+        owes = stored.extra.get("owes_evaluation") if stored else run.cfg.eval.at_start
+        return cls(
+            step=stored.step if stored else 0,
+            skipped_steps=stored.extra.get("skipped_steps", 0) if stored else 0,
+            owes_evaluation=bool(data.eval_loaders and owes),
+        )
+
+
+def open_checkpoints(run: Run, data: Data) -> tuple[saving.Checkpoints, Found | None]:
+    """Return the checkpoints of a run, and the step to resume; no arrays are read.
+
+    Raises:
+        ValueError: the adapter is not of this model, the folder cannot be used, or config or data
+            have changed in a way that is not allowed.
+    """
+    cfg, model, adapters = run.cfg, run.model, run.resolved.adapters
+    run.watch.at("loading the weights")
+    if run.is_first:
+        lifecycle.keeps(run.workdir)
+    adapter = paths.local(cfg.lora.path, "lora.path") if cfg.lora.path else None
+    same_weights.check(model.folder, adapter, hf_folder.step_of(cfg.model.path))
+    checkpoints = saving.Checkpoints(
+        run.workdir / "checkpoints",
+        cfg.checkpoint,
+        model=model_files.Model(
+            model.folder, model.weights.dtypes, prepare.options(cfg.data).chat_template
+        ),
+        data=prepare.fingerprint(data.train),
+        eval_data={name: prepare.fingerprint(examples) for name, examples in data.eval.items()},
+        bound=bound_keys(cfg, run.resolved),
+        adapters=dataclasses.asdict(adapters) if adapters else None,
+        vocabulary=vocabulary.Vocabulary.of(model.rows, run.resolved.model_cfg.vocab),
+        turn_ends=data.turn_ends,
+        guard=run.lock.check if run.lock else None,
+        say=run.say,
+    )
+    return checkpoints, checkpoints.start(run.config)
+
+
+def bound_keys(cfg: config.Config, resolved: Resolved) -> tuple[str, ...]:
+    """Return the keys of config.FREE that change the losses of this run: what is drawn, or
+    balanced, within each micro-batch depends on its rows.
+    """
+    drops = resolved.adapters is not None and resolved.adapters.dropout > 0
+    balances = objective(cfg.loss, resolved.model_cfg).get(ROUTER_AUX)
+    return ("batch.micro_rows",) if drops or balances else ()
+
+
+def restore_or_load(
+    run: Run,
+    data: Data,
+    program: Program,
+    checkpoints: saving.Checkpoints,
+    stored: Found | None,
+) -> tuple[state.TrainState, Start]:
+    """Return the first state of a run: of a stored step, or of the pretrained weights.
+
+    Args:
+        stored: the step to resume; an older one is taken if its arrays are damaged.
+
+    Raises:
+        ValueError: no step can be read, or the model folder has other weights than when the run
+            began.
+    """
+    model_def, rows = program.model_def, run.model.rows
+    adapters = run.resolved.adapters
+    if model_def.frozen or model_def.trained:
+        what = "adapters" if adapters else "what train.freeze leaves"
+        run.say(f"trains  {what}: {metrics.count(freeze.count(model_def))} parameters")
+    read = functools.partial(
+        pretrained.read,
+        run.model.weights,
+        model_def,
+        mesh=run.mesh,
+        dtype=run.cfg.model.param_dtype,
+        progress=run.is_first,
+    )
+    if stored:
+        arrays, stored = checkpoints.restore(stored, program.state.named())
+        first = program.state.from_named(stored.step, arrays)
+        run.say(f"resume  {run.workdir} from step {stored.step} of {data.num_steps}")
+        # A step holds only what trains.
+        still = [row.path for row in rows if row.path not in program.state.params]
+        first = dataclasses.replace(first, frozen=read(still))
+    else:
+        weights = read([row.path for row in rows])
+        if adapters:
+            weights |= freeze.adapters(run.cfg, adapters, model_def, weights, run.mesh)
+        first = state.create(program.tx, weights, model_def.stored, run.mesh, model_def.frozen)
+    checkpoints.keep_frozen(first.frozen, stored)
+    return first, Start.of(stored, run, data)
+
+
+def how_to_train_on(cfg: config.Config, start: int, loader: Loader) -> str:
+    """Say how a run that has done all its steps is trained further."""
+    key = "train.steps" if cfg.train.steps else "train.epochs"
+    value: float = cfg.train.steps or cfg.train.epochs
+    while (num_steps := value if cfg.train.steps else loader.num_steps(value)) <= start:
+        value = 2 * value
+    rate = [float(optim.schedule(cfg.optimizer, steps)(start)) for steps in (start, int(num_steps))]
+    allowed = tuple(dict.fromkeys((*cfg.checkpoint.allow_changes, key)))
+    return (
+        f"nothing was trained or written. To train up to step {num_steps:.0f} (the learning rate "
+        f"goes from {rate[0]:.2g} back to {rate[1]:.2g}): "
+        + command_line.again({key: f"{value:g}", "checkpoint.allow_changes": allowed})
+    )
