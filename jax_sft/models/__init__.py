@@ -15,7 +15,7 @@ from typing import Any
 from jax_sft.weights.hf_config import shown
 
 _TEXT_ONLY = {"gemma3": "gemma3_text"}  # a model of several kinds of input: its language model
-_PRIMITIVES = {"layers", "experts", "spec", "sizes", "rope", "fields"}
+_PRIMITIVES = {"decoder_specs", "sizes"}
 
 
 def families() -> list[str]:

@@ -6,11 +6,10 @@ from typing import Any
 
 import jax
 
-from jax_sft.models import sizes
+from jax_sft.models import decoder_specs, sizes
 from jax_sft.models.sizes import Sizes
 from jax_sft.nn import layers
 from jax_sft.nn.rope import Rope
-from jax_sft.weights import param_spec
 from jax_sft.weights.hf_config import LAYER_TYPES, Fields
 from jax_sft.weights.param_spec import Weight
 
@@ -69,11 +68,11 @@ def weights(cfg: Config) -> tuple[Weight, ...]:
         "mlp_out_norm": "post_feedforward_layernorm",
     }
     rows = [
-        *param_spec.norms(norms, "offset"),
-        *param_spec.attention(cfg.attention_bias, cfg.attention_bias),
-        *param_spec.mlp(),
+        *decoder_specs.norms(norms, "offset"),
+        *decoder_specs.attention(cfg.attention_bias, cfg.attention_bias),
+        *decoder_specs.mlp(),
     ]
-    return param_spec.decoder(rows, cfg.tied, "offset")
+    return decoder_specs.decoder(rows, cfg.tied, "offset")
 
 
 def Layer(cfg: Config, key) -> layers.PrePostNorm:

@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_sft.models import sizes
+from jax_sft.models import decoder_specs, sizes
 from jax_sft.models.sizes import Sizes
 from jax_sft.nn import layers
 from jax_sft.nn.rope import Rope
-from jax_sft.weights import param_spec
 from jax_sft.weights.hf_config import LAYER_TYPES, Fields, shown
 from jax_sft.weights.param_spec import Weight
 
@@ -99,12 +98,12 @@ def weights(cfg: Config) -> tuple[Weight, ...]:
     }
     qk_norms = {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
     rows = [
-        *param_spec.norms(norms, "offset"),
-        *param_spec.attention(cfg.attention_bias, cfg.attention_bias),
-        *param_spec.norms(qk_norms, "offset", "head_dim -> head_dim"),
-        *param_spec.mlp(),
+        *decoder_specs.norms(norms, "offset"),
+        *decoder_specs.attention(cfg.attention_bias, cfg.attention_bias),
+        *decoder_specs.norms(qk_norms, "offset", "head_dim -> head_dim"),
+        *decoder_specs.mlp(),
     ]
-    return param_spec.decoder(rows, cfg.tied, "offset")
+    return decoder_specs.decoder(rows, cfg.tied, "offset")
 
 
 class Layer(layers.PrePostNorm):

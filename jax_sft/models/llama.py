@@ -5,11 +5,10 @@ from typing import Any
 
 import jax
 
-from jax_sft.models import sizes
+from jax_sft.models import decoder_specs, sizes
 from jax_sft.models.sizes import Sizes
 from jax_sft.nn import layers
 from jax_sft.nn.rope import Rope
-from jax_sft.weights import param_spec
 from jax_sft.weights.hf_config import Fields
 from jax_sft.weights.param_spec import Weight
 
@@ -39,11 +38,11 @@ class Config(Sizes):
 def weights(cfg: Config) -> tuple[Weight, ...]:
     """Return the weight rows of the model."""
     rows = [
-        *param_spec.norms(param_spec.PRE_NORMS),
-        *param_spec.attention(cfg.attention_bias, cfg.attention_bias),
-        *param_spec.mlp(cfg.mlp_bias),
+        *decoder_specs.norms(decoder_specs.PRE_NORMS),
+        *decoder_specs.attention(cfg.attention_bias, cfg.attention_bias),
+        *decoder_specs.mlp(cfg.mlp_bias),
     ]
-    return param_spec.decoder(rows, cfg.tied)
+    return decoder_specs.decoder(rows, cfg.tied)
 
 
 def Layer(cfg: Config, key) -> layers.PreNorm:

@@ -5,11 +5,10 @@ from typing import Any
 
 import jax
 
-from jax_sft.models import sizes
+from jax_sft.models import decoder_specs, sizes
 from jax_sft.models.sizes import Sizes
 from jax_sft.nn import experts, layers
 from jax_sft.nn.rope import Rope
-from jax_sft.weights import param_spec
 from jax_sft.weights.hf_config import Fields
 from jax_sft.weights.param_spec import Weight
 
@@ -54,14 +53,16 @@ class Config(Sizes):
 def weights(cfg: Config) -> tuple[Weight, ...]:
     """Return the weight rows of the model."""
     rows = [
-        *param_spec.norms(param_spec.PRE_NORMS),
-        *param_spec.attention(),
-        *param_spec.linear(
-            "layers.mlp.router", f"{param_spec.LAYER}block_sparse_moe.gate", param_spec.TO_EXPERTS
+        *decoder_specs.norms(decoder_specs.PRE_NORMS),
+        *decoder_specs.attention(),
+        *decoder_specs.linear(
+            "layers.mlp.router",
+            f"{decoder_specs.LAYER}block_sparse_moe.gate",
+            decoder_specs.TO_EXPERTS,
         ),
-        *param_spec.mlp(within="block_sparse_moe.experts.{experts}.", names=("w1", "w3", "w2")),
+        *decoder_specs.mlp(within="block_sparse_moe.experts.{experts}.", names=("w1", "w3", "w2")),
     ]
-    return param_spec.decoder(rows, cfg.tied)
+    return decoder_specs.decoder(rows, cfg.tied)
 
 
 def Layer(cfg: Config, key) -> experts.Layer:

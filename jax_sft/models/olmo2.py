@@ -6,11 +6,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jax_sft.models import sizes
+from jax_sft.models import decoder_specs, sizes
 from jax_sft.models.sizes import Sizes
 from jax_sft.nn import layers
 from jax_sft.nn.rope import Rope
-from jax_sft.weights import param_spec
 from jax_sft.weights.hf_config import Fields
 from jax_sft.weights.param_spec import Weight
 
@@ -40,17 +39,17 @@ def weights(cfg: Config) -> tuple[Weight, ...]:
         "mlp_norm": "post_feedforward_layernorm",
     }
     rows = [
-        *param_spec.norms(norms),
-        *param_spec.attention(cfg.attention_bias, cfg.attention_bias),
-        *param_spec.norms(
+        *decoder_specs.norms(norms),
+        *decoder_specs.attention(cfg.attention_bias, cfg.attention_bias),
+        *decoder_specs.norms(
             {"attn.q_norm": "self_attn.q_norm"}, layout="(heads head_dim) -> heads head_dim"
         ),
-        *param_spec.norms(
+        *decoder_specs.norms(
             {"attn.k_norm": "self_attn.k_norm"}, layout="(kv_heads head_dim) -> kv_heads head_dim"
         ),
-        *param_spec.mlp(),
+        *decoder_specs.mlp(),
     ]
-    return param_spec.decoder(rows, cfg.tied)
+    return decoder_specs.decoder(rows, cfg.tied)
 
 
 class Layer(nnx.Module):

@@ -6,11 +6,10 @@ from typing import Any
 
 import jax
 
-from jax_sft.models import sizes
+from jax_sft.models import decoder_specs, sizes
 from jax_sft.models.sizes import Sizes
 from jax_sft.nn import layers
 from jax_sft.nn.rope import Rope
-from jax_sft.weights import param_spec
 from jax_sft.weights.hf_config import Fields
 from jax_sft.weights.param_spec import Weight
 
@@ -54,20 +53,20 @@ def _rope(fields: Fields, config: dict[str, Any], head_dim: int) -> Rope:
 def weights(cfg: Config) -> tuple[Weight, ...]:
     """Return the weight rows of the model."""
     qkv = {
-        "layers.attn.q": param_spec.TO_HEADS,
-        "layers.attn.k": param_spec.TO_KV_HEADS,
-        "layers.attn.v": param_spec.TO_KV_HEADS,
+        "layers.attn.q": decoder_specs.TO_HEADS,
+        "layers.attn.k": decoder_specs.TO_KV_HEADS,
+        "layers.attn.v": decoder_specs.TO_KV_HEADS,
     }
-    gate_up = {"layers.mlp.gate": param_spec.TO_MLP, "layers.mlp.up": param_spec.TO_MLP}
-    attn, mlp = f"{param_spec.LAYER}self_attn.", f"{param_spec.LAYER}mlp."
+    gate_up = {"layers.mlp.gate": decoder_specs.TO_MLP, "layers.mlp.up": decoder_specs.TO_MLP}
+    attn, mlp = f"{decoder_specs.LAYER}self_attn.", f"{decoder_specs.LAYER}mlp."
     rows = [
-        *param_spec.norms(param_spec.PRE_NORMS),
-        *param_spec.fused(attn + "qkv_proj", qkv),
-        *param_spec.linear("layers.attn.out", attn + "o_proj", param_spec.FROM_HEADS),
-        *param_spec.fused(mlp + "gate_up_proj", gate_up),
-        *param_spec.linear("layers.mlp.down", mlp + "down_proj", param_spec.FROM_MLP),
+        *decoder_specs.norms(decoder_specs.PRE_NORMS),
+        *decoder_specs.fused(attn + "qkv_proj", qkv),
+        *decoder_specs.linear("layers.attn.out", attn + "o_proj", decoder_specs.FROM_HEADS),
+        *decoder_specs.fused(mlp + "gate_up_proj", gate_up),
+        *decoder_specs.linear("layers.mlp.down", mlp + "down_proj", decoder_specs.FROM_MLP),
     ]
-    return param_spec.decoder(rows, cfg.tied)
+    return decoder_specs.decoder(rows, cfg.tied)
 
 
 def Layer(cfg: Config, key) -> layers.PreNorm:

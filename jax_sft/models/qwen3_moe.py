@@ -5,11 +5,10 @@ from typing import Any
 
 import jax
 
-from jax_sft.models import sizes
+from jax_sft.models import decoder_specs, sizes
 from jax_sft.models.sizes import Sizes
 from jax_sft.nn import experts, layers
 from jax_sft.nn.rope import Rope
-from jax_sft.weights import param_spec
 from jax_sft.weights.hf_config import Fields
 from jax_sft.weights.param_spec import Weight
 
@@ -59,15 +58,15 @@ def weights(cfg: Config) -> tuple[Weight, ...]:
     """Return the weight rows of the model."""
     qk_norms = {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
     rows = [
-        *param_spec.norms(param_spec.PRE_NORMS),
-        *param_spec.attention(cfg.attention_bias, cfg.attention_bias),
-        *param_spec.norms(qk_norms, layout="head_dim -> head_dim"),
-        *param_spec.linear(
-            "layers.mlp.router", f"{param_spec.LAYER}mlp.gate", param_spec.TO_EXPERTS
+        *decoder_specs.norms(decoder_specs.PRE_NORMS),
+        *decoder_specs.attention(cfg.attention_bias, cfg.attention_bias),
+        *decoder_specs.norms(qk_norms, layout="head_dim -> head_dim"),
+        *decoder_specs.linear(
+            "layers.mlp.router", f"{decoder_specs.LAYER}mlp.gate", decoder_specs.TO_EXPERTS
         ),
-        *param_spec.mlp(within="mlp.experts.{experts}."),
+        *decoder_specs.mlp(within="mlp.experts.{experts}."),
     ]
-    return param_spec.decoder(rows, cfg.tied)
+    return decoder_specs.decoder(rows, cfg.tied)
 
 
 def Layer(cfg: Config, key) -> experts.Layer:
