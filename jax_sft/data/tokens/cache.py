@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from jax_sft.data.chat import encoding
 from jax_sft.data.sources import formats, read
-from jax_sft.data.tokens import cache_room, worker
+from jax_sft.data.tokens import cache_room, file_hashes, worker
 from jax_sft.data.tokens.store import Damaged, Store, Writer, open_store, publish
 from jax_sft.data.tokens.worker import VERSIONS
-from jax_sft.files import cache_folder, regular
+from jax_sft.files import cache_folder
 
 # Keys of a source that do not change its tokens: a moved file is found again.
 NOT_IN_KEY = ("path", "epochs", "weight")
@@ -39,14 +39,8 @@ NOT_TOKENIZER = (
     *(".md", ".gitattributes"),
 )
 PLAIN = (".jsonl", ".json", ".ndjson")  # files whose chunks say how many bytes they are
-SHOW_HASHING = 1_000_000_000  # bytes from which hashing shows a progress bar
-# A line of hashes.jsonl: what `_identity` returns, and the hash.
-HASH_FIELDS = [str, int, int, int, int, int, str]
-SIZE, CHANGED = 3, 5
-MAX_HASHES = 16 << 20  # bytes: some 60,000 files; a larger hashes.jsonl is begun anew
 HUNG_S = 900  # a build that writes nothing for so long hangs
 SAY_AGAIN_S = 60
-RACY_NS = 2_000_000_000  # the coarsest time stamp of a file system: FAT's 2 s
 LEFTOVER_S = 24 * 3600  # a build that wrote nothing for so long is dead
 
 
@@ -208,7 +202,7 @@ def _key(request: _Request, progress: bool) -> str:
         for file in folder.glob(pattern)
         if file.is_file() and not file.name.endswith(NOT_TOKENIZER)
     )
-    contents = _contents([*request.files, *tokenizer_files], request.cache, progress)
+    contents = file_hashes.contents([*request.files, *tokenizer_files], request.cache, progress)
     deciding = {
         "files": [[os.path.relpath(file, request.root), contents[file]] for file in request.files],
         "source": {k: v for k, v in request.source.to_dict().items() if k not in NOT_IN_KEY},
@@ -219,80 +213,6 @@ def _key(request: _Request, progress: bool) -> str:
     }
     # Not sorted: the order of keys within a template argument may show in the text.
     return hashlib.sha256(json.dumps(deciding, default=repr).encode()).hexdigest()
-
-
-def _contents(files: Sequence[Path], cache: Path, progress: bool) -> dict[Path, str]:
-    """Hash files (sha256); one that did not change since it was hashed is not read again.
-
-    A file is known by path, device, inode, size and both times. Its time of change (ctime) cannot
-    be set by a user, so an edit that keeps size and mtime is noticed too. A hash taken within 2 s
-    of a change is not kept: a second change could carry the same time stamp (as in git's
-    Documentation/technical/racy-git.txt).
-    """
-    memory = cache / "hashes.jsonl"
-    known = _known_hashes(memory)
-    identities = {file: _identity(file) for file in files}
-    todo = {file: identity for file, identity in identities.items() if identity not in known}
-    total = sum(identity[SIZE] for identity in todo.values())
-    show = progress and total >= SHOW_HASHING
-    with tqdm(total=total, desc="hashing", unit="B", unit_scale=True, disable=not show) as bar:
-        for file, identity in todo.items():
-            started = time.time_ns()
-            known[identity] = _hash(file, bar)
-            if started - identity[CHANGED] > RACY_NS and _identity(file) == identity:
-                _remember(memory, identity, known[identity])
-    return {file: known[identity] for file, identity in identities.items()}
-
-
-def _hash(file: Path, bar: tqdm) -> str:
-    digest = hashlib.sha256()
-    with _readable(file), regular.open_regular(file) as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-            bar.update(len(block))
-    return digest.hexdigest()
-
-
-def _identity(file: Path) -> tuple:
-    with _readable(file):
-        found = file.stat()
-    return (
-        *(os.path.realpath(file), found.st_dev, found.st_ino),
-        *(found.st_size, found.st_mtime_ns, found.st_ctime_ns),
-    )
-
-
-@contextlib.contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    """Name a file that has gone, or that the system refuses to read."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-
-
-def _known_hashes(memory: Path) -> dict[tuple, str]:
-    """Read the hashes kept so far; a damaged line, or a file that is not ours, gives none."""
-    known = {}
-    with contextlib.suppress(OSError, ValueError), regular.open_regular(memory) as stream:
-        for line in stream.read(MAX_HASHES).splitlines():
-            # Half a line is left by a killed process.
-            with contextlib.suppress(ValueError, RecursionError):
-                fields = json.loads(line)
-                if isinstance(fields, list) and [*map(type, fields)] == HASH_FIELDS:
-                    *identity, digest = fields
-                    known[tuple(identity)] = digest
-    return known
-
-
-def _remember(memory: Path, identity: tuple, digest: str) -> None:
-    # Where it cannot be kept (a read-only cache, a full disk) the file is hashed again next time.
-    with contextlib.suppress(OSError):
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        if memory.exists() and (not memory.is_file() or memory.stat().st_size > MAX_HASHES):
-            memory.unlink()  # all files are hashed again, once
-        with open(memory, "a", encoding="ascii") as stream:
-            stream.write("\n" + json.dumps([*identity, digest]) + "\n")
 
 
 def _open(request: _Request, key: str) -> Store | Damaged | None:

@@ -20,7 +20,7 @@ import jax_sft
 from jax_sft import cache as cache_command
 from jax_sft import config, tiny
 from jax_sft.data.chat import encoding
-from jax_sft.data.tokens import cache, cache_room, worker
+from jax_sft.data.tokens import cache, cache_room, file_hashes, worker
 from jax_sft.data.tokens import store as store_module
 from jax_sft.files import regular
 from jax_sft.runtime import confined
@@ -345,7 +345,7 @@ def test_a_moved_file_is_found_again_and_its_errors_name_the_new_place(build, tm
 
 def test_an_edit_that_keeps_size_and_time_is_noticed(build, tmp_path, monkeypatch):
     file = write(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b"}])
-    monkeypatch.setattr(cache, "RACY_NS", -(10**18))  # hashes are kept at once
+    monkeypatch.setattr(file_hashes, "RACY_NS", -(10**18))  # hashes are kept at once
     before = file.stat()
     assert not build(file).cached
     file.write_text(file.read_text().replace('"b"', '"c"'))
@@ -379,7 +379,7 @@ def test_an_unchanged_file_is_not_read_again_and_a_young_one_is(build, tmp_path,
     assert times_read() == 1  # within 2 s of the last change: an edit may carry the same time
     assert str(file) not in hashes.read_text() if hashes.exists() else True
     later = time.time_ns() + 3 * 10**9
-    monkeypatch.setattr(cache.time, "time_ns", lambda: later)
+    monkeypatch.setattr(file_hashes.time, "time_ns", lambda: later)
     assert times_read() == 1
     assert str(file) in hashes.read_text()
     assert times_read() == 0
