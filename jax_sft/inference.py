@@ -18,7 +18,7 @@ from jax_sft import models
 from jax_sft.adapters import lora, peft
 from jax_sft.checkpoint import pretrained
 from jax_sft.nn.model_def import ModelDef
-from jax_sft.ops.attention import dispatch as attend
+from jax_sft.ops.attention import self_test
 from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import single_device_mesh
 from jax_sft.weights import hf_folder, placement
@@ -219,7 +219,7 @@ def _attention(name: str, cfg: Any, dtype: str, mesh: Mesh) -> str:
     """Return the attention to use; on GPUs "auto" passes over what fails its test, and warns."""
     if name != "auto" or mesh.devices.flat[0].platform != "gpu":
         return name
-    return attend.choose(
+    return self_test.choose(
         name,
         say=lambda line: warnings.warn(line, stacklevel=3),
         mesh=mesh,
