@@ -3,11 +3,14 @@
 import functools
 import json
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jax_sft import inference
 from jax_sft.ops.attention import blockwise, cudnn, dispatch, reference, self_test, tokamax
 from jax_sft.ops.attention.backend import Backend
 from jax_sft.sharding import rules
@@ -389,3 +392,14 @@ def test_all_processes_take_what_passes_on_each_of_them(plant, monkeypatch):
 
 def test_blocks_of_the_self_test_are_several():
     assert self_test._TEST_TOKENS > blockwise.BLOCK
+
+
+@pytest.mark.parametrize("platform, expected", [("gpu", "tested"), ("cpu", "auto")])
+def test_a_loaded_model_tests_its_attention_on_gpus(monkeypatch, platform, expected):
+    monkeypatch.setattr(self_test, "choose", lambda name, **_: "tested")
+    devices = np.array([types.SimpleNamespace(platform=platform)])
+    mesh: Any = types.SimpleNamespace(devices=devices)
+    cfg = types.SimpleNamespace(
+        head_dim=8, num_heads=4, num_kv_heads=2, window=None, attention_soft_cap=0.0
+    )
+    assert inference._attention("auto", cfg, "float32", mesh) == expected
