@@ -120,7 +120,7 @@ def test_a_wrong_backend_is_a_failure(tmp_path, monkeypatch):
     def wrong(backend, **options):
         raise ValueError(f"{backend} computes wrongly")
 
-    monkeypatch.setattr(gpu_measure.attention, "self_test", wrong)
+    monkeypatch.setattr(gpu_measure.self_test, "self_test", wrong)
     monkeypatch.setattr(gpu_measure, "KINDS", {})
     out = tmp_path / "out.jsonl"
     assert gpu_measure.main(["selftest/blockwise", "--out", str(out), "--smoke"]) == 1

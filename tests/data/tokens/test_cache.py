@@ -667,7 +667,7 @@ def test_a_write_that_the_system_cuts_short_leaves_nothing(build, tmp_path):
         import resource
         from jax_sft import config
         from jax_sft.data.tokens import cache
-from jax_sft.data.chat import encoding
+        from jax_sft.data.chat import encoding
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_001, 100_001))
         try:
             file, model, folder = sys.argv[1:]
@@ -761,7 +761,7 @@ def test_a_build_killed_at_any_moment_leaves_nothing_half_valid(tmp_path, model)
         FORKS
         + """
     import itertools, json, pathlib, shutil
-    from jax_sft.data import store as store_module
+    from jax_sft.data.tokens import store as store_module
     file, model, folder, whole = sys.argv[1:]
     expected = build(file, model, whole).folder
 
@@ -1028,7 +1028,7 @@ def test_memory_stays_flat_for_much_text(tmp_path, model):
         import resource
         from jax_sft import config
         from jax_sft.data.tokens import cache, worker
-from jax_sft.data.chat import encoding
+        from jax_sft.data.chat import encoding
         arguments = [config.source(sys.argv[1]), sys.argv[2], encoding.Options(), sys.argv[3], 2]
         few = config.source(sys.argv[1], limit=60_000)
         peaks = []
