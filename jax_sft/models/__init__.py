@@ -4,7 +4,7 @@ A family file defines `Config` (with `from_hf`, `dims`, `window`, the sliding wi
 that have one, and `attention_soft_cap` and `logit_soft_cap`, 0 = none), `weights(cfg)` and
 `Model(cfg, key)`. One with experts has their numbers in `dims`, "experts" and "chosen" (those that
 a token takes), the weight of their balance in `Config.router_aux`, and a `Model` with `routed` (see
-`layers.Decoder`).
+`decoder.Decoder`).
 """
 
 import importlib

@@ -70,7 +70,7 @@ def norms(names: dict[str, str], norm: str = "scale", layout: str = "norm -> nor
 
 
 def attention(bias: bool = False, out_bias: bool = False) -> list[Weight]:
-    """Return the rows of `layers.Attention`, without norms."""
+    """Return the rows of `attention.Attention`, without norms."""
     return [
         *linear("layers.attn.q", f"{LAYER}self_attn.q_proj", TO_HEADS, bias),
         *linear("layers.attn.k", f"{LAYER}self_attn.k_proj", TO_KV_HEADS, bias),

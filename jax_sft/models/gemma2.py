@@ -8,7 +8,7 @@ import jax
 
 from jax_sft.models import decoder_specs, sizes
 from jax_sft.models.sizes import Sizes
-from jax_sft.nn import layers
+from jax_sft.nn import attention, decoder, layers
 from jax_sft.nn.rope import Rope
 from jax_sft.weights.hf_config import LAYER_TYPES, Fields
 from jax_sft.weights.param_spec import Weight
@@ -75,17 +75,17 @@ def weights(cfg: Config) -> tuple[Weight, ...]:
     return decoder_specs.decoder(rows, cfg.tied, "offset")
 
 
-def Layer(cfg: Config, key) -> layers.PrePostNorm:
+def Layer(cfg: Config, key) -> decoder.PrePostNorm:
     """Return a layer: attention with capped scores, then GeGLU."""
     attn, mlp = jax.random.split(key)
     bias = cfg.attention_bias
-    return layers.PrePostNorm(
+    return decoder.PrePostNorm(
         cfg,
-        layers.Attention(cfg, attn, bias=bias, out_bias=bias, scale=cfg.query_scale),
+        attention.Attention(cfg, attn, bias=bias, out_bias=bias, scale=cfg.query_scale),
         layers.GeGLU(cfg.features, cfg.mlp, mlp),
     )
 
 
-def Model(cfg: Config, key) -> layers.GemmaDecoder:
+def Model(cfg: Config, key) -> decoder.GemmaDecoder:
     """Return the model, its weights made from scratch."""
-    return layers.GemmaDecoder(Layer, cfg, key)
+    return decoder.GemmaDecoder(Layer, cfg, key)

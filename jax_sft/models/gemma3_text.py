@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jax_sft.models import decoder_specs, sizes
 from jax_sft.models.sizes import Sizes
-from jax_sft.nn import layers
+from jax_sft.nn import attention, decoder, layers
 from jax_sft.nn.rope import Rope
 from jax_sft.weights.hf_config import LAYER_TYPES, Fields, shown
 from jax_sft.weights.param_spec import Weight
@@ -106,7 +106,7 @@ def weights(cfg: Config) -> tuple[Weight, ...]:
     return decoder_specs.decoder(rows, cfg.tied, "offset")
 
 
-class Layer(layers.PrePostNorm):
+class Layer(decoder.PrePostNorm):
     """Attention, rotated as the kind of the layer wants it, then GeGLU."""
 
     def __init__(self, cfg: Config, key):
@@ -115,7 +115,7 @@ class Layer(layers.PrePostNorm):
         options = {"bias": cfg.attention_bias, "out_bias": cfg.attention_bias}
         super().__init__(
             cfg,
-            layers.Attention(cfg, attn, **options, norms=norms, scale=cfg.query_scale),
+            attention.Attention(cfg, attn, **options, norms=norms, scale=cfg.query_scale),
             layers.GeGLU(cfg.features, cfg.mlp, mlp),
         )
 
@@ -124,6 +124,6 @@ class Layer(layers.PrePostNorm):
         return super().__call__(x_BTD, windowed, angles, *context)
 
 
-def Model(cfg: Config, key) -> layers.GemmaDecoder:
+def Model(cfg: Config, key) -> decoder.GemmaDecoder:
     """Return the model, its weights made from scratch."""
-    return layers.GemmaDecoder(Layer, cfg, key)
+    return decoder.GemmaDecoder(Layer, cfg, key)

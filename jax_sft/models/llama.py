@@ -7,7 +7,7 @@ import jax
 
 from jax_sft.models import decoder_specs, sizes
 from jax_sft.models.sizes import Sizes
-from jax_sft.nn import layers
+from jax_sft.nn import attention, decoder, layers
 from jax_sft.nn.rope import Rope
 from jax_sft.weights.hf_config import Fields
 from jax_sft.weights.param_spec import Weight
@@ -45,16 +45,16 @@ def weights(cfg: Config) -> tuple[Weight, ...]:
     return decoder_specs.decoder(rows, cfg.tied)
 
 
-def Layer(cfg: Config, key) -> layers.PreNorm:
+def Layer(cfg: Config, key) -> decoder.PreNorm:
     """Return a layer: attention, then SwiGLU."""
     attn, mlp = jax.random.split(key)
-    return layers.PreNorm(
+    return decoder.PreNorm(
         cfg,
-        layers.Attention(cfg, attn, bias=cfg.attention_bias, out_bias=cfg.attention_bias),
+        attention.Attention(cfg, attn, bias=cfg.attention_bias, out_bias=cfg.attention_bias),
         layers.SwiGLU(cfg.features, cfg.mlp, mlp, cfg.mlp_bias),
     )
 
 
-def Model(cfg: Config, key) -> layers.Decoder:
+def Model(cfg: Config, key) -> decoder.Decoder:
     """Return the model, its weights made from scratch."""
-    return layers.Decoder(Layer, cfg, key)
+    return decoder.Decoder(Layer, cfg, key)

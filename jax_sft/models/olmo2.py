@@ -8,7 +8,7 @@ from flax import nnx
 
 from jax_sft.models import decoder_specs, sizes
 from jax_sft.models.sizes import Sizes
-from jax_sft.nn import layers
+from jax_sft.nn import attention, decoder, layers
 from jax_sft.nn.rope import Rope
 from jax_sft.weights.hf_config import Fields
 from jax_sft.weights.param_spec import Weight
@@ -62,7 +62,7 @@ class Layer(nnx.Module):
             for heads in (cfg.num_heads, cfg.num_kv_heads)
         )
         bias = cfg.attention_bias
-        self.attn = layers.Attention(cfg, attn, bias=bias, out_bias=bias, norms=norms)
+        self.attn = attention.Attention(cfg, attn, bias=bias, out_bias=bias, norms=norms)
         self.attn_norm = layers.RMSNorm(cfg.features, eps=cfg.norm_eps)
         self.mlp = layers.SwiGLU(cfg.features, cfg.mlp, mlp)
         self.mlp_norm = layers.RMSNorm(cfg.features, eps=cfg.norm_eps)
@@ -72,6 +72,6 @@ class Layer(nnx.Module):
         return x_BTD + self.mlp_norm(layers.residual(self.mlp(layers.whole(x_BTD))))
 
 
-def Model(cfg: Config, key) -> layers.Decoder:
+def Model(cfg: Config, key) -> decoder.Decoder:
     """Return the model, its weights made from scratch."""
-    return layers.Decoder(Layer, cfg, key)
+    return decoder.Decoder(Layer, cfg, key)

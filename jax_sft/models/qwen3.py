@@ -7,7 +7,7 @@ import jax
 
 from jax_sft.models import decoder_specs, sizes
 from jax_sft.models.sizes import Sizes
-from jax_sft.nn import layers
+from jax_sft.nn import attention, decoder, layers
 from jax_sft.nn.rope import Rope
 from jax_sft.weights.hf_config import Fields
 from jax_sft.weights.param_spec import Weight
@@ -45,18 +45,18 @@ def weights(cfg: Config) -> tuple[Weight, ...]:
     return decoder_specs.decoder(rows, cfg.tied)
 
 
-def Layer(cfg: Config, key) -> layers.PreNorm:
+def Layer(cfg: Config, key) -> decoder.PreNorm:
     """Return a layer: attention, then SwiGLU."""
     attn, mlp = jax.random.split(key)
     norms = tuple(layers.RMSNorm(cfg.head_dim, eps=cfg.norm_eps) for _ in "qk")
     bias = cfg.attention_bias
-    return layers.PreNorm(
+    return decoder.PreNorm(
         cfg,
-        layers.Attention(cfg, attn, bias=bias, out_bias=bias, norms=norms),
+        attention.Attention(cfg, attn, bias=bias, out_bias=bias, norms=norms),
         layers.SwiGLU(cfg.features, cfg.mlp, mlp),
     )
 
 
-def Model(cfg: Config, key) -> layers.Decoder:
+def Model(cfg: Config, key) -> decoder.Decoder:
     """Return the model, its weights made from scratch."""
-    return layers.Decoder(Layer, cfg, key)
+    return decoder.Decoder(Layer, cfg, key)

@@ -7,7 +7,7 @@ import jax
 
 from jax_sft.models import decoder_specs, sizes
 from jax_sft.models.sizes import Sizes
-from jax_sft.nn import experts, layers
+from jax_sft.nn import attention, decoder, experts, layers
 from jax_sft.nn.rope import Rope
 from jax_sft.weights.hf_config import Fields
 from jax_sft.weights.param_spec import Weight
@@ -77,11 +77,11 @@ def Layer(cfg: Config, key) -> experts.Layer:
     sizes = cfg.features, cfg.mlp, cfg.num_experts, cfg.num_chosen
     return experts.Layer(
         cfg,
-        layers.Attention(cfg, attn, bias=bias, out_bias=bias, norms=norms),
+        attention.Attention(cfg, attn, bias=bias, out_bias=bias, norms=norms),
         experts.MoE(*sizes, normalise=cfg.normalise, key=mlp),
     )
 
 
-def Model(cfg: Config, key) -> layers.Decoder:
+def Model(cfg: Config, key) -> decoder.Decoder:
     """Return the model, its weights made from scratch."""
-    return layers.Decoder(Layer, cfg, key)
+    return decoder.Decoder(Layer, cfg, key)

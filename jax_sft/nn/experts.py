@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_sft.nn import layers
+from jax_sft.nn import decoder, layers
 from jax_sft.ops import grouped
 from jax_sft.sharding import collectives, rules
 from jax_sft.weights.hf_config import Fields
@@ -131,7 +131,7 @@ class MoE(nnx.Module):
         return _experts(x_BTD, weights_BTK, chosen_BTK, *kernels), routing
 
 
-class Layer(layers.PreNorm):
+class Layer(decoder.PreNorm):
     """Residual block: attention, then experts, the input of each normed; returns Routing too."""
 
     def __call__(self, x_BTD, angles, segment_ids_BT, *context):

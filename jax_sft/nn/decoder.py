@@ -1,0 +1,163 @@
+"""Residual blocks and whole decoders: the layers are stacked, and run by a scan.
+
+Shape suffixes: B rows, T tokens, D model.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jax_sft.nn.compute import Compute
+from jax_sft.nn.layers import CenteredRMSNorm, Embedding, Head, RMSNorm, residual, whole
+
+
+class PreNorm(nnx.Module):
+    """Residual block: attention, then an MLP, the input of each normed."""
+
+    def __init__(self, cfg: Any, attn: Any, mlp: Any):
+        self.attn_norm = RMSNorm(cfg.features, eps=cfg.norm_eps)
+        self.attn = attn
+        self.mlp_norm = RMSNorm(cfg.features, eps=cfg.norm_eps)
+        self.mlp = mlp
+
+    def __call__(self, x_BTD, *context):
+        x_BTD += residual(self.attn(whole(self.attn_norm(x_BTD)), *context))
+        return x_BTD + residual(self.mlp(whole(self.mlp_norm(x_BTD))))
+
+
+class PrePostNorm(nnx.Module):
+    """Residual block: attention, then an MLP, the input and the output of each normed."""
+
+    def __init__(self, cfg: Any, attn: Any, mlp: Any):
+        self.attn_norm = CenteredRMSNorm(cfg.features, eps=cfg.norm_eps)
+        self.attn = attn
+        self.attn_out_norm = CenteredRMSNorm(cfg.features, eps=cfg.norm_eps)
+        self.mlp_norm = CenteredRMSNorm(cfg.features, eps=cfg.norm_eps)
+        self.mlp = mlp
+        self.mlp_out_norm = CenteredRMSNorm(cfg.features, eps=cfg.norm_eps)
+
+    def __call__(self, x_BTD, windowed, *context):
+        attended_BTD = self.attn(whole(self.attn_norm(x_BTD)), *context, windowed=windowed)
+        x_BTD += self.attn_out_norm(residual(attended_BTD))
+        return x_BTD + self.mlp_out_norm(residual(self.mlp(whole(self.mlp_norm(x_BTD)))))
+
+
+class Decoder(nnx.Module):
+    """Token ids to final hidden states: embedding, equal layers, norm. The head is applied by the
+    loss or by `inference`.
+
+    Args:
+        make_layer: (cfg, key) -> a module, which is called with (x_BTD, angles, segment_ids_BT,
+            positions_BT, compute) and returns the next x_BTD; a layer of experts returns
+            (x_BTD, Routing).
+        cfg: a family's Config.
+    """
+
+    def __init__(self, make_layer: Callable[[Any, jax.Array], Any], cfg: Any, key):
+        embed, layers, head = jax.random.split(key, 3)
+        self.cfg = cfg
+        self.embed = Embedding(cfg.vocab, cfg.features, embed)
+        self.layers = stack(functools.partial(make_layer, cfg), cfg.num_layers, layers)
+        self.final_norm = RMSNorm(cfg.features, eps=cfg.norm_eps)
+        if not cfg.tied:
+            self.head = Head(cfg.vocab, cfg.features, head)
+
+    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, compute: Compute) -> jax.Array:
+        """Return hidden states [B, T, D] in `compute.dtype`, normed and ready for the head."""
+        return self.routed(tokens_BT, segment_ids_BT, positions_BT, compute)[0]
+
+    def routed(self, tokens_BT, segment_ids_BT, positions_BT, compute: Compute):
+        """Return (hidden states, the Routing of all layers; None without experts)."""
+        x_BTD = self.embed(tokens_BT, compute.dtype)
+        angles = self.cfg.rope.angles(positions_BT, segment_ids_BT, compute.max_segments)
+        context = (angles, segment_ids_BT, positions_BT, compute)
+        x_BTD, routing = run_routed_stack(
+            self.layers, x_BTD, *context, name="layers", compute=compute
+        )
+        return self.final_norm(x_BTD), routing
+
+    @property
+    def head_VD(self) -> jax.Array:
+        """The output head [V, D], the master weight: the embedding table when tied."""
+        return self.embed.table[...] if self.cfg.tied else self.head.table[...].T
+
+
+class GemmaDecoder(Decoder):
+    """A Decoder with embeddings of norm sqrt(D), centred norms and layers of two kinds.
+
+    Args:
+        make_layer: its module is called with (x_BTD, windowed, *angles, segment_ids_BT,
+            positions_BT, compute): whether the layer has the window, and the angles of each of
+            `cfg.ropes`.
+        cfg: a family's Config, with `windowed`, a bool for each layer, and `ropes`.
+    """
+
+    def __init__(self, make_layer: Callable[[Any, jax.Array], Any], cfg: Any, key):
+        super().__init__(make_layer, cfg, key)
+        self.final_norm = CenteredRMSNorm(cfg.features, eps=cfg.norm_eps)
+
+    def routed(self, tokens_BT, segment_ids_BT, positions_BT, compute: Compute):
+        x_BTD = self.embed(tokens_BT, compute.dtype)
+        # The factor is rounded too, as in transformers: in bfloat16, sqrt(3584) = 59.87 is 59.75.
+        x_BTD *= jnp.asarray(math.sqrt(self.cfg.features), compute.dtype)
+        angles = [
+            rope.angles(positions_BT, segment_ids_BT, compute.max_segments)
+            for rope in self.cfg.ropes
+        ]
+        context = (*angles, segment_ids_BT, positions_BT, compute)
+        each = (jnp.array(self.cfg.windowed),)
+        x_BTD = run_stack(self.layers, x_BTD, *context, name="layers", compute=compute, each=each)
+        return self.final_norm(x_BTD), None
+
+
+def stack(make_layer: Callable[[jax.Array], Any], num_layers: int, key) -> Any:
+    """Create `num_layers` equal layers as one module whose arrays have a leading layer axis."""
+    return jax.vmap(make_layer)(jax.random.split(key, num_layers))
+
+
+def run_stack(
+    layers: Any,
+    x_BTD: jax.Array,
+    *inputs: Any,
+    name: str,
+    compute: Compute,
+    each: tuple[jax.Array, ...] = (),
+) -> jax.Array:
+    """Apply stacked layers in turn, `x = layer(x, *of_each, *inputs)`, as one compiled loop body.
+
+    Args:
+        name: path of `layers` in the model, as the weight rows have it.
+        each: arrays [layers, ...] of which each layer gets its own element: in what layers differ.
+    """
+    return run_routed_stack(layers, x_BTD, *inputs, name=name, compute=compute, each=each)[0]
+
+
+def run_routed_stack(
+    layers: Any,
+    x_BTD: jax.Array,
+    *inputs: Any,
+    name: str,
+    compute: Compute,
+    each: tuple[jax.Array, ...] = (),
+) -> tuple[jax.Array, Any]:
+    """The same for layers that may return (x, Routing) instead of x: also return each one's.
+
+    Returns:
+        (x, Routing with a leading layer dimension), or (x, None).
+    """
+
+    def body(x_BTD, of_layer):
+        layer, *of_each = of_layer
+        x_BTD = checkpoint_name(x_BTD, "residual")
+        found = compute.gathered(layer, name)(x_BTD, *of_each, *inputs)
+        x_BTD, routing = found if isinstance(found, tuple) else (found, None)
+        return residual(x_BTD), routing
+
+    body = jax.checkpoint(body, policy=compute.policy, prevent_cse=False)
+    return jax.lax.scan(body, x_BTD, (layers, *each))
