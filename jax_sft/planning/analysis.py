@@ -1,4 +1,4 @@
-"""From a config and a target to everything that plan.json holds. Called by `plan` and `search`."""
+"""Analyze a config on a target: everything in plan.json. Called by `plan` and `search`."""
 
 import dataclasses
 import importlib.metadata
@@ -25,12 +25,12 @@ from jax_sft.sharding.mesh import GPU_MEMORY
 from jax_sft.validate import Resolved
 
 LARGE_BYTES = 64 * 2**20  # a replicated array or a float32 product of this size is worth a warning
-IMBALANCE = 1.2  # of attention work over `sequence`, highest over mean
+IMBALANCE = 1.2  # attention work over the shards of `sequence`: maximum / mean
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where a run is planned, and what its rows hold."""
+    """The hardware a run is planned for, and the work of its mean row."""
 
     chip: Chip
     hosts: int
@@ -44,17 +44,17 @@ class Target:
 
 
 def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = None) -> Plan:
-    """Compile the step and return the plan as a dict, see `plan_tables.Plan`."""
+    """Compile the step and return the plan as a dict (see `plan_tables.Plan`)."""
     compiled = compile_step(cfg, resolved, target.devices)
     if hlo_file:
         hlo_file.write_text(compiled.text)
     module = parser.parse(compiled.text)
     platform = "gpu" if compiled.for_gpus else "cpu"
     executions = loops.executions(module, _Loops(cfg, resolved, target.row, platform))
-    found = collectives.collectives(module, executions)
+    step_collectives = collectives.collectives(module, executions)
     gemms = kernels.gemms(module, executions)
     mesh = compiled.program.mesh
-    table = [_row(one, mesh, target) for one in found if one.group_size > 1]
+    table = [_row(c, mesh, target) for c in step_collectives if c.group_size > 1]
     cost = _cost(cfg, resolved, compiled, target)
     plan: Any = {
         "target": {
@@ -79,20 +79,22 @@ def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = Non
         "arithmetic": {
             "model_flops": cost.model,
             "hardware_flops": sum(cost.hardware.values()),
-            "compiled_gemm_flops": sum(one.step_flops for one in gemms) * target.num_devices,
+            "compiled_gemm_flops": sum(gemm.step_flops for gemm in gemms) * target.num_devices,
         },
         "row": dataclasses.asdict(target.row),
-        "opaque_kernels": {},  # {target of a custom call: times}: not in compiled_gemm_flops
-        "warnings": _warnings(cfg, resolved, compiled, module, found, gemms),
+        "opaque_kernels": {},  # {custom call target: count}, not in compiled_gemm_flops
+        "warnings": _warnings(cfg, resolved, compiled, module, step_collectives, gemms),
         "advice": [],
     }
-    for one in kernels.opaque_calls(module, executions):
-        plan["opaque_kernels"][one.target] = plan["opaque_kernels"].get(one.target, 0) + one.count
+    for call in kernels.opaque_calls(module, executions):
+        plan["opaque_kernels"][call.target] = (
+            plan["opaque_kernels"].get(call.target, 0) + call.count
+        )
     if compiled.for_gpus:
         traffic = [_traffic(row) for row in table]
         hosts = target.hosts
         chip = target.chip
-        if cfg.model.dtype == "float32":  # multiplies as TF32, at half of bfloat16's rate
+        if cfg.model.dtype == "float32":  # TF32 runs at half of bfloat16's rate
             chip = dataclasses.replace(chip, peak_flops=chip.peak_flops / 2)
         prediction = predict(cost, chip, target.num_devices, hosts, traffic)
         workspace = _workspace(cfg, resolved)
@@ -105,7 +107,7 @@ def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = Non
 
 
 class _Loops:
-    """Expected trips of the loops whose number of trips the data decides."""
+    """Expected trip counts of the loops whose trip count depends on the data."""
 
     def __init__(self, cfg, resolved: Resolved, row: step_cost.RowWork, platform: str):
         self._row, self._sizes, self._platform = row, resolved.mesh_shape, platform
@@ -119,8 +121,8 @@ class _Loops:
             sizes = chunk_sizes(self._vocab, self._tokens, self._platform)
             return num_chunks(trained, sizes)[sizes.index(int(size[1]))]
         if blockwise.LOOP in loop.op_name:
-            # A block of queries meets the blocks of keys that hold its visible pairs; in the
-            # backward pass, a block of keys the device's blocks of queries.
+            # Forward: each query block visits the key blocks that hold its visible pairs.
+            # Backward: each key block visits the query blocks of this device.
             needed = self._row.pairs / self._row.slots / blockwise.BLOCK
             is_backward = "transpose(" in loop.op_name and "rematted" not in loop.op_name
             return max(needed / (self._sizes["sequence"] if is_backward else 1), 1.0)
@@ -130,8 +132,8 @@ class _Loops:
 
 
 def _row(one: collectives.Collective, mesh, target: Target) -> dict:
-    """One line of the communication table: a collective, over a whole step."""
-    # The compiler counts devices by their place in the mesh, the links are those of the hosts.
+    """Return one row of the communication table: a collective over a whole step."""
+    # The compiler numbers devices by position in the mesh; links depend on the physical ids.
     numbers = [device.id for device in mesh.devices.flat]
     physical = dataclasses.replace(
         one,
@@ -139,7 +141,7 @@ def _row(one: collectives.Collective, mesh, target: Target) -> dict:
         pairs=tuple((numbers[a], numbers[b]) for a, b in one.pairs),
     )
     slow = physical.slow_share(target.gpus_per_host)
-    # Partitioned for CPUs, a reduce-scatter is still an all-reduce of which a slice is used.
+    # In a module partitioned for CPUs, a reduce-scatter is still a sliced all-reduce.
     kind, sent = one.kind, one.step_wire_bytes
     if one.sliced:
         kind, sent = "reduce-scatter", sent / 2
@@ -160,7 +162,7 @@ def _row(one: collectives.Collective, mesh, target: Target) -> dict:
 
 
 def _label(op_name: str) -> str:
-    """What an instruction belongs to: the last scope called part.*, and when it runs."""
+    """Return the last part.* scope of an op_name, and whether it is backward or recomputed."""
     scopes = re.findall(r"part\.([\w.]+)", op_name)
     if not scopes:
         return op_name.rsplit("/", 1)[-1]
@@ -202,7 +204,7 @@ def _cost(cfg, resolved: Resolved, compiled: Compiled, target: Target) -> step_c
 
 
 def _workspace(cfg, resolved: Resolved) -> int:
-    """Bytes that the attention kernel takes, which a compilation without a GPU does not show."""
+    """Return the attention kernel's workspace bytes, which compiling without a GPU omits."""
     if resolved.attention != "cudnn":
         return 0
     sizes, dims = resolved.mesh_shape, resolved.model_cfg.dims
@@ -240,7 +242,7 @@ def _memory(compiled: Compiled, chip: Chip, module: parser.Module, workspace: in
         "card_bytes": chip.memory_bytes,
         "headroom_bytes": headroom,
         "fits": peak + headroom <= chip.memory_bytes,
-        "largest": [_buffer(one) for one in kernels.buffers(module, 2**20)[:12]],
+        "largest": [_buffer(buffer) for buffer in kernels.buffers(module, 2**20)[:12]],
     }
 
 
@@ -267,8 +269,8 @@ def _config(cfg, resolved: Resolved) -> dict:
 
 
 def _predicted(prediction: Prediction) -> dict:
-    found = dataclasses.asdict(prediction)
-    return found | {"assumptions": list(prediction.assumptions)}
+    fields = dataclasses.asdict(prediction)
+    return fields | {"assumptions": list(prediction.assumptions)}
 
 
 # ---- warnings ----------------------------------------------------------------------------------
@@ -282,7 +284,7 @@ def _warnings(
     found: Sequence[collectives.Collective],
     gemms: Sequence[kernels.Gemm],
 ) -> list[str]:
-    """What is wrong or wasteful in the compiled step, a sentence each."""
+    """Return the problems and inefficiencies of the compiled step, one sentence each."""
     sizes, dims = resolved.mesh_shape, resolved.model_cfg.dims
     lines = []
     if compiled.for_gpus and resolved.attention in ("blockwise", "reference"):
@@ -291,32 +293,32 @@ def _warnings(
             "mesh.sequence above 1 install tokamax, else see model.attention"
         )
     lines += [f"involuntary full rematerialisation: {line}" for line in compiled.involuntary]
-    # As large as the smallest matrix of a layer: norms, biases and adapters are all-reduced by
-    # right. Routers are as small as these.
-    moving = [
+    # The threshold is the smallest trainable matrix of a layer. Norms, biases and adapters are
+    # smaller and may be all-reduced. Routers are left out because they are as small.
+    trainable = [
         row
         for row in resolved.family.weights(resolved.model_cfg)
         if row.is_matrix and row.path not in compiled.program.model_def.still
         if "experts" in row.stacked or "experts" not in row.axes
     ]
-    sizes_of_one = [
-        math.prod(dims[axis] for axis in row.axes if axis != "layers") for row in moving
+    layer_sizes = [
+        math.prod(dims[axis] for axis in row.axes if axis != "layers") for row in trainable
     ]
-    for one in collectives.gradient_all_reduces(
+    for op in collectives.gradient_all_reduces(
         found,
         sizes,
-        min(sizes_of_one, default=2**62) // sizes["tensor"] // 2,
+        min(layer_sizes, default=2**62) // sizes["tensor"] // 2,
         allowed=(("data",), ("tensor",)),
     ):
-        if one.sliced:
+        if op.sliced:
             continue
-        axes = " x ".join(device_groups.axis_of(one.groups, sizes))
-        lines.append(f"all-reduce of a gradient over {axes}: {one.arrays[0]} ({one.op_name})")
+        axes = " x ".join(device_groups.axis_of(op.groups, sizes))
+        lines.append(f"all-reduce of a gradient over {axes}: {op.arrays[0]} ({op.op_name})")
     lines += _replicated(compiled, sizes)
     if cfg.model.dtype != "float32":
-        for one in gemms:
-            if one.is_float32 and min(one.m * one.k, one.k * one.n) * 4 >= LARGE_BYTES:
-                lines.append(f"float32 product [{one.m} x {one.k} x {one.n}]: {one.op_name}")
+        for op in gemms:
+            if op.is_float32 and min(op.m * op.k, op.k * op.n) * 4 >= LARGE_BYTES:
+                lines.append(f"float32 product [{op.m} x {op.k} x {op.n}]: {op.op_name}")
     seq_len, vocab = cfg.data.seq_len, -(-dims["vocab"] // sizes["tensor"])
     local = seq_len // sizes["sequence"]
     heads = dims["heads"] // sizes["tensor"]
@@ -336,7 +338,7 @@ def _warnings(
 
 
 def _replicated(compiled: Compiled, sizes: Mapping[str, int]) -> list[str]:
-    """Large arrays of the state that every device holds whole, though they could be split."""
+    """Return a warning for each large array of the state that could be sharded but is not."""
     shards = sizes["fsdp"] * sizes["tensor"] * sizes["sequence"]
     lines = []
     for path, array in compiled.program.state.weights.items():
@@ -347,7 +349,7 @@ def _replicated(compiled: Compiled, sizes: Mapping[str, int]) -> list[str]:
 
 
 def imbalance(seq_len: int, shards: int) -> float:
-    """Return the highest over the mean attention work of the shards of a row of one segment."""
+    """Return max / mean attention work over the shards of a row that is one segment."""
     if shards == 1:
         return 1.0
     chunk = math.gcd(INTERLEAVED_TOKENS, seq_len // shards)

@@ -1,7 +1,7 @@
-"""Which settings are worth compiling: meshes, micro-batches and remat policies, by estimates.
+"""Estimate which settings are worth compiling: meshes, micro-batches and remat policies.
 
-Arithmetic alone, good enough to rank and to leave out what cannot fit: `plan` compiles the best of
-them and believes the compiler, not this file.
+The estimates are arithmetic only. They rank the settings and exclude those that cannot fit; `plan`
+compiles the best ones and uses the compiler's figures.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jax_sft.planning.step_cost import HEAD_CHUNK, RowWork, StepCost, recomputed
 from jax_sft.sharding import rules
 from jax_sft.weights.param_spec import Weight
 
-# Policies tried for model.remat, from the one that keeps most.
+# Policies tried for model.remat, from the one that keeps the most activations to the least.
 REMATS = (
     "none",
     "qkv,attention,attention_lse,mlp",
@@ -24,18 +24,18 @@ REMATS = (
     "attn",
     "full",
 )
-COMPUTE_BYTES = 2  # of bfloat16 activations and gathered weights
-SUM_BYTES = 4  # gradients are kept in float32
+COMPUTE_BYTES = 2  # bfloat16 activations and gathered weights
+SUM_BYTES = 4  # gradients are accumulated in float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What is asked of a model here: its weight rows and sizes, and the dtypes it trains in.
+    """The properties of a model that the estimates need: its weights, sizes and dtypes.
 
     Attributes:
-        param_bytes, moment_bytes: of a master weight, and of each of its two moments.
-        grad_bytes: of a gradient while it is added up over devices.
-        frozen: {path: bytes per element} of what does not train.
+        param_bytes, moment_bytes: bytes of a master weight and of each of its two moments.
+        grad_bytes: bytes of a gradient element while it is reduced over devices.
+        frozen: {path: bytes per element} of the frozen weights.
     """
 
     rows: Sequence[Weight]
@@ -49,7 +49,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a search may choose.
+    """The settings that a search chooses.
 
     Attributes:
         mesh: {axis: size} of all axes.
@@ -67,9 +67,9 @@ class Memory:
     """Estimated bytes of one device.
 
     Attributes:
-        residuals: what the layers keep for the backward pass.
-        workspace: the largest of: a gathered layer with its gradient and activations; the gathered
-            head with its gradient and a chunk of logits.
+        residuals: activations that the layers keep for the backward pass.
+        workspace: the larger of two: a gathered layer with its gradient and activations, and the
+            gathered head with its gradient and a chunk of logits.
     """
 
     parameters: float
@@ -85,7 +85,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A setting, with what is estimated of it."""
+    """A setting with its estimated memory and time."""
 
     setting: Setting
     memory: Memory
@@ -105,15 +105,15 @@ def candidates(
     remats: Sequence[str] = REMATS,
     headroom: float = 0.1,
 ) -> list[Candidate]:
-    """Return all valid settings, those that fit first, each part by predicted step time.
+    """Return all valid settings: those that fit first, then by predicted step time.
 
     Args:
         num_rows: rows per optimizer step.
-        row: their length and what they hold.
-        headroom: share of the card that must stay free.
+        row: length and work of the mean row.
+        headroom: share of the GPU memory that must stay free.
     """
     num_devices = hosts * gpus_per_host
-    found = []
+    estimated = []
     for setting in settings(model, num_devices, gpus_per_host, num_rows, int(row.slots), remats):
         memory = analytic_memory(model, setting, num_rows, int(row.slots))
         cost = step_cost(
@@ -133,8 +133,8 @@ def candidates(
         traffic = analytic_traffic(model, setting, cost, num_rows, int(row.slots), gpus_per_host)
         prediction = predict(cost, chip, num_devices, hosts, traffic)
         fits = memory.peak <= (1 - headroom) * chip.memory_bytes
-        found.append(Candidate(setting, memory, prediction, fits))
-    return sorted(found, key=lambda one: (not one.fits, one.prediction.step_time_s))
+        estimated.append(Candidate(setting, memory, prediction, fits))
+    return sorted(estimated, key=lambda one: (not one.fits, one.prediction.step_time_s))
 
 
 def settings(
@@ -145,7 +145,7 @@ def settings(
     seq_len: int,
     remats: Sequence[str],
 ) -> Iterator[Setting]:
-    """Yield the settings that divide everything, `tensor` staying within a host."""
+    """Yield the settings that divide all array sizes, with `tensor` within one host."""
     arrays = {row.path: (row.axes, row.shape(dict(model.dims))) for row in model.rows}
     for sizes in _factorisations(num_devices, len(rules.AXES)):
         mesh: dict[str, int] = dict(zip(rules.AXES, sizes, strict=True))
@@ -176,28 +176,29 @@ def _divisors(number: int) -> tuple[int, ...]:
 def analytic_memory(model: Model, setting: Setting, num_rows: int, seq_len: int) -> Memory:
     """Estimate the bytes of one device at the peak of a step.
 
-    Parameters, moments and gradients are exact, by rules.RULES; the rest is what the policy
-    keeps of each layer and the working set of the phase that takes most. Within a tenth of what was
-    compiled for 7B on 8 H200 (18 to 39 GiB), 32B on 8 and 72B on 64.
+    Parameters, moments and gradients are exact, by rules.RULES. The rest is the activations that
+    the policy keeps per layer and the working set of the largest phase. The estimate is within 10%
+    of the compiled peak for 7B on 8 H200 (18 to 39 GiB), 32B on 8 and 72B on 64.
     """
     mesh, dims, tensor = setting.mesh, model.dims, setting.mesh["tensor"]
     local = _local_elements(model, mesh)
     tokens = setting.micro_rows * seq_len / (mesh["data"] * mesh["fsdp"] * mesh["sequence"])
-    kept, made = _elements_per_token(dims, setting.remat, tensor)
+    kept, computed = _elements_per_token(dims, setting.remat, tensor)
     layer = _matrix_elements(model, "layers") / dims["layers"] / tensor
     table = dims["vocab"] * dims["embed"] / tensor
     logits = min(HEAD_CHUNK, tokens) * dims["vocab"] / tensor
     gradients = SUM_BYTES * local
-    accumulates = setting.micro_rows < num_rows  # then the sum and what is added to it both live
-    # The next layer is gathered while this one is computed; its gradients are formed whole. Not all
-    # that it makes lives at once, but some of it in float32 and beside its gradient.
-    moving = _matrix_elements(model, "layers", trained=True) / dims["layers"] / tensor
-    in_layer = 2 * COMPUTE_BYTES * layer + model.grad_bytes * moving
-    in_layer += 1.3 * COMPUTE_BYTES * made * tokens
-    of_table = COMPUTE_BYTES + (SUM_BYTES if _head_trains(model) else 0)
-    in_head = of_table * table + (COMPUTE_BYTES + 2 * SUM_BYTES) * logits
+    accumulates = setting.micro_rows < num_rows  # the sum and the new gradients are both alive
+    # The next layer is gathered while this one is computed, and a layer's gradients are formed
+    # whole. The factor 1.3: not all activations of a layer are alive at once, but some are in
+    # float32 and alive together with their gradient.
+    trainable = _matrix_elements(model, "layers", trained=True) / dims["layers"] / tensor
+    in_layer = 2 * COMPUTE_BYTES * layer + model.grad_bytes * trainable
+    in_layer += 1.3 * COMPUTE_BYTES * computed * tokens
+    table_bytes = COMPUTE_BYTES + (SUM_BYTES if _head_trains(model) else 0)
+    in_head = table_bytes * table + (COMPUTE_BYTES + 2 * SUM_BYTES) * logits
     in_head += 2 * COMPUTE_BYTES * dims["embed"] * tokens
-    in_head -= gradients  # those of this pass are not there yet
+    in_head -= gradients  # this pass has no gradients yet
     return Memory(
         parameters=model.param_bytes * local + _frozen_bytes(model, mesh),
         moments=2 * model.moment_bytes * local,
@@ -221,7 +222,7 @@ def _matrix_elements(model: Model, prefix: str, trained: bool = False) -> int:
 
 
 def _local_elements(model: Model, mesh: Mapping[str, int]) -> float:
-    """Elements of what trains on one device."""
+    """Return the number of trainable elements on one device."""
     return sum(
         math.prod(row.shape(dict(model.dims))) / _shards(row, mesh)
         for row in model.rows
@@ -242,26 +243,26 @@ def _head_trains(model: Model) -> bool:
 
 
 def _elements_per_token(dims: Mapping[str, int], remat: str, tensor: int) -> tuple[float, float]:
-    """Return the bfloat16 elements per token that (a policy keeps of a layer, a layer makes)."""
+    """Return the bfloat16 elements per token of a layer that (the policy keeps, it computes)."""
     features, mlp = dims["embed"], dims["mlp"] * dims.get("chosen", 1) / tensor
     q = dims["heads"] * dims["head_dim"] / tensor
     kv = 2 * dims["kv_heads"] * dims["head_dim"] / tensor
     lse = 2 * dims["heads"] / tensor  # float32
-    # Between the blocks, tokens are split over `tensor`: x, the sum, two norms in float32. Within
-    # them: two norms, q, k and v before and after rotation, the context and its lse, attention's
-    # output; gate, up, silu(gate) and the product.
-    made = 6 * features / tensor + 3 * features + 3 * q + 2 * kv + lse + 4 * mlp
-    made += 3 * features * dims.get("chosen", 0)  # the rows of experts: x, in blocks, and y
-    if remat == "none":  # compiled: float32 intermediates, and named values twice
-        return 2.5 * made, made
+    # Between the blocks, tokens are sharded over `tensor`: x, the sum and two norms in float32.
+    # Inside the blocks: two norms, q, k and v before and after rotation, the context and its lse,
+    # the attention output; gate, up, silu(gate) and the product.
+    computed = 6 * features / tensor + 3 * features + 3 * q + 2 * kv + lse + 4 * mlp
+    computed += 3 * features * dims.get("chosen", 0)  # the rows of experts: x, in blocks, and y
+    if remat == "none":  # from compiled steps: float32 intermediates, named values twice
+        return 2.5 * computed, computed
     kept = features / tensor  # a layer's input is always kept
     if remat == "dots":
-        return kept + features + q + kv + 2 * mlp, made
+        return kept + features + q + kv + 2 * mlp, computed
     again = recomputed(dims, remat)
     kept += q + kv if again["attention_projections"] < 1 else 0
     kept += q + lse if not again["attention_scores"] else 0
     kept += 2 * mlp if not again["mlp"] else 0
-    return kept, made
+    return kept, computed
 
 
 # ---- traffic -----------------------------------------------------------------------------------
@@ -275,21 +276,21 @@ def analytic_traffic(
     seq_len: int,
     gpus_per_host: int,
 ) -> list[Traffic]:
-    """Return the collectives that a step needs, as they would be in a well compiled one.
+    """Return the collectives of a well-compiled step.
 
-    Gathers of the layers' weights and the reduction of their gradients hide behind the layers'
-    products; those of the head, of activations over `tensor` and of keys and values are waited for.
+    Gathers of layer weights and reductions of their gradients overlap with the layers' matrix
+    products. Collectives of the head, of activations over `tensor` and of keys and values block.
     """
     mesh, dims = setting.mesh, model.dims
     micros = num_rows // setting.micro_rows
-    of_layers = micros * dims["layers"]
+    num_layer_passes = micros * dims["layers"]
     passes = 2 if setting.remat in ("none", "dots") else 3  # over a layer's projections
-    behind = sum(flops for part, flops in cost.hardware.items() if part != "head")
-    behind /= math.prod(mesh.values())
+    overlap_flops = sum(flops for part, flops in cost.hardware.items() if part != "head")
+    overlap_flops /= math.prod(mesh.values())
     rows = setting.micro_rows / (mesh["data"] * mesh["fsdp"])
     layer = _matrix_elements(model, "layers") / dims["layers"] / mesh["tensor"]
     table = dims["vocab"] * dims["embed"] / mesh["tensor"]
-    moving = _matrix_elements(model, "layers", trained=True) / dims["layers"] / mesh["tensor"]
+    trainable = _matrix_elements(model, "layers", trained=True) / dims["layers"] / mesh["tensor"]
     local = _local_elements(model, mesh)
     x = rows * seq_len / mesh["sequence"] * dims["embed"]
     kv = rows * seq_len * 2 * dims["kv_heads"] * dims["head_dim"] / mesh["tensor"]
@@ -304,19 +305,21 @@ def analytic_traffic(
 
     embed, tensor, sequence = rules.RULES["embed"], ("tensor",), ("sequence",)
     gather, scatter, reduce = "all-gather", "reduce-scatter", "all-reduce"
-    found = [
-        traffic(gather, embed, layer, COMPUTE_BYTES, 2 * of_layers, behind),
-        traffic(scatter, embed, moving, model.grad_bytes, of_layers, behind * 2 / 3),
-        traffic(reduce, ("data",), local, model.grad_bytes, micros, behind * 2 / 3),
+    transfers = [
+        traffic(gather, embed, layer, COMPUTE_BYTES, 2 * num_layer_passes, overlap_flops),
+        traffic(
+            scatter, embed, trainable, model.grad_bytes, num_layer_passes, overlap_flops * 2 / 3
+        ),
+        traffic(reduce, ("data",), local, model.grad_bytes, micros, overlap_flops * 2 / 3),
         traffic(gather, embed, table, COMPUTE_BYTES, micros, blocking=True),  # the head
         traffic(scatter, embed, table * _head_trains(model), SUM_BYTES, micros, blocking=True),
         traffic("all-to-all", embed, x, COMPUTE_BYTES, 2 * micros, blocking=True),  # the lookup
-        traffic(gather, tensor, x, COMPUTE_BYTES, 2 * passes * of_layers, blocking=True),
-        traffic(scatter, tensor, x, COMPUTE_BYTES, (2 + passes) * of_layers, blocking=True),
-        traffic(gather, sequence, kv, COMPUTE_BYTES, passes * of_layers, blocking=True),
-        traffic(scatter, sequence, kv, COMPUTE_BYTES, of_layers, blocking=True),
+        traffic(gather, tensor, x, COMPUTE_BYTES, 2 * passes * num_layer_passes, blocking=True),
+        traffic(scatter, tensor, x, COMPUTE_BYTES, (2 + passes) * num_layer_passes, blocking=True),
+        traffic(gather, sequence, kv, COMPUTE_BYTES, passes * num_layer_passes, blocking=True),
+        traffic(scatter, sequence, kv, COMPUTE_BYTES, num_layer_passes, blocking=True),
     ]
-    return [one for one in found if one.bytes_fast or one.bytes_slow]
+    return [transfer for transfer in transfers if transfer.bytes_fast or transfer.bytes_slow]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -325,7 +328,7 @@ def _ring(
 ) -> tuple[int, float]:
     """Return (devices of a group, share of the hops of its ring that leave a host).
 
-    Devices stand as `make_mesh` puts them: `tensor` varies fastest, then `sequence`.
+    Devices are ordered as in `make_mesh`: `tensor` varies fastest, then `sequence`.
     """
     sizes, stride, offsets = dict(mesh), 1, [0]
     for axis in ("tensor", "sequence", "fsdp", "data"):

@@ -19,7 +19,7 @@ from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training.program import Program, program
 from jax_sft.validate import Resolved
 
-ANY_NUM_STEPS = 1000  # a constant of the schedule; it changes no shape
+ANY_NUM_STEPS = 1000  # a constant of the schedule that affects no shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Compiled:
     """A compiled train step.
 
     Attributes:
-        program: what was compiled.
-        text: the optimised, scheduled module; for CPU devices the module after partitioning.
+        program: the program that was compiled.
+        text: the optimized, scheduled module; for CPU devices, the module after partitioning.
         memory: bytes per device: arguments, temporaries, peak (with arguments), host.
-        for_gpus: whether text and memory are those of GPUs.
+        for_gpus: whether text and memory are for GPUs.
         lower_s, compile_s: seconds.
-        involuntary: the compiler's reports of rematerialisation that sharding forced on it.
+        involuntary: the compiler's reports of rematerialization forced by sharding.
     """
 
     program: Program
@@ -52,7 +52,7 @@ def compile_step(cfg, resolved: Resolved, devices: Sequence[Any]) -> Compiled:
     for_gpus = mesh.devices.flat[0].platform != "cpu"
     with (
         jax.set_mesh(mesh),
-        # Programs of absent devices cannot be loaded again, and what is found dumps nothing.
+        # Programs for absent devices cannot be loaded again, and a cache hit writes no dump.
         compilation_cache.off(),
         captured_stderr() as lines,
         tempfile.TemporaryDirectory(prefix="jax-sft-plan-") as folder,
@@ -64,12 +64,12 @@ def compile_step(cfg, resolved: Resolved, devices: Sequence[Any]) -> Compiled:
         compiled = lowered.compile(compiler_options=options)
         ended = time.perf_counter()
         text = compiled.as_text() if for_gpus else _partitioned(Path(folder))
-    found = compiled.memory_analysis()
+    analysis = compiled.memory_analysis()
     memory = {
-        "arguments": found.argument_size_in_bytes,
-        "temporaries": found.temp_size_in_bytes,
-        "peak": found.peak_memory_in_bytes,
-        "host": found.host_temp_size_in_bytes + found.host_argument_size_in_bytes,
+        "arguments": analysis.argument_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+        "peak": analysis.peak_memory_in_bytes,
+        "host": analysis.host_temp_size_in_bytes + analysis.host_argument_size_in_bytes,
     }
     involuntary = [line for line in lines if "nvoluntary full rematerialization" in line]
     return Compiled(
@@ -92,20 +92,20 @@ def _dump_options(folder: str) -> dict[str, Any]:
 
 
 def _partitioned(folder: Path) -> str:
-    """The step after partitioning: later the CPU compiler makes float32 of its bfloat16."""
+    """Return the step after partitioning; later CPU passes turn its bfloat16 into float32."""
     (file,) = folder.glob("*train_step*.after_spmd-partitioning.*.txt")
     return file.read_text()
 
 
 def shard_bytes(array: jax.ShapeDtypeStruct) -> int:
-    """Bytes of one device's part of an abstract array."""
+    """Return the bytes of one device's shard of an abstract array."""
     assert array.sharding is not None
     return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 @contextlib.contextmanager
 def captured_stderr() -> Iterator[list[str]]:
-    """Collect what is written to the process's stderr, by C++ too; it is lost otherwise."""
+    """Collect the lines written to the process's stderr, also by C++, instead of printing them."""
     lines: list[str] = []
     with tempfile.TemporaryFile() as file:
         saved = os.dup(2)

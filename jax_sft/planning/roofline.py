@@ -1,7 +1,7 @@
-"""How long a step would take, by arithmetic alone: nothing here is measured, all is predicted.
+"""Predict the time of a step by arithmetic only; nothing is measured.
 
-In: the cost of a step, a chip, and the traffic that was found in the compiled step. Out: a
-Prediction with its assumptions. Called by `plan` and `search`.
+In: the cost of a step, a chip, and the traffic of the compiled step. Out: a Prediction with its
+assumptions. Called by `plan` and `search`.
 """
 
 import dataclasses
@@ -13,41 +13,42 @@ from jax_sft.planning.step_cost import LARGEST_GROUP, StepCost
 # Shares of the dense bfloat16 peak. The best shapes of cuBLAS reach 0.80 on an H100 and 0.87 on an
 # A100 (ml-engineering's table of maximum achievable matmul FLOPS); a model's shapes reach less.
 GEMM_EFFICIENCY = 0.70
-# Full-vocabulary products on an H100: 615 to 690 TFLOP/s, of which the middle.
+# Full-vocabulary products reach 615 to 690 TFLOP/s on an H100; this is the midpoint.
 HEAD_EFFICIENCY = 652e12 / 989e12
 # Forward and backward, counted as four and ten FLOPs per pair, head and dimension. Flash kernels:
-# the middle of 490 to 636 and of 361 to 452 TFLOP/s, which tokamax's wheel gives for an H100,
-# head_dim 128, 2k tokens or more; cuDNN's are taken to be the same. Without one, 17 times slower.
+# the midpoints of 490 to 636 and of 361 to 452 TFLOP/s, which tokamax's wheel reports for an H100,
+# head_dim 128, 2k tokens or more. cuDNN's kernels are assumed to reach the same. Attention without
+# a flash kernel is assumed to be 17 times slower.
 _FLASH = (563e12 / 989e12, 406e12 / 989e12)
 _PLAIN = (_FLASH[0] / 17, _FLASH[1] / 17)
 ATTENTION_EFFICIENCY = {
     **{"cudnn": _FLASH, "tokamax": _FLASH, "blockwise": _PLAIN, "reference": _PLAIN}
 }
-HBM_EFFICIENCY = 0.85  # of fused elementwise kernels; plain copies reach 0.90
+HBM_EFFICIENCY = 0.85  # fused elementwise kernels; plain copies reach 0.90
 # NCCL: rings of 8 H200 reach 368 of 450 GB/s per direction, rings of 4 hosts 47 of 50 GB/s per
-# network adapter; small messages take 18 us within a host and 99 us over 4 hosts (6 hops there and
-# back). All of these are in ml-engineering's network benchmarks.
+# network adapter. Small messages take 18 us within a host and 99 us over 4 hosts (6 hops for the
+# round trip). All figures are from ml-engineering's network benchmarks.
 NVLINK_EFFICIENCY = 0.82
 NETWORK_EFFICIENCY = 0.94
-LATENCY_S = 20e-6  # of each collective
-HOP_LATENCY_S = 13e-6  # more for each host that a ring passes
-# Of the multiprocessors, taken by NCCL's kernels while they run: 16 of 132; it uses 16 to 32.
+LATENCY_S = 20e-6  # per collective
+HOP_LATENCY_S = 13e-6  # added for each further host of a ring
+# Share of the multiprocessors that NCCL's kernels occupy: 16 of 132. NCCL uses 16 to 32.
 NCCL_SHARE = 16 / 132
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """A collective of one place in the program, over a whole step and as one device sees it.
+    """One collective of the program, over a whole step, as seen by one device.
 
     Attributes:
-        kind: such as all-gather.
-        axis: the mesh axes that it runs over.
-        bytes_fast, bytes_slow: sent over NVLink and over the network, by all `count` executions.
-        count: how often it runs in a step.
-        hidden_behind_flops: of matrix products that the device computes between its starts and its
-            ends, over the whole step.
-        hidden_behind_bytes: that other kernels read and write meanwhile.
-        blocking: nothing runs meanwhile.
+        kind: HLO opcode, such as all-gather.
+        axis: mesh axes that the collective runs over.
+        bytes_fast, bytes_slow: bytes sent over NVLink and the network by all `count` executions.
+        count: executions per step.
+        hidden_behind_flops: FLOPs of matrix products that the device computes between the starts
+            and the ends of the collective, over the whole step.
+        hidden_behind_bytes: bytes that other kernels read and write in that time.
+        blocking: whether no other kernel runs in that time.
     """
 
     kind: str
@@ -67,11 +68,11 @@ class Prediction:
     Attributes:
         step_time_s: the sum of `time`.
         mfu: the model's FLOPs (head: trained tokens only) over the peak of all devices.
-        mfu_causal: the same with the head for every token, as published figures count.
-        time: seconds by what the devices do or wait for; contention_s is what compute takes longer
-            while collectives run beside it.
-        compute: the seconds of matrix products, by part.
-        hidden_communication_s: runs beside `time` and is not in it.
+        mfu_causal: the same with the head for every token, as published figures count it.
+        time: seconds by activity. contention_s is the slowdown of compute by overlapping
+            collectives.
+        compute: seconds of matrix products, by part.
+        hidden_communication_s: overlaps with `time` and is not included in it.
         assumptions: one sentence each.
     """
 
@@ -92,7 +93,7 @@ def predict(
     """Return the predicted time of a step whose cost all devices share evenly.
 
     Args:
-        hosts: that the devices are in.
+        hosts: number of hosts of the devices.
         traffic: every collective of the step.
     """
     forward, backward = ATTENTION_EFFICIENCY[cost.attention]
@@ -131,9 +132,9 @@ def predict(
 
 
 def traffic_time(traffic: Traffic, chip: Chip, hosts: int) -> float:
-    """Return the seconds that a step's executions of a collective take by themselves.
+    """Return the seconds that all executions of a collective in a step take without overlap.
 
-    Both kinds of links are busy at the same time: the slower one decides.
+    Both kinds of links are busy at the same time, so the slower one decides.
     """
     fast = traffic.bytes_fast / (chip.nvlink_bytes_per_s * NVLINK_EFFICIENCY)
     slow = traffic.bytes_slow / (chip.network_bytes_per_s * NETWORK_EFFICIENCY)
@@ -144,21 +145,24 @@ def traffic_time(traffic: Traffic, chip: Chip, hosts: int) -> float:
 def _communication(
     traffic: Sequence[Traffic], chip: Chip, hosts: int, compute_s: float
 ) -> tuple[float, float]:
-    """Return the seconds (waited for, hidden behind compute).
+    """Return the seconds of communication that are (exposed, hidden behind compute).
 
-    A collective is hidden as long as the kernels between its starts and ends take; all together
-    cannot be hidden behind more than there is to compute.
+    A collective is hidden for at most the time of the kernels between its start and end. All
+    collectives together are hidden for at most `compute_s`.
     """
     flops_per_s = chip.peak_flops * GEMM_EFFICIENCY
     bytes_per_s = chip.hbm_bytes_per_s * HBM_EFFICIENCY
-    taken = hidden = 0.0
-    for one in traffic:
-        seconds = traffic_time(one, chip, hosts)
-        beside = one.hidden_behind_flops / flops_per_s + one.hidden_behind_bytes / bytes_per_s
-        taken += seconds
-        hidden += 0.0 if one.blocking else min(seconds, beside)
+    total = hidden = 0.0
+    for collective in traffic:
+        seconds = traffic_time(collective, chip, hosts)
+        overlap = (
+            collective.hidden_behind_flops / flops_per_s
+            + collective.hidden_behind_bytes / bytes_per_s
+        )
+        total += seconds
+        hidden += 0.0 if collective.blocking else min(seconds, overlap)
     hidden = min(hidden, compute_s)
-    return taken - hidden, hidden
+    return total - hidden, hidden
 
 
 def _assumptions(cost: StepCost, chip: Chip, hosts: int) -> tuple[str, ...]:

@@ -11,36 +11,36 @@ from jax_sft.planning.analysis import Target, analyse
 from jax_sft.training import program
 from jax_sft.validate import validate
 
-MOST_COMPILED = 8  # of a search
+MOST_COMPILED = 8  # settings per search
 MOST_FITTING = 4
 
 
 def search(cfg, target: Target, say: Callable[[str], None]) -> list[dict]:
-    """Return settings by predicted step time, each compiled: the estimates only choose which.
+    """Return compiled settings by predicted step time; estimates only choose which to compile.
 
     Args:
         say: prints a line of progress.
     """
-    found, fitting = [], 0
+    settings, fitting = [], 0
     for number, setting in enumerate(_promising(cfg, target), start=1):
-        one = _try(cfg, target, setting)
-        found.append(one)
-        fitting += one["fits"]
-        say(f"  {number}/{MOST_COMPILED} {_line(one)}")
+        setting_plan = _try(cfg, target, setting)
+        settings.append(setting_plan)
+        fitting += setting_plan["fits"]
+        say(f"  {number}/{MOST_COMPILED} {_line(setting_plan)}")
         if number == MOST_COMPILED or fitting == MOST_FITTING:
             break
-    return sorted(found, key=lambda one: (not one["fits"], one["step_time_s"]))
+    return sorted(settings, key=lambda one: (not one["fits"], one["step_time_s"]))
 
 
 def advice(cfg, target: Target, most: int, say: Callable[[str], None]) -> list[str]:
-    """Return what to set so that the run fits: the first promising setting that does, compiled."""
+    """Return settings with which the run fits: the first promising one whose compiled peak does."""
     tried = []
     for number, setting in enumerate(_promising(cfg, target), start=1):
-        one = _try(cfg, target, setting)
-        tried.append(one)
-        say(f"  {number}/{most} {_line(one)}")
-        if one["fits"]:
-            return [f"{_flags(one)}: {_line(one)}"]
+        setting_plan = _try(cfg, target, setting)
+        tried.append(setting_plan)
+        say(f"  {number}/{most} {_line(setting_plan)}")
+        if setting_plan["fits"]:
+            return [f"{_flags(setting_plan)}: {_line(setting_plan)}"]
         if number == most:
             break
     if not tried:
@@ -48,11 +48,14 @@ def advice(cfg, target: Target, most: int, say: Callable[[str], None]) -> list[s
             "no mesh, micro-batch and remat policy is expected to fit: use more --hosts, a larger "
             "--target, optimizer.moments_dtype=bfloat16, or model.offload=\"('residual',)\""
         ]
-    return [f"not enough, compiled: {_flags(one)}: {_line(one)}" for one in tried]
+    return [
+        f"not enough, compiled: {_flags(setting_plan)}: {_line(setting_plan)}"
+        for setting_plan in tried
+    ]
 
 
 def _promising(cfg, target: Target) -> Iterator[candidates.Setting]:
-    """The settings that should fit, the fastest first; of those that are alike only the first."""
+    """Yield the settings that should fit, fastest first, one per mesh and remat policy."""
     resolved = validate(cfg, target.num_devices, planned_for=target.chip.capability)
     model_def = program.model_def(cfg, resolved)
     model = candidates.Model(
@@ -74,23 +77,23 @@ def _promising(cfg, target: Target) -> Iterator[candidates.Setting]:
         attention=resolved.attention,
     )
     seen = set()
-    for one in ranked:
-        kind = tuple(one.setting.mesh.items()), one.setting.remat
-        if one.fits and kind not in seen:
+    for candidate in ranked:
+        kind = tuple(candidate.setting.mesh.items()), candidate.setting.remat
+        if candidate.fits and kind not in seen:
             seen.add(kind)
-            if _is_ranked_rightly(cfg, target, one.setting, resolved.attention):
-                yield one.setting
+            if _is_ranked_rightly(cfg, target, candidate.setting, resolved.attention):
+                yield candidate.setting
 
 
 def _is_ranked_rightly(cfg, target: Target, setting: candidates.Setting, attention: str) -> bool:
-    """Whether a setting can run, and with an attention as fast as it was ranked with."""
+    """Whether a setting is valid and uses an attention as fast as the one it was ranked with."""
     try:
-        found = validate(
+        resolved = validate(
             _changed(cfg, setting), target.num_devices, planned_for=target.chip.capability
         )
-    except ValueError:  # such as cuDNN's attention, asked for by name, on a split row
+    except ValueError:  # such as an explicit model.attention=cudnn with sequence sharding
         return False
-    return found.attention == attention or attention == "blockwise"
+    return resolved.attention == attention or attention == "blockwise"
 
 
 def _changed(cfg, setting: candidates.Setting) -> Any:
@@ -104,15 +107,15 @@ def _changed(cfg, setting: candidates.Setting) -> Any:
 def _try(cfg, target: Target, setting: candidates.Setting) -> dict:
     changed = _changed(cfg, setting)
     resolved = validate(changed, target.num_devices, planned_for=target.chip.capability)
-    found: Any = analyse(changed, resolved, target)
+    plan: Any = analyse(changed, resolved, target)
     return {
         "mesh": setting.mesh,
         "micro_rows": setting.micro_rows,
         "remat": setting.remat,
-        "peak_bytes": found["memory"]["peak_bytes"],
-        "fits": found["memory"]["fits"],
-        "step_time_s": found["predicted"]["step_time_s"],
-        "mfu": found["predicted"]["mfu"],
+        "peak_bytes": plan["memory"]["peak_bytes"],
+        "fits": plan["memory"]["fits"],
+        "step_time_s": plan["predicted"]["step_time_s"],
+        "mfu": plan["predicted"]["mfu"],
     }
 
 

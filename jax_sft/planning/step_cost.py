@@ -1,6 +1,6 @@
-"""What a training step computes: FLOPs by part and bytes, from weight rows and the data's lengths.
+"""Count the FLOPs and bytes of a training step from parameter specs and the data's lengths.
 
-Arithmetic alone. Called by `plan` and `search`; `roofline` makes times of it.
+Arithmetic only. Called by `plan` and `search`; `roofline` turns the counts into times.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ from jax_sft.nn.remat_names import KEPT, NAMES
 from jax_sft.ops.head_chunks import CHUNKS
 from jax_sft.weights.param_spec import Weight
 
-# Attention's backward pass has five products for two of the forward pass: a flash kernel computes
-# the scores again. The model's own backward pass, which MFU counts, has four.
+# Attention's backward pass has five matrix products for the two of the forward pass, because a
+# flash kernel recomputes the scores. The model's backward pass, which MFU counts, has four.
 _KERNEL_BACKWARD = 2.5
-# Tokens of a device whose logits live at a time, most and least.
+# Largest and smallest number of tokens per device whose logits are in memory at once.
 HEAD_CHUNK, *_, LAST_HEAD_CHUNK = CHUNKS["gpu"]
-# Tokens of the busiest expert over the mean, with which all of them advance: ops.grouped.
+# Tokens of the busiest expert over the mean. All experts compute as many: see ops.grouped.
 LARGEST_GROUP = 2.0
 
 
@@ -30,12 +30,12 @@ class RowWork:
     """The mean row of the data.
 
     Attributes:
-        slots: its length, padding included.
-        tokens: those that are not padding.
-        pairs: query-key pairs that see each other: causal, within segments. A sliding window is not
-            taken into account: where segments are longer, this is too much.
+        slots: length of the row, padding included.
+        tokens: tokens that are not padding.
+        pairs: visible query-key pairs: causal, within segments. Sliding windows are ignored, so
+            this is too high when segments are longer than the window.
         trained: tokens with a weight in the loss.
-        source: where this comes from, in words.
+        source: origin of these figures, in words.
     """
 
     slots: float
@@ -46,7 +46,7 @@ class RowWork:
 
 
 def full_row(seq_len: int) -> RowWork:
-    """Return a row that is one segment of trained tokens: the most work that a row can be."""
+    """Return a row that is one segment of trained tokens, the most work a row can be."""
     pairs = seq_len * (seq_len + 1) / 2
     source = f"no data report: rows of one segment of {seq_len:,} trained tokens, an upper bound"
     return RowWork(seq_len, seq_len, pairs, seq_len, source)
@@ -55,15 +55,16 @@ def full_row(seq_len: int) -> RowWork:
 def segment_pairs(report: Mapping[str, Mapping] | None, seq_len: int) -> RowWork:
     """Return the mean row of packed data, from the `train` part of a run's data_report.json.
 
-    The report has the number and sum of the examples' lengths, a few percentiles and the longest.
-    Between these the logarithm of the length is taken to be linear; then lengths are cut or dropped
-    at `seq_len` as the report tells, and the mean square is scaled to the exact mean. On real
-    lengths this is up to 8% too much; where a source has two kinds of examples of very different
-    lengths it can be wrong by a factor of two. Sources count by their examples, whatever their
-    weight or epochs. Rows are taken to be full: best-fit packing leaves less than a hundredth.
+    The report has the number of examples, the sum of their lengths, a few percentiles and the
+    longest lengths. The logarithm of the length is interpolated linearly between these. Lengths are
+    then cut or dropped at `seq_len` as the report says, and the mean square is scaled to the exact
+    mean. On real lengths the result is up to 8% too high. It can be wrong by a factor of two for a
+    source with two kinds of examples of very different lengths. Sources count by their number of
+    examples, regardless of weight and epochs. Rows are assumed to be full, as best-fit packing
+    leaves less than 1% padding.
 
     Args:
-        report: {source: counts}, see data.tokens.prepare.describe; None for `full_row`.
+        report: {source: counts}, see data.tokens.prepare.describe. None returns `full_row`.
     """
     sources = [counts for counts in (report or {}).values() if counts["kept"]]
     if not sources:
@@ -95,15 +96,15 @@ def _mean_pairs(counts: Mapping, seq_len: int) -> float:
     mass, first, second = (
         sum(share * length**power for length, share in sample) for power in range(3)
     )
-    if not mass:  # all that is known is dropped
+    if not mass:  # every sampled length is dropped
         return (mean * seq_len + mean) / 2
     mean_square = second * mass / first**2 * mean**2
     return (min(max(mean_square, mean**2), mean * seq_len) + mean) / 2
 
 
 def _sample(counts: Mapping) -> list[tuple[float, float]]:
-    """Return (length, share of the examples) before `data.overlong`, shares adding up to 1."""
-    longest = [one["tokens"] for one in counts["longest"]]
+    """Return (length, share of examples) before `data.overlong` applies; shares sum to 1."""
+    longest = [example["tokens"] for example in counts["longest"]]
     dropped = counts["dropped"]["overlong"] + counts["dropped"]["no_trained_token"]
     rest = 1 - len(longest) / (counts["kept"] + dropped)
     lengths = counts["lengths"]
@@ -112,13 +113,13 @@ def _sample(counts: Mapping) -> list[tuple[float, float]]:
         if share < rest:
             knots.append((share, max(lengths[key], 1.0)))
     knots.append((rest, float(min(longest))))
-    found = [(float(length), (1 - rest) / len(longest)) for length in longest]
+    sample = [(float(length), (1 - rest) / len(longest)) for length in longest]
     for (left, low), (right, high) in itertools.pairwise(knots):
         parts = 200
         for part in range(parts):
             length = low * (high / low) ** ((part + 0.5) / parts)
-            found.append((length, (right - left) / parts))
-    return found
+            sample.append((length, (right - left) / parts))
+    return sample
 
 
 # ---- FLOPs -------------------------------------------------------------------------------------
@@ -126,18 +127,19 @@ def _sample(counts: Mapping) -> list[tuple[float, float]]:
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-    """What all devices do in one optimizer step.
+    """The work of all devices in one optimizer step.
 
     Attributes:
-        tokens: those that are not padding.
-        model: FLOPs by part, of these tokens.
-        causal_flops: as published figures count: the head for every token, trained or not.
-        hardware: FLOPs that are computed, by part, attention_scores in two: padding, recomputation
-            and what an attention kernel does not skip are in it.
-        elementwise_bytes: read and written between matrix products.
-        optimizer_bytes: read and written by accumulation, clipping and update.
-        attention: name of the backend.
-        has_experts: whether the MLP is one of experts.
+        tokens: tokens that are not padding.
+        model: model FLOPs of these tokens, by part.
+        causal_flops: model FLOPs as published figures count them: the head for every token.
+        hardware: FLOPs that are computed, by part, with attention_scores split into forward and
+            backward. Includes padding, recomputation and pairs that the attention kernel does not
+            skip.
+        elementwise_bytes: bytes read and written between matrix products.
+        optimizer_bytes: bytes read and written by accumulation, clipping and update.
+        attention: name of the attention backend.
+        has_experts: whether the MLP has experts.
     """
 
     tokens: float
@@ -172,8 +174,8 @@ def step_cost(
         remat, offload: see `recomputed`.
         attention: name of the backend, a key of roofline.ATTENTION_EFFICIENCY.
         sizes: {mesh axis: size}.
-        param_bytes, moment_bytes: of a master weight, and of each of its two moments.
-        frozen: paths of what does not train.
+        param_bytes, moment_bytes: bytes of a master weight and of each of its two moments.
+        frozen: paths of the frozen weights.
     """
     tokens, pairs, trained = (num_rows * n for n in (row.tokens, row.pairs, row.trained))
     model = model_flops(rows, dims, tied, tokens, pairs, trained, frozen)
@@ -187,10 +189,10 @@ def step_cost(
     hardware = hardware_flops(padded, forward, dims, remat, offload)
     for name, computed in zip(("attention_forward", "attention_backward"), visited, strict=True):
         hardware[name] *= computed / pairs if pairs else 1.0
-    if "experts" in dims:  # all advance with the busiest
+    if "experts" in dims:  # all compute as much as the busiest
         hardware["mlp"] *= LARGEST_GROUP
     updated = param_bytes * 2 + moment_bytes * 4 + 4 * 2
-    accumulated = 4 * 2 + param_bytes + 2  # and the weights' cast to bfloat16
+    accumulated = 4 * 2 + param_bytes + 2  # the last two: the cast of weights to bfloat16
     num_params = sum(math.prod(row.shape(dict(dims))) for row in rows if row.path not in frozen)
     return StepCost(
         tokens=tokens,
@@ -205,7 +207,7 @@ def step_cost(
 
 
 def _in_chunks(trained: float, slots: float, micro_batches: int, sizes: Mapping[str, int]) -> float:
-    """Tokens that the head computes: those that train, the last chunk of a device half empty."""
+    """Return the tokens that the head computes: trained ones plus half a chunk per device."""
     parts = sizes["data"] * sizes["fsdp"] * sizes["sequence"] * micro_batches
     return min(trained + parts * LAST_HEAD_CHUNK / 2, slots) if trained else 0.0
 
@@ -213,8 +215,8 @@ def _in_chunks(trained: float, slots: float, micro_batches: int, sizes: Mapping[
 def computed_pairs(attention: str, num_rows: int, row: RowWork) -> tuple[float, float]:
     """Return how many query-key pairs a backend computes forward and backward.
 
-    cuDNN's packed kernel and the blockwise one skip other segments, but for the edges of blocks;
-    tokamax's skips them forward only; the reference computes whole squares.
+    cuDNN's packed kernel and the blockwise kernel skip other segments, except at block edges.
+    tokamax's kernel skips them in the forward pass only. The reference computes all pairs.
     """
     visible, triangle, square = row.pairs, row.slots * (row.slots + 1) / 2, row.slots**2
     forward, backward = {
@@ -229,16 +231,17 @@ def computed_pairs(attention: str, num_rows: int, row: RowWork) -> tuple[float, 
 def recomputed(
     dims: Mapping[str, int], remat: str, offload: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Return what the backward pass computes again, in units of each part's forward pass.
+    """Return the work that the backward pass recomputes, in units of each part's forward pass.
 
-    The output of the down projection is not needed again: of the three matrices of an MLP at most
-    two are. The output projection of attention is, for the MLP's input, which has no name.
+    At most two of the three MLP products are recomputed, as the output of the down projection is
+    not needed again. The output projection of attention is recomputed for the MLP's input, which
+    has no name that a policy could keep.
 
     Args:
-        remat, offload: as in the config: "none", "dots", "attn", "full" or names.
+        remat, offload: as in the config; remat is "none", "dots", "attn", "full" or names.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: a name is unknown.
     """
     if remat == "none":
         return {}
@@ -248,8 +251,10 @@ def recomputed(
             f"model.remat = {remat!r}, model.offload = {list(offload)}: {sorted(unknown)} unknown: "
             f"use {['none', *KEPT]} or names out of {list(NAMES)}"
         )
-    out = dims["heads"] / (2 * dims["heads"] + 2 * dims["kv_heads"])  # of all its projections
-    if "dots" in kept:  # what attention's projections and the MLP's matrices return
+    out = dims["heads"] / (
+        2 * dims["heads"] + 2 * dims["kv_heads"]
+    )  # share of all attention projections
+    if "dots" in kept:  # outputs of the attention projections and the MLP matrices
         kept |= {"mlp"}
         out = 0.0
     return {
@@ -266,13 +271,13 @@ def hardware_flops(
     remat: str,
     offload: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Return the FLOPs by part that are computed for those of `model_flops`.
+    """Return the FLOPs by part that the hardware computes for the FLOPs of `model_flops`.
 
-    The attention scores are in two parts, attention_forward and attention_backward, as they run at
-    different speeds; what remat computes again of them is forward.
+    The attention scores are split into attention_forward and attention_backward, which run at
+    different speeds. Recomputed scores count as forward.
 
     Args:
-        model, forward: results of `model_flops`, the second of the forward pass only.
+        model, forward: results of `model_flops` for the whole step and for the forward pass only.
 
     Raises:
         ValueError: see `recomputed`.
@@ -283,20 +288,21 @@ def hardware_flops(
         for part, flops in model.items()
         if part != "attention_scores"
     }
-    of_scores = forward["attention_scores"]
-    hardware["attention_forward"] = of_scores * (1 + again.get("attention_scores", 0.0))
-    hardware["attention_backward"] = of_scores * _KERNEL_BACKWARD
+    scores_flops = forward["attention_scores"]
+    hardware["attention_forward"] = scores_flops * (1 + again.get("attention_scores", 0.0))
+    hardware["attention_backward"] = scores_flops * _KERNEL_BACKWARD
     return hardware
 
 
 def _elementwise_bytes(dims: Mapping[str, int], slots: float, trained: float, remat: str) -> float:
-    """Bytes that all devices move between matrix products: norms, rotation, SwiGLU, sums, loss.
+    """Return the bytes that all devices move between matrix products.
 
-    Counted as one fused kernel each, in bfloat16: two norms of 2 D, two residual sums of 3 D, q and
-    k read and written, gate and up read and their product written; the rows of experts read and
-    written when they are sorted, put into blocks (x for gate and for up), and summed. The backward
-    pass moves twice that, recomputation once more. A logit is written, read twice and its gradient
-    written, 14 bytes; for each chunk of tokens the head's float32 gradient is read and written.
+    These are norms, rotation, SwiGLU, residual sums and the loss. Each counts as one fused kernel
+    in bfloat16: two norms of 2 D, two residual sums of 3 D, q and k read and written, gate and up
+    read and their product written. With experts, rows are read and written when they are sorted,
+    put into blocks (x for gate and for up) and summed. The backward pass moves twice that, and
+    recomputation once more. Per logit, 14 bytes: it is written, read twice, and its gradient is
+    written. For each chunk of tokens the head's float32 gradient is read and written.
     """
     heads = (dims["heads"] + dims["kv_heads"]) * dims["head_dim"]
     elements = 10 * dims["embed"] + 2 * heads + 3 * dims["mlp"] * dims.get("chosen", 1)

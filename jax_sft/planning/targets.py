@@ -1,4 +1,4 @@
-"""Devices to compile for that are not there, and what that needs installed. Called by `plan`.
+"""Describe absent GPUs to compile for, and check what that needs installed. Called by `plan`.
 
 JAX's CUDA plugin compiles for a described chip without a GPU and without a driver.
 """
@@ -18,19 +18,19 @@ REMEDY = "pip install -r requirements-plan.txt"
 
 
 def keep_off_gpus() -> None:
-    """Make JAX run on the CPU only; call it before the first device is asked for.
+    """Make JAX run on the CPU only. Call this before JAX initializes its devices.
 
     With the plugin installed on a machine without a GPU, JAX would log a traceback ("Unable to load
-    cuDNN") and then take the CPU; on a machine with GPUs it would take most of their memory.
+    cuDNN") and then use the CPU; on a machine with GPUs it would allocate most of their memory.
     """
     jax.config.update("jax_platforms", "cpu")
 
 
 def compiler_options() -> dict[str, Any]:
-    """Return the `compiler_options` of `jax.jit` or of `lowered.compile` for these devices.
+    """Return the `compiler_options` for `jax.jit` or `lowered.compile` on these devices.
 
-    Nothing can be timed here, so XLA cannot choose between Triton's and cuBLAS's kernels: it is
-    told to take cuBLAS's, which large matrix products get anyway.
+    XLA cannot autotune without a device, so it cannot choose between Triton and cuBLAS kernels.
+    The options force cuBLAS, which large matrix products get anyway.
     """
     options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
     if folder := cuda_folder():
@@ -39,7 +39,7 @@ def compiler_options() -> dict[str, Any]:
 
 
 def topology(chip: Chip, hosts: int, gpus_per_host: int) -> list[Any]:
-    """Return the devices of so many hosts, to build a mesh of and compile for; none need exist.
+    """Return the devices of `hosts` hosts, for a mesh to compile for. None of them need exist.
 
     Raises:
         ValueError: the plugin is not installed, or a number is not positive.
@@ -56,9 +56,9 @@ def topology(chip: Chip, hosts: int, gpus_per_host: int) -> list[Any]:
 
 
 def target_config(chip: Chip) -> str:
-    """Return XLA's description of the chip, a GpuTargetConfigProto as text.
+    """Return XLA's description of the chip: a GpuTargetConfigProto in text format.
 
-    cuDNN 9.12 is the oldest that JAX's plugin for CUDA 13 accepts.
+    cuDNN 9.12 is the oldest version that JAX's plugin for CUDA 13 accepts.
     """
     major, minor = chip.capability
     accelerated = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
@@ -100,7 +100,7 @@ def target_config(chip: Chip) -> str:
 
 
 def plugin_problem() -> str | None:
-    """Return why nothing can be compiled for these chips here, with the remedy, or None."""
+    """Return why this installation cannot compile for GPUs, with the remedy, or None."""
     plugin, jaxlib = _version("jax-cuda13-pjrt"), _version("jaxlib")
     if plugin is None:
         return f"JAX's CUDA plugin is not installed: {REMEDY}"
@@ -119,9 +119,9 @@ def _version(package: str) -> str | None:
 
 
 def cuda_folder() -> Path | None:
-    """Return the folder with ptxas and libdevice: of the installed wheels, or of a toolkit.
+    """Return the folder with ptxas and libdevice, from NVIDIA's wheels or a CUDA toolkit.
 
-    Toolkits are looked for in $CUDA_ROOT, $CUDA_HOME and /usr/local/cuda.
+    The wheels are searched first, then $CUDA_ROOT, $CUDA_HOME and /usr/local/cuda.
     """
     named = [Path(os.environ[name]) for name in ("CUDA_ROOT", "CUDA_HOME") if name in os.environ]
     for folder in [*_wheels(), *named, Path("/usr/local/cuda")]:
@@ -132,6 +132,6 @@ def cuda_folder() -> Path | None:
 
 
 def _wheels() -> list[Path]:
-    """Where NVIDIA's wheels for CUDA 13 put their files, if any are installed."""
+    """Return the folders of NVIDIA's installed wheels for CUDA 13."""
     package = importlib.util.find_spec("nvidia")
     return [Path(path) / "cu13" for path in (package and package.submodule_search_locations) or ()]

@@ -1,1 +1,1 @@
-"""The text of compiled XLA modules: parsed, and read for kernels, transfers and loops."""
+"""Parse the text of compiled XLA modules and extract kernels, collectives and loops."""

@@ -1,6 +1,6 @@
-"""The collectives of a compiled module: bytes on the wire, devices, times, and what hides them.
+"""The collectives of a compiled module: wire bytes, devices, counts and overlapping work.
 
-In: a Module and its `executions`. All bytes are of one device and one execution unless said.
+In: a Module and its `executions`. Bytes are per device and per execution unless stated otherwise.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,17 +17,17 @@ from jax_sft.planning.hlo.device_groups import (
 from jax_sft.planning.hlo.kernels import Work, work
 from jax_sft.planning.hlo.parser import COLLECTIVES, Computation, Instruction, Module, Shape
 
-# Kinds whose groups may be numbered by replica or by partition, as two attributes say.
+# Kinds whose groups are numbered by replica or by partition, depending on two attributes.
 _BY_ATTRIBUTES = ("all-gather", "reduce-scatter", "all-reduce")
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective instruction; several arrays where XLA has combined several.
+    """One collective instruction, with several arrays where XLA has combined collectives.
 
-    `blocking` is None in a module that is not scheduled: it is not decided yet. `overlap` is the
-    work between start and done in the schedule. Two that are in flight together both count what
-    they share: `window` tells, the places of start and done among the computation's instructions.
+    `blocking` is None in a module without a schedule. `overlap` is the work between start and done
+    in the schedule. Two collectives in flight at the same time both count the work they share;
+    `window`, the positions of start and done in the computation, shows which do.
     """
 
     kind: str
@@ -36,13 +36,13 @@ class Collective:
     groups: Groups
     pairs: tuple[tuple[int, int], ...]  # (source, target) of a permute
     count: float  # times per step
-    op_name: str  # its own, else of what feeds it
+    op_name: str  # its own, or the nearest one among its inputs
     name: str
     computation: str
     blocking: bool | None
     overlap: Work = Work()
-    window: tuple[int, int] | None = None  # None: it blocks by its form, or nothing is scheduled
-    sliced: bool = False  # an all-reduce of which each device keeps only its own part
+    window: tuple[int, int] | None = None  # None: a synchronous form, or no schedule
+    sliced: bool = False  # an all-reduce whose result each device slices to its own part
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -58,10 +58,11 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that a device sends: rings of n devices, (n-1)/n of the whole array.
+        """Bytes that a device sends: (n-1)/n of the whole array, in a ring of n devices.
 
-        The whole is the result of an all-gather and the operand of a reduce-scatter; an all-reduce
-        is both in turn. A permute or broadcast sends its array once.
+        The whole array is the result of an all-gather or the operand of a reduce-scatter. An
+        all-reduce is a reduce-scatter and an all-gather. A permute or broadcast sends its array
+        once.
         """
         n = self.group_size
         share = (n - 1) / n
@@ -77,26 +78,26 @@ class Collective:
 
     @property
     def exposed(self) -> bool | None:
-        """Whether nothing at all runs beside it; None where nothing is scheduled."""
+        """Whether no work overlaps with it; None without a schedule."""
         return self.blocking if self.blocking is not False else self.overlap == Work()
 
     def slow_share(self, devices_per_host: int) -> float:
-        """Return the share of `wire_bytes` between hosts, averaged over devices."""
+        """Return the share of `wire_bytes` sent between hosts, averaged over devices."""
         if self.pairs:
-            moving = [(a, b) for a, b in self.pairs if a != b]
-            slow = sum(a // devices_per_host != b // devices_per_host for a, b in moving)
-            return slow / len(moving) if moving else 0.0
+            between_devices = [(a, b) for a, b in self.pairs if a != b]
+            slow = sum(a // devices_per_host != b // devices_per_host for a, b in between_devices)
+            return slow / len(between_devices) if between_devices else 0.0
         if self.kind in ("all-to-all", "ragged-all-to-all"):
             return pair_share(self.groups, devices_per_host)
         return ring_share(self.groups, devices_per_host)
 
 
 def collectives(module: Module, executions: Mapping[str, float]) -> list[Collective]:
-    """Return every collective of the module, a start and its done as one, in order of the text.
+    """Return every collective of the module in text order, a start and its done as one.
 
     Raises:
-        ValueError: one in a computation that nothing runs; a start without its done; a send or
-            recv between devices, whose bytes no formula here gives.
+        ValueError: a collective is in a computation that never runs, a start has no done, or there
+            is a send or recv between devices, whose bytes are not modeled.
     """
     wrappers = {
         callee: (computation, instruction)
@@ -105,7 +106,7 @@ def collectives(module: Module, executions: Mapping[str, float]) -> list[Collect
         if instruction.opcode in ("async-start", "fusion-start")
         for callee in instruction.callees
     }
-    found = []
+    results = []
     for computation in module.computations.values():
         for instruction in computation.instructions:
             if _is_collective(instruction):
@@ -114,8 +115,8 @@ def collectives(module: Module, executions: Mapping[str, float]) -> list[Collect
                         f"{instruction.name} is in {computation.name}, which nothing runs"
                     )
                 wrapper = wrappers.get(computation.name)
-                found.append(_collective(module, executions, computation, instruction, wrapper))
-    return found
+                results.append(_collective(module, executions, computation, instruction, wrapper))
+    return results
 
 
 def gradient_all_reduces(
@@ -126,9 +127,9 @@ def gradient_all_reduces(
 ) -> list[Collective]:
     """Return the all-reduces of large arrays over axes that are not `allowed`.
 
-    Gradients of sharded parameters must be reduce-scattered: over `data` alone they may be
-    all-reduced. Activations over `tensor` are all-reduced by right: allow ("tensor",), or set
-    `at_least_elements` above the size of an activation.
+    Gradients of sharded parameters must be reduce-scattered; only over `data` may they be
+    all-reduced. An all-reduce of activations over `tensor` is legitimate: allow ("tensor",), or
+    set `at_least_elements` above the size of an activation.
     """
     return [
         collective
@@ -187,7 +188,7 @@ def _collective(
 
 
 def _done(computation: Computation, start: Instruction) -> Instruction:
-    """Return the -done of a -start, behind any number of -update."""
+    """Return the -done of a -start, after any number of -update instructions."""
     last = start
     while True:
         following = [
@@ -205,8 +206,9 @@ def _done(computation: Computation, start: Instruction) -> Instruction:
 def _groups(module: Module, instruction: Instruction) -> Groups:
     """Return the groups of a collective as devices of the mesh.
 
-    Without use_global_device_ids, an instruction of a channel counts replicas and joins the
-    partitions of each; one without a channel joins replicas, of which there is one.
+    Without use_global_device_ids, replica_groups count replicas. An instruction with a channel_id
+    then joins all partitions of a replica. One without a channel_id joins replicas, and the module
+    has only one.
     """
     attributes = instruction.attributes
     groups = replica_groups(attributes.get("replica_groups", "{}"), module.num_devices)
@@ -233,7 +235,7 @@ def _pairs(instruction: Instruction) -> tuple[tuple[int, int], ...]:
 
 
 def _op_name(computation: Computation, instruction: Instruction) -> str:
-    """Return its op_name, else the first of what feeds it, nearest first: XLA drops some."""
+    """Return the instruction's op_name or, as XLA drops some, the nearest one among its inputs."""
     level, seen = [instruction], {instruction.name}
     while level:
         for candidate in level:
@@ -246,9 +248,9 @@ def _op_name(computation: Computation, instruction: Instruction) -> str:
 
 
 def _is_sliced(computation: Computation, instruction: Instruction, groups: Groups) -> bool:
-    """Whether all that uses an all-reduce is one slice of it of a device's size.
+    """Whether the only user of an all-reduce is a slice of one device's size.
 
-    XLA for GPUs turns such a pair into a reduce-scatter; for CPUs it leaves it.
+    XLA turns such a pair into a reduce-scatter for GPUs, but not for CPUs.
     """
     users = computation.users[instruction.name]
     if instruction.opcode != "all-reduce" or len(users) != 1 or not groups:

@@ -1,7 +1,7 @@
-"""Groups of devices: XLA's spellings of them, the mesh axes they span, the links they use.
+"""Groups of devices: XLA's notations for them, the mesh axes they span, the links they use.
 
-Devices are numbered by their place in the mesh, row-major, as compiled modules number them. Hosts
-are taken to hold consecutive numbers, which is how `make_mesh` lays a mesh out.
+Devices are numbered by their position in the mesh, row-major, as in compiled modules. Each host is
+assumed to hold consecutive numbers, which is how `make_mesh` orders devices.
 """
 
 import functools
@@ -13,13 +13,13 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 def replica_groups(text: str, num_devices: int) -> Groups:
-    """Read any of XLA's spellings; {} means one group of all devices.
+    """Parse any of XLA's notations for replica groups; {} means one group of all devices.
 
     {{0,1},{2,3}}; [2,4]<=[4,2]T(1,0); mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(2)2},
-    where 'b':(2)2 is the part of size 2 of axis b that a part of size 2 precedes.
+    where 'b':(2)2 is the sub-axis of size 2 of axis b that follows a sub-axis of size 2.
 
     Raises:
-        ValueError: another form; a device twice.
+        ValueError: the notation is unknown, or a device appears twice.
     """
     groups = _read(text, num_devices)
     devices = [device for group in groups for device in group]
@@ -29,7 +29,7 @@ def replica_groups(text: str, num_devices: int) -> Groups:
 
 
 def permute_groups(pairs: Iterable[tuple[int, int]]) -> Groups:
-    """Return the sets of devices that (source, target) pairs join, a device's own pair left out."""
+    """Return the sets of devices joined by (source, target) pairs, without pairs of one device."""
     group_of: dict[int, list[int]] = {}
     for source, target in pairs:
         if source != target:
@@ -46,7 +46,7 @@ def axis_of(groups: Sequence[Sequence[int]], mesh_sizes: Mapping[str, int]) -> t
     A group that covers a part of an axis counts as spanning it. Groups of one device span none.
 
     Raises:
-        ValueError: a device that the mesh does not have.
+        ValueError: a device is not in the mesh.
     """
     sizes = list(mesh_sizes.values())
     strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
@@ -60,15 +60,16 @@ def axis_of(groups: Sequence[Sequence[int]], mesh_sizes: Mapping[str, int]) -> t
 
 
 def crosses(groups: Sequence[Sequence[int]], devices_per_host: int) -> bool:
-    """Return whether some group has devices of several hosts."""
+    """Return whether any group has devices on several hosts."""
     return any(len({device // devices_per_host for device in group}) > 1 for group in groups)
 
 
 def ring_share(groups: Sequence[Sequence[int]], devices_per_host: int) -> float:
-    """Return the share of the hops between hosts, over rings that visit each host once.
+    """Return the share of hops between hosts, in rings that visit each host once.
 
-    Of n devices on h > 1 hosts h of the n hops leave a host: NCCL orders its rings so. All hops
-    carry the same bytes, so it is the share of bytes on slow links, averaged over devices.
+    NCCL orders its rings so that h of the n hops leave a host, for n devices on h > 1 hosts. All
+    hops carry the same bytes, so this is also the share of bytes on slow links, averaged over
+    devices.
     """
     devices = slow = 0
     for group in groups:
@@ -79,7 +80,7 @@ def ring_share(groups: Sequence[Sequence[int]], devices_per_host: int) -> float:
 
 
 def pair_share(groups: Sequence[Sequence[int]], devices_per_host: int) -> float:
-    """Return the share of ordered pairs of a group's devices on two hosts: of an all-to-all."""
+    """Return the share of ordered device pairs that are on two hosts, for an all-to-all."""
     pairs = slow = 0
     for group in groups:
         hosts = [device // devices_per_host for device in group]
@@ -89,7 +90,7 @@ def pair_share(groups: Sequence[Sequence[int]], devices_per_host: int) -> float:
     return slow / pairs if pairs else 0.0
 
 
-# ---- spellings --------------------------------------------------------------------------------
+# ---- notations --------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=4096)
@@ -98,22 +99,22 @@ def _read(text: str, num_devices: int) -> Groups:
         return (tuple(range(num_devices)),)
     if re.fullmatch(r"\{\{\d+(,\d+)*\}(,\{\d+(,\d+)*\})*\}", text):
         return tuple(_numbers(group) for group in re.findall(r"[\d,]*\d", text))
-    if found := re.fullmatch(r"\[(\d+),(\d+)\]<=(\[.*)", text):
-        devices, size = _device_order(found[3]), int(found[2])
-        if len(devices) == int(found[1]) * size:
+    if match := re.fullmatch(r"\[(\d+),(\d+)\]<=(\[.*)", text):
+        devices, size = _device_order(match[3]), int(match[2])
+        if len(devices) == int(match[1]) * size:
             return tuple(devices[i : i + size] for i in range(0, len(devices), size))
-    if found := re.fullmatch(r"mesh\[(.*?)\](?:, ?device_ids=\((.*)\))? ?\{(.*)\}", text):
-        return _mesh_groups(found[1], found[2], found[3])
+    if match := re.fullmatch(r"mesh\[(.*?)\](?:, ?device_ids=\((.*)\))? ?\{(.*)\}", text):
+        return _mesh_groups(match[1], match[2], match[3])
     raise ValueError(f"replica groups of an unknown form: {text}")
 
 
 def _device_order(text: str) -> tuple[int, ...]:
-    """Read `[4,2]T(1,0)`, 0 to 7 reshaped and transposed, or a plain list of numbers."""
-    found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if not found:
+    """Parse `[4,2]T(1,0)` (0 to 7 reshaped and transposed) or a plain list of numbers."""
+    match = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if not match:
         return _numbers(text)
-    sizes = _numbers(found[1])
-    order = _numbers(found[2]) if found[2] else tuple(range(len(sizes)))
+    sizes = _numbers(match[1])
+    order = _numbers(match[2]) if match[2] else tuple(range(len(sizes)))
     if sorted(order) != list(range(len(sizes))):
         raise ValueError(f"not an order of devices: {text}")
     strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
@@ -147,11 +148,11 @@ def _combinations(parts: Sequence[tuple[int, int]]) -> tuple[int, ...]:
 
 
 def _named(text: str, value: str) -> tuple[str, ...]:
-    """Read an axis, quoted or not, and what follows it."""
-    found = re.fullmatch(rf"['\"]?([\w.\-]+)['\"]?{value}", text.strip())
-    if not found:
+    """Parse an axis name, quoted or not, followed by `value`. Return the name and the groups."""
+    match = re.fullmatch(rf"['\"]?([\w.\-]+)['\"]?{value}", text.strip())
+    if not match:
         raise ValueError(f"not an axis of a mesh: {text!r}")
-    return found.groups()
+    return match.groups()
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
-"""What the kernels of an HLO module compute and hold: matrix products, bytes moved, buffers.
+"""The matrix products, memory traffic and buffers of the kernels of an HLO module.
 
-In: a Module and its `executions`. All figures are of one device.
+In: a Module and its `executions`. All figures are per device.
 """
 
 import math
@@ -14,17 +14,17 @@ from jax_sft.planning.hlo.parser import COLLECTIVES, Computation, Instruction, M
 CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
 CUDNN_CONVOLUTION = "__cudnn$convForward"
 DOTS = ("dot", "scaled-dot")
-# Custom calls that mark or allocate and compute nothing.
+# Custom calls that annotate or allocate but compute nothing.
 _MARKERS = frozenset(
     """AllocateBuffer Sharding SPMDFullToShardShape SPMDShardToFullShape MoveToHost MoveToDevice
     annotate_device_placement LayoutConstraint""".split()
 )
-# Opcodes that give another name to memory that an operand or the caller already holds.
+# Opcodes that only rename memory which an operand or the caller already holds.
 _RENAMES = frozenset(
     """parameter tuple get-tuple-element bitcast while conditional call opt-barrier
     optimization-barrier after-all add-dependency domain""".split()
 )
-# Opcodes that are no kernel either.
+# Opcodes of communication, which are not kernels either.
 _COMMUNICATION = frozenset(
     (*COLLECTIVES, "send", "recv", "infeed", "outfeed", "partition-id", "replica-id")
 )
@@ -33,7 +33,7 @@ _SLICES = ("slice", "dynamic-slice", "gather")
 
 @dataclass(frozen=True)
 class Gemm:
-    """A matrix product [batch, m, k] x [batch, k, n]; a convolution as the product that it is."""
+    """A matrix product [batch, m, k] x [batch, k, n], or a convolution equivalent to one."""
 
     batch: int
     m: int
@@ -49,7 +49,7 @@ class Gemm:
 
     @property
     def flops(self) -> int:
-        """Of one execution: two per multiply-add."""
+        """FLOPs of one execution, two per multiply-add."""
         return 2 * self.batch * self.m * self.n * self.k
 
     @property
@@ -58,13 +58,13 @@ class Gemm:
 
     @property
     def is_float32(self) -> bool:
-        """Whether both operands are float32: on Hopper half of bfloat16's speed even as TF32."""
+        """Whether both operands are float32: half of bfloat16's speed on Hopper even as TF32."""
         return self.lhs == self.rhs == "f32"
 
 
 @dataclass(frozen=True)
 class OpaqueCall:
-    """A custom call whose work the text does not tell: cuDNN attention, a Pallas kernel, ..."""
+    """A custom call whose work is not in the text, such as cuDNN attention or a Pallas kernel."""
 
     target: str
     operands: tuple[Shape, ...]
@@ -76,7 +76,7 @@ class OpaqueCall:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of matrix products, and bytes that all other kernels read and write."""
+    """FLOPs of matrix products, and bytes read and written by all other kernels."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -90,23 +90,23 @@ class Work:
 
 @dataclass(frozen=True)
 class Buffer:
-    """An array that kernels write to memory; `count` instructions write one of this shape."""
+    """An array that kernels write to memory; `count` instructions write this shape."""
 
     bytes: int
     dtype: str
     dims: tuple[int, ...]
     on_host: bool
     count: int
-    opcode: str  # of the first of them, as the rest
+    opcode: str  # this and the fields below describe the first instruction
     op_name: str
     computation: str
 
 
 def gemms(module: Module, executions: Mapping[str, float]) -> list[Gemm]:
-    """Return every matrix product that runs, those in fusions and custom calls included.
+    """Return every matrix product that runs, including those in fusions and custom calls.
 
     Raises:
-        ValueError: an instruction that looks like a product and is of no known form.
+        ValueError: an instruction looks like a matrix product but has no known form.
     """
     return [
         _gemm(computation, instruction, executions[name])
@@ -118,7 +118,7 @@ def gemms(module: Module, executions: Mapping[str, float]) -> list[Gemm]:
 
 
 def opaque_calls(module: Module, executions: Mapping[str, float]) -> list[OpaqueCall]:
-    """Return the custom calls that `gemms` cannot count, so that none is forgotten."""
+    """Return the custom calls that `gemms` cannot count, so that none goes unreported."""
     return [
         OpaqueCall(
             target=_target(instruction),
@@ -150,15 +150,15 @@ def work(
     computation: Computation,
     instruction: Instruction,
 ) -> Work:
-    """Return the work of one execution of an instruction, all that it calls included.
+    """Return the work of one execution of an instruction, including everything it calls.
 
-    A fusion with a matrix product in it counts by its FLOPs, any other by what it reads and writes:
-    of an operand that it only slices, the slice. A fusion around a collective is communication and
-    counts as no work.
+    A fusion with a matrix product counts by its FLOPs, any other fusion by the bytes it reads and
+    writes. An operand that is only sliced counts as the slice. A fusion around a collective is
+    communication and counts as no work.
 
     Raises:
-        ValueError: a loop or branch whose computation another instruction calls as well, which
-            compiled modules do not have: how often it runs here is not known.
+        ValueError: another instruction calls the same loop or branch computation, so that its count
+            for this instruction is unknown. Compiled modules have no such computations.
     """
     if _is_gemm(instruction):
         return Work(flops=_gemm(computation, instruction, 1.0).flops)
@@ -186,33 +186,33 @@ def work(
 
 
 def buffers(module: Module, at_least_bytes: int = 0) -> list[Buffer]:
-    """Return the arrays that kernels, and arguments of the step, hold; the largest first.
+    """Return the arrays that kernels write and the arguments of the step, largest first.
 
-    Arrays of one shape are one entry with a count. Inside of kernels nothing is held. Many arrays
-    share memory, over time or in place: this is what to look at, not a sum to make.
+    Arrays of the same shape are one entry with a count. Values inside a kernel are not buffers.
+    Many arrays share memory, over time or in place, so do not add up their sizes.
     """
-    found = _buffers(_held(module, renamed=False))
-    return [buffer for buffer in found if buffer.bytes >= at_least_bytes]
+    all_buffers = _buffers(_held(module, renamed=False))
+    return [buffer for buffer in all_buffers if buffer.bytes >= at_least_bytes]
 
 
 def with_dims(module: Module, dims: Sequence[int], at_least_bytes: int = 0) -> list[Buffer]:
-    """Return the buffers that have all of `dims` among their dimensions: `(T, T)` needs two of T.
+    """Return the buffers that have all of `dims` among their dimensions; `(T, T)` needs T twice.
 
-    Other views of a buffer count too: [B, T, N * T] that is later read as [B, T, N, T] is found.
+    Other views of a buffer count too: [B, T, N * T] that is later read as [B, T, N, T] matches.
     """
-    found = _buffers(_held(module, renamed=True))
+    all_buffers = _buffers(_held(module, renamed=True))
     return [
         buffer
-        for buffer in found
+        for buffer in all_buffers
         if buffer.bytes >= at_least_bytes and not Counter(dims) - Counter(buffer.dims)
     ]
 
 
 def _held(module: Module, renamed: bool) -> Iterator[tuple[Shape, Instruction, str]]:
-    """Yield every array held, with its instruction and the computation of that.
+    """Yield every buffer with its instruction and the name of the computation.
 
     Args:
-        renamed: also what only gives memory that is held another name or shape.
+        renamed: also yield instructions that only give existing memory another name or shape.
     """
     for name, computation in module.computations.items():
         if name in module.fused:
@@ -220,7 +220,7 @@ def _held(module: Module, renamed: bool) -> Iterator[tuple[Shape, Instruction, s
         for instruction in computation.instructions:
             argument = instruction.opcode == "parameter" and name == module.entry
             holds = argument or renamed or instruction.opcode not in _RENAMES
-            # The -done has the result of a -start; the -start names its operands again.
+            # A -done holds the result; its -start only repeats the operands.
             if holds and not instruction.opcode.endswith(("-start", "-update")):
                 for shape in instruction.shapes:
                     yield shape, instruction, name
@@ -230,12 +230,12 @@ def _buffers(held: Iterator[tuple[Shape, Instruction, str]]) -> list[Buffer]:
     alike = defaultdict(list)
     for shape, instruction, name in held:
         alike[shape.dtype, shape.dims, shape.on_host].append((shape, instruction, name))
-    found = []
+    entries = []
     for (dtype, dims, on_host), same in alike.items():
         shape, first, name = same[0]
-        of_first = (first.opcode, first.op_name, name)
-        found.append(Buffer(shape.bytes, dtype, dims, on_host, len(same), *of_first))
-    return sorted(found, key=lambda buffer: (-buffer.bytes, buffer.dtype, buffer.dims))
+        origin = (first.opcode, first.op_name, name)
+        entries.append(Buffer(shape.bytes, dtype, dims, on_host, len(same), *origin))
+    return sorted(entries, key=lambda buffer: (-buffer.bytes, buffer.dtype, buffer.dims))
 
 
 # ---- matrix products --------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def _convolution_sizes(
 
 
 def _bytes(computation: Computation, instruction: Instruction) -> int:
-    """Bytes that an instruction outside of fusions reads and writes; 0 if it only waits."""
+    """Return the bytes that an instruction outside fusions reads and writes; 0 if it only waits."""
     opcode = instruction.opcode
     if opcode in _RENAMES or opcode in _COMMUNICATION or opcode == "constant":
         return 0
@@ -331,7 +331,7 @@ def _bytes(computation: Computation, instruction: Instruction) -> int:
 
 
 def _fusion_bytes(fused: Computation) -> int:
-    """Bytes that a fusion reads and writes: of what it slices or updates in place, that part."""
+    """Return the bytes that a fusion reads and writes; slices and in-place updates count partly."""
     read = sum(_read_bytes(fused, parameter, parameter.bytes) for parameter in fused.parameters)
     root = fused.root
     results = fused.operands(root) if root.opcode == "tuple" else [root]

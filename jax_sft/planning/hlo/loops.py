@@ -1,7 +1,6 @@
-"""How often each computation of an HLO module runs: loops, branches, calls.
+"""Count how often each computation of an HLO module runs: loops, branches, calls.
 
-In: a Module. Out: {computation: times per step}, by which `kernels` and `collectives`
-multiply.
+In: a Module. Out: {computation: times per step}, the multipliers of `kernels` and `collectives`.
 """
 
 import re
@@ -13,7 +12,7 @@ from jax_sft.planning.hlo.parser import Computation, Instruction, Module
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """Return how often the body of a `while` of `computation` runs, None where data decides."""
+    """Return the trip count of a `while` of `computation`, or None if it depends on data."""
     known = loop.config.get("known_trip_count", {}).get("n")
     if known is not None:
         return int(known)
@@ -35,18 +34,18 @@ def executions(
     dynamic: Callable[[Instruction], float] | None = None,
     branches: Callable[[Instruction], Sequence[float]] | None = None,
 ) -> dict[str, float]:
-    """Return {computation: times it runs in a step}, for those that the entry reaches.
+    """Return {computation: executions per step} for the computations that the entry reaches.
 
-    Bodies of loops, branches, fused and asynchronous computations included. A loop's condition runs
+    Includes loop bodies, branches, fused and asynchronous computations. A loop's condition runs
     once more than its body.
 
     Args:
-        dynamic: the expected trips of a `while` whose trip count only the data knows.
-        branches: how often each branch of a `conditional` is taken; by default each once, which
-            is an upper bound.
+        dynamic: returns the expected trip count of a `while` whose trip count depends on data.
+        branches: returns how often each branch of a `conditional` is taken. By default each is
+            taken once, which is an upper bound.
 
     Raises:
-        ValueError: such a `while`, and no `dynamic`.
+        ValueError: a trip count depends on data, and `dynamic` is None.
     """
 
     counts = {module.entry: 1.0}
@@ -61,7 +60,7 @@ def executions(
 def _calls(
     module: Module, computation: Computation, instruction: Instruction, dynamic, branches
 ) -> Iterator[tuple[str, float]]:
-    """Yield (computation, times) for each that one run of the instruction calls."""
+    """Yield (computation, times) for each computation that one execution calls."""
     if instruction.opcode == "while":
         trips = trip_count(module, computation, instruction)
         if trips is None and dynamic is None:
@@ -88,7 +87,7 @@ class _Carried:
 
 @dataclass(frozen=True)
 class _Test:
-    """Whether element `index` of a loop's tuple, plus `offset`, is LT, LE, ... than `limit`."""
+    """The loop condition: element `index` of the loop's tuple + `offset` is LT, LE, ... `limit`."""
 
     index: int
     offset: int
@@ -116,11 +115,11 @@ def _value(
     instruction: Instruction,
     arguments: list[Any] | None,
 ) -> int | _Carried | _Test | None:
-    """Evaluate an integer scalar of a loop; None is what cannot be told from the text.
+    """Evaluate an integer scalar of a loop; None if the text does not determine it.
 
     Args:
-        arguments: values of the computation's parameters; None: its one parameter is the loop's
-            tuple.
+        arguments: values of the computation's parameters, or None if its only parameter is the
+            loop's tuple.
     """
     opcode = instruction.opcode
     operands = computation.operands(instruction)
@@ -158,7 +157,7 @@ def _arithmetic(instruction: Instruction, left: Any, right: Any) -> int | _Carri
 
 
 def _callers_first(module: Module) -> list[str]:
-    """Return the computations that the entry reaches, each behind all that call it."""
+    """Return the computations that the entry reaches, each after all of its callers."""
     order, entered = [], {module.entry}
     stack = [(module.entry, _all_callees(module, module.entry))]
     while stack:

@@ -1,8 +1,8 @@
-"""The text of a compiled XLA module, read into plain dataclasses.
+"""Parse the text of a compiled XLA module into plain dataclasses.
 
 In: `compiled.as_text()` of a GPU or CPU module, or a dump after the `spmd-partitioning` pass. Out:
-a Module, in order of the schedule; the other hlo_* files compute on it. What is not understood
-raises: nothing is skipped. No JAX is needed.
+a Module in schedule order, the input of the other files of this package. Unknown syntax raises an
+error; nothing is skipped. Does not need JAX.
 """
 
 import functools
@@ -18,7 +18,7 @@ from typing import Any
 NAME = r"[\w.\-:]+"
 _INSTRUCTION = re.compile(rf"(ROOT )?%?({NAME}) = (\(.*?\)|\S+) ([a-z][a-z0-9\-]*)\((.*)")
 _COMPUTATION = re.compile(rf"(ENTRY )?%?({NAME}) ?(?:\(.*\) -> .*)?\{{")
-_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")  # of source lines
+_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")  # tables of source lines
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
 _NESTING = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\](){}]|, ?')
 _BITS = re.compile(r"(?:bf|[fsuc])(\d+)")
@@ -26,13 +26,13 @@ _BITS = re.compile(r"(?:bf|[fsuc])(\d+)")
 _CALLEES = ("calls", "to_apply", "condition", "body", "called_computations")
 _BRANCHES = ("true_computation", "false_computation", "branch_computations")
 _ANY_CALLEE = re.compile("|".join(f"{key}=" for key in _CALLEES + _BRANCHES))
-# Instructions that apply theirs to single elements: what it computes is part of the instruction.
+# Instructions that apply a computation to single elements. Its work belongs to the instruction.
 PER_ELEMENT = frozenset(
     "reduce reduce-window all-reduce reduce-scatter scatter select-and-scatter sort map".split()
 )
 
 
-# Instructions that move data between devices. A kernel that holds one is communication.
+# Instructions that move data between devices. A kernel that contains one is communication.
 COLLECTIVES = (
     "all-gather",
     "reduce-scatter",
@@ -46,7 +46,7 @@ COLLECTIVES = (
 
 @dataclass(frozen=True)
 class Shape:
-    """One array. `layout` is what stands in the braces: minor-to-major order, tiles, memory."""
+    """An array. `layout` is the text in the braces: minor-to-major order, tiles, memory space."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -63,7 +63,7 @@ class Shape:
 
     @property
     def on_host(self) -> bool:
-        """Whether it lies in host memory (offloaded), which takes nothing of the device's."""
+        """Whether the array is offloaded to host memory and uses no device memory."""
         return "S(5)" in self.layout
 
 
@@ -81,12 +81,12 @@ class Instruction:
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
-        """Its arrays, nested tuples flattened."""
+        """The result arrays, with nested tuples flattened."""
         return tuple(_leaves(self.type))
 
     @property
     def results(self) -> tuple[Shape, ...]:
-        """Its arrays without those of its operands, which a -start (operands, results, ...) has."""
+        """The result arrays, without the operands in the (operands, results, ...) of a -start."""
         if self.opcode.endswith("-start") and self.base != "all-reduce":
             return tuple(_leaves(self.type[1]))
         return self.shapes
@@ -101,13 +101,13 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The JAX operation that it came from, "" where XLA has lost it."""
-        found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes.get("metadata", ""))
-        return _unescaped(found[1]) if found else ""
+        """The JAX operation that the instruction came from, or "" if XLA has dropped it."""
+        match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes.get("metadata", ""))
+        return _unescaped(match[1]) if match else ""
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Its backend_config where that is JSON, else {}."""
+        """The backend_config if it is JSON, else {}."""
         text = self.attributes.get("backend_config", "")
         if text.startswith('"'):
             text = _unescaped(text[1:-1])
@@ -115,7 +115,7 @@ class Instruction:
 
     @cached_property
     def callees(self) -> tuple[str, ...]:
-        """The computations that it calls, but not the one it applies to single elements."""
+        """The computations that it calls, without those it applies to single elements."""
         if self.base in PER_ELEMENT or self.opcode.endswith(("-done", "-update")):
             return ()
         return self._named(_CALLEES + _BRANCHES)
@@ -142,7 +142,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Computation:
-    """A list of instructions: in order of execution where the module is scheduled."""
+    """A list of instructions, in execution order if the module is scheduled."""
 
     name: str
     instructions: tuple[Instruction, ...]
@@ -153,7 +153,7 @@ class Computation:
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """{name of an instruction: the instructions that read it}."""
+        """{instruction name: the instructions that read its result}."""
         users = {instruction.name: [] for instruction in self.instructions}
         for instruction in self.instructions:
             for name in dict.fromkeys(instruction.operands):
@@ -166,8 +166,8 @@ class Computation:
 
     @cached_property
     def parameters(self) -> list[Instruction]:
-        found = [i for i in self.instructions if i.opcode == "parameter"]
-        return sorted(found, key=lambda parameter: int(parameter.literal))
+        parameters = [i for i in self.instructions if i.opcode == "parameter"]
+        return sorted(parameters, key=lambda parameter: int(parameter.literal))
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
         return [self.by_name[name] for name in instruction.operands]
@@ -175,7 +175,7 @@ class Computation:
 
 @dataclass(frozen=True)
 class Alias:
-    """An output that takes over the memory of a donated argument. Indices are tuple indices."""
+    """An output that reuses the memory of a donated argument. Indices are tuple indices."""
 
     output: tuple[int, ...]
     parameter: int
@@ -185,7 +185,7 @@ class Alias:
 
 @dataclass(frozen=True)
 class Module:
-    """A whole module. Its devices are numbered by their place in the mesh, row-major."""
+    """A whole module. Devices are numbered by their position in the mesh, row-major."""
 
     name: str
     computations: dict[str, Computation]
@@ -196,23 +196,24 @@ class Module:
 
     @cached_property
     def num_callers(self) -> Counter[str]:
-        """{computation: how many instructions call it}."""
+        """{computation: number of instructions that call it}."""
         calls = (i for c in self.computations.values() for i in c.instructions)
         return Counter(callee for i in calls for callee in dict.fromkeys(i.callees))
 
     @cached_property
     def fused(self) -> frozenset[str]:
-        """Computations inside kernels: what they produce is never a buffer of its own."""
+        """Computations inside kernels, whose results are never separate buffers."""
         calls = [i for c in self.computations.values() for i in c.instructions]
         inside = {name for i in calls if i.base == "fusion" for name in i.callees}
         return frozenset(inside | {name for i in calls for name in i.applied})
 
 
 def parse(text: str) -> Module:
-    """Read a module.
+    """Parse a module.
 
     Raises:
-        ValueError: a line that is not understood, with its number; a module of several replicas.
+        ValueError: a line has unknown syntax (the message has its number), or the module has
+            several replicas.
     """
     header, computations, entry = {}, {}, None
     name, instructions = None, []
@@ -228,9 +229,9 @@ def parse(text: str) -> Module:
         elif line.startswith("HloModule "):
             title, _, rest = line.removeprefix("HloModule ").partition(", ")
             header = {"name": title, **_attributes(rest)}
-        elif found := _COMPUTATION.fullmatch(line):
-            name = found[2]
-            entry = name if found[1] else entry
+        elif match := _COMPUTATION.fullmatch(line):
+            name = match[2]
+            entry = name if match[1] else entry
             if name in computations:
                 raise ValueError(f"line {number}: a second HLO computation {name}")
         elif not (line in _TABLES or line[0].isdigit()):
@@ -251,7 +252,7 @@ def parse(text: str) -> Module:
 
 
 def parse_type(text: str) -> Any:
-    """Read `f32[8,4]{1,0}` into a Shape, `(f32[], (s32[2]{0}))` into nested tuples of them."""
+    """Parse `f32[8,4]{1,0}` into a Shape, `(f32[], (s32[2]{0}))` into nested tuples of Shapes."""
     type_, rest = _type(text)
     if rest:
         raise ValueError(f"not an HLO shape: {text!r}")
@@ -264,10 +265,10 @@ def parse_type(text: str) -> Any:
 def _instruction(line: str, number: int) -> Instruction:
     if "/*index=" in line:
         line = re.sub(r"/\*index=\d+\*/", "", line)
-    found = _INSTRUCTION.fullmatch(line)
-    if not found:
+    match = _INSTRUCTION.fullmatch(line)
+    if not match:
         raise ValueError(f"line {number} of the HLO text is not an instruction: {line[:200]}")
-    root, name, type_, opcode, rest = found.groups()
+    root, name, type_, opcode, rest = match.groups()
     end = rest.find(")")
     if end < 0 or "(" in rest[:end] or '"' in rest[:end]:
         end = _end_of_operands(rest, number)
@@ -288,7 +289,7 @@ def _instruction(line: str, number: int) -> Instruction:
 
 
 def _operand(text: str) -> str:
-    """`%a`, `a` and `f32[8]{0} %a` are all a; `%a#1` is a#1."""
+    """Return the name of an operand: a for `%a`, `a` and `f32[8]{0} %a`, a#1 for `%a#1`."""
     return text.rpartition(" ")[2].removeprefix("%")
 
 
@@ -316,10 +317,10 @@ def _computation(name: str, instructions: list[Instruction]) -> Computation:
 
 
 def _with_elements(instructions: list[Instruction]) -> Iterator[Instruction]:
-    """Write out the get-tuple-elements of the compact form, each before its first reader.
+    """Insert the get-tuple-elements that the compact form omits, each before its first reader.
 
     Dumps of jaxlib 0.11 and newer (XLA's flag xla_dump_compact_gte) have no line for them: the
-    operand `a#1` is element 1 of the tuple a, and `a#1#0` is element 0 of that.
+    operand `a#1` is element 1 of the tuple a, and `a#1#0` is element 0 of that element.
     """
     by_name: dict[str, Instruction] = {}
     for instruction in instructions:
@@ -353,7 +354,7 @@ def _check_callees(computations: dict[str, Computation]) -> None:
 
 
 def _attributes(text: str) -> dict[str, str]:
-    """Split `key=value, key={...}` into a dict. The mesh form of replica groups holds a comma."""
+    """Split `key=value, key={...}` into a dict. Mesh-form replica groups contain a comma."""
     attributes = {}
     for part in _split(text):
         key, equals, value = part.partition("=")
@@ -367,7 +368,7 @@ def _attributes(text: str) -> dict[str, str]:
 
 
 def _split(text: str) -> list[str]:
-    """Split at the commas that are in no string, bracket, brace or parenthesis."""
+    """Split at commas outside strings, brackets, braces and parentheses."""
     parts, depth, start = [], 0, 0
     for token in _NESTING.finditer(text):
         first = token[0][0]
@@ -387,14 +388,14 @@ def _cached_type(text: str) -> Any:
 
 
 def _type(text: str) -> tuple[Any, str]:
-    """Read a shape at the start of `text`; return it and the rest."""
+    """Parse a shape at the start of `text`. Return it and the remaining text."""
     if not text.startswith("("):
-        found = _ARRAY.match(text)
-        if not found:
+        match = _ARRAY.match(text)
+        if not match:
             raise ValueError(f"not an HLO shape: {text[:200]!r}")
-        _bits(found[1])
-        dims = tuple(int(dim.removeprefix("<=")) for dim in found[2].split(",") if dim)
-        return Shape(found[1], dims, found[3] or ""), text[found.end() :]
+        _bits(match[1])
+        dims = tuple(int(dim.removeprefix("<=")) for dim in match[2].split(",") if dim)
+        return Shape(match[1], dims, match[3] or ""), text[match.end() :]
     elements, rest = [], text[1:]
     while not rest.startswith(")"):
         element, rest = _type(rest)
@@ -414,10 +415,10 @@ def _leaves(type_: Any) -> Iterator[Shape]:
 def _bits(dtype: str) -> int:
     if dtype in ("token", "opaque"):
         return 0
-    found = _BITS.match(dtype)
-    if not found and dtype != "pred":
+    match = _BITS.match(dtype)
+    if not match and dtype != "pred":
         raise ValueError(f"unknown HLO element type {dtype!r}")
-    return int(found[1]) if found else 8
+    return int(match[1]) if match else 8
 
 
 @functools.cache
