@@ -1,1 +1,1 @@
-"""Files to rows, and rows to conversations."""
+"""Read rows from files, and convert rows to conversations."""

@@ -1,8 +1,8 @@
-"""Rows to items that can be tokenized. A new format is a function here, its columns in `_needed`
-and its name in FORMATS.
+"""Convert rows to items that can be tokenized.
 
-Called by `worker`: every format takes (row, config.source) and raises ValueError naming the field
-that is wrong. Nothing is converted: a number where text belongs is an error.
+Called by `worker`. Every format accepts (row, config.source) and raises ValueError naming the
+invalid field. Values are not converted: a number where text belongs is an error. To add a format,
+write its function here, add its columns to `_needed` and its name to FORMATS.
 """
 
 import dataclasses
@@ -22,17 +22,18 @@ from jax_sft.data.sources.messages import (
     turn_to_message,
 )
 
-NOT_TRAINED = -100  # the label of a token that does not train
+NOT_TRAINED = -100  # label of an untrained token
 
 Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Messages as a chat template takes them: `role` is one of messages.ROLES, `content` a string.
+    """Messages in the form that chat templates accept; tools are None if there are none.
 
-    An assistant's message may have `tool_calls`, a list of {"type": "function", "function":
-    {"name": str, "arguments": dict}}; `reasoning_content`; and `train` (bool) or `weight` (float).
+    `role` is one of messages.ROLES and `content` is a string. An assistant message may have
+    `tool_calls`, a list of {"type": "function", "function": {"name": str, "arguments": dict}};
+    `reasoning_content`; and `train` (bool) or `weight` (float).
     """
 
     messages: list[Message]
@@ -41,7 +42,7 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Text tokenized without a chat template; the completion trains, the prompt does not."""
+    """Text tokenized without a chat template. The completion is trained, the prompt is not."""
 
     prompt: str
     completion: str
@@ -49,7 +50,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Tokens as they are, not shifted, and the loss weight of each: 0 = it does not train."""
+    """Token ids, not shifted, and the loss weight of each (0 = not trained)."""
 
     ids: list[int]
     weights: list[float]
@@ -62,31 +63,36 @@ Item = Conversation | Text | Tokens
 
 
 def messages(row: Row, source) -> Conversation:
-    """A column of OpenAI's messages, with an optional column of tools.
+    """Read a column of OpenAI messages, with an optional column of tools.
 
-    Fields that are null are left out; those that are not known stay: a template may use them. An
-    assistant's message of nothing at all is refused unless it has `train: false` or weight 0.
+    Null fields are left out. Unknown fields are kept, since a template may use them. An assistant
+    message without tool calls or visible text is refused unless it has `train: false` or weight 0.
     """
     key = source.messages_key
-    found = [to_message(one, f"{key}[{n}]") for n, one in enumerate(_messages(row, key))]
+    turns = [to_message(message, f"{key}[{n}]") for n, message in enumerate(_messages(row, key))]
     system = _system(row, source.system_key)
-    return Conversation(_joined(system, found, key), _tools(row, source.tools_key))
+    return Conversation(_joined(system, turns, key), _tools(row, source.tools_key))
 
 
 def sharegpt(row: Row, source) -> Conversation:
-    """A column of {from, value}, with an optional column of tools.
+    """Read a column of {from, value} turns, with an optional column of tools.
 
-    The system message may have its own column: source.system_key, or else "system" if there is
-    one. The value of "function_call" is JSON: one tool call or a list of them.
+    The system message may have its own column: source.system_key, by default "system" if that
+    column exists. The value of "function_call" is JSON: one tool call or a list of them.
     """
     key = source.conversations_key
-    found = [turn_to_message(one, f"{key}[{n}]", key) for n, one in enumerate(_messages(row, key))]
+    turns = [
+        turn_to_message(turn, f"{key}[{n}]", key) for n, turn in enumerate(_messages(row, key))
+    ]
     system = _system(row, source.system_key or "system")
-    return Conversation(_joined(system, found, key), _tools(row, source.tools_key))
+    return Conversation(_joined(system, turns, key), _tools(row, source.tools_key))
 
 
 def prompt_response(row: Row, source) -> Conversation:
-    """Optional system, then user = prompt (+ newline + query), then assistant = response."""
+    """Read a user message (prompt, newline, query) and the assistant's response.
+
+    The query and the system message are optional.
+    """
     prompt = _text(row, source.prompt_key)
     if source.query_key and (query := _text(row, source.query_key, optional=True)):
         prompt += "\n" + query
@@ -96,9 +102,10 @@ def prompt_response(row: Row, source) -> Conversation:
 
 
 def prompt_completion(row: Row, source) -> Conversation | Text:
-    """Two strings, tokenized plainly; or two lists of messages, of which the first is history.
+    """Read two strings, tokenized without a template, or two lists of messages.
 
-    An assistant's message in the prompt trains only if it says so itself.
+    The first list is history: an assistant message in it is trained only if it sets `train` or
+    `weight` itself.
     """
     keys = (source.prompt_key, source.completion_key)
     prompt, completion = (row.get(key) for key in keys)
@@ -112,23 +119,23 @@ def prompt_completion(row: Row, source) -> Conversation | Text:
             f"fields {keys[0]!r} and {keys[1]!r} must be two strings or two lists of messages, not "
             f"{shown(prompt)} and {shown(completion)}"
         )
-    found = [
-        to_message(one, f"{key}[{number}]", trains=key == source.completion_key)
+    turns = [
+        to_message(message, f"{key}[{number}]", trains=key == source.completion_key)
         for key in keys
-        for number, one in enumerate(_messages(row, key))
+        for number, message in enumerate(_messages(row, key))
     ]
-    return Conversation(found, tools)
+    return Conversation(turns, tools)
 
 
 def tokens(row: Row, source) -> Tokens:
-    """Tokenized rows: `ids` and `mask` (0, 1 or float weights), or `input_ids` and `labels`.
+    """Read tokenized rows: `ids` and `mask` (0, 1 or float weights), or `input_ids` and `labels`.
 
-    Neither is shifted: a label is the token at its own place, or -100 where it does not train.
+    Neither is shifted: a label is the token at its own position, or -100 where it is not trained.
     """
-    given = [keys for keys in _needed(source)["tokens"] if row.get(keys[0]) is not None]
-    if len(given) != 1:
+    present = [keys for keys in _needed(source)["tokens"] if row.get(keys[0]) is not None]
+    if len(present) != 1:
         raise ValueError("fields 'ids' and 'mask' or 'input_ids' and 'labels' are needed, not both")
-    ids_key, marks_key = given[0]
+    ids_key, marks_key = present[0]
     ids, marks = _list(row, ids_key), _list(row, marks_key)
     if not ids or len(ids) != len(marks):
         raise ValueError(
@@ -152,10 +159,11 @@ def tokens(row: Row, source) -> Tokens:
 
 
 def text(row: Row, source) -> Text:
-    """Plain language modelling: all of it trains."""
+    """Read plain text for language modeling; all of it is trained."""
     return Text("", _trained(row, source.text_key))
 
 
+# The order is the precedence: `choose` picks the first format whose columns all exist.
 FORMATS: dict[str, Callable[[Row, Any], Item]] = {
     "messages": messages,
     "sharegpt": sharegpt,
@@ -164,7 +172,7 @@ FORMATS: dict[str, Callable[[Row, Any], Item]] = {
     "tokens": tokens,
     "text": text,
 }
-# Which formats use the options of a source that name columns.
+# {option of a source that names a column: the formats that use it}.
 USES = {
     "prompt_key": ("prompt_response", "prompt_completion"),
     "query_key": ("prompt_response",),
@@ -176,11 +184,11 @@ USES = {
     "completion_key": ("prompt_completion",),
     "text_key": ("text",),
 }
-OPTIONAL = ("query_key", "system_key")  # not set by default; the others name a column always
+OPTIONAL = ("query_key", "system_key")  # not set by default; the others always name a column
 
 
 def _needed(source) -> dict[str, list[tuple[str, ...]]]:
-    """{format: its sets of columns, of which it needs one}."""
+    """Return {format: its alternative sets of columns}; a format needs all columns of one set."""
     return {
         "messages": [(source.messages_key,)],
         "sharegpt": [(source.conversations_key,)],
@@ -192,16 +200,16 @@ def _needed(source) -> dict[str, list[tuple[str, ...]]]:
 
 
 def columns(source) -> set[str]:
-    """Return the columns that any format may read of a source; no other is needed."""
+    """Return the columns of a source that some format may read; the others can be skipped."""
     named = {source[option] for option in USES} | {"system", "attention_mask"}
     return named | {key for sets in _needed(source).values() for keys in sets for key in keys}
 
 
 def choose(source, rows: Sequence[Row]) -> tuple[str, str]:
-    """Return the format of a source, and the reason for it as shown to the user.
+    """Return the format of a source and the reason that is shown to the user.
 
-    It is the one that the source names; otherwise the first, in the order of FORMATS, whose columns
-    are there. A column is there if any of these rows, the first of the source, has it.
+    The format is source.format if set, otherwise the first in FORMATS whose columns all exist. A
+    column exists if any of `rows`, the first rows of the source, has it.
 
     Raises:
         ValueError: no format fits; a column is missing that the format or a *_key option needs; or
@@ -216,8 +224,9 @@ def choose(source, rows: Sequence[Row]) -> tuple[str, str]:
     name = source.format or next((name for name in FORMATS if fits[name]), "")
     if not name or not fits[name]:
         ways = "; ".join(
-            f"{one!r} needs {' or '.join(' and '.join(map(repr, keys)) for keys in needed[one])}"
-            for one in ([name] if name else FORMATS)
+            f"{candidate!r} needs "
+            f"{' or '.join(' and '.join(map(repr, keys)) for keys in needed[candidate])}"
+            for candidate in ([name] if name else FORMATS)
         )
         raise ValueError(
             f"{given} has the columns {names}, but format {ways}. Say what its columns are called: "
@@ -255,7 +264,7 @@ def _text(row: Row, key: str, optional: bool = False) -> str:
 
 
 def _trained(row: Row, key: str) -> str:
-    """Return a text that trains, which says something."""
+    """Return the text of a trained field; refuse one without a visible character."""
     words = _text(row, key)
     if not VISIBLE.search(words):
         raise ValueError(f"field {key!r} has only blanks, {NOTHING}: leave the row out")
@@ -270,10 +279,10 @@ def _list(row: Row, key: str) -> list[Any]:
 
 
 def _messages(row: Row, key: str) -> list[Any]:
-    found = parsed(row.get(key), f"field {key!r}")  # JSON text in a table such as CSV
-    if not isinstance(found, list) or not found:
-        raise ValueError(f"field {key!r} must be a list of messages, not {shown(found)}")
-    return found
+    value = parsed(row.get(key), f"field {key!r}")  # JSON text in a table such as CSV
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"field {key!r} must be a list of messages, not {shown(value)}")
+    return value
 
 
 def _system(row: Row, key: str) -> list[Message]:
@@ -282,7 +291,7 @@ def _system(row: Row, key: str) -> list[Message]:
 
 
 def _joined(system: list[Message], found: list[Message], key: str) -> list[Message]:
-    """Put the system message of its own column first."""
+    """Put the system message that has its own column first."""
     if not system or found[0] == system[0]:
         return found
     if found[0]["role"] == "system":
@@ -295,7 +304,7 @@ def _tools(row: Row, key: str) -> list[dict[str, Any]] | None:
 
 
 def _weight(mark: Any, where: str) -> float:
-    if isinstance(mark, int) and mark in (0, 1):  # 2 is no weight: more likely it numbers turns
+    if isinstance(mark, int) and mark in (0, 1):  # 2 is not a weight: it more likely numbers turns
         return float(mark)
     if isinstance(mark, float) and 0 <= mark <= MAX_WEIGHT:
         return mark

@@ -1,6 +1,6 @@
-"""One message of a row, or its tools: checked, and brought into the form of formats.Conversation.
+"""Check the messages and tools of a row and convert them to the form of formats.Conversation.
 
-Called by `formats`. What is wrong raises ValueError, which names its place within the row by
+Called by `formats`. Invalid input raises ValueError, which names the place within the row by
 `where`, such as "messages[3]".
 """
 
@@ -18,32 +18,32 @@ SHAREGPT_ROLES = {
     **{"tool": "tool", "observation": "tool", "function_response": "tool"},
     "function_call": "assistant",
 }
-THINKING = ("reasoning_content", "reasoning", "thinking")  # one thing, three names in use
+THINKING = ("reasoning_content", "reasoning", "thinking")  # three names in use for one field
 NOT_SUPPORTED = {
     "function_call": "is out of date: write it as tool_calls, a list of calls",
     "prefix": "is not supported: complete the message, or leave the row out",
     "audio": "is not supported: only text can be trained",
     "refusal": "is not supported: make it the content, or leave the row out",
 }
-# A character that shows: neither a blank nor a control, format or filler character.
+# A visible character: neither white space nor a control, format or filler character.
 VISIBLE = re.compile(
     r"[^\s\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
     r"\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     r"\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 NOTHING = "so it would train the model to say nothing"
-MAX_WEIGHT = 3.4e38  # float32 ends there
-MAX_DEPTH = 64  # of objects in tools, arguments and further fields; Python stops at some hundreds
+MAX_WEIGHT = 3.4e38  # about the largest float32
+MAX_DEPTH = 64  # of tools, arguments and other fields; Python's recursion ends at some hundreds
 
 Message = dict[str, Any]
 
 
 def to_message(message: Any, where: str, trains: bool = True, content: str = "content") -> Message:
-    """Check one message and bring it into the form of Conversation.
+    """Check one message and convert it to the form of Conversation.
 
     Args:
-        trains: whether an assistant's message trains that does not say.
-        content: what the row calls the content.
+        trains: whether an assistant message that has neither `train` nor `weight` is trained.
+        content: name of the content in the row.
     """
     if not isinstance(message, dict):
         raise ValueError(f"{where} must be an object with role and content, not {shown(message)}")
@@ -66,7 +66,7 @@ def to_message(message: Any, where: str, trains: bool = True, content: str = "co
     thinking = _thinking(given, where)
     training = _training(given, where)
     _check_depth([given, calls], where)
-    found = {"role": role, "content": words} | given | thinking
+    converted = {"role": role, "content": words} | given | thinking
     if role != "assistant":
         wrong = ["tool_calls"] * bool(calls) + [name for name, part in thinking.items() if part]
         wrong += [name for name, part in training.items() if part]
@@ -77,13 +77,13 @@ def to_message(message: Any, where: str, trains: bool = True, content: str = "co
     says_something = calls or any(map(VISIBLE.search, (words, *thinking.values())))
     if not says_something and all(training.values()):
         is_blank = words or any(thinking.values())
-        what = "has only blanks" if is_blank else f"has neither {content} nor tool_calls"
-        raise ValueError(f"{where} {what}, {NOTHING}: leave it out, or add train: false")
-    return found | ({"tool_calls": calls} if calls else {}) | training
+        problem = "has only blanks" if is_blank else f"has neither {content} nor tool_calls"
+        raise ValueError(f"{where} {problem}, {NOTHING}: leave it out, or add train: false")
+    return converted | ({"tool_calls": calls} if calls else {}) | training
 
 
 def turn_to_message(turn: Any, where: str, key: str) -> Message:
-    """Bring one {from, value} into the form of Conversation."""
+    """Convert one {from, value} turn to the form of Conversation."""
     speaker = turn.get("from") if isinstance(turn, dict) else None
     if not isinstance(speaker, str):
         has_role = isinstance(turn, dict) and "role" in turn
@@ -101,7 +101,7 @@ def turn_to_message(turn: Any, where: str, key: str) -> Message:
 
 
 def _content(content: Any, where: str) -> str:
-    """Return a string, or join a list of text parts."""
+    """Return a string unchanged, or join a list of text parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -126,7 +126,7 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    """Bring a tool call, or the bare {name, arguments}, into the form of Conversation."""
+    """Convert a tool call, or a bare {name, arguments}, to the form of Conversation."""
     if not isinstance(call, dict):
         raise ValueError(f"{where} must be a tool call, not {shown(call)}")
     if call.get("type") not in (None, "function"):
@@ -152,36 +152,36 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _thinking(given: Message, where: str) -> Message:
-    """Take what the assistant thought out of `given`; {"reasoning_content": it}, or nothing."""
-    found = {name: given.pop(name) for name in THINKING if name in given}
-    if not found:
+    """Remove the reasoning from `given`; return {"reasoning_content": reasoning} or {}."""
+    fields = {name: given.pop(name) for name in THINKING if name in given}
+    if not fields:
         return {}
-    if len(found) > 1:
-        raise ValueError(f"{where} has {' and '.join(found)}: they are the same, leave one")
-    ((name, thought),) = found.items()
+    if len(fields) > 1:
+        raise ValueError(f"{where} has {' and '.join(fields)}: they are the same, leave one")
+    ((name, thought),) = fields.items()
     if not isinstance(thought, str):
         raise ValueError(f"{where}.{name} must be a string, not {shown(thought)}")
     return {THINKING[0]: thought}
 
 
 def _training(given: Message, where: str) -> Message:
-    """Take `train` or `weight` out of `given`, checked."""
-    found = {name: given.pop(name) for name in ("train", "weight") if name in given}
-    if len(found) > 1:
+    """Remove `train` or `weight` from `given`, check it and return it."""
+    fields = {name: given.pop(name) for name in ("train", "weight") if name in given}
+    if len(fields) > 1:
         raise ValueError(f"{where} has train and weight: leave one")
-    if not isinstance(found.get("train", True), bool):
-        raise ValueError(f"{where}.train must be true or false, not {shown(found['train'])}")
-    if "weight" in found:
-        weight = found["weight"]
+    if not isinstance(fields.get("train", True), bool):
+        raise ValueError(f"{where}.train must be true or false, not {shown(fields['train'])}")
+    if "weight" in fields:
+        weight = fields["weight"]
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not is_number or not 0 <= weight <= MAX_WEIGHT:
             raise ValueError(f"{where}.weight must be a number from 0, not {shown(weight)}")
         return {"weight": float(weight)}
-    return found
+    return fields
 
 
 def to_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
-    """Check a list of tools, or the JSON of one; None if there is none."""
+    """Return a checked list of tools, given as a list or as JSON text; None if empty."""
     tools = parsed(tools or None, where)
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError(f"{where} must be a list of objects, not {shown(tools)}")
@@ -191,7 +191,7 @@ def to_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
 
 
 def _check_json(value: Any, where: str) -> None:
-    """Refuse what JSON does not have; tables hold dates, bytes and decimals too."""
+    """Refuse values that JSON does not have: tables also hold dates, bytes and decimals."""
     pending = [value]
     while pending:
         inner = pending.pop()
@@ -207,12 +207,12 @@ def _check_depth(value: dict | list, where: str, depth: int = 0) -> None:
     for inner in value.values() if isinstance(value, dict) else value:
         if isinstance(inner, dict | list):
             _check_depth(inner, where, depth + 1)
-        elif isinstance(inner, float) and not math.isfinite(inner):  # as of 1e999, or NaN
+        elif isinstance(inner, float) and not math.isfinite(inner):  # from 1e999, or NaN
             raise ValueError(f"{where} has a number that JSON does not have: {inner}")
 
 
 def parsed(value: Any, where: str) -> Any:
-    """Return what JSON in a string says, or a value that is no string as it is."""
+    """Return the value of a JSON text; return a value of any other type unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -226,5 +226,5 @@ BRIEF.maxlevel, BRIEF.maxlist, BRIEF.maxdict, BRIEF.maxstring = 3, 20, 10, 60
 
 
 def shown(value: Any) -> str:
-    """A value as in Python, short whatever it is."""
+    """Return the repr of a value, shortened to at most 120 characters."""
     return f"{BRIEF.repr(value):.120}"

@@ -1,7 +1,7 @@
-"""Files to rows: `files` finds what a source names, `chunks` cuts it up, `parse` makes rows of it.
+"""Read rows: `files` finds the files of a source, `chunks` splits them, `parse` parses a chunk.
 
-`cache` calls the first two, which are cheap; `worker` the third, in many processes. What is within
-JSON and within tables is the matter of `json_rows` and `tables`.
+`cache` calls the first two, which are cheap. `worker` calls `parse` in many processes. `json_rows`
+and `tables` read the contents of JSON and of tables.
 """
 
 import codecs
@@ -29,21 +29,21 @@ KINDS = {
     **{".parquet": "parquet", ".arrow": "arrow"},
 }
 CODECS = {".gz": "gzip", ".zst": "zstd"}
-COMPRESSIBLE = ("jsonl", "json", "csv", "tsv")  # the others are compressed within
-# What a folder or a glob may hold beside data, skipped without a word. Hidden files are, too.
+COMPRESSIBLE = ("jsonl", "json", "csv", "tsv")  # the others are compressed internally
+# Files next to the data that folders and globs skip silently, as they skip hidden files.
 BESIDE_DATA = ("README*", "LICENSE*", "*.md", "_SUCCESS")
 METADATA = ("dataset_info.json", "dataset_infos.json")  # of `datasets`
 
 MAX_ROWS = 1000  # per chunk
-BLOCK = 1_000_000  # bytes; about the size of a chunk, and of one read
-# Four million tokens of text: four times the longest that any model reads at once. Tokenizers take
-# some hundred bytes per byte.
+BLOCK = 1_000_000  # bytes per read, and about per chunk
+# About four million tokens of text, four times the longest context of any model. Tokenizers need
+# some hundred bytes of memory per byte.
 MAX_ROW_BYTES = 16_000_000
-# Text shrinks to a tenth, tables of one sentence to a hundredth.
+# Text is compressed to a tenth, tables of one repeated sentence to a hundredth.
 MAX_RATIO = 300
-BOMB = 8 << 30  # bytes, unpacked, from which the ratio is looked at: some 10 s
+BOMB = 8 << 30  # unpacked bytes above which the ratio is checked: about 10 s of unpacking
 
-# What `datasets` raises of data sets that it cannot read; it documents no list.
+# Exceptions that `datasets` raises for data sets it cannot read; it documents no list.
 LIBRARY_ERRORS = (
     *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError),
     *(ArithmeticError, AssertionError, EOFError, MemoryError, SyntaxError, pa.ArrowException),
@@ -55,14 +55,14 @@ SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Some neighbouring rows of one file, not parsed yet; small enough to send to a process.
+    """Consecutive rows of one file, not parsed yet; small enough to send to a process.
 
     Attributes:
-        first: number, from 1, of the first one within the file: of a line for "jsonl", of a row
-            for the others.
+        first: number, from 1, of the first one within the file: a line number for "jsonl", a row
+            number for the others.
         kind: "jsonl", "json" (elements of a list) or "rows" (made by other libraries).
-        payload: bytes for "jsonl" and "json", dicts for "rows"; or a string that says what is
-            wrong.
+        payload: bytes for "jsonl" and "json", dicts for "rows"; an error text in place of a row
+            that cannot be used.
     """
 
     file: str
@@ -71,7 +71,7 @@ class Chunk:
     payload: list
 
     def __len__(self) -> int:
-        """The number of records that `parse` makes of it: blank lines are none."""
+        """Return the number of records that `parse` yields; blank lines yield none."""
         if self.kind != "jsonl":
             return len(self.payload)
         return sum(1 for line in self.payload if line.strip())
@@ -92,19 +92,18 @@ class Record:
 def files(source) -> list[Path]:
     """Find the files of a source, in the order in which they are read.
 
-    `source.path` is, whichever fits first:
-    1. a file that is there;
+    `source.path` is the first of these that applies:
+    1. an existing file;
     2. a folder: all files in it and below, sorted by path;
     3. a glob such as `data/**/*.jsonl`: all files that match, sorted by path;
     4. owner/name of a hub data set, downloaded to the cache of `datasets`.
 
-    In folders and globs, hidden files and folders are left out and so is what belongs to a data
-    set without being data (README, LICENSE, *.md, and what `datasets` and Spark write beside it);
-    any other file that is of no known kind is an error. A folder is read whole: one with several
-    splits side by side needs a glob.
+    Folders and globs skip hidden files and folders, and files that accompany a data set without
+    being data (README, LICENSE, *.md, and the metadata of `datasets` and Spark). Any other file of
+    unknown kind is an error. A folder is read whole: one that holds several splits needs a glob.
 
     Raises:
-        ValueError: there is nothing to read, a file is empty, not a regular file, or of no known
+        ValueError: there is nothing to read, or a file is empty, not a regular file, or of unknown
             kind.
     """
     try:
@@ -119,15 +118,15 @@ def _files(source) -> list[Path]:
         raise ValueError("source.path is empty: name a file, glob, folder or hub data set")
     path = paths.local(given, "source.path")
     if path.is_file():
-        found = [path]
+        data_files = [path]
     elif path.is_dir():
         if (path / "dataset_dict.json").is_file():
             raise ValueError(
                 f"source.path = {given!r} holds several splits: name one, such as its train"
             )
-        found = _data_files(_below(path))
+        data_files = _data_files(_below(path))
     elif glob.has_magic(given) and not path.exists():
-        found = _data_files(_matches(path))
+        data_files = _data_files(_matches(path))
     elif HUB_NAME.fullmatch(given) and not _kind(path):
         return _hub_files(source)
     else:
@@ -140,28 +139,28 @@ def _files(source) -> list[Path]:
             f"source.path = {given!r} is a local path, and source.subset, split and revision are "
             "for hub data sets: leave them out, and name the wanted files by a glob"
         )
-    _check_files(given, found)
-    return found
+    _check_files(given, data_files)
+    return data_files
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Yield all files below a folder but hidden ones; unlike glob, fail where one is not readable.
+    """Yield all files below a folder but hidden ones. Unlike glob, fail at an unreadable folder.
 
     Raises:
-        ValueError: links lead to one folder twice; in a circle, that would never end.
+        ValueError: links lead to one folder twice; a cycle would never end.
     """
     seen: dict[tuple[int, int], Path] = {}
     pending = [folder]
     while pending:
-        here = pending.pop()
-        status = here.stat()
-        other = seen.setdefault((status.st_dev, status.st_ino), here)
-        if other is not here:
+        current = pending.pop()
+        status = current.stat()
+        other = seen.setdefault((status.st_dev, status.st_ino), current)
+        if other is not current:
             raise ValueError(
-                f"source.path = {str(folder)!r}: {str(other)!r} and {str(here)!r} are the same "
+                f"source.path = {str(folder)!r}: {str(other)!r} and {str(current)!r} are the same "
                 "folder"
             )
-        with os.scandir(here) as entries:
+        with os.scandir(current) as entries:
             for entry in entries:
                 if not entry.name.startswith("."):
                     if entry.is_dir():
@@ -171,11 +170,13 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _matches(pattern: Path) -> Iterator[Path]:
-    """Yield what a glob matches: files, and folders that are called as a data file is."""
+    """Yield the matches of a glob: files, and folders that are named like data files."""
     if "**" in pattern.parts:
         plain = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts)
         if (above := Path(*plain)).is_dir():
-            collections.deque(_below(above), maxlen=0)  # glob would follow links in a circle
+            collections.deque(
+                _below(above), maxlen=0
+            )  # fails at a cycle of links, which glob would follow
     for name in glob.iglob(str(pattern), recursive=True):
         if _kind(file := Path(name)) or not file.is_dir():
             yield file
@@ -221,7 +222,7 @@ def _check_files(given: str, found: Sequence[Path]) -> None:
 
 
 def _kind(file: Path) -> str:
-    """Tell the kind of a file by its name; "" if it is of none."""
+    """Return the kind of a file, from its name; "" if unknown."""
     if file.suffix.lower() not in CODECS:
         return KINDS.get(file.suffix.lower(), "")
     inner = KINDS.get(Path(file.stem).suffix.lower(), "")
@@ -229,14 +230,14 @@ def _kind(file: Path) -> str:
 
 
 def _hub_files(source) -> list[Path]:
-    """Download a hub data set, or find it in the cache of `datasets`: its .arrow files."""
+    """Return the .arrow files of a hub data set, downloaded or from the cache of `datasets`."""
     if not SPLIT_NAME.fullmatch(source.split):
         raise ValueError(
             f"source.split = {source.split!r} must name one split, not a slice or a sum: use "
             "source.limit, or several sources"
         )
-    datasets = importlib.import_module("datasets")  # takes over a second, and few sources need it
-    httpx = importlib.import_module("httpx")  # which the hub's library uses, and datasets loads
+    datasets = importlib.import_module("datasets")  # takes over 1 s, and few sources need it
+    httpx = importlib.import_module("httpx")  # used by the hub's library, which datasets loads
     try:
         rows = datasets.load_dataset(
             source.path,
@@ -250,26 +251,26 @@ def _hub_files(source) -> list[Path]:
             f"{source.split!r}) can be had from the Hugging Face hub: {type(error).__name__}: "
             f"{error}"
         ) from error
-    found = [Path(file["filename"]) for file in rows.cache_files]
-    if not found:
+    arrow_files = [Path(file["filename"]) for file in rows.cache_files]
+    if not arrow_files:
         raise ValueError(f"source.path = {source.path!r} (split {source.split!r}) has no rows")
-    return found
+    return arrow_files
 
 
 # ---- chunks --------------------------------------------------------------------------------------
 
 
 def chunks(source, files: Sequence[Path], max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[Chunk]:
-    """Cut files into chunks of up to MAX_ROWS rows or about BLOCK bytes; no chunk spans two files.
+    """Split files into chunks of up to MAX_ROWS rows or about BLOCK bytes; each is of one file.
 
     Rows that cannot be parsed count as rows, also for `source.limit`. Memory does not grow with
     the files.
 
     Args:
-        max_row_bytes: about; a longer row is one that cannot be used, and is never held.
+        max_row_bytes: approximate; a longer row cannot be used and is never held in memory.
 
     Raises:
-        ValueError: a file that is broken as a whole or from some place on, or has no rows.
+        ValueError: a file is unreadable as a whole or from some place on, or has no rows.
     """
     left, used = source.limit or math.inf, formats.columns(source)
     for file in files:
@@ -297,7 +298,7 @@ def _first_rows(chunk: Chunk, num_rows: float) -> Chunk:
 
 def _read(file: Path, used: Collection[str], max_bytes: int) -> Iterator[Chunk]:
     kind = _kind(file)
-    if kind == "json":
+    if kind == "json":  # a list, or one object per line
         kind = "json" if _starts_with_bracket(file) else "jsonl"
     if kind == "parquet":
         return _numbered(file, tables.parquet_rows(file, used, MAX_ROWS, BLOCK, max_bytes))
@@ -307,9 +308,9 @@ def _read(file: Path, used: Collection[str], max_bytes: int) -> Iterator[Chunk]:
 
 
 def _open(file: Path) -> io.BufferedReader:
-    """Open a file for reading, uncompressed.
+    """Open a file for reading, decompressed.
 
-    pyarrow reads all members or frames of an archive and raises OSError where one is cut off.
+    pyarrow reads all members or frames of an archive and raises OSError if one is cut off.
     """
     codec = CODECS.get(file.suffix.lower())
     raw = _Unpacked(file, codec) if codec else regular.open_regular(file).detach()
@@ -317,7 +318,7 @@ def _open(file: Path) -> io.BufferedReader:
 
 
 class _Unpacked(io.RawIOBase):
-    """A compressed file; refuses to unpack what is far larger than data can be."""
+    """Decompresses a file; refuses to unpack far more than real data would be."""
 
     def __init__(self, file: Path, codec: str):
         self._most = max(BOMB, MAX_RATIO * file.stat().st_size)
@@ -366,7 +367,7 @@ def _read_json_list(file: Path, max_bytes: int) -> Iterator[Chunk]:
 
 
 def _grouped(file: Path, kind: str, rows: Iterable[tuple[Any, int]]) -> Iterator[Chunk]:
-    """Make chunks of (row, size in bytes)."""
+    """Group (row, size in bytes) into chunks."""
     payload, first, num_bytes = [], 1, 0
     for row, size in rows:
         payload.append(row)
@@ -396,13 +397,13 @@ def _numbered(file: Path, lists: Iterable[list]) -> Iterator[Chunk]:
 
 
 def parse(chunk: Chunk) -> Iterator[Record]:
-    """Make one record per row of a chunk, in order; a bad row is a record with an error."""
+    """Yield one record per row of a chunk, in order; a bad row is a record with an error."""
     unit = "line" if chunk.kind == "jsonl" else "row"
-    for number, found in enumerate(chunk.payload, chunk.first):
+    for number, row in enumerate(chunk.payload, chunk.first):
         where = f"{chunk.file}, {unit} {number}"
-        if isinstance(found, dict):
-            yield Record(where, found, "")
-        elif isinstance(found, str):
-            yield Record(where, None, found)
-        elif found.strip():
-            yield Record(where, *json_rows.parse_object(found))
+        if isinstance(row, dict):
+            yield Record(where, row, "")
+        elif isinstance(row, str):
+            yield Record(where, None, row)
+        elif row.strip():
+            yield Record(where, *json_rows.parse_object(row))

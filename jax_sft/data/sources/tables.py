@@ -1,7 +1,7 @@
-"""Tables to rows: CSV, Parquet and Arrow; rows are dicts, or a string that says what is wrong.
+"""Read the rows of CSV, Parquet and Arrow tables: dicts, or an error text in place of a bad row.
 
-Called by `read`, which opens, cuts and names. Values are what the file says: text stays text, and
-objects have the fields that they were written with.
+Called by `read`, which makes chunks of the rows. Values are what the file says: text stays text,
+and objects have the fields that they were written with.
 """
 
 import collections
@@ -17,17 +17,17 @@ import pyarrow.parquet as pq
 
 from jax_sft.data.sources import json_rows
 
-END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow
-PIECE = 1 << 20  # characters of a long row that are held at once
-ESCAPED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # the last bytes of an Arrow stream
+PIECE = 1 << 20  # characters of a long row held at once
+ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as surrogateescape decodes them
 
 LARGE_GROUP = 1 << 29  # bytes
-BOMB = 1 << 30  # bytes, of the values of a column that shrank to almost nothing
-MAX_RATIO = 300  # of a column: see read.MAX_RATIO
-PARQUET_ROWS = 100  # decoded at once: a value that many rows share is copied for each
-# What pyarrow raises of values that Python does not have. It documents no list; seen are ValueError
-# and OverflowError (times before the year 1) and NotImplementedError (intervals), the others are
-# those of converting extension types. The row becomes a bad row, which is counted.
+BOMB = 1 << 30  # bytes of the values of a column that is compressed to almost nothing
+MAX_RATIO = 300  # compression ratio of a column: see read.MAX_RATIO
+PARQUET_ROWS = 100  # decoded at once: a value shared by many rows is copied for each
+# Exceptions of pyarrow for values that Python does not have; it documents no list. ValueError and
+# OverflowError (times before the year 1) and NotImplementedError (intervals) have been seen. The
+# others come from converting extension types. The row becomes a bad row, which is counted.
 NOT_CONVERTED = (
     *(ValueError, OverflowError, RecursionError, LookupError, TypeError, NotImplementedError),
     pa.ArrowException,
@@ -39,15 +39,15 @@ csv.field_size_limit(2**31 - 1)  # the default refuses a field over 128 KiB
 def csv_rows(
     text: TextIO, delimiter: str, max_size: int
 ) -> Iterator[tuple[dict[str, str] | str, int]]:
-    """Yield (row or what is wrong with it, about its size); values stay text, such as "007".
+    """Yield (row or error text, its approximate size); values stay text, such as "007".
 
     Args:
         text: decoded with surrogateescape: a byte that is not UTF-8 spoils its row, not the file.
-        max_size: characters of a row; a longer one is passed over without holding it.
+        max_size: characters per row; a longer row is skipped without being held in memory.
 
     Raises:
-        ValueError: columns without a name or with the same one; quotes that do not pair up: there
-            is no telling where the next row starts.
+        ValueError: a column without a name, or two with the same one; or quotes that do not pair
+            up, so that the start of the next row is unknown.
     """
     lines, columns = _Lines(text, max_size), None
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -67,7 +67,7 @@ def csv_rows(
 
 
 def _next_row(reader: Iterator[list[str]], lines: "_Lines") -> list[str] | str | None:
-    """Return the values of a row, or what is wrong with it; None at the end."""
+    """Return the values of a row, or an error text; None at the end."""
     lines.start_row()
     try:
         return next(reader, None)
@@ -77,21 +77,21 @@ def _next_row(reader: Iterator[list[str]], lines: "_Lines") -> list[str] | str |
 
 
 class _RowTooLong(Exception):
-    """csv.reader asked for more of a row than it may have."""
+    """csv.reader asked for more characters than a row may have."""
 
 
 class _Lines:
-    """The lines of a table, for csv.reader; each row may have only so much of them.
+    """The lines of a table, for csv.reader; limits the size of each row.
 
     Attributes:
-        start: the line, from 1, where the row starts.
+        start: number, from 1, of the line where the row starts.
     """
 
     def __init__(self, text: TextIO, max_size: int):
         self._text, self.max_size = text, max_size
-        self._number = 0  # of whole lines read
+        self._number = 0  # whole lines read
         self._last = ""
-        self._ahead = io.StringIO()  # read already, and not taken
+        self._ahead = io.StringIO()  # already read, not yet returned
         self.start_row()
 
     def start_row(self) -> None:
@@ -109,7 +109,7 @@ class _Lines:
         return self._last
 
     def finish_row(self) -> None:
-        """Read on to the end of the row: to a line's end where its quotes pair up."""
+        """Read to the end of the row: a line end at which all quotes are closed."""
         while not self._last.endswith(("\n", "\r")) or self._num_quotes % 2:
             if self._num_quotes % 2:
                 self._skip_to_quote()
@@ -119,7 +119,7 @@ class _Lines:
                 return
 
     def _skip_to_quote(self) -> None:
-        """Pass over text, and lines, up to the next quote."""
+        """Skip text, newlines included, up to the next quote."""
         while piece := self._ahead.read(PIECE) or self._text.read(PIECE):
             before, quote, behind = piece.partition('"')
             self._number += before.count("\n")
@@ -162,9 +162,9 @@ def parquet_rows(
 
     Args:
         used: columns to read; the others are None in all rows.
-        max_bytes: a longer row is a string that says so.
+        max_bytes: a longer row is replaced by an error text.
     """
-    # By default all of a row group is read before its first row: often all of the file.
+    # By default a whole row group, often the whole file, is read before its first row.
     with pq.ParquetFile(file, buffer_size=block, pre_buffer=False) as opened:
         _check_columns(opened.schema_arrow.names)
         columns = [name for name in opened.schema_arrow.names if name in used]
@@ -182,9 +182,9 @@ def _parquet_parts(
         bomb = any(
             part.num_values * part.total_uncompressed_size > BOMB
             for part in shrunk
-            if "." in part.path_in_schema  # a row may have any number of them
+            if "." in part.path_in_schema  # nested: a row may have any number of values
         )
-        # Decoding could fill the memory, and hardly any row is within the bound: none is read.
+        # Decoding could exhaust the memory, and hardly any row is within the limit: read none.
         if bomb or size > max(max_bytes * num_rows, LARGE_GROUP):
             for _ in range(num_rows):
                 yield [json_rows.too_long(max_bytes)], 0
@@ -195,13 +195,13 @@ def _parquet_parts(
 
 
 def _group_size(group, columns: Collection[str]) -> tuple[int, int]:
-    """Return the rows of a row group, and the bytes of some of its columns."""
+    """Return the number of rows of a row group, and the bytes of some of its columns."""
     sizes = (part.total_uncompressed_size for part in _parts(group, columns))
     return group.num_rows, sum(sizes)
 
 
 def _parts(group, columns: Collection[str]) -> Iterator[Any]:
-    """Yield what the metadata of a row group says of some columns."""
+    """Yield the metadata of some columns of a row group."""
     for number in range(group.num_columns):
         part = group.column(number)
         path = part.path_in_schema
@@ -210,8 +210,9 @@ def _parts(group, columns: Collection[str]) -> Iterator[Any]:
 
 
 def _is_one_value(part) -> bool:
-    """Whether a column seems to refer to one huge value, that shrank to almost nothing, again and
-    again: each reference would be a copy.
+    """Whether a column seems to refer again and again to one huge, highly compressed value.
+
+    Decoding makes a copy for each reference.
     """
     size = part.total_uncompressed_size
     is_large = size > max(1 << 20, 16 * part.num_values)
@@ -221,14 +222,14 @@ def _is_one_value(part) -> bool:
 def arrow_rows(
     file: Path, used: Collection[str], max_rows: int, block: int, max_bytes: int
 ) -> Iterator[list[dict[str, Any] | str]]:
-    """Yield lists as `parquet_rows` does, of an Arrow file or stream."""
-    with pa.OSFile(str(file)) as stream:  # not mapped: wrong offsets would end the process
+    """Yield the rows of an Arrow file or stream, in lists as `parquet_rows` does."""
+    with pa.OSFile(str(file)) as stream:  # not mapped: wrong offsets would crash the process
         if stream.read(6) == b"ARROW1":
             opened = pa.ipc.open_file(stream)
             batches = map(opened.get_batch, range(opened.num_record_batches))
         else:
             stream.seek(max(0, stream.size() - 8))
-            if stream.read(8) != END_OF_STREAM:  # pyarrow takes any batch for the last
+            if stream.read(8) != END_OF_STREAM:  # pyarrow accepts any batch as the last
                 raise ValueError("the file is cut off")
             stream.seek(0)
             batches = opened = pa.ipc.open_stream(stream)
@@ -240,14 +241,14 @@ def arrow_rows(
 
 
 def _validated(batch):
-    batch.validate(full=True)  # Arrow has no check sums, and pyarrow trusts what it reads
+    batch.validate(full=True)  # Arrow has no checksums, and pyarrow trusts what it reads
     return batch
 
 
 def _sliced(
     names: Sequence[str], batches: Iterable, block: int, max_bytes: int
 ) -> Iterator[tuple[list[dict[str, Any] | str], int]]:
-    """Yield (rows, bytes) of parts of batches, each of up to about `block` bytes."""
+    """Yield (rows, bytes) of slices of batches, each of up to about `block` bytes."""
     for batch in batches:
         step = max(1, batch.num_rows * block // max(block, batch.nbytes))
         for start in range(0, batch.num_rows, step):
@@ -258,7 +259,7 @@ def _sliced(
 def _grouped(
     parts: Iterable[tuple[list[dict[str, Any] | str], int]], max_rows: int, block: int
 ) -> Iterator[list[dict[str, Any] | str]]:
-    """Join neighboring lists of rows to such of up to `max_rows` rows or about `block` bytes."""
+    """Join neighboring lists of rows into lists of up to `max_rows` rows or about `block` bytes."""
     group: list[dict[str, Any] | str] = []
     group_size = 0
     for rows, size in parts:
@@ -273,7 +274,7 @@ def _grouped(
 
 
 def _batch_rows(batch, names: Sequence[str], max_bytes: int) -> list[dict[str, Any] | str]:
-    """Return the rows of an Arrow batch, or what is wrong with each that cannot be had.
+    """Return the rows of an Arrow batch, with an error text for each that cannot be read.
 
     Args:
         names: of all columns of the file; those that the batch does not have are None.
@@ -281,7 +282,11 @@ def _batch_rows(batch, names: Sequence[str], max_bytes: int) -> list[dict[str, A
     if batch.nbytes > max_bytes:
         if batch.num_rows == 1:
             return [json_rows.too_long(max_bytes)]
-        return [row for one in _single_rows(batch) for row in _batch_rows(one, names, max_bytes)]
+        return [
+            row
+            for row_batch in _single_rows(batch)
+            for row in _batch_rows(row_batch, names, max_bytes)
+        ]
     nested = [field for field in batch.schema if _holds_objects(field.type)]
     try:
         rows = batch.to_pylist()
@@ -290,7 +295,11 @@ def _batch_rows(batch, names: Sequence[str], max_bytes: int) -> list[dict[str, A
     except NOT_CONVERTED:
         if batch.num_rows == 1:
             return [_what_is_wrong(batch)]
-        return [row for one in _single_rows(batch) for row in _batch_rows(one, names, max_bytes)]
+        return [
+            row
+            for row_batch in _single_rows(batch)
+            for row in _batch_rows(row_batch, names, max_bytes)
+        ]
     if len(names) == len(batch.schema.names):
         return rows
     unused = dict.fromkeys(names)
@@ -302,7 +311,7 @@ def _single_rows(batch) -> Iterator[Any]:
 
 
 def _what_is_wrong(row) -> str:
-    """Name the first column of a batch of one row that cannot be converted."""
+    """Return the error text of a batch of one row: its first column that cannot be converted."""
     for field, column in zip(row.schema, row.columns, strict=True):
         try:
             _as_written(column.to_pylist()[0], field.type)
@@ -328,8 +337,8 @@ def _is_list(kind: pa.DataType) -> bool:
 def _as_written(value: Any, kind: pa.DataType) -> Any:
     """Undo what Arrow does to objects: a struct has the fields of all rows, null where absent.
 
-    An absent field and one that is null look the same; it is taken for absent. Otherwise every
-    tool call would have the arguments of every other tool.
+    An absent field and a null field look the same; both are treated as absent. Otherwise every tool
+    call would have the arguments of every other tool.
     """
     if value is None:
         return None
@@ -339,6 +348,6 @@ def _as_written(value: Any, kind: pa.DataType) -> Any:
         return [_as_written(item, kind.value_type) for item in value]
     if pa.types.is_struct(kind):
         fields = (kind.field(number) for number in range(kind.num_fields))
-        there = (field for field in fields if value[field.name] is not None)
-        return {field.name: _as_written(value[field.name], field.type) for field in there}
+        present = (field for field in fields if value[field.name] is not None)
+        return {field.name: _as_written(value[field.name], field.type) for field in present}
     return value
