@@ -1,1 +1,1 @@
-"""Conversations to tokens, and the decision which tokens train."""
+"""Tokenize conversations and decide which tokens are trained."""

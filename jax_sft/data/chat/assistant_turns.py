@@ -1,8 +1,8 @@
-"""A conversation to texts in which every trained turn stands where inference would put it.
+"""Render a conversation so that each trained turn follows the exact prompt of inference.
 
-Usually one text, the whole conversation. Where a template rewrites history once later messages
-follow (earlier thinking is stripped, the system text moves), the conversation becomes the fewest
-texts in which each trained turn follows the very prompt that inference would give.
+Called by `encoding`. The result is usually one text, the whole conversation. Some templates rewrite
+history once later messages follow (earlier thinking is stripped, the system text moves). Then the
+result is the fewest texts in which each trained turn follows the prompt that inference would give.
 """
 
 import dataclasses
@@ -15,19 +15,19 @@ from jax_sft.data.chat.printed import is_in, missing_part
 from jax_sft.data.chat.template import ChatTemplate
 from jax_sft.data.sources.formats import Conversation
 
-# The empty block itself is context, as in the prompt of a model that is told not to think.
+# An empty block is context, as in the prompt of a model that is asked not to think.
 EMPTY_THINK = re.compile(r"<think>\s*</think>\n{0,2}")
 OPENED_THINK = re.compile(r"<think>(\s*)\Z")
-SHORT = 12  # characters; a shorter text may stand in a conversation by chance
+SHORT = 12  # characters; a shorter text may occur in a conversation by chance
 CLOSING_THINK = re.compile(r"\s*</think>\n{0,2}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """Characters [start, stop) of a text, which train.
+    """The trained characters [start, stop) of a text.
 
     Attributes:
-        end_token: where their end-of-turn token begins; None where the text has none.
+        end_token: start of their end-of-turn token; None if the text has none.
     """
 
     start: int
@@ -38,7 +38,7 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """A text, the turns of it that train, and the conversation it was made of."""
+    """A text, its trained turns, and the conversation it was rendered from."""
 
     text: str
     turns: tuple[Turn, ...]
@@ -53,16 +53,17 @@ def render(
     turns: str = "all",
     train_empty_think: bool = False,
 ) -> list[Rendered]:
-    """Render a conversation as the fewest texts; each trained turn trains in exactly one of them.
+    """Render a conversation as the fewest texts; each trained turn is trained in exactly one.
 
-    A turn trains from where its generation prompt ends, as at inference, to the end of its
-    end-of-turn token; what the template puts behind that (a newline, usually) does not.
+    The trained part of a turn begins where its generation prompt ends, as at inference. It ends
+    with its end-of-turn token; what the template appends to that token (usually a newline) is not
+    trained.
 
     Args:
         turns: "all", "last" or "from:K", see `cfg.data.turns`.
 
     Raises:
-        ValueError: why what would train is not what inference would emit: the template refuses the
+        ValueError: why the trained text is not what inference would emit: the template refuses the
             messages, leaves out or changes part of one, or ends a turn without a special token.
     """
     weights = turn_weights(conversation.messages, turns)
@@ -80,16 +81,16 @@ def render(
         trained.append(_Trained(number, dataclasses.replace(turn, weight=weight), through))
     results = []
     for carrier, num_messages, carried in _fewest_texts(text, len(messages), trained):
-        here = {one.number: one.turn for one in carried}
-        check_context(template, carrier, messages[:num_messages], tools, here)
-        part = _only_training(conversation.messages[:num_messages], here)
-        results.append(Rendered(carrier, tuple(here.values()), Conversation(part, tools)))
+        turns_of_text = {trained_turn.number: trained_turn.turn for trained_turn in carried}
+        check_context(template, carrier, messages[:num_messages], tools, turns_of_text)
+        part = _only_training(conversation.messages[:num_messages], turns_of_text)
+        results.append(Rendered(carrier, tuple(turns_of_text.values()), Conversation(part, tools)))
     return results
 
 
 @dataclasses.dataclass(frozen=True)
 class _Trained:
-    """A turn that trains, the message that it is, and the text that ends with it."""
+    """A trained turn, the number of its message, and the text that ends with it."""
 
     number: int
     turn: Turn
@@ -101,57 +102,58 @@ def _fewest_texts(
 ) -> list[tuple[str, int, list[_Trained]]]:
     """Choose texts that carry all turns: (text, messages in it, turns), in the order of the turns.
 
-    A text carries every turn whose own text it starts with. From the last turn back, each goes to
-    the whole conversation's text if that carries it, or to a later turn's.
+    A text carries every turn whose own text is a prefix of it. The turns are assigned from the last
+    one back: each goes to the text of the whole conversation if that carries it, otherwise to that
+    of a later turn, otherwise to its own.
     """
     texts: list[tuple[str, int, list[_Trained]]] = [(text, num_messages, [])]
-    for one in reversed(trained):
-        prefix = one.through[: one.turn.stop]
+    for trained_turn in reversed(trained):
+        prefix = trained_turn.through[: trained_turn.turn.stop]
         carried = next((carried for text, _, carried in texts if text.startswith(prefix)), None)
         if carried is None:
-            texts.append((one.through, one.number + 1, [one]))
+            texts.append((trained_turn.through, trained_turn.number + 1, [trained_turn]))
         else:
-            carried.insert(0, one)
-    used = [found for found in texts if found[2]] or texts
+            carried.insert(0, trained_turn)
+    used = [entry for entry in texts if entry[2]] or texts
     return used[::-1]
 
 
 def _only_training(
     messages: Sequence[dict[str, Any]], trained: Mapping[int, Turn]
 ) -> list[dict[str, Any]]:
-    """The messages, of which only these train."""
-    found = [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
-    for number, message in enumerate(found):
+    """Return the messages with the weights of these turns; other assistant turns weigh 0."""
+    stripped = [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
+    for number, message in enumerate(stripped):
         if message["role"] == "assistant":
             message["weight"] = trained[number].weight if number in trained else 0.0
-    return found
+    return stripped
 
 
 def only(rendered: Rendered, chosen: Sequence[int], to_end: bool) -> Rendered:
-    """Return the text of a conversation with some of its turns: the others become context.
+    """Return the text of a conversation with some of its turns; the others become context.
 
     Args:
         chosen: positions in `rendered.turns`, ascending.
-        to_end: keep what follows the last of them; otherwise only white space, with which templates
-            end a turn.
+        to_end: keep the text after the last of them; otherwise only white space is kept, with which
+            templates end a turn.
     """
     assert rendered.conversation
     text, last = rendered.text, rendered.turns[chosen[-1]]
     end = len(text) if to_end else len(text) - len(text[last.stop :].lstrip())
     messages = rendered.conversation.messages
     numbers = list(turn_weights(messages, "all"))
-    here = {numbers[n]: rendered.turns[n] for n in chosen}
-    messages = messages if to_end else messages[: max(here) + 1]
+    kept = {numbers[n]: rendered.turns[n] for n in chosen}
+    messages = messages if to_end else messages[: max(kept) + 1]
     return dataclasses.replace(
         rendered,
         text=text[:end],
-        turns=tuple(here.values()),
-        conversation=Conversation(_only_training(messages, here), rendered.conversation.tools),
+        turns=tuple(kept.values()),
+        conversation=Conversation(_only_training(messages, kept), rendered.conversation.tools),
     )
 
 
 def turn_weights(messages: Sequence[dict[str, Any]], turns: str) -> dict[int, float]:
-    """Return {message number: weight} of the assistant turns that train."""
+    """Return {message number: weight} of the assistant turns that are trained."""
     numbers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     if turns == "last":
         numbers = numbers[-1:]
@@ -176,7 +178,8 @@ def _find_turn(
     """Find the last message, an assistant's, in the text that ends with it.
 
     Returns:
-        the turn (of weight 1), and the text up to it as inference would give and continue it.
+        the turn (of weight 1), and the text up to its end as inference would prompt and continue
+        it.
     """
     if len(messages) == 1:
         raise ValueError("the conversation starts with an assistant message")
@@ -213,8 +216,8 @@ def _find_turn(
 def _continue_think(prompt: str, through: str, message: dict, special: Sequence[str]) -> str:
     """Continue a prompt that opens a think block with the reasoning that the template strips.
 
-    DeepSeek-R1's template renders answers without reasoning, yet starts every turn with "<think>":
-    what the model emits there is reasoning, "</think>" and answer.
+    DeepSeek-R1's template renders answers without reasoning, yet starts every turn with "<think>".
+    The model then emits reasoning, "</think>" and the answer.
     """
     opened = OPENED_THINK.search(prompt)
     if not opened or not through.startswith(prompt[: opened.start()]):
@@ -238,7 +241,7 @@ def _continue_think(prompt: str, through: str, message: dict, special: Sequence[
 
 
 def _template_think(template: ChatTemplate, message: dict, prompt: str, through: str) -> int:
-    """Return the length of an empty think block that the template itself put before the answer."""
+    """Return the length of an empty think block that the template put before the answer."""
     own = (message.get("content") or "").lstrip().startswith("<think>")
     if own and not template.writes_empty_think:
         return 0
@@ -249,24 +252,28 @@ def _template_think(template: ChatTemplate, message: dict, prompt: str, through:
 
 
 def _behind(text: str, answer: str, start: int) -> int:
-    """Return where the answer, which the text holds from `start` on, ends (`start` if nowhere)."""
+    """Return the end of the answer, searched from `start` on; `start` if the text lacks it."""
     closed = text.rfind("</think>", start)
     found = text.find(answer.strip(), max(start, closed))
     return max(found, start) + (len(answer.strip()) if found >= 0 else 0)
 
 
 def _end_of_turn(text: str, start: int, special: Sequence[str]) -> tuple[int, int] | None:
-    """Return where the special token is that ends the text, white space aside; not before start."""
+    """Return (start, end) of the special token that ends the text, white space aside.
+
+    The token must not start before `start`; None if there is no such token.
+    """
     end = len(text.rstrip())
     token = next((t for t in special if text.endswith(t, start, end)), None)
     return (end - len(token), end) if token else None
 
 
 def _check_turn(body: str, message: dict[str, Any]) -> None:
-    """Refuse a turn that is not the message: all of it, and nothing else.
+    """Refuse a turn whose text is not all of the message and nothing else.
 
     Raises:
-        ValueError: part of the message is not there, or text that is not of the message is.
+        ValueError: part of the message is missing, or the text has something that is not of the
+            message.
     """
     reasoning, answer = split_think(message)
     lacking = next((part for part in (reasoning or "", answer) if not is_in(part, body)), None)
@@ -291,8 +298,8 @@ def _check_turn(body: str, message: dict[str, Any]) -> None:
 def split_think(message: dict[str, Any]) -> tuple[str | None, str]:
     """Return (reasoning or None, answer) of an assistant message.
 
-    Reasoning is a field of its own, or the one think block that the content starts with. A content
-    with more around "</think>" is an answer as a whole.
+    Reasoning is a field of its own, or the single think block at the start of the content. Content
+    with more think tags than that is an answer as a whole.
     """
     content = message.get("content") or ""
     if message.get("reasoning_content"):
@@ -311,10 +318,10 @@ def check_context(
     tools: Sequence[dict] | None,
     trained: Mapping[int, Turn],
 ) -> None:
-    """Refuse a text that drops a message which is context; only earlier thinking may go.
+    """Refuse a text that drops a context message; only earlier thinking may be dropped.
 
     Args:
-        trained: {number of a message that trains: its place in the text}.
+        trained: {number of a trained message: its turn in the text}.
 
     Raises:
         ValueError: a message is not in the text.
@@ -332,7 +339,7 @@ def check_context(
             raise ValueError(f"the chat template leaves out part of message {number}")
         found = text.find(kept.strip(), place, following)
         place, in_order = max(found + len(kept.strip()), place), in_order and found >= 0
-        # A text so short may have been found in something else.
+        # A text shorter than SHORT may have been found within another message.
         sure = len(kept.strip()) >= SHORT and not message.get("tool_calls")
         doubtful.append((number, sure))
     for number, sure in doubtful:
@@ -347,7 +354,7 @@ def check_tools(
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict] | None,
 ) -> None:
-    """Refuse a template that drops tools without a word.
+    """Refuse a template that silently drops tools.
 
     Raises:
         ValueError: a tool is not in the rendered text.

@@ -1,7 +1,7 @@
-"""Chat templates for `data.chat_template`: read from a file or shipped, put into a model folder.
+"""Chat templates for `data.chat_template`: read a file or a shipped one, write it to a folder.
 
-`prepare` turns the key into a text, which is part of `encoding.Options` and so of all that
-depends on the data; `model_files` puts it into the folder that exports are made of.
+`prepare` replaces the key by the template's text, which is part of `encoding.Options` and so of all
+that depends on the data. `model_files` writes the text into the folder that exports are made of.
 """
 
 import json
@@ -13,9 +13,9 @@ from jax_sft.files import paths, regular
 KEY = "data.chat_template"
 FILE = "chat_template.jinja"
 CONFIG = "tokenizer_config.json"
-# What else of a model folder holds chat templates.
+# Other files of a model folder that hold chat templates.
 OTHERS = ("chat_template.json", "additional_chat_templates")
-FILES = (FILE, CONFIG, *OTHERS)  # that `put` changes
+FILES = (FILE, CONFIG, *OTHERS)  # changed by `put`
 MOST_BYTES = 1_000_000
 
 CHATML = """\
@@ -89,7 +89,7 @@ ZEPHYR = """\
     {{- '<|assistant|>\\n' -}}
 {%- endif -%}
 """
-# The texts, and the special tokens that each needs; zephyr's marks are plain text.
+# The texts, and the special tokens that each needs. Zephyr's role markers are plain text.
 SHIPPED = {"chatml": CHATML, "llama3": LLAMA3, "gemma": GEMMA, "zephyr": ZEPHYR}
 NEEDED = {
     CHATML: ("<|im_start|>", "<|im_end|>"),
@@ -103,7 +103,7 @@ def read(given: str) -> str:
     """Return the text of the template that `data.chat_template` names; "" = the model's own.
 
     Raises:
-        ValueError: neither a shipped template nor a file of one.
+        ValueError: the key names neither a shipped template nor a template file.
     """
     if not given:
         return ""
@@ -133,7 +133,7 @@ def read(given: str) -> str:
 
 
 def put(text: str, folder: Path) -> None:
-    """Make a template the only one of a folder with a tokenizer's files."""
+    """Make a template the only one in a folder with a tokenizer's files."""
     (folder / FILE).write_bytes(text.encode())
     for name in OTHERS:
         if (folder / name).is_dir():

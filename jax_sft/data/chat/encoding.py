@@ -1,7 +1,8 @@
-"""Items to tokens, and the only place that decides which tokens train.
+"""Tokenize items. Only this module decides which tokens are trained.
 
-A text is tokenized whole and its turns are found by characters, never by token ids, so text that
-imitates the template cannot make a user token train. What trains is decoded again and compared.
+A text is tokenized whole and its turns are found by characters, never by token ids, so that text
+which imitates the template cannot make a user token train. The trained tokens are decoded again and
+compared with the text.
 """
 
 import bisect
@@ -31,7 +32,7 @@ SENTENCEPIECE_SPACE = "\u2581"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What decides which tokens train: the keys of `cfg.data` with the same names.
+    """The keys of `cfg.data`, of the same names, that decide which tokens are trained.
 
     Attributes:
         max_tokens: leave out the oldest turns of a conversation of more tokens; 0 = never.
@@ -50,13 +51,13 @@ def load_tokenizer(folder: Path, needs_template: bool = True, chat_template: str
     """Load the tokenizer of a model folder, without running any code from it.
 
     Args:
-        chat_template: a text that takes the place of the tokenizer's own; "" = none does.
+        chat_template: text that replaces the tokenizer's own template; "" = keep its own.
 
     Raises:
-        ValueError: no usable fast tokenizer, no chat template where one is needed, or a shipped one
-            with special tokens that the tokenizer does not have.
+        ValueError: no usable fast tokenizer, no chat template where one is needed, or a shipped
+            template with special tokens that the tokenizer does not have.
     """
-    # Imported only here: a program first decides whether it may bring PyTorch along, see command.
+    # Imported late: `command_line` first decides whether transformers may import PyTorch.
     import transformers
 
     template = template_file(folder)
@@ -66,7 +67,7 @@ def load_tokenizer(folder: Path, needs_template: bool = True, chat_template: str
         options: Any = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         if tokenizer.is_fast and tokenizer_file.difference(tokenizer, folder):
-            # The class of the model type has its own rules; this one has those of the file.
+            # The model type's class has rules of its own; the generic class follows the file.
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, **options)
             if different := tokenizer_file.difference(tokenizer, folder):
                 raise ValueError(f"it is not what its file says, and what is served: {different}")
@@ -89,19 +90,19 @@ def load_tokenizer(folder: Path, needs_template: bool = True, chat_template: str
 
 
 def _missing(chat_template: str, tokenizer) -> set[str]:
-    """Return the special tokens that a shipped template needs and the tokenizer does not have."""
+    """Return the special tokens that a shipped template needs and the tokenizer lacks."""
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    found = {*tokenizer.all_special_tokens, *added, *tokenizer.special_tokens_map}
-    return {*chat_templates.NEEDED.get(chat_template, ())} - found
+    present = {*tokenizer.all_special_tokens, *added, *tokenizer.special_tokens_map}
+    return {*chat_templates.NEEDED.get(chat_template, ())} - present
 
 
 def _template_remedy(tokenizer) -> str:
-    """Say which templates end turns with a token that the tokenizer has."""
+    """Return advice that names shipped templates whose special tokens the tokenizer has."""
     shipped = chat_templates.SHIPPED.items()
     fits = [f'"{name}"' for name, text in shipped if not _missing(text, tokenizer)]
     eos = f", such as {tokenizer.eos_token!r}" if tokenizer.eos_token else ""
-    ours = f" ({' or '.join(fits)} does)" if fits else ""
-    return f"use a template that ends turns with a token it has{eos}{ours}"
+    advice = f" ({' or '.join(fits)} does)" if fits else ""
+    return f"use a template that ends turns with a token it has{eos}{advice}"
 
 
 def template_file(folder: Path) -> Path:
@@ -111,11 +112,11 @@ def template_file(folder: Path) -> Path:
 
 
 class Encoder:
-    """Turns items into tokens and loss weights.
+    """Encodes items as tokens and loss weights.
 
     Args:
         tokenizer: from `load_tokenizer`.
-        options: which turns train, and what the chat template sees.
+        options: which turns are trained, and the variables of the chat template.
     """
 
     def __init__(self, tokenizer, options: Options):
@@ -136,8 +137,8 @@ class Encoder:
             )
 
     def _load(self, tokenizer) -> None:
-        # What tokenizer.json says about truncation and padding is not for whole texts, and offsets
-        # must not leave white space out.
+        # The truncation and padding of tokenizer.json are not for whole texts, and offsets must
+        # include white space.
         self._backend = tokenizer.backend_tokenizer
         described = self._backend.to_str()
         untrimmed = described.replace('"trim_offsets":true', '"trim_offsets":false')
@@ -148,7 +149,7 @@ class Encoder:
         added = tokenizer.added_tokens_decoder
         special = {i for i, token in added.items() if token.special} | {*tokenizer.all_special_ids}
         self._special_ids = frozenset(special)
-        # SentencePiece puts a space before a text.
+        # SentencePiece tokenizers put a space before a text.
         first = self._backend.encode("a", add_special_tokens=False).tokens[:1]
         if not first:
             raise ValueError("it makes no token of a text: is its tokenizer.json missing or empty?")
@@ -158,7 +159,7 @@ class Encoder:
         self._before, self._after = self._added_around()
 
     def _added_around(self) -> tuple[list[int], list[int]]:
-        """The ids that the tokenizer puts before and behind a plain text (BOS, usually)."""
+        """Return the ids that the tokenizer adds before and after plain text (BOS, usually)."""
         plain = self._backend.encode("a", add_special_tokens=False).ids
         full = self._backend.encode("a", add_special_tokens=True).ids
         for start in range(len(full) - len(plain) + 1):
@@ -172,11 +173,11 @@ class Encoder:
         """Encode items.
 
         Args:
-            rows: of the items, for the message where one of them does not come to an end.
+            rows: row numbers of the items, for the message if encoding one of them does not end.
 
         Returns:
             per item its examples (one, or several where the template rewrites history), or the
-            reason why what would train is not what inference would emit.
+            reason why the trained text is not what inference would emit.
         """
         results: list[list[Encoded] | str] = []
         for item, row in zip(items, rows or range(len(items)), strict=True):
@@ -191,15 +192,15 @@ class Encoder:
         if isinstance(item, Tokens):
             ids, weights = np.array(item.ids, np.int32), np.array(item.weights, np.float32)
             return [Encoded(ids, weights, turn_ends=self._run_ends(ids, weights))]
-        found = []
+        examples = []
         for rendered in self.render(item):
             for marked in self._mark(rendered, self._tokenize(rendered.text)):
                 self._check_decoding(marked)
-                found.append(self._finish(marked))
-        return found
+                examples.append(self._finish(marked))
+        return examples
 
     def _tokenize(self, text: str) -> tokenizers.Encoding:
-        """Tokenize a text; where the library panics the text is refused."""
+        """Tokenize a text; refuse it if the library panics."""
         confined.at(Stage.TOKENIZING)
         with confined.library_errors("the tokenizer fails on the text"):
             return self._backend.encode(text, add_special_tokens=False)
@@ -208,7 +209,7 @@ class Encoder:
         """Return the texts that are tokenized for an item.
 
         Raises:
-            ValueError: see `assistant_turns.render`; or the text holds half a character.
+            ValueError: see `assistant_turns.render`; or the text has a lone surrogate.
         """
         if isinstance(item, Text):
             if self._eos is None and not self._after:
@@ -219,9 +220,9 @@ class Encoder:
             raise ValueError("the tokenizer has no chat template, which a conversation needs")
         else:
             rendered = self._render_conversation(item, self._options.turns)
-        for one in rendered:
+        for part in rendered:
             try:
-                one.text.encode()
+                part.text.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(
                     f"the text holds half a character (a lone surrogate): {error}"
@@ -236,35 +237,35 @@ class Encoder:
         )
 
     def _mark(self, rendered: Rendered, encoding: tokenizers.Encoding) -> list["_Marked"]:
-        """Find the tokens of each turn, leaving out the oldest turns where they are too many.
+        """Find the tokens of each turn; leave out the oldest turns if there are too many tokens.
 
         Returns:
-            one, or several where the turns do not stand behind the same tokens.
+            one text, or several where the turns do not follow the same tokens.
 
         Raises:
             ValueError: a turn does not end with a special token.
         """
-        found = []
+        results = []
         for placed in self._tokens(rendered, encoding):
             if self._options.max_tokens and len(placed.ids) > self._options.max_tokens:
                 placed = self._shorten(placed)
-            one, ids = placed.rendered, placed.ids
-            marked = _Marked(ids, [], one.conversation is None, one.num_cut)
-            for turn, (first, stop) in zip(one.turns, placed.spans, strict=True):
+            part, ids = placed.rendered, placed.ids
+            marked = _Marked(ids, [], part.conversation is None, part.num_cut)
+            for turn, (first, stop) in zip(part.turns, placed.spans, strict=True):
                 if turn.end_token is not None and ids[stop - 1] not in self._special_ids:
                     raise ValueError("an end-of-turn token is merged with the text before it")
-                text = one.text[turn.start : turn.stop]
+                text = part.text[turn.start : turn.stop]
                 marked.spans.append((first, stop, turn.weight, text))
-            found.append(marked)
-        return found
+            results.append(marked)
+        return results
 
     def _tokens(self, rendered: Rendered, encoding: tokenizers.Encoding) -> list["_Placed"]:
-        """Tokenize a text so that each turn stands behind the tokens that inference gives.
+        """Tokenize a text so that each turn follows the tokens that inference gives.
 
-        Inference tokenizes a prompt whole, and the model goes on from its edge. Where a token of
+        Inference tokenizes a prompt whole, and the model continues from its edge. Where a token of
         the whole text crosses the start of a turn, the text is cut there, but only for that turn:
-        to those that follow it is history like any other. So each such turn gets a text of its own,
-        which ends with it. The last one carries the turns before it that need no cut.
+        to later turns it is ordinary history. So each such turn gets a text of its own, which ends
+        with it. The last of these texts also carries the earlier turns that need no cut.
 
         Raises:
             ValueError: an edge at which the text cannot be cut.
@@ -288,23 +289,23 @@ class Encoder:
         *others, final = edges
         carried = [number for number in range(final + 1) if number not in others]
         groups = [*([number] for number in others), carried]
-        found = [
+        results = [
             self._cut(assistant_turns.only(rendered, group, group[-1] == last)) for group in groups
         ]
         if final < last:
             rest = assistant_turns.only(rendered, range(final + 1, last + 1), True)
-            found.append(_placed(rest, ids, offsets))
-        return found
+            results.append(_placed(rest, ids, offsets))
+        return results
 
     def _is_other(self, text: str, ids: list[int], offsets: np.ndarray, start: int) -> bool:
-        """Whether the tokens before a start are others than those of the text up to there."""
+        """Whether the tokens before a start differ from those of the text up to it alone."""
         first = int(np.count_nonzero(offsets[:, 1] <= start))
         return ids[:first] != self._tokenize(text[:start]).ids
 
     def _shorten(self, placed: "_Placed") -> "_Placed":
-        """Leave out as few of the oldest turns as make the rest fit; all but one where none does.
+        """Leave out as few of the oldest turns as needed to fit; all but one if nothing fits.
 
-        The system text and the tools stay, and what is left starts with a user's message.
+        The system text and the tools stay. The remaining messages start with a user's message.
         """
         rendered = placed.rendered
         if rendered.conversation is None or not rendered.turns:
@@ -318,11 +319,11 @@ class Encoder:
         def without(num_cut: int) -> _Placed:
             kept = Conversation([*system, *messages[users[num_cut] :]], tools)
             shorter = [
-                found
-                for one in self._render_conversation(kept, "all")
-                for found in self._tokens(
-                    dataclasses.replace(one, num_cut=num_cut),
-                    self._tokenize(one.text),
+                candidate
+                for part in self._render_conversation(kept, "all")
+                for candidate in self._tokens(
+                    dataclasses.replace(part, num_cut=num_cut),
+                    self._tokenize(part.text),
                 )
             ]
             if len(shorter) != 1:
@@ -349,8 +350,10 @@ class Encoder:
         return _placed(rendered, before + behind, offsets)
 
     def _piece(self, piece: str, at_start: bool) -> tuple[list[int], np.ndarray]:
-        """Tokenize part of a text. SentencePiece adds a space where a text starts, and only there:
-        a piece that does not start one is tokenized behind a character, which is removed again.
+        """Tokenize part of a text.
+
+        SentencePiece adds a space where a text starts, and only there. A piece from within a text
+        is therefore tokenized after a lead character, which is removed again.
         """
         for lead in LEADS if self._adds_space and not at_start else [""]:
             encoding = self._tokenize(lead + piece)
@@ -361,13 +364,13 @@ class Encoder:
         raise ValueError("the tokenizer merges the prompt with the start of an answer")
 
     def _check_decoding(self, marked: "_Marked") -> None:
-        """Refuse a text of which what trains is not what is written there when it is decoded."""
+        """Refuse a text whose trained tokens do not decode to the text that they stand for."""
         for first, stop, _, text in marked.spans:
             confined.at(Stage.DECODING)
             with confined.library_errors("the tokenizer fails to decode"):
-                found = self._backend.decode(marked.ids[first:stop], skip_special_tokens=False)
-            if found != text and not self._same(found, text):
-                raise ValueError(f"the tokenizer turns {text!r:.80} into {found!r:.80}")
+                decoded = self._backend.decode(marked.ids[first:stop], skip_special_tokens=False)
+            if decoded != text and not self._same(decoded, text):
+                raise ValueError(f"the tokenizer turns {text!r:.80} into {decoded!r:.80}")
 
     def _same(self, decoded: str, text: str) -> bool:
         """Whether two texts differ only in the normal form, or in SentencePiece's space."""
@@ -380,7 +383,7 @@ class Encoder:
 
     def _finish(self, marked: "_Marked") -> Encoded:
         ids, shift = marked.ids, 0
-        if marked.is_text:  # BOS and EOS, each once; a chat template writes its own
+        if marked.is_text:  # add BOS and EOS once each; a chat template writes its own
             before = [] if ids[: len(self._before)] == self._before else self._before
             after = self._after or ([] if self._eos is None else [self._eos])
             after = [] if ids[-len(after) :] == after else after
@@ -391,7 +394,7 @@ class Encoder:
         if marked.is_text:
             first, stop, *_ = marked.spans[0]
             weights[stop + shift :] = 1.0
-            weights[: first + shift] = first == 0  # without a prompt BOS counts as text
+            weights[: first + shift] = first == 0  # without a prompt, BOS is trained as text
             ends = ids[-1:]
         else:
             ends = [ids[stop - 1] for _, stop, *_ in marked.spans]
@@ -401,7 +404,7 @@ class Encoder:
     def _run_ends(self, ids: np.ndarray, weights: np.ndarray) -> tuple[int, ...]:
         """Return the special token that ends each run of trained tokens, white space aside.
 
-        A run that ends otherwise teaches no end: long texts are often cut at a fixed length.
+        A run without such a token teaches no end: long texts are often cut at a fixed length.
         """
         ends = []
         trains = np.append(weights > 0, False)
@@ -431,7 +434,7 @@ class _Placed:
 
 @dataclasses.dataclass
 class _Marked:
-    """A tokenized text and what trains of it: (first token, behind the last, weight, text)."""
+    """A tokenized text and its trained spans: (first token, token after the last, weight, text)."""
 
     ids: list[int]
     spans: list[tuple[int, int, float, str]]
@@ -440,7 +443,7 @@ class _Marked:
 
 
 def _token_span(text: str, encoding: tokenizers.Encoding, turn: Turn) -> tuple[int, int] | None:
-    """The tokens of a turn, by a few look-ups; None where they do not tell, see `_cut`."""
+    """Return the tokens of a turn by a few look-ups; None if these do not suffice."""
     if turn.end_token is None or _is_between_blanks(text, turn.start):
         return None
     first = encoding.char_to_token(turn.start)
@@ -453,12 +456,12 @@ def _token_span(text: str, encoding: tokenizers.Encoding, turn: Turn) -> tuple[i
 
 
 def _placed(rendered: Rendered, ids: list[int], offsets: np.ndarray) -> _Placed:
-    """Find the turns by the offsets of all tokens."""
+    """Find the tokens of the turns from the offsets of all tokens."""
     return _Placed(rendered, ids, [_span_by_offsets(offsets, turn) for turn in rendered.turns])
 
 
 def _span_by_offsets(offsets: np.ndarray, turn: Turn) -> tuple[int, int]:
-    """The tokens of a turn by the offsets of all; no token crosses its start any more."""
+    """Return the tokens of a turn, whose start no token crosses, from the offsets of all."""
     first = int(np.argmax(np.append(offsets[:, 1] > turn.start, True)))
     if turn.end_token is None:
         return first, len(offsets)
@@ -471,7 +474,7 @@ def _crosses(offsets: np.ndarray, edge: int) -> bool:
 
 
 def _is_between_blanks(text: str, edge: int) -> bool:
-    """Whether a prompt ends in several blanks: a tokenizer groups them by what follows."""
+    """Whether a prompt ends in several blanks, which a tokenizer groups by what follows."""
     end = text[max(0, edge - 2) : edge]
     return len(end) == 2 and end.isspace() and "\n" not in end
 

@@ -1,7 +1,7 @@
 """Whether a text holds the parts of a message, in any form in which chat templates print them.
 
-Called by `turns`, to refuse templates that leave out or change a part. Templates print the
-arguments of tool calls as JSON of any layout, by Python's `str`, or escaped as in XML.
+Called by `assistant_turns`, to refuse templates that leave out or change a part. Templates print
+the arguments of tool calls as JSON of any layout, by Python's `str`, or escaped as in XML.
 """
 
 import collections
@@ -13,12 +13,12 @@ from typing import Any
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 _MARKUP = frozenset("&<>\"'")
-# What jinja2's own `tojson` does to a JSON text.
+# Escapes of jinja2's own `tojson`.
 _SAFE_JSON = {ord(char): f"\\u{ord(char):04x}" for char in "<>&'"}
 
 
 def is_in(part: str, text: str) -> bool:
-    """Whether a text holds a part: as it is, without outer white space, or escaped as in JSON."""
+    """Whether a text holds a part: verbatim without outer white space, or escaped as in JSON."""
     if part.strip() in text:
         return True
     escaped = (json.dumps(part, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
@@ -28,11 +28,11 @@ def is_in(part: str, text: str) -> bool:
 def missing_part(message: Mapping[str, Any], text: str) -> str | None:
     """Return the first name or value of a message's tool calls that a text lacks.
 
-    A value that the calls have several times must be there as often.
+    A value that occurs several times in the calls must occur as often in the text.
     """
-    # By type as well: True, 1 and 1.0 are one key.
-    wanted = collections.Counter((type(leaf), leaf) for leaf in _leaves(list(_calls(message))))
-    for (_, leaf), times in wanted.items():
+    # Counted by type as well, since True, 1 and 1.0 are the same key.
+    counts = collections.Counter((type(leaf), leaf) for leaf in _leaves(list(_calls(message))))
+    for (_, leaf), times in counts.items():
         printed = leaf.strip() if isinstance(leaf, str) else json.dumps(leaf)
         if printed in text and times == 1:
             continue
@@ -47,12 +47,12 @@ def _calls(message: Mapping[str, Any]) -> Iterator[Any]:
         function = call.get("function", call)
         arguments = function.get("arguments", {})
         yield function["name"]
-        # Text is the style of some templates, see ChatTemplate.styled.
+        # Some templates want text, see ChatTemplate.styled.
         yield json.loads(arguments) if isinstance(arguments, str) else arguments
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """Yield the keys and the values within a JSON value that hold no others."""
+    """Yield the keys and the innermost values of a JSON value."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield key
@@ -65,7 +65,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _count(leaf: Any, printed: str, text: str, enough: int) -> int:
-    """Count the occurrences of a value in a text, in all forms together, until there are enough."""
+    """Count a value in a text, over all its forms; stop once there are enough."""
     forms = _forms_of_text(printed) if isinstance(leaf, str) else (printed, str(leaf))
     count = 0
     for form in dict.fromkeys(forms):
@@ -74,13 +74,13 @@ def _count(leaf: Any, printed: str, text: str, enough: int) -> int:
             return count
     if isinstance(leaf, int | float) and not isinstance(leaf, bool):
         # The same number in other digits: 5 for 5.0, 1e5 for 100000.0.
-        equal = sum(float(found) == leaf for found in _NUMBER.findall(text))
+        equal = sum(float(number) == leaf for number in _NUMBER.findall(text))
         return max(count, equal)
     return count
 
 
 def _forms_of_text(text: str) -> Iterator[str]:
-    """Yield a text as it is printed within JSON, by Python, and as XML of each."""
+    """Yield a text as it is printed within JSON, by Python, and as XML of each of these."""
     as_json = json.dumps(text, ensure_ascii=False)[1:-1]
     plain = [text, as_json, json.dumps(text)[1:-1], repr(text)[1:-1], ascii(text)[1:-1]]
     plain += [as_json.translate(_SAFE_JSON), json.dumps(as_json, ensure_ascii=False)[1:-1]]

@@ -1,8 +1,8 @@
-"""Where chat templates run: they reach nothing but the messages, and come to an end.
+"""Run chat templates so that they reach nothing but the messages, and end.
 
-A template comes with a model, from anybody. jinja2's sandbox keeps it from attributes that lead out
-of it; here its work and the size of what it makes are limited as well, by counts, not by a clock:
-what is refused on one machine is refused on all.
+A template comes with a model and may be written by anyone. jinja2's sandbox denies the attributes
+that lead out of it. This module also limits a template's work and the size of its values. The
+limits are counts, not times, so that a template refused on one machine is refused on all.
 """
 
 import functools
@@ -16,26 +16,26 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MOST_TURNS = 2_000_000  # of all loops and macros in one rendering: seconds
+MOST_TURNS = 2_000_000  # iterations of all loops and macros in one rendering: takes seconds
 MOST_SIZE = 10_000_000  # characters, or items, of one value
-MOST_WIDTH = 1_000_000  # of what `center`, `indent`, `%9d` and their like are asked for
-MOST_BITS = 10_000  # of a whole number
+MOST_WIDTH = 1_000_000  # requested from `center`, `indent`, `%9d` and the like
+MOST_BITS = 10_000  # of an integer
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _SIZED = (str, bytes, list, tuple)
-_FORMATS = ("format", "format_map")  # methods, and a filter
+_FORMATS = ("format", "format_map")  # names of methods and of a filter
 _WIDE_FORMAT = re.compile(r"\d{7}|%[-+ #0]*\*|\.\*")
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """An environment for templates that nobody has checked.
+    """An environment for untrusted templates.
 
-    What goes on or grows without end raises SecurityError, a jinja2.TemplateError.
+    Endless loops and values that grow without bound raise SecurityError, a jinja2.TemplateError.
     """
 
     intercepted_binops = frozenset(["*", "**", "%"])
 
     def __init__(self, like: jinja2.Environment):
-        """Take over the options, filters and globals of another one."""
+        """Copy the options, filters and globals of another environment."""
         super().__init__(
             trim_blocks=like.trim_blocks,
             lstrip_blocks=like.lstrip_blocks,
@@ -45,24 +45,24 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self.filters[name] = _limited(name, function)
         self.filters |= {"count_turn": _count_turn, "sized": _sized}
         self.globals |= like.globals
-        del self.globals["lipsum"]  # as much random text as it is asked for
+        del self.globals["lipsum"]  # makes any amount of random text
         self.turns = 0
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """Look up `message.role` in a dict at once, not after failing to find an attribute."""
+        """Look up `message.role` in a dict directly, not after failing to find an attribute."""
         if type(obj) is dict and attribute in obj and attribute not in _DICT_ATTRIBUTES:
             return obj[attribute]
         return super().getattr(obj, attribute)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call what a template calls; named as in jinja2, so that no keyword can clash."""
+        """Call a function for a template; named as in jinja2, so that no keyword can clash."""
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str | bytes):
             _check(__obj.__name__, owner, *args, *kwargs.values())
         return _sized(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Refuse what would make something huge, before it is made."""
+        """Refuse an operation with a huge result before it is computed."""
         if operator == "%" and isinstance(left, str | bytes):
             _check("format", left)
         elif isinstance(left, int) and isinstance(right, int):
@@ -76,8 +76,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """Let loops and macros count their turns, and what is given a name be looked at: without
-        names nothing can be doubled again and again.
+        """Make loops and macros count their turns, and assignments check the size of their values.
+
+        A value without a name cannot be doubled again and again.
         """
         tree = super()._parse(source, name, filename)
         for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
@@ -92,7 +93,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 def begin(template: jinja2.Template) -> None:
-    """Let a rendering of a template of a Sandbox begin: what it may take is counted from here."""
+    """Reset the count of turns before a rendering of a template of a Sandbox."""
     sandbox: Any = template.environment
     sandbox.turns = 0
 
@@ -102,7 +103,7 @@ def _filter(name: str, value: Any) -> nodes.Filter:
 
 
 def _limited(name: str, function: Callable) -> Callable:
-    # The value is the first argument, unless jinja2 puts something of its own before it.
+    # The value is the first argument, unless jinja2 passes a context or environment before it.
     first = int(hasattr(function, "jinja_pass_arg"))
 
     @functools.wraps(function)
@@ -121,7 +122,7 @@ def _count_turn(context: Context, _: None) -> None:
 
 
 def _check(name: str, value: Any, *args: Any) -> None:
-    """Refuse a filter or method of a value whose result would be huge."""
+    """Refuse a call of a filter or method whose result would be huge."""
     for arg in args:
         if type(arg) is int:
             _refuse_if(abs(arg) > MOST_WIDTH, f"{name} is asked for {arg}")

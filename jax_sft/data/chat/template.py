@@ -1,6 +1,7 @@
-"""Chat templates: messages to text, in a sandbox, the same on every day.
+"""Render messages as text with a chat template, in a sandbox, independently of today's date.
 
-What a template does to messages is found out by asking it, never by reading or changing it.
+The effects of a template on messages are found by rendering probes, never by reading or changing
+its source.
 """
 
 import copy
@@ -23,11 +24,11 @@ from jax_sft.runtime.confined import Stage, library_errors
 
 Span = tuple[int, int]  # characters [start, end)
 
-# Ways in which templates want the tool calls of a message: is `arguments` an object or its JSON
-# text, and what stands for "no content".
-# What a template is given by us and cannot be set.
+# Variables that `render` sets; data.template_args cannot set them.
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
-PROBE = "qxj7zk"  # nobody's text
+PROBE = "qxj7zk"  # occurs in no real text
+# Styles in which templates expect the tool calls of a message: (whether `arguments` is JSON text
+# rather than an object, the value for "no content").
 _CALL_STYLES = tuple(itertools.product((False, True), ("", None)))
 
 
@@ -36,17 +37,17 @@ class ChatTemplate:
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
-        args: further variables that the template sees.
-        date: ISO date that a template sees as today.
+        args: further variables for the template.
+        date: ISO date that the template sees as today.
 
     Raises:
-        ValueError: the template is malformed.
+        ValueError: the template is malformed, or does not read a variable of `args`.
     """
 
     def __init__(self, tokenizer, args: Mapping[str, Any], date: str):
         self._tokenizer = tokenizer
         self._today = datetime.datetime.fromisoformat(date)
-        # The date pins strftime_now: transformers' own reads the clock.
+        # Replaces transformers' strftime_now, which reads the clock.
         self._variables = {
             **tokenizer.special_tokens_map,
             "strftime_now": self._today.strftime,
@@ -54,7 +55,7 @@ class ChatTemplate:
         }
         added = (str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
         texts = {*tokenizer.all_special_tokens, *added} - {""}
-        self.special = sorted(texts, key=len, reverse=True)  # the longest first
+        self.special = sorted(texts, key=len, reverse=True)  # longest first
         self._compiled = functools.cache(self._compile)
         with library_errors("the chat template cannot be compiled"):
             read = self._variables_read()
@@ -69,7 +70,7 @@ class ChatTemplate:
         return read
 
     def _check_args(self, args: Mapping[str, Any], read: set[str]) -> None:
-        """Refuse variables that the template does not read, or that are not the user's to set."""
+        """Refuse variables that the template does not read or that the user cannot set."""
         for name in args:
             if name not in read - {*GIVEN, *self._tokenizer.special_tokens_map}:
                 own = sorted(
@@ -86,10 +87,11 @@ class ChatTemplate:
                 )
 
     def _compile(self, with_tools: bool) -> tuple[jinja2.Template, dict[str, Any]]:
-        """The template and all that it sees but the messages.
+        """Return the template and all its variables except the messages.
 
-        A tokenizer may have one template for tools and one for all else. The environment is like
-        transformers', which must not see the source: jinja2 computes constants when it compiles.
+        A tokenizer may have one template for tools and another for everything else. The environment
+        copies that of transformers, which must not see the source: jinja2 computes constants when
+        it compiles.
         """
         source = self._tokenizer.get_chat_template(tools=[{}] if with_tools else None)
         # Imported with the tokenizer: see `encoding.load_tokenizer`.
@@ -112,7 +114,7 @@ class ChatTemplate:
         with library_errors("the chat template refuses the conversation"):
             compiled, seen = self._compiled(bool(tools))
             sandbox.begin(compiled)
-            # As Template.render, without merging the globals anew each time: 2x as fast.
+            # As Template.render, without merging the globals each time: 2x as fast.
             context = new_context(
                 compiled.environment, None, compiled.blocks, {**seen, **asked}, shared=True
             )
@@ -120,7 +122,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def has_tags(self) -> bool:
-        """Whether the template marks what the assistant says with {% generation %}."""
+        """Whether the template marks the assistant's text with {% generation %}."""
         sources = self._tokenizer.chat_template
         sources = sources.values() if isinstance(sources, dict) else [sources]
         return any(re.search(r"\{%-?\s*generation\s*-?%\}", source) for source in sources)
@@ -129,7 +131,7 @@ class ChatTemplate:
         """Return the {% generation %} spans of the rendered messages."""
         confined.at(Stage.RENDERING)
         with library_errors("the chat template refuses the conversation"):
-            # Not public: where a version of transformers has it no more, this says so.
+            # Not public: if a version of transformers lacks it, library_errors reports that.
             from transformers.utils.chat_template_utils import _render_with_assistant_indices
 
             compiled = self._compiled(bool(tools))[0]
@@ -146,7 +148,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def writes_empty_think(self) -> bool:
-        """Whether the template puts an empty think block before an answer that has none."""
+        """Whether the template puts an empty think block before an answer without one."""
         answered = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
         try:
             return "<think>" in self.render(answered, None)
@@ -155,7 +157,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def ends_turns(self) -> bool:
-        """Whether a special token ends an answer; True where the template refuses to be asked."""
+        """Whether a special token ends an answer; True where the template refuses the probe."""
         answered = [{"role": "user", "content": "u"}, {"role": "assistant", "content": PROBE}]
         try:
             end = self.render(answered, None).rpartition(PROBE)[2]
@@ -165,9 +167,9 @@ class ChatTemplate:
 
     @functools.cached_property
     def final_text(self) -> str:
-        """What the template puts behind the last turn only, and not where a user goes on.
+        """The text that the template puts after the last turn only, not before a further user turn.
 
-        Phi-3's ends every conversation with its end-of-text token; no turn is ended by it.
+        Phi-3's template ends every conversation with its end-of-text token, which ends no turn.
         """
         answered = [{"role": "user", "content": "u"}, {"role": "assistant", "content": PROBE}]
         try:
@@ -176,7 +178,7 @@ class ChatTemplate:
         except ValueError:
             return ""
         cut = len(os.path.commonprefix([end, goes_on]))
-        for token in self.special:  # none is cut in two
+        for token in self.special:  # do not split a token
             start = end.find(token, max(0, cut - len(token) + 1))
             cut = start if 0 <= start < cut else cut
         ends_turn = any(token in end[:cut] for token in self.special)
@@ -185,8 +187,10 @@ class ChatTemplate:
     def prints(
         self, messages: Sequence[dict], tools: Sequence[dict] | None, number: int, *parts: str
     ) -> bool:
-        """Whether the template prints parts of a message ("content", "reasoning_content",
-        "tool_calls"), told by marking them: a text that is found may be another's.
+        """Whether the template prints parts of a message.
+
+        Parts are "content", "reasoning_content" and "tool_calls". They are marked before rendering,
+        since the same text may also occur in another message.
         """
         marked = copy.deepcopy(messages[number])
         for part in parts:
@@ -202,7 +206,7 @@ class ChatTemplate:
         return self.render(changed, tools).count(PROBE) >= count
 
     def styled(self, messages: Sequence[dict]) -> list[dict]:
-        """Return the messages as the template wants them, tool calls in the way that it prints."""
+        """Return the messages as the template expects them, with tool calls in its style."""
         messages = [_for_template(message) for message in messages]
         if not any(message.get("tool_calls") for message in messages):
             return messages
@@ -211,9 +215,10 @@ class ChatTemplate:
 
     @functools.cached_property
     def _call_style(self) -> tuple[bool, str | None]:
-        """The first style in which a call is printed as JSON, neither as Python nor twice escaped.
+        """The first style in which a call is printed as JSON, neither as Python nor escaped twice.
 
-        The first one where none is: the check of each conversation then tells what is missing.
+        If there is none, the first style: the check of each conversation then reports what is
+        missing.
         """
         function = {"name": "probe_name", "arguments": {"probe_key": "probe value"}}
         call = {"id": "call12345", "type": "function", "function": function}
@@ -234,7 +239,7 @@ class ChatTemplate:
 
 
 def _for_template(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as transformers hands it to templates: no nulls, reasoning under both names."""
+    """Return a message as transformers passes it: without nulls, reasoning under both names."""
     kept = {k: v for k, v in message.items() if v is not None and k not in ("train", "weight")}
     if "reasoning_content" in kept:
         kept["thinking"] = kept["reasoning_content"]
