@@ -1,7 +1,7 @@
-"""Cross-entropy over a large vocabulary without ever holding the logits of all tokens.
+"""Cross-entropy over a large vocabulary, without holding the logits of all tokens at once.
 
 Shape suffixes: B rows, T tokens, N tokens of a device, M the same with trained tokens first and
-room for whole chunks of the smallest size, C tokens of a chunk, D model, V vocabulary (of a device,
+padded to whole chunks of the smallest size, C tokens of a chunk, D model, V vocabulary (per device
 inside the shard_map region), S shards of the tokens over `tensor`.
 Called by `step` and `evaluate` inside jit, under the mesh set by `jax.set_mesh`.
 """
@@ -16,14 +16,15 @@ import jax.numpy as jnp
 from jax_sft.ops.head_chunks import chunk_sizes, num_chunks
 from jax_sft.sharding import collectives, rules
 
-LOOP = "head_chunks"  # loops whose trips the data decides are named so, "_" and their size: `plan`
+# `plan` looks for this name, "_" and the chunk size: loops whose trip count depends on data.
+LOOP = "head_chunks"
 
 Sums = tuple[jax.Array, ...]  # loss, weight, correct (and by source: loss, weight)
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a token's loss is: see `cross_entropy`."""
+    """The options of a token's loss, see `cross_entropy`."""
 
     z_loss: float
     label_smoothing: float
@@ -46,7 +47,9 @@ def cross_entropy(
     head_trains: bool = True,
     num_ids: int = 0,
 ) -> Sums:
-    """Return (sum of weighted losses, sum of weights, weighted correct predictions), all devices'.
+    """Return (sum of weighted losses, sum of weights, weighted correct predictions).
+
+    The sums are over all devices.
 
     With logits z = hidden . head, the loss of a token is
 
@@ -57,25 +60,25 @@ def cross_entropy(
     whole vocabulary: Szegedy et al. 2016, arXiv:1512.00567, section 7. With soft_cap > 0, z is
     soft_cap tanh(hidden . head / soft_cap) throughout: Gemma 2, arXiv:2408.00118, section 2.
 
-    Each device takes its own tokens and, over `tensor`, its part of the vocabulary (Shoeybi et al.
-    2019, arXiv:1909.08053, section 3). The softmax is float32; matrix products multiply in the
-    dtype of `hidden_BTD` and add in float32. Only tokens with a weight are computed, in chunks.
-    Where a gradient is asked for, it is formed in the forward pass, so that logits are computed
-    once, and the head is gathered once and its gradient reduce-scattered once.
+    Each device computes its own tokens and, over `tensor`, its part of the vocabulary (Shoeybi et
+    al. 2019, arXiv:1909.08053, section 3). The softmax is float32. Matrix products multiply in the
+    dtype of `hidden_BTD` and accumulate in float32. Only tokens with a weight are computed, in
+    chunks. Gradients are computed in the forward pass, so that logits are computed once, the head
+    is gathered once and its gradient is reduce-scattered once.
 
-    Only the first sum has a gradient, with respect to `hidden_BTD` and `head_VD`: weights are
-    data. First derivatives in reverse mode alone.
+    Only the first sum has a gradient, with respect to `hidden_BTD` and `head_VD`; weights are data.
+    Only first derivatives in reverse mode are supported.
 
     Args:
-        hidden_BTD: final hidden states, their tokens split like the residual stream.
-        head_VD: output head as it is stored: any float dtype, sharded spec("vocab", "embed").
-        targets_BT: int token ids; anything at all where the weight is 0.
-        weights_BT: float32, 0 where a token does not train, never negative.
-        sources_BT: int, in 0..num_sources-1; read only with `num_sources`.
-        head_trains: whether `head_VD` gets a gradient: one is as much work as the logits.
-        num_ids: of the vocabulary; what `head_VD` has beyond them is padding, see `vocabulary`, and
-            gets a gradient of zero. 0 = all of it.
-        num_sources: when above 0, two more results: the first two sums of each source, float32
+        hidden_BTD: final hidden states, with tokens sharded like the residual stream.
+        head_VD: output head as stored: any float dtype, sharded as spec("vocab", "embed").
+        targets_BT: int token ids; arbitrary where the weight is 0.
+        weights_BT: float32, 0 for tokens without loss, never negative.
+        sources_BT: int in 0..num_sources-1; read only if `num_sources` is set.
+        head_trains: whether `head_VD` gets a gradient, which costs as much as the logits.
+        num_ids: size of the vocabulary. Further rows of `head_VD` are padding, see `vocabulary`,
+            and get a gradient of zero. 0 = no padding.
+        num_sources: if above 0, return two more results: the first two sums per source, float32
             [num_sources].
     """
     of_tokens = (targets_BT, weights_BT)
@@ -88,7 +91,7 @@ def cross_entropy(
         return _sums(objective, num_sources, hidden_BTD, head_VD, of_tokens)
 
 
-# ---- derivative: by hand, so that nothing differentiates through the region or its loop ----------
+# ---- custom derivative, so that nothing differentiates through the region or its loop ------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -102,8 +105,9 @@ def _forward(objective, num_sources, hidden_BTD, head_VD, of_tokens):
     sums, *grads = _shard_map_region(
         objective, num_sources, hidden_BTD, head_VD, of_tokens, gradients=True
     )
-    # Together: else XLA scatters the gradient of the head when the backward pass of the layers is
-    # over, and holds all of it, float32, until then (2 GiB of a 7B model).
+    # The barrier keeps both gradients together. Without it XLA reduce-scatters the head's gradient
+    # only after the backward pass of the layers and holds it whole in float32 until then (2 GiB for
+    # a 7B model).
     return sums, jax.lax.optimization_barrier(grads)
 
 
@@ -119,16 +123,16 @@ _sums.defvjp(_forward, _backward)
 def _shard_map_region(
     objective, num_sources, hidden_BTD, head_VD, of_tokens, *, gradients: bool
 ) -> Any:
-    of_hidden = rules.spec("batch", "residual", "features")
-    of_head = rules.spec("vocab", "embed")
+    hidden_spec = rules.spec("batch", "residual", "features")
+    head_spec = rules.spec("vocab", "embed")
     of_sums = (jax.P(),) * (5 if num_sources else 3)
-    of_grads = (of_hidden, of_head) if objective.head_trains else (of_hidden,)
+    grad_specs = (hidden_spec, head_spec) if objective.head_trains else (hidden_spec,)
     return collectives.shard_map_region(
         functools.partial(
             _local, objective=objective, num_sources=num_sources, gradients=gradients
         ),
-        in_specs=(of_hidden, of_head, (rules.spec("batch", "token"),) * len(of_tokens)),
-        out_specs=(of_sums, *of_grads) if gradients else of_sums,
+        in_specs=(hidden_spec, head_spec, (rules.spec("batch", "token"),) * len(of_tokens)),
+        out_specs=(of_sums, *grad_specs) if gradients else of_sums,
     )(hidden_BTD, head_VD, of_tokens)
 
 
@@ -136,15 +140,15 @@ def _shard_map_region(
 
 
 def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients):
-    """The sums over all devices and, with `gradients`, those of this device's blocks."""
+    """Return the sums over all devices and, with `gradients`, this device's blocks of gradients."""
     token_axes = (*rules.RULES["batch"], *rules.RULES["token"])
     head = head_VD.astype(hidden_BTD.dtype)
     is_whole = jax.lax.axis_size(rules.RULES["embed"]) == 1
     if not is_whole:
-        # D first: XLA transposes the whole, not the shard, around one over the last dimension.
+        # D first: for a gather over the last dimension, XLA transposes the whole, not the shard.
         head = jax.lax.all_gather(head.T, rules.RULES["embed"], tiled=True)
     num_local = len(head_VD)
-    # Tokens are in the order in which the shards of `tensor`, S of them, hold their hidden states.
+    # Tokens are in the order in which the S shards of `tensor` hold their hidden states.
     hidden_SBTD = collectives.all_gather(hidden_BTD, "tensor")
     hidden_ND = hidden_SBTD.reshape(-1, hidden_BTD.shape[-1])
     shards = hidden_SBTD.shape[0]
@@ -174,9 +178,11 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
             return jax.lax.dynamic_update_slice_in_dim(x_M, x_C, first, 0)
 
         losses_M, correct_M, grads = found
-        head_DV = head.T if is_whole else head  # here it is part of the products, before it a copy
+        head_DV = (
+            head.T if is_whole else head
+        )  # in the loop .T fuses with the products; before, it copies
         index_C = chunk_of(index_M)
-        # Where a place is past the end, hidden states and weight are zero.
+        # Hidden states and weights are zero for positions past the end.
         hidden_CD = hidden_ND.at[index_C].get(mode="fill", fill_value=0)
         losses_C, correct_C, grad_CV = _chunk(
             hidden_CD, head_DV, chunk_of(targets_M), chunk_of(weights_M), objective
@@ -184,14 +190,15 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
         if gradients:
             hidden_DC = hidden_CD.T
             if collectives.platform() == "cpu":
-                # A copy, of a 200th of the operands: YNNPACK does not take transposed ones, and
-                # Eigen, which does, multiplies 256 x 256 by 256 x 49152 at 0.6 of its speed.
+                # The barrier forces a copy (1/200 of the operands). YNNPACK does not accept
+                # transposed operands, and Eigen, which does, multiplies 256 x 256 by 256 x 49152
+                # at 0.6 of YNNPACK's speed.
                 hidden_DC = jax.lax.optimization_barrier(hidden_DC)
             grads = _add_gradients(grads, index_C, hidden_DC, head_DV, grad_CV)
         return with_chunk(losses_M, losses_C), with_chunk(correct_M, correct_C), grads
 
-    # The devices of one group of `tensor` have the same tokens, hence as many chunks: they meet in
-    # the collectives of each. There are no others within the loops.
+    # The devices of one `tensor` group have the same tokens, hence the same number of chunks, so
+    # the collectives over `tensor` inside the loops match. The loops contain no other collectives.
     found, first = start, 0
     for size, count in zip(sizes, num_chunks(jnp.count_nonzero(weights_N), sizes), strict=True):
 
@@ -214,22 +221,23 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
 
 
 def trained_first(weights_N: jax.Array, chunk: int) -> jax.Array:
-    """The places of the tokens with a weight, in order, then places past the end, in whole chunks.
+    """Return the positions of tokens with a weight in order, then positions past the end.
 
-    There is room for every token: no share of trained ones is too large. No place occurs twice.
+    The length is that of all tokens, padded to whole chunks, so any share of trained tokens fits.
+    No position occurs twice.
     """
     places_N = jnp.arange(len(weights_N))
     is_trained_N = weights_N != 0
     empty_M = len(weights_N) + jnp.arange(len(weights_N) + -len(weights_N) % chunk)
-    # Not a sort: this is one kernel, and no two tokens go to the same slot.
+    # A scatter instead of a sort: one kernel, and no two tokens share a slot.
     slot_N = jnp.where(is_trained_N, jnp.cumsum(is_trained_N) - 1, len(empty_M) + places_N)
     return empty_M.at[slot_N].set(places_N, mode="drop", unique_indices=True)
 
 
 def _chunk(hidden_CD, head_DV, targets_C, weights_C, objective: Objective):
-    """(loss of each token without its weight, correct or not, weighted gradient of the logits).
+    """Return (unweighted loss per token, whether correct, weighted gradient of the logits).
 
-    The gradient is float32 [C, V]: the compiler fuses it with what reads it, or drops it.
+    The gradient is float32 [C, V]; the compiler fuses it with its consumers or removes it.
     """
     logits_CV = jnp.einsum("CD,DV->CV", hidden_CD, head_DV, preferred_element_type=jnp.float32)
     if cap := objective.soft_cap:
@@ -249,7 +257,7 @@ def _chunk(hidden_CD, head_DV, targets_C, weights_C, objective: Objective):
     exp_CV = jnp.exp(shifted_CV)
     # The prediction is the first token with the highest logit, so that ties count once.
     is_better_CV = (shifted_CV == 0) & (ids_V < targets_C[:, None])
-    # The target's logit is read, not summed out of zeros: on CPUs that would be two more passes.
+    # The target's logit is gathered; a masked sum would take two more passes on CPUs.
     local_C = targets_C - first_id
     is_here_C = (local_C >= 0) & (local_C < num_local)
     place_C1 = jnp.where(is_here_C, local_C, 0)[:, None]
@@ -257,9 +265,9 @@ def _chunk(hidden_CD, head_DV, targets_C, weights_C, objective: Objective):
     sums_C = [exp_CV.sum(axis=-1), jnp.where(is_here_C, target_C, 0.0)]
     if objective.label_smoothing:
         sums_C.append(of_ids(shifted_CV, 0.0).sum(axis=-1))
-    # Stacked: one collective per chunk, not one per sum.
+    # Stacked, so that there is one collective per chunk instead of one per sum.
     sum_exp_C, target_C, *sum_C = collectives.psum(jnp.stack(sums_C), "tensor")
-    # Apart: the compiler drops it where nobody asks.
+    # Not stacked, so that the compiler can remove it when it is unused.
     correct_C = (target_C == 0) & (collectives.psum(is_better_CV.sum(axis=-1), "tensor") == 0)
     log_sum_C = jnp.log(sum_exp_C)
     losses_C = log_sum_C - target_C
@@ -280,8 +288,8 @@ def _chunk(hidden_CD, head_DV, targets_C, weights_C, objective: Objective):
 
 
 def _add_gradients(grads, index_C, hidden_DC, head_DV, grad_CV):
-    """The gradients with those of a chunk: its rows of the first are set, the head's grows."""
-    grad_hidden_ND, *of_head = grads
+    """Set the chunk's rows of the hidden gradient, and add its part to the head's gradient."""
+    grad_hidden_ND, *head_grads = grads
     grad_CV = grad_CV.astype(hidden_DC.dtype)
     grad_hidden_ND = grad_hidden_ND.at[index_C].set(
         jnp.einsum("CV,DV->CD", grad_CV, head_DV),
@@ -289,15 +297,15 @@ def _add_gradients(grads, index_C, hidden_DC, head_DV, grad_CV):
         indices_are_sorted=True,
         unique_indices=True,
     )
-    # One matrix product that adds to its output in place, float32 (seen in the HLO for H200).
-    of_head = [
+    # One matrix product that accumulates in place in float32 (checked in the HLO for H200).
+    head_grads = [
         grad_DV + jnp.einsum("CV,DC->DV", grad_CV, hidden_DC, preferred_element_type=jnp.float32)
-        for grad_DV in of_head
+        for grad_DV in head_grads
     ]
-    return [grad_hidden_ND, *of_head]
+    return [grad_hidden_ND, *head_grads]
 
 
 def _sums_by_source(amounts: Sums, sources_M, num_sources: int) -> Sums:
-    # Masked sums, not scatter-adds: those add in any order on a GPU.
+    # Masked sums, since scatter-adds add in a nondeterministic order on a GPU.
     is_from_SM = sources_M == jnp.arange(num_sources)[:, None]
     return tuple(jnp.where(is_from_SM, of_M, 0.0).sum(axis=1) for of_M in amounts)

@@ -1,1 +1,1 @@
-"""Causal attention on packed rows: one file per backend, and the choice among them."""
+"""Causal attention on packed rows: one file per backend, and the choice of backend."""

@@ -1,7 +1,8 @@
-"""What an attention backend is: one device's forward and backward pass, without collectives.
+"""The interface of an attention backend: forward and backward pass of one device.
 
 Shape suffixes: B rows, T query tokens, S key tokens, N heads, K kv heads, H head dim.
-`ops.attention.dispatch` gives the backends their part of the data and knows them all by name.
+Backends contain no collectives. `ops.attention.dispatch` passes them their shard of the data and
+maps names to backends.
 """
 
 import dataclasses
@@ -10,16 +11,16 @@ from typing import Protocol
 import jax
 
 # (segment ids, positions), both int32 [B, T] or [B, S]. Segment 0 is padding; positions count
-# 0, 1, 2.. within a segment. A query sees the keys of its segment that are not after it. The tokens
-# of a row may come in any order.
+# 0, 1, 2.. within a segment. A query sees the keys of its segment up to its own position. The
+# tokens of a row may be in any order.
 Ids = tuple[jax.Array, jax.Array]
 
 
 class Forward(Protocol):
     """(q_BTNH, k_BSKH, v_BSKH, ...) -> (out_BTNH in the dtype of q, lse).
 
-    lse is float32 [B, T, N]: the logarithm of the sum of exp(scaled scores) of each query and head;
-    or whatever one array `Backward` needs instead, split over devices like it.
+    lse is float32 [B, T, N]: the log-sum-exp of the scaled scores of each query and head. A backend
+    may return any other array that its `Backward` needs instead, sharded in the same way.
     """
 
     def __call__(
@@ -38,8 +39,10 @@ class Forward(Protocol):
 
 
 class Backward(Protocol):
-    """The arguments and results of `Forward`, and d loss / d out -> (dq, dk, dv), each in the
-    dtype of its input."""
+    """(arguments and results of `Forward`, d loss / d out) -> (dq, dk, dv).
+
+    Each gradient has the dtype of its input.
+    """
 
     def __call__(
         self,
@@ -61,13 +64,14 @@ class Backward(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """`scale` multiplies the scores; `max_segments` bounds the segments of a row.
+    """The forward and backward pass of a backend.
 
+    `scale` multiplies the scores; `max_segments` bounds the number of segments of a row.
     With a `window`, a query at position p sees the keys of its segment at p - window < position.
     With a `soft_cap` above 0, a scaled score s becomes soft_cap tanh(s / soft_cap).
 
     Attributes:
-        takes_traced_window: `window` may be an int32 scalar that only the device knows.
+        takes_traced_window: whether `window` may be a traced int32 scalar.
     """
 
     forward: Forward

@@ -3,7 +3,7 @@
 FlashAttention-2 (Dao 2023, arXiv:2307.08691, algorithms 1 and 2) in plain jnp: exact for any layout
 of the tokens, and pairs of blocks that cannot see each other cost nothing. The default on CPU.
 Shape suffixes: B rows, I query blocks, J key blocks, T queries, S keys (of the row, or of a block
-when I or J or nothing stands before them), N heads, K kv heads, G = N / K, H head dim.
+when preceded by I or J or nothing), N heads, K kv heads, G = N / K, H head dim.
 """
 
 import functools
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from jax_sft.ops.attention.backend import Backend, Ids
 
-# Tokens of a block. Measured on 2 CPU cores, float32: 128 gains a tenth where rows hold many short
-# segments, 512 loses a half there; with one segment in a row 256 is the fastest.
+# Tokens of a block. Measured on 2 CPU cores in float32: with many short segments per row, 128 gains
+# a tenth and 512 loses a half; with one segment per row, 256 is the fastest.
 BLOCK = 256
-LOOP = "attention_blocks"  # name of the loops whose trips the data decides, for `plan`
+LOOP = "attention_blocks"  # `plan` looks for this name: loops whose trip count depends on data
 _NEVER = jnp.iinfo(jnp.int32).max
 
 
@@ -29,14 +29,14 @@ def problems(
     capability: tuple[int, ...] | None = None,
     has_soft_cap: bool = False,
 ) -> list[str]:
-    """It runs everywhere."""
+    """Return no problems: this backend runs everywhere."""
     return []
 
 
 def _forward(
     q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments, window, soft_cap=0.0
 ):
-    """`backend.Forward`. Rows run in turn: under vmap, a loop ends when that of all rows does."""
+    """`backend.Forward`. Rows run one by one; under vmap every row would run the longest loop."""
     row = functools.partial(_forward_row, scale=scale, window=window, soft_cap=soft_cap)
     return jax.lax.map(lambda x: row(*x), (q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids))
 
@@ -96,7 +96,7 @@ def _backward(
     window,
     soft_cap=0.0,
 ):
-    """`backend.Backward`, rows in turn."""
+    """`backend.Backward`. Rows run one by one."""
     row = functools.partial(_backward_row, scale=scale, window=window, soft_cap=soft_cap)
     inputs = (q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse, grad_out_BTNH, query_ids, key_ids)
     return jax.lax.map(lambda x: row(*x), inputs)
@@ -105,10 +105,10 @@ def _backward(
 def _backward_row(
     q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, grad_TNH, query_ids, key_ids, *, scale, window, soft_cap
 ):
-    """Key blocks in turn, dq summed over them: each pair of blocks is computed once."""
+    """Visit the key blocks one by one and sum dq over them, so each block pair is computed once."""
     T, S, K = len(q_TNH), len(k_SKH), k_SKH.shape[1]
     delta_TN = (out_TNH.astype(jnp.float32) * grad_TNH.astype(jnp.float32)).sum(-1)
-    of_queries = tuple(_q_blocks(x, K) for x in (q_TNH, grad_TNH, lse_TN, delta_TN))
+    query_blocks = tuple(_q_blocks(x, K) for x in (q_TNH, grad_TNH, lse_TN, delta_TN))
     query_ids, key_ids = _id_blocks(query_ids), _id_blocks(key_ids)
     order_JI, num_needed_J = _work_lists(_needed(query_ids, key_ids, window).T)
 
@@ -118,7 +118,9 @@ def _backward_row(
         def query_block(step, grads):
             dq_IKGTH, dk_KHS, dv_KHS = grads
             index = order_I[step]
-            (q_KGTH, grad_KGTH, lse_KGT, delta_KGT), other_ids = _at(index, (of_queries, query_ids))
+            (q_KGTH, grad_KGTH, lse_KGT, delta_KGT), other_ids = _at(
+                index, (query_blocks, query_ids)
+            )
             scores_KGTS, slopes_KGTS = _scores(
                 q_KGTH, k_KSH, other_ids, ids, scale, window, soft_cap
             )
@@ -140,9 +142,9 @@ def _backward_row(
             )
         return dq_IKGTH, ((scale * dk_KHS.mT).astype(k_KSH.dtype), dv_KHS.mT.astype(v_KSH.dtype))
 
-    dq_IKGTH = jnp.zeros(of_queries[0].shape, jnp.float32)
-    of_keys = (_kv_blocks(k_SKH), _kv_blocks(v_SKH), key_ids, order_JI, num_needed_J)
-    dq_IKGTH, (dk_JKSH, dv_JKSH) = jax.lax.scan(key_block, dq_IKGTH, of_keys)
+    dq_IKGTH = jnp.zeros(query_blocks[0].shape, jnp.float32)
+    key_inputs = (_kv_blocks(k_SKH), _kv_blocks(v_SKH), key_ids, order_JI, num_needed_J)
+    dq_IKGTH, (dk_JKSH, dv_JKSH) = jax.lax.scan(key_block, dq_IKGTH, key_inputs)
     dq_TNH = _q_tokens((scale * dq_IKGTH).astype(q_TNH.dtype), T)
     return dq_TNH, _kv_tokens(dk_JKSH, S), _kv_tokens(dv_JKSH, S)
 
@@ -152,8 +154,10 @@ def _dot(equation, *operands):
 
 
 def _scores(q_KGTH, k_KSH, query_ids, key_ids, scale, window, soft_cap):
-    """(scaled scores [K, G, T, S] of two blocks in float32, -inf where a query must not look;
-    derivatives of the soft cap there)."""
+    """Return (scaled scores [K, G, T, S] of two blocks in float32, derivatives of the soft cap).
+
+    Scores are -inf for keys that the query must not see.
+    """
     scores_KGTS, slopes_KGTS = scale * _dot("KGTH,KSH->KGTS", q_KGTH, k_KSH), 1.0
     if soft_cap:
         tanh_KGTS = jnp.tanh(scores_KGTS / soft_cap)
@@ -167,12 +171,15 @@ def _scores(q_KGTH, k_KSH, query_ids, key_ids, scale, window, soft_cap):
 
 
 def _needed(query_ids, key_ids, window):
-    """[I, J]: may a query of the block see a key of the block? True too often, never too rarely.
+    """Return whether any query of block i may see a key of block j, bool [I, J].
+
+    A block pair may be True without a visible pair, but is never False with one.
 
     If a query sees a key of its segment s, then lowest query <= s <= highest key, and
     lowest key <= (s, position of the key) <= (s, position of the query) <= highest query, where
     tokens are ordered by (segment, position). With a window, position of the key > position of the
-    query - window; so where lowest query and highest key are of one segment, theirs are like this.
+    query - window. Hence the positions of the lowest query and the highest key satisfy this too if
+    both belong to the same segment.
     """
     low_query_I, low_query_position_I, high_query_I, high_query_position_I = _extent(query_ids)
     low_key_J, low_key_position_J, high_key_J, high_key_position_J = _extent(key_ids)
@@ -187,8 +194,10 @@ def _needed(query_ids, key_ids, window):
 
 
 def _extent(ids):
-    """Lowest and highest (segment, position) of each block as four [I] arrays; of padding alone,
-    the lowest segment is above and the highest one below all others."""
+    """Return the lowest and highest (segment, position) of each block as four [I] arrays.
+
+    For a block of only padding, the lowest segment is above and the highest below all others.
+    """
     segments, positions = ids
     low = jnp.where(segments != 0, segments, _NEVER).min(-1)
     high = jnp.where(segments != 0, segments, -_NEVER).max(-1)
@@ -198,7 +207,7 @@ def _extent(ids):
 
 
 def _work_lists(needed_IJ):
-    """For each i: a permutation of all j that starts with the needed ones, and their number."""
+    """Return for each i a permutation of all j with the needed ones first, and their number."""
     return jnp.argsort(~needed_IJ, axis=1, stable=True), needed_IJ.sum(axis=1)
 
 
@@ -207,7 +216,7 @@ def _at(index, blocks):
 
 
 def _split(x):
-    """[T, ...] -> [I, T of a block, ...]; a short last block is filled with 0, which is padding."""
+    """[T, ...] -> [I, T of a block, ...]; the last block is filled with 0, which means padding."""
     block = min(BLOCK, len(x))
     x = jnp.pad(x, [(0, -len(x) % block)] + [(0, 0)] * (x.ndim - 1))
     return x.reshape(-1, block, *x.shape[1:])
@@ -218,14 +227,14 @@ def _id_blocks(ids: Ids) -> Ids:
 
 
 def _q_blocks(x_TN, num_kv_heads):
-    """[T, N, ...] -> [I, K, G, T, ...]: per kv head the queries lie as the rows of one matrix."""
+    """[T, N, ...] -> [I, K, G, T, ...]: the queries of a kv head are the rows of one matrix."""
     x_ITN = _split(x_TN)
     x_ITKG = x_ITN.reshape(*x_ITN.shape[:2], num_kv_heads, -1, *x_ITN.shape[3:])
     return jnp.moveaxis(x_ITKG, 1, 3)
 
 
 def _q_tokens(x_IKGT, num_tokens):
-    """The inverse of `_q_blocks`."""
+    """Invert `_q_blocks`."""
     x_ITKG = jnp.moveaxis(x_IKGT, 3, 1)
     num_blocks, block, K, G, *rest = x_ITKG.shape
     return x_ITKG.reshape(num_blocks * block, K * G, *rest)[:num_tokens]
@@ -237,7 +246,7 @@ def _kv_blocks(x_SKH):
 
 
 def _kv_tokens(x_JKSH, num_tokens):
-    """The inverse of `_kv_blocks`."""
+    """Invert `_kv_blocks`."""
     x_JSKH = jnp.moveaxis(x_JKSH, 2, 1)
     return x_JSKH.reshape(-1, *x_JSKH.shape[2:])[:num_tokens]
 

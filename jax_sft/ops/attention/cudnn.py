@@ -1,9 +1,9 @@
-"""cuDNN's fused attention on packed rows: memory O(T), and work as the segments need it.
+"""cuDNN's fused attention on packed rows: memory O(T), work proportional to the segments.
 
-For Hopper and newer GPUs. cuDNN is told where each segment starts and how long it is; nothing of
-the row is copied. The two primitives of JAX that reach it are private: every private name is here.
-Shape suffixes: B rows, T tokens, N heads, K kv heads, H head dim, M segments of a row; S slots,
-L tokens of a slot: what cuDNN calls batch and sequence length.
+For Hopper and newer GPUs. cuDNN gets the start and length of each segment, and the row is not
+copied. The two JAX primitives for it are private; this file holds every private name.
+Shape suffixes: B rows, T tokens, N heads, K kv heads, H head dim, M segments of a row, S slots and
+L tokens of a slot (cuDNN's batch and sequence length).
 """
 
 import dataclasses
@@ -22,23 +22,22 @@ from jax_sft.ops.attention.segments import in_natural_order, pad_tokens
 
 _FORWARD = ("_dot_product_attention_fwd_p", "_dot_product_attention_fwd_cuda_lowering")
 _BACKWARD = ("_dot_product_attention_bwd_p", "_dot_product_attention_bwd_cuda_lowering")
-# Parameters of the primitives since jax 0.12: a function that changes the scores. We have none.
+# Parameters of the primitives since jax 0.12, for a function of the scores. It is not used.
 _NEWER = {"score_mod_name": None, "score_mod_jaxpr": None}
 
-_FEWER = 4  # tokens of a slot, from one length class to the next
-_SHORTEST = 64  # tokens of a slot: no class needs to be below a tile of the kernel
+_FEWER = 4  # ratio of the slot lengths of consecutive length classes
+_SHORTEST = 64  # smallest slot length in tokens, a tile of the kernel
 _INT32 = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
 class LengthClass:
-    """Segments of `above` < length <= `longest` tokens; `slots` of them for every `longest` tokens
-    of the batch.
+    """Segments with `above` < length <= `longest`, in `slots` slots per `longest` batch tokens.
 
-    XLA allows cuDNN's backward pass a workspace of `longest` tokens for every slot. One class for
-    all would take (max_segments x T) tokens: 57 GiB for a row of 8192 tokens, 256 segments and 28
-    heads of 128. Since only few segments can be long, classes bring it to about (4 x T): 0.9 GiB
-    [sizes as cuDNN 9.28 states them for H200 and B200].
+    XLA allocates a workspace of `longest` tokens per slot for cuDNN's backward pass. A single class
+    would need (max_segments x T) tokens: 57 GiB for a row of 8192 tokens, 256 segments and 28 heads
+    of 128. Since only few segments can be long, classes reduce it to about (4 x T): 0.9 GiB (sizes
+    as reported by cuDNN 9.28 for H200 and B200).
     """
 
     above: int
@@ -46,7 +45,7 @@ class LengthClass:
     slots: int
 
     def num_slots(self, num_tokens: int) -> int:
-        """Slots for a batch of so many tokens."""
+        """Return the slots for a batch of `num_tokens` tokens."""
         return num_tokens // self.longest * self.slots
 
 
@@ -56,7 +55,7 @@ def length_classes(num_tokens: int, max_segments: int) -> tuple[LengthClass, ...
     classes = []
     for length, above in zip(longest, [*longest[1:], 0], strict=True):
         per_row = min(max_segments, num_tokens // (above + 1))
-        # cuDNN takes slots of one sequence per row for unpacked input: two at least.
+        # At least two slots: cuDNN treats one sequence per row as unpacked input.
         slots = max(2, math.ceil(per_row * length / num_tokens))
         classes.append(LengthClass(above, length, slots))
     return tuple(classes)
@@ -72,16 +71,16 @@ def workspace_bytes(
     max_segments: int,
     deterministic: bool = False,
 ) -> int:
-    """Bytes that cuDNN's backward pass takes on a device beside its arguments and results.
+    """Return the workspace bytes per device of cuDNN's backward pass.
 
-    XLA adds them when it compiles on a GPU only: a compilation without one does not show them.
-    dq in float32, a number per query and head, and, for grouped queries, dk and dv of each head.
+    XLA adds the workspace only when it compiles on a GPU. It holds dq in float32, a number per
+    query and head and, for grouped queries, dk and dv of each head.
 
     Args:
-        deterministic: as XLA's xla_gpu_deterministic_ops or xla_gpu_exclude_nondeterministic_ops
-            want it, on Hopper: instead of dq all scores of a slot, quadratic in its length. A row
-            of 8192 tokens at 28 heads takes 11 GiB, one of 32768 takes 169 GiB. Newer chips do
-            without.
+        deterministic: whether xla_gpu_deterministic_ops or xla_gpu_exclude_nondeterministic_ops is
+            set. Hopper then needs all scores of a slot instead of dq, quadratic in the slot length:
+            11 GiB for a row of 8192 tokens at 28 heads, 169 GiB for one of 32768. Newer chips do
+            not need them.
     """
     num_tokens += -num_tokens % _multiple(num_tokens, max_segments)
     grouped = 4 * head_dim if num_heads > num_kv_heads else 0
@@ -102,42 +101,42 @@ def problems(
     capability: tuple[int, ...] | None = None,
     has_soft_cap: bool = False,
 ) -> list[str]:
-    """Why cuDNN cannot be used; empty when it can.
+    """Return the reasons why cuDNN cannot be used; empty if it can.
 
     Args:
-        capability: CUDA compute capability, by default of the GPU at hand; where there is none
-            either, of one that can.
+        capability: CUDA compute capability. Defaults to that of the local GPU. Without a GPU, a
+            supported one is assumed.
     """
     if platform != "gpu":
         return [f"cuDNN needs an NVIDIA GPU, this runs on {platform}"]
-    found = _missing_names()
-    if found:
-        return found
+    reasons = _missing_names()
+    if reasons:
+        return reasons
     largest = 256
     if capability or jax.default_backend() == "gpu":
         version = _NEWEST if capability else _cudnn_version()
         capability = capability or _compute_capability()
-        largest = 256 if capability[0] == 9 else 128  # newer ones differentiate 128 only
-        found = _device_problems(capability, version)
+        largest = 256 if capability[0] == 9 else 128  # newer GPUs support gradients up to 128 only
+        reasons = _device_problems(capability, version)
     if dtype not in ("bfloat16", "float16"):
-        found.append(f"cuDNN attends in bfloat16 or float16, model.dtype is {dtype}")
+        reasons.append(f"cuDNN attends in bfloat16 or float16, model.dtype is {dtype}")
     if head_dim % 8 or head_dim > largest:
-        found.append(
+        reasons.append(
             f"cuDNN takes head dims that are multiples of 8 up to {largest}, here it is {head_dim}"
         )
     if has_soft_cap:
-        found.append("cuDNN knows no soft cap of attention scores, which this model has")
+        reasons.append("cuDNN knows no soft cap of attention scores, which this model has")
     if sequence > 1:
-        found.append(
+        reasons.append(
             f"cuDNN cannot start in the middle of a segment, as mesh.sequence = {sequence} needs: "
             "use mesh.sequence = 1, or another attention"
         )
-    return found
+    return reasons
 
 
 @functools.cache
 def _private() -> Any:
-    """JAX's module around cuDNN's attention; None in a version that has none."""
+    """Return JAX's module for cuDNN's attention, or None if this version of JAX has none."""
     try:
         return importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     except ImportError:
@@ -145,62 +144,64 @@ def _private() -> Any:
 
 
 def _missing_names() -> list[str]:
-    """Is what this file takes from inside JAX there, with the parameters that it passes?"""
-    asks = "this jax_sft was written for jax 0.10.2 to 0.12"
+    """Return a problem if a private name or parameter of JAX that this file uses has changed."""
+    requirement = "this jax_sft was written for jax 0.10.2 to 0.12"
     names = (*_FORWARD, *_BACKWARD, "MaskType", "AttentionLayout", "check_cudnn_version")
     missing = [name for name in names if not hasattr(_private(), name)]
     if missing:
-        return [f"jax {jax.__version__} has no {missing[0]} for cuDNN's packed attention: {asks}"]
+        return [
+            f"jax {jax.__version__} has no {missing[0]} for cuDNN's packed attention: {requirement}"
+        ]
     for (_, lowering), extra in ((_FORWARD, {"is_training"}), (_BACKWARD, set())):
         known = {*_parameters(1.0), *_NEWER, *extra}
         given = inspect.signature(getattr(_private(), lowering)).parameters
-        # The operands come first, the parameters from `scale` on.
+        # The operands come first; the parameters start at `scale`.
         new = set(list(given)[list(given).index("scale") :]) - known if "scale" in given else {"?"}
         if new:
-            return [f"jax {jax.__version__} changed {lowering} ({sorted(new)[0]}): {asks}"]
+            return [f"jax {jax.__version__} changed {lowering} ({sorted(new)[0]}): {requirement}"]
     return []
 
 
-_NEWEST = 91100  # cuDNN that a planned run is taken to have
+_NEWEST = 91100  # cuDNN version assumed for a planned run
 
 
 def _compute_capability() -> tuple[int, ...]:
-    """Of this process's first GPU: (9, 0) for an H200; (0,) where it is not from NVIDIA."""
+    """Return that of the first local GPU: (9, 0) for an H200, (0,) if it is not from NVIDIA."""
     numbers = str(jax.local_devices()[0].compute_capability).split(".")
     return tuple(map(int, numbers)) if all(n.isdigit() for n in numbers) else (0,)
 
 
 def _cudnn_version() -> int:
-    """Of the loaded library, 92801 for 9.28.1; 0 when there is none."""
+    """Return the version of the loaded library, 92801 for 9.28.1; 0 if there is none."""
     try:
         return _private().check_cudnn_version()
-    except RuntimeError:  # what it raises when jaxlib finds no cuDNN
+    except RuntimeError:  # raised if jaxlib does not find cuDNN
         return 0
 
 
 def _device_problems(capability: tuple[int, ...], version: int) -> list[str]:
-    found = []
+    reasons = []
     if capability < (9, 0):
-        found.append(
+        reasons.append(
             f"cuDNN's packed attention needs compute capability 9.0 (Hopper) or newer, this GPU "
             f"has {'.'.join(map(str, capability))}"
         )
     oldest = 91100 if capability == (10, 3) else 90600
     if version < oldest:
-        found.append(
+        reasons.append(
             f"cuDNN {oldest // 10000}.{oldest // 100 % 100} or newer is needed, found {version}: "
             "install nvidia-cudnn-cu13"
         )
-    return found
+    return reasons
 
 
 def _forward(
     q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments, window, soft_cap=0.0
 ):
-    """`backend.Forward` for rows in natural order, T = S: segments 1, 2.. each in one piece.
+    """`backend.Forward` for rows in natural order with T = S: segments 1, 2.. are contiguous.
 
-    A row in another order, or of more than `max_segments` segments, comes out as NaN, so that the
-    run stops at its loss. The packer makes neither. Padding comes out as zero.
+    The output of a row in another order, or with more than `max_segments` segments, is NaN, so that
+    the run stops at its loss. The packer creates neither. The output of padding is zero.
     """
     assert not soft_cap, "see `problems`"
     multiple = _multiple(q_BTNH.shape[1], max_segments)
@@ -209,11 +210,11 @@ def _forward(
     ok_B, layouts = _layouts(ids, max_segments)
     out, lse = jnp.zeros_like(q), jnp.zeros(q.shape[:3], jnp.float32)
     for layout in layouts:
-        found, stats_SNL = _call_forward(q, k, v, layout, scale, window)
-        out = jnp.where(layout.is_in_BT[..., None, None], found, out)
-        # Advanced indices on both sides of the heads: the heads come last.
-        of_tokens = stats_SNL.at[layout.slot_BT, :, ids[1]].get(mode="clip")
-        lse = jnp.where(layout.is_in_BT[..., None], of_tokens, lse)
+        class_out, stats_SNL = _call_forward(q, k, v, layout, scale, window)
+        out = jnp.where(layout.is_in_BT[..., None, None], class_out, out)
+        # Advanced indices on both sides of the heads put the heads last.
+        class_lse = stats_SNL.at[layout.slot_BT, :, ids[1]].get(mode="clip")
+        lse = jnp.where(layout.is_in_BT[..., None], class_lse, lse)
     out = jnp.where(ok_B[:, None, None, None], out, jnp.nan)
     num_tokens = q_BTNH.shape[1]
     return out[:, :num_tokens], lse[:, :num_tokens]
@@ -234,8 +235,10 @@ def _backward(
     window,
     soft_cap=0.0,
 ):
-    """`backend.Backward`. cuDNN adds to dq from many blocks in any order, unless XLA's options
-    demand determinism, which is hardly affordable: see `workspace_bytes`."""
+    """`backend.Backward`. cuDNN adds to dq from many blocks in a nondeterministic order.
+
+    XLA's determinism options prevent that at a high cost in memory: see `workspace_bytes`.
+    """
     assert not soft_cap, "see `problems`"
     arrays = (q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse, grad_out_BTNH)
     multiple = _multiple(q_BTNH.shape[1], max_segments)
@@ -245,22 +248,24 @@ def _backward(
     for layout in _layouts(ids, max_segments)[1]:
         token_SL = layout.first_S[:, None] + jnp.arange(layout.length_class.longest)
         stats_SNL = jnp.moveaxis(lse_XN.at[token_SL].get(mode="clip"), 2, 1)
-        found = _call_backward(q, k, v, out, stats_SNL, grad_out, layout, scale, window)
+        class_grads = _call_backward(q, k, v, out, stats_SNL, grad_out, layout, scale, window)
         is_in = layout.is_in_BT[..., None, None]
-        grads = tuple(jnp.where(is_in, new, old) for new, old in zip(found, grads, strict=True))
+        grads = tuple(
+            jnp.where(is_in, new, old) for new, old in zip(class_grads, grads, strict=True)
+        )
     dq, dk, dv = (grad[:, : q_BTNH.shape[1]] for grad in grads)
     return dq, dk, dv
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Where the segments of one length class lie in the flattened batch.
+    """The positions of the segments of one length class in the flattened batch.
 
     Attributes:
         lengths_S: tokens of the segment in each slot, 0 in unused slots.
-        first_S: its first token; unused slots start past the last token.
-        slot_BT: slot of each token's segment, where `is_in_BT`.
-        is_in_BT: does the token belong to a segment of this class?
+        first_S: first token of the segment; unused slots start past the last token.
+        slot_BT: slot of each token's segment, valid where `is_in_BT`.
+        is_in_BT: whether the token belongs to a segment of this class.
     """
 
     length_class: LengthClass
@@ -271,9 +276,9 @@ class _Layout:
 
 
 def _layouts(ids: Ids, max_segments: int) -> tuple[jax.Array, list[_Layout]]:
-    """Find the segments: (is the row in natural order with few enough segments [B], layouts).
+    """Return (whether the row is in natural order with at most max_segments [B], layouts).
 
-    By comparisons and sums, which XLA fuses, not by scatters, which run in any order.
+    Uses comparisons and sums, which XLA fuses, instead of scatters, whose order is not defined.
     """
     segments_BT, positions_BT = ids
     B, T = segments_BT.shape
@@ -310,7 +315,7 @@ def _layouts(ids: Ids, max_segments: int) -> tuple[jax.Array, list[_Layout]]:
 
 
 def _call_forward(q_BTNH, k_BTKH, v_BTKH, layout: _Layout, scale: float, window: int | None):
-    """Return (out [B, T, N, H], softmax statistics [S, N, L]); other tokens' values are garbage."""
+    """Return (out [B, T, N, H], softmax stats [S, N, L]); values of other tokens are undefined."""
     primitive, lowering = (getattr(_private(), name) for name in _FORWARD)
     operands, unpack = _operands((q_BTNH, k_BTKH, v_BTKH), layout)
     out, stats_SNL = primitive.bind(
@@ -323,7 +328,7 @@ def _call_forward(q_BTNH, k_BTKH, v_BTKH, layout: _Layout, scale: float, window:
 
 
 def _call_backward(q_BTNH, k_BTKH, v_BTKH, out, stats_SNL, grad_out, layout, scale, window):
-    """Return (dq, dk, dv); other tokens' values are garbage."""
+    """Return (dq, dk, dv); values of tokens of other classes are undefined."""
     primitive, lowering = (getattr(_private(), name) for name in _BACKWARD)
     operands, unpack = _operands((q_BTNH, k_BTKH, v_BTKH), layout)
     longest = layout.length_class.longest
@@ -340,9 +345,9 @@ def _call_backward(q_BTNH, k_BTKH, v_BTKH, out, stats_SNL, grad_out, layout, sca
 def _operands(qkv: Sequence[jax.Array], layout: _Layout):
     """Return (the first operands of both primitives, a function that restores a result's shape).
 
-    The batch is seen as rows of `longest` tokens. Offsets count elements from the start of the
-    array; since a slot may begin anywhere, it may reach over the end of such a row. JAX's own
-    wrapper computes them too, but up to jax 0.11.0 wrongly for grouped queries.
+    The batch is viewed as rows of `longest` tokens. Offsets count elements from the start of the
+    array. A slot may start anywhere, so it may extend past the end of such a row. JAX's own wrapper
+    computes the offsets too, but incorrectly for grouped queries up to jax 0.11.0.
     """
     length_class = layout.length_class
     q, k, v = (x.reshape(-1, length_class.longest, *x.shape[2:]) for x in qkv)
@@ -357,8 +362,10 @@ def _operands(qkv: Sequence[jax.Array], layout: _Layout):
 
 
 def _window_of(layout: _Layout, window: int | None) -> int | None:
-    """The window, where segments of the class can be longer. cuDNN counts it as we do: a query at
-    position p sees p - window < key <= p."""
+    """Return the window if segments of the class can be longer, else None.
+
+    cuDNN counts it in the same way: a query at position p sees p - window < key <= p.
+    """
     longest = layout.length_class.longest
     return window if window is not None and window < longest else None
 
@@ -368,7 +375,7 @@ def _parameters(scale: float, window: int | None = None) -> dict[str, Any]:
         scale=scale,
         seed=0,
         dropout_rate=0.0,
-        variadic_args=(False, False),  # (has a bias, its gradient is wanted)
+        variadic_args=(False, False),  # (has a bias, computes its gradient)
         mask_type=_private().MaskType.PADDING_CAUSAL,
         layout=_private().AttentionLayout.BTNH.value,
         sliding_window_length=window,
@@ -388,7 +395,7 @@ def _num_classes(num_tokens: int, max_segments: int) -> int:
 
 
 def _multiple(num_tokens: int, max_segments: int) -> int:
-    """What the length of a row must be a multiple of, so that all classes divide it."""
+    """Return the number that must divide the row length, so that all classes divide it."""
     return _FEWER ** (_num_classes(num_tokens, max_segments) - 1)
 
 

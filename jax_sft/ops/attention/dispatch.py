@@ -1,7 +1,8 @@
-"""Causal attention on packed rows: a token sees earlier tokens of its own segment, nothing else.
+"""Causal attention on packed rows: a token sees itself and earlier tokens of its segment only.
 
 Shape suffixes: B rows, T query tokens, N heads, K kv heads, G = N / K, H head dim.
-Called by the models inside jit, under the mesh set by `jax.set_mesh`; `resolve` by `validate`.
+Models call `packed_attention` inside jit, under the mesh of `jax.set_mesh`; `validate` calls
+`resolve`.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_sft.ops.attention import blockwise, cudnn, reference, tokamax
 from jax_sft.sharding import rules
 
-# In the order in which "auto" tries them on a GPU; elsewhere it begins with blockwise.
+# In the order in which "auto" tries them on a GPU. On other platforms it starts at blockwise.
 _MODULES: dict[str, Any] = {
     "cudnn": cudnn,
     "tokamax": tokamax,
@@ -23,9 +24,9 @@ _MODULES: dict[str, Any] = {
     "reference": reference,
 }
 BACKENDS = ("auto", *_MODULES)  # model.attention
-_EVERYWHERE = ("blockwise", "reference")  # what "auto" ends with
+_EVERYWHERE = ("blockwise", "reference")  # run on any platform; the last ones that "auto" tries
 
-_NO_WINDOW = 2**30  # as a traced window: longer than any row, and no position overflows with it
+_NO_WINDOW = 2**30  # a traced window longer than any row, small enough that no position overflows
 
 
 def resolve(
@@ -38,18 +39,18 @@ def resolve(
     capability: tuple[int, ...] | None = None,
     has_soft_cap: bool = False,
 ) -> str:
-    """Return the backend that runs for this value of model.attention.
+    """Return the backend for this value of model.attention.
 
     Args:
-        name: one of BACKENDS. "auto": on a GPU the first that can run, blockwise elsewhere.
-        platform: "gpu" or "cpu", of the devices of the mesh.
-        dtype: of the activations, e.g. "bfloat16".
-        sequence: devices that a row is split over, mesh.sequence.
-        capability: CUDA compute capability of GPUs that are not at hand.
-        has_soft_cap: the model caps its attention scores.
+        name: one of BACKENDS. "auto" is the first that can run on a GPU, blockwise elsewhere.
+        platform: "gpu" or "cpu", the platform of the mesh's devices.
+        dtype: dtype of the activations, e.g. "bfloat16".
+        sequence: number of devices that a row is sharded over, mesh.sequence.
+        capability: CUDA compute capability of the target GPUs if they are absent.
+        has_soft_cap: whether the model caps its attention scores.
 
     Raises:
-        ValueError: not a backend, or one that cannot run here; with what to do.
+        ValueError: the name is unknown or the backend cannot run; the message has the remedy.
     """
     return candidates(
         name,
@@ -63,13 +64,13 @@ def resolve(
 
 
 def candidates(name: str, *, platform: str, **situation: Any) -> list[str]:
-    """Return the backends that this value of model.attention allows, the fastest first.
+    """Return the backends that this value of model.attention allows, fastest first.
 
     Args:
-        name, platform, situation: as of `resolve`.
+        name, platform, situation: as in `resolve`.
 
     Raises:
-        ValueError: as of `resolve`.
+        ValueError: as in `resolve`.
     """
     if name not in BACKENDS:
         raise ValueError(f"model.attention = {name!r} is unknown: use one of {list(BACKENDS)}")
@@ -80,9 +81,9 @@ def candidates(name: str, *, platform: str, **situation: Any) -> list[str]:
     if name == "auto":
         fast = ("cudnn", "tokamax") if platform == "gpu" else ()
         return [*(name for name in fast if not problems(name)), *_EVERYWHERE]
-    if found := problems(name):
+    if reasons := problems(name):
         raise ValueError(
-            f"model.attention = {name!r} cannot be used: {'; '.join(found)}. Or use "
+            f"model.attention = {name!r} cannot be used: {'; '.join(reasons)}. Or use "
             'model.attention = "auto", which takes the fastest that can'
         )
     return [name]
@@ -104,24 +105,24 @@ def packed_attention(
 ) -> jax.Array:
     """Attend within segments, causally by position. Returns [B, T, N, H] in the dtype of q.
 
-    Rows are split over data x fsdp, heads over `tensor`, query tokens over `sequence`; keys and
-    values are gathered over `sequence`. Since what a token sees is decided by segment and position,
-    the result does not depend on how the tokens of a row are laid out.
+    Rows are sharded over data x fsdp, heads over `tensor`, query tokens over `sequence`; keys and
+    values are gathered over `sequence`. Segment and position decide which keys a token sees, so the
+    result does not depend on the order of the tokens in a row.
 
-    The output and the log-sum-exp carry the checkpoint names "attention" and "attention_lse": a
-    backward pass that kept both does not attend again.
+    The output and the log-sum-exp have the checkpoint names "attention" and "attention_lse". If
+    both are kept, the backward pass does not recompute attention.
 
     Args:
-        segment_ids_BT: int32; equal ids within a row belong together, 0 is padding, whose output
+        segment_ids_BT: int32; equal ids within a row are one segment. 0 is padding, whose output
             is finite and whose gradients are zero.
         positions_BT: int32; 0, 1, 2.. within a segment.
         scale: factor on the scores.
         backend: one of BACKENDS.
-        max_segments: no row has more; the packer sees to it.
-        window: a token sees this many tokens of its segment at most, itself and those just before
-            it (Beltagy et al. 2020, arXiv:2004.05150; as `sliding_window` of transformers counts).
-        windowed: bool scalar, does the window hold? So one loop runs layers with and without it.
-            None = it does.
+        max_segments: upper bound on the segments of a row, guaranteed by the packer.
+        window: number of tokens of its segment that a token sees at most, itself included (Beltagy
+            et al. 2020, arXiv:2004.05150; counted as `sliding_window` of transformers).
+        windowed: bool scalar, whether the window applies, so that one loop can run layers with and
+            without it. None = it applies.
         soft_cap: above 0, a scaled score s becomes soft_cap tanh(s / soft_cap) (Gemma 2,
             arXiv:2408.00118, section 2).
     """
@@ -145,7 +146,7 @@ def packed_attention(
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """What is known when attention is compiled."""
+    """The options that are static when attention is compiled."""
 
     backend: str
     scale: float
@@ -176,24 +177,24 @@ def _attention(q_BTNH, k_BTKH, v_BTKH, ids, windowed, options):
 
 
 def _attention_fwd(q_BTNH, k_BTKH, v_BTKH, ids, windowed, options):
-    heads, kv_heads, tokens, of_heads = array_specs()
+    heads, kv_heads, tokens, lse_spec = array_specs()
 
     def local(q, k, v, ids, windowed):
         all_k, all_v, all_ids = _gathered((k, v, ids))
         return options.call("forward", q, all_k, all_v, ids, all_ids, windowed=windowed)
 
     region = _shard_map_region(
-        local, (heads, kv_heads, kv_heads, tokens, jax.P()), (heads, of_heads)
+        local, (heads, kv_heads, kv_heads, tokens, jax.P()), (heads, lse_spec)
     )
     out_BTNH, lse = region(q_BTNH, k_BTKH, v_BTKH, ids, windowed)
-    # Named outside of the region, where the policies of `jax.checkpoint` see names.
+    # Named outside the region, since the policies of `jax.checkpoint` do not see names inside.
     out_BTNH = checkpoint_name(out_BTNH, "attention")
     lse = checkpoint_name(lse, "attention_lse")
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, ids, windowed, out_BTNH, lse)
 
 
 def _attention_bwd(options, residuals, grad_out_BTNH):
-    heads, kv_heads, tokens, of_heads = array_specs()
+    heads, kv_heads, tokens, lse_spec = array_specs()
 
     def local(q, k, v, ids, windowed, out, lse, grad_out):
         all_k, all_v, all_ids = _gathered((k, v, ids))
@@ -203,7 +204,7 @@ def _attention_bwd(options, residuals, grad_out_BTNH):
             grads = jax.lax.psum_scatter(grads, "sequence", scatter_dimension=1, tiled=True)
         return dq, *grads
 
-    specs = (heads, kv_heads, kv_heads, tokens, jax.P(), heads, of_heads, heads)
+    specs = (heads, kv_heads, kv_heads, tokens, jax.P(), heads, lse_spec, heads)
     grads = _shard_map_region(local, specs, (heads, kv_heads, kv_heads))(*residuals, grad_out_BTNH)
     return *grads, None, None
 
@@ -212,7 +213,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def array_specs():
-    """Shardings of q and out; of k and v; of ids; of lse."""
+    """Return the shardings of (q and out, k and v, ids, lse)."""
     tokens = rules.spec("batch", "token")
     return (
         rules.spec("batch", "token", "heads", "head_dim"),
@@ -223,13 +224,13 @@ def array_specs():
 
 
 def _shard_map_region(local, in_specs, out_specs):
-    # Nothing is differentiated through the region, so that JAX need not track along which axes
-    # values vary, which kernels of other libraries cannot tell it.
+    # Nothing is differentiated through the region, so JAX need not track the axes along which
+    # values vary. Kernels of other libraries do not declare them.
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _gathered(arrays):
-    """The tokens of the whole row, one shard after the other."""
+    """Return the tokens of the whole row, the shards concatenated in order."""
     if jax.lax.axis_size("sequence") == 1:
         return arrays
     return jax.lax.all_gather(arrays, "sequence", axis=1, tiled=True)

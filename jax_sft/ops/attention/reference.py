@@ -1,6 +1,6 @@
-"""Attention by the full score matrix in float32: exact, simple, and quadratic in memory.
+"""Attention with the full score matrix in float32: exact, simple, and quadratic in memory.
 
-What the other backends are compared with. Shape suffixes: B rows, T query tokens, S key tokens,
+The other backends are compared with this one. Shape suffixes: B rows, T query tokens, S key tokens,
 N heads, K kv heads, G = N / K, H head dim.
 """
 
@@ -21,7 +21,7 @@ def problems(
     capability: tuple[int, ...] | None = None,
     has_soft_cap: bool = False,
 ) -> list[str]:
-    """It runs everywhere."""
+    """Return no problems: this backend runs everywhere."""
     return []
 
 
@@ -51,7 +51,7 @@ def _forward(
 
 
 def _backward(q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse, grad_out_BTNH, query_ids, key_ids, **options):
-    """`backend.Backward`, by differentiating the forward pass: `out` and `lse` are not read."""
+    """`backend.Backward`, by differentiating the forward pass; `out` and `lse` are not read."""
     forward = functools.partial(_forward, query_ids=query_ids, key_ids=key_ids, **options)
     _, backward, _ = jax.vjp(forward, q_BTNH, k_BSKH, v_BSKH, has_aux=True)
     return backward(grad_out_BTNH)

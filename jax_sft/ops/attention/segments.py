@@ -12,7 +12,7 @@ from jax_sft.ops.attention.backend import Ids
 
 
 def in_natural_order(ids: Ids) -> jax.Array:
-    """Is every segment in one piece, its positions 0, 1, 2.. in this order? bool [B]."""
+    """Return whether each segment is contiguous with positions 0, 1, 2.. in order, bool [B]."""
     segments_BT, positions_BT = ids
     continues_BT = jnp.pad(
         (segments_BT[:, 1:] == segments_BT[:, :-1])
@@ -23,9 +23,9 @@ def in_natural_order(ids: Ids) -> jax.Array:
 
 
 def pad_tokens(arrays: Sequence[jax.Array], ids: Ids, multiple: int):
-    """Lengthen dimension 1 of all to a multiple, by zeros, which are padding in `ids`.
+    """Pad dimension 1 of all arrays to a multiple with zeros, which mean padding in `ids`.
 
-    Returns (tuple of arrays, ids); the very same where nothing is missing.
+    Returns (tuple of arrays, ids), unchanged if the length already is a multiple.
     """
     missing = -ids[0].shape[1] % multiple
     if not missing:

@@ -1,4 +1,4 @@
-"""The self-test of attention at the start of a run, against NumPy, and the choice that follows.
+"""Test attention against NumPy at the start of a run, and choose the backend by the result.
 
 Shape suffixes: B rows, T query tokens, N heads, K kv heads, G = N / K, H head dim.
 """
@@ -23,14 +23,14 @@ from jax_sft.ops.attention.dispatch import (
 )
 
 _ADVICE = f". Nothing was trained: use another of {BACKENDS[1:]}"
-# Largest error that passes the self-test, against the largest value. Rounding: 1e-6 in float32,
-# 8e-4 in float16 and 5e-3 in bfloat16 (blockwise, CPU); a GPU may multiply float32 in TF32, which
-# has the mantissa of float16. A wrong mask or head gives 0.3 and more.
+# Largest error that passes the self-test, relative to the largest value. Rounding gives 1e-6 in
+# float32, 8e-4 in float16 and 5e-3 in bfloat16 (blockwise, CPU). A GPU may multiply float32 in
+# TF32, which has the mantissa of float16. A wrong mask or head gives 0.3 or more.
 TOLERANCE = {"float32": 5e-3, "float16": 5e-3, "bfloat16": 3e-2}
-_TEST_TOKENS = 384  # per device: several blocks of any backend
-_TEST_CHUNKS = 2  # per device, in which the tokens of a split row are interleaved
-_TEST_WINDOW = 24  # of a model that has one: shorter than most segments of the test
-_TEST_SOFT_CAP = 1.5  # of a model that has one: the scores of the test have a deviation of 1
+_TEST_TOKENS = 384  # per device; several blocks of any backend
+_TEST_CHUNKS = 2  # interleaved chunks per device of a sharded row
+_TEST_WINDOW = 24  # for models with a window; shorter than most segments of the test
+_TEST_SOFT_CAP = 1.5  # for models with a soft cap; the scores have a standard deviation of 1
 
 
 def choose(
@@ -46,17 +46,17 @@ def choose(
 ) -> str:
     """Return the fastest backend that passes its self-test, the same one on all processes.
 
-    Every process of `mesh` must call it. With "auto", a backend that fails is named by `say` with
-    the reason, and the next one is tried.
+    Every process of `mesh` must call it. With "auto", `say` reports a backend that fails with the
+    reason, and the next backend is tried.
 
     Args:
-        name, dtype, head_dim, has_soft_cap: as of `resolve`.
-        mesh, num_heads_per_kv, has_window: as of `self_test`.
+        name, dtype, head_dim, has_soft_cap: as in `resolve`.
+        mesh, num_heads_per_kv, has_window: as in `self_test`.
 
     Raises:
-        ValueError: the backend that was asked for, or with "auto" each one, cannot run or fails.
+        ValueError: the requested backend, or with "auto" every backend, cannot run or fails.
     """
-    mine = candidates(
+    own_candidates = candidates(
         name,
         platform=mesh.devices.flat[0].platform,
         dtype=dtype,
@@ -64,9 +64,15 @@ def choose(
         sequence=mesh.shape["sequence"],
         has_soft_cap=has_soft_cap,
     )
-    everyone = [json.loads(text) for text in cluster.exchange("attention", json.dumps(mine))]
+    all_candidates = [
+        json.loads(text) for text in cluster.exchange("attention", json.dumps(own_candidates))
+    ]
     failed = []
-    for backend in (one for one in everyone[0] if all(one in theirs for theirs in everyone)):
+    for backend in (
+        backend_name
+        for backend_name in all_candidates[0]
+        if all(backend_name in allowed for allowed in all_candidates)
+    ):
         try:
             self_test(
                 backend,
@@ -101,18 +107,18 @@ def self_test(
     has_window: bool = False,
     has_soft_cap: bool = False,
 ) -> None:
-    """Compare `packed_attention` on a small packed batch, values and gradients, with NumPy.
+    """Compare values and gradients of `packed_attention` with NumPy on a small packed batch.
 
-    Every process of `mesh` must call it. The devices that split rows get the same two rows each;
-    there are two kv heads for every device of `tensor`; a split row is interleaved.
+    Every process of `mesh` must call it. Each group of devices that shares rows gets the same two
+    rows. There are two kv heads per device of `tensor`. A sharded row is interleaved.
 
     Args:
-        has_window: test with a sliding window, a short one, whatever the model's.
-        has_soft_cap: test with a soft cap of the scores, one that bites.
+        has_window: test with a short sliding window, regardless of the model's window.
+        has_soft_cap: test with a soft cap that is low enough to matter.
 
     Raises:
-        ValueError: naming the backend and how it failed, or what differs and by how much; on all
-            processes alike.
+        ValueError: the backend failed or its results differ. The message says how, and is the same
+            on all processes.
     """
     batch = _test_batch(
         _TEST_TOKENS * mesh.shape["sequence"],
@@ -135,10 +141,10 @@ def self_test(
 
 
 def _problem(backend, batch, scale, window, soft_cap, mesh) -> tuple[str, str]:
-    """Say what is wrong with a backend and the details, on all processes the same; "" = nothing.
+    """Return (problem of a backend or "", details), the same on all processes.
 
-    They agree by texts after compiling and after running: a process whose library fails would
-    leave the others waiting in a collective.
+    Processes exchange messages after compiling and after running. Otherwise a process whose library
+    fails would leave the others waiting in a collective.
     """
     options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap)
     with jax.set_mesh(mesh):
@@ -149,31 +155,31 @@ def _problem(backend, batch, scale, window, soft_cap, mesh) -> tuple[str, str]:
     if problems := consensus.gather("attention, run", [problem] if problem else []):
         return "fails", "; ".join(problems)
     everyone = cluster.exchange("attention, errors", json.dumps(errors))
-    largest = np.array([json.loads(text) for text in everyone]).max(axis=0)  # nan stays nan
+    largest = np.array([json.loads(text) for text in everyone]).max(axis=0)  # max propagates nan
     allowed = TOLERANCE[batch[0].dtype.name]
     wrong = [
         f"{name} by {error:.2g} of its largest value"
         for name, error in zip(("out", "dq", "dk", "dv"), largest, strict=True)
-        if not error <= allowed  # nan is wrong too
+        if not error <= allowed  # true for nan too
     ]
     return "computes wrongly" * bool(wrong), f"{', '.join(wrong)}, where {allowed} is allowed"
 
 
 def _attempt(function: Callable[[], Any]) -> tuple[Any, str]:
-    """Return (what `function` returns, ""), or (None, how it failed)."""
+    """Return (result of `function`, "") or (None, error message)."""
     try:
         return function(), ""
-    except Exception as error:  # kernel libraries and their compilers raise anything
+    except Exception as error:  # kernel libraries and their compilers raise any type
         return None, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
 
 
 def _part(array, num_rows: int, index):
-    """A part of `num_rows` rows, which are those of `array` again and again."""
+    """Return a slice of an array of `num_rows` rows that repeats the rows of `array`."""
     return array[np.arange(num_rows)[index[0]] % len(array)][:, *index[1:]]
 
 
 def _compiled(backend, batch, options, mesh) -> Callable[[], Any]:
-    """Compile the test; the result runs it and returns (out, dq, dk, dv)."""
+    """Compile the test. Return a function that runs it and returns (out, dq, dk, dv)."""
     heads, kv_heads, ids, _ = jax.tree.map(
         functools.partial(jax.NamedSharding, mesh), array_specs()
     )
@@ -190,7 +196,7 @@ def _compiled(backend, batch, options, mesh) -> Callable[[], Any]:
             return packed_attention(q, k, v, *ids, backend=backend, **options)
 
         out, backward = jax.vjp(attend, q, k, v)
-        # Of padding the output must be finite, and 0 for this comparison.
+        # The output of padding must be finite; it is set to 0 for this comparison.
         out = jnp.where((ids[0] == 0)[..., None, None] & jnp.isfinite(out), 0, out)
         return out, *backward(grad_out)
 
@@ -199,23 +205,23 @@ def _compiled(backend, batch, options, mesh) -> Callable[[], Any]:
 
 
 def _errors(run, batch, options) -> list[float]:
-    """Largest errors of (out, dq, dk, dv) on this process, against the largest values."""
+    """Return the largest errors of (out, dq, dk, dv) here, relative to the largest values."""
     errors = []
-    for found, wanted in zip(run(), _expected(*batch, **options), strict=True):
-        of_shards = [
+    for result, expected in zip(run(), _expected(*batch, **options), strict=True):
+        shard_errors = [
             np.abs(
-                np.asarray(shard.data, np.float32) - _part(wanted, len(found), shard.index)
+                np.asarray(shard.data, np.float32) - _part(expected, len(result), shard.index)
             ).max()
-            for shard in found.addressable_shards
+            for shard in result.addressable_shards
         ]
-        errors.append(float(np.max(of_shards) / np.abs(wanted).max()))
+        errors.append(float(np.max(shard_errors) / np.abs(expected).max()))
     return errors
 
 
 def _test_batch(num_tokens, *, shards, num_kv_heads, num_heads_per_kv, head_dim, dtype):
-    """Two packed rows in NumPy: q, k, v, d loss / d out, segment ids, positions.
+    """Return two packed rows in NumPy: q, k, v, d loss / d out, segment ids, positions.
 
-    Segments of one token to some hundred, then padding, where d loss / d out is 0.
+    Segments have one to some hundred tokens. Padding follows, where d loss / d out is 0.
     """
     rng = np.random.default_rng(0)
     segments, positions = np.zeros((2, 2, num_tokens), np.int32)
@@ -225,7 +231,7 @@ def _test_batch(num_tokens, *, shards, num_kv_heads, num_heads_per_kv, head_dim,
         for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
             segments[row, start:stop] = n + 1
             positions[row, start:stop] = np.arange(stop - start)
-    # Token t of the row lies in chunk (t // tokens per chunk), which go to the shards in turn.
+    # Token t of the row is in chunk t // (tokens per chunk); chunks go to the shards in turn.
     order = np.arange(num_tokens).reshape(_TEST_CHUNKS, shards, -1).swapaxes(0, 1).reshape(-1)
     segments, positions = segments[:, order], positions[:, order]
 
@@ -238,7 +244,7 @@ def _test_batch(num_tokens, *, shards, num_kv_heads, num_heads_per_kv, head_dim,
 
 
 def _expected(q, k, v, grad_out, segments, positions, *, scale, window, soft_cap):
-    """(out, dq, dk, dv) of `_test_batch` in float32, one segment of one row at a time."""
+    """Return (out, dq, dk, dv) of `_test_batch` in float32, computed segment by segment."""
     q, k, v, grad_out = (np.moveaxis(np.asarray(x, np.float32), 2, 1) for x in (q, k, v, grad_out))
     results = [np.zeros_like(x) for x in (q, q, k, v)]  # [rows, heads, tokens, H]
     num_heads_per_kv = q.shape[1] // k.shape[1]
@@ -260,9 +266,9 @@ def _expected(q, k, v, grad_out, segments, positions, *, scale, window, soft_cap
         grad_probs = grads @ values.swapaxes(1, 2)
         mean = (grad_probs * probs).sum(axis=-1, keepdims=True)
         grad_scores = scale * probs * (grad_probs - mean) * slopes
-        of_heads = grad_scores.swapaxes(1, 2) @ queries, probs.swapaxes(1, 2) @ grads
-        of_kv_heads = (x.reshape(-1, num_heads_per_kv, *x.shape[1:]).sum(axis=1) for x in of_heads)
-        found = (probs @ values, grad_scores @ keys, *of_kv_heads)
-        for result, part in zip(results, found, strict=True):
+        head_grads = grad_scores.swapaxes(1, 2) @ queries, probs.swapaxes(1, 2) @ grads
+        kv_grads = (x.reshape(-1, num_heads_per_kv, *x.shape[1:]).sum(axis=1) for x in head_grads)
+        parts = (probs @ values, grad_scores @ keys, *kv_grads)
+        for result, part in zip(results, parts, strict=True):
             result[row][:, tokens] = part
     return [np.moveaxis(x, 1, 2) for x in results]

@@ -1,8 +1,8 @@
 """Attention by tokamax's Mosaic kernels (an optional package) on packed rows: memory O(T).
 
-For Hopper and Blackwell data centre GPUs. A query sees the keys `k_start` <= key < `k_end`, so the
-keys must lie by (segment, position). Its forward pass skips keys of other segments; its backward
-pass computes all pairs (all causal pairs with mesh.sequence = 1), and is deterministic.
+For Hopper and Blackwell data center GPUs. A query sees the keys `k_start` <= key < `k_end`, so the
+keys must be sorted by (segment, position). The forward pass skips keys of other segments. The
+backward pass computes all pairs (all causal pairs with mesh.sequence = 1) and is deterministic.
 Shape suffixes: B rows, T query tokens, S key tokens, N heads, K kv heads, H head dim.
 """
 
@@ -20,7 +20,7 @@ from jax_sft.ops.attention.backend import Backend, Ids
 from jax_sft.ops.attention.segments import in_natural_order, pad_tokens
 
 IMPLEMENTATION = "mosaic_gpu"
-_BLOCK = 128  # the forward kernel reads k_start and k_end in blocks of so many queries
+_BLOCK = 128  # queries per block in which the forward kernel reads k_start and k_end
 
 
 def problems(
@@ -32,7 +32,7 @@ def problems(
     capability: tuple[int, ...] | None = None,
     has_soft_cap: bool = False,
 ) -> list[str]:
-    """Why tokamax cannot be used; empty when it can."""
+    """Return the reasons why tokamax cannot be used; empty if it can."""
     if platform != "gpu":
         return [f"tokamax needs an NVIDIA GPU, this runs on {platform}"]
     if importlib.util.find_spec("tokamax") is None:
@@ -43,25 +43,27 @@ def problems(
         return [f"tokamax cannot be used with jax {jax.__version__}: {error}"]
     if jax.default_backend() != "gpu":
         return ["tokamax compiles for the GPU at hand only, and there is none"]
-    found = []
-    here = str(jax.local_devices()[0].compute_capability)
-    if here.split(".")[0] not in ("9", "10"):
-        found.append(f"tokamax needs compute capability 9 or 10, this GPU has {here}")
+    reasons = []
+    device_capability = str(jax.local_devices()[0].compute_capability)
+    if device_capability.split(".")[0] not in ("9", "10"):
+        reasons.append(
+            f"tokamax needs compute capability 9 or 10, this GPU has {device_capability}"
+        )
     if dtype not in ("bfloat16", "float16"):
-        found.append(f"tokamax attends in bfloat16 or float16, model.dtype is {dtype}")
+        reasons.append(f"tokamax attends in bfloat16 or float16, model.dtype is {dtype}")
     if head_dim % 8 or head_dim > 256:
-        found.append(
+        reasons.append(
             f"tokamax takes head dims that are multiples of 8 up to 256, here it is {head_dim}"
         )
-    return found
+    return reasons
 
 
 @functools.cache
 def _package() -> types.SimpleNamespace:
-    """What this file takes from tokamax, whose public functions take no ranges of keys.
+    """Import the private names of tokamax, whose public functions accept no key ranges.
 
-    It reads absl flags. Up to 0.0.12 it parses the command line itself where nobody has, and stops
-    at options that it does not know.
+    tokamax reads absl flags. Up to 0.0.12 it parses the command line if it is not parsed yet, and
+    exits at unknown options, so the flags are marked as parsed first.
     """
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
@@ -75,10 +77,10 @@ def _package() -> types.SimpleNamespace:
 def _forward(
     q_BTNH, k_BSKH, v_BSKH, query_ids, key_ids, *, scale, max_segments, window, soft_cap=0.0
 ):
-    """`backend.Forward`; its second result holds the softmax' maxima and sums, [B, T, 2 N].
+    """`backend.Forward`; the second result holds the softmax maxima and sums, [B, T, 2 N].
 
-    Padding comes out as zero. With T = S the tokens must lie in their natural order: a row that
-    does not comes out as NaN, so that the run stops at its loss.
+    The output of padding is zero. With T = S the tokens must be in natural order. Any other row
+    gives NaN, so that the run stops at its loss.
     """
     num_tokens = q_BTNH.shape[1]
     order_BS, ok_B = _order(query_ids, key_ids)
@@ -110,12 +112,12 @@ def _backward(
     window,
     soft_cap=0.0,
 ):
-    """`backend.Backward`, by the operation that tokamax' own derivative calls."""
+    """`backend.Backward`, with the operation that tokamax's own derivative calls."""
     num_tokens, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
     order_BS, _ = _order(query_ids, key_ids)
     grad_out_BTNH = jnp.where(query_ids[0][..., None, None] > 0, grad_out_BTNH, 0)
     (q, out, grad_out), query_ids = pad_tokens((q_BTNH, out_BTNH, grad_out_BTNH), query_ids, _BLOCK)
-    # The softmax of added padding has a sum of 1, not of 0.
+    # The softmax sum of added padding is 1, not 0.
     lse = jnp.pad(lse, ((0, 0), (0, q.shape[1] - num_tokens), (0, 0)), constant_values=1)
     residuals = tuple(jnp.split(jnp.moveaxis(lse, 2, 1), 2, axis=1))
     (k, v), key_ids = _ordered((k_BSKH, v_BSKH), key_ids, order_BS)
@@ -139,9 +141,9 @@ def _score_options(scale: float, soft_cap: float) -> dict[str, float]:
 
 
 def _order(query_ids: Ids, key_ids: Ids) -> tuple[jax.Array | None, jax.Array]:
-    """Return (the order of the keys by (segment, position), or None; may the row be used? [B]).
+    """Return (order of the keys by (segment, position) or None, whether each row is valid [B]).
 
-    None: as many queries as keys, which lie by position already, so that the mask is causal.
+    None means as many queries as keys, already sorted by position, so that the mask is causal.
     """
     segments_BS, positions_BS = key_ids
     if query_ids[0].shape == segments_BS.shape:
@@ -152,7 +154,7 @@ def _order(query_ids: Ids, key_ids: Ids) -> tuple[jax.Array | None, jax.Array]:
 
 
 def _ordered(arrays, ids: Ids, order_BS: jax.Array | None):
-    """Put keys in this order, and lengthen them to whole blocks."""
+    """Sort the keys by this order and pad them to whole blocks."""
     if order_BS is not None:
         arrays = tuple(_take(x, order_BS) for x in arrays)
         ids = (_take(ids[0], order_BS), _take(ids[1], order_BS))
@@ -164,7 +166,7 @@ def _take(x, order_BS):
 
 
 def _mask(query_ids: Ids, key_ids: Ids, is_natural: bool, window: int | jax.Array | None):
-    """Return the tokamax Mask by which each query sees its segment, or window, up to itself."""
+    """Return the tokamax Mask: each query sees its segment, or the window, up to itself."""
     k_start_BT, k_end_BT = visible_keys(query_ids, key_ids, is_natural, window)
     if is_natural:
         return _package().Mask(k_start=k_start_BT[:, None], is_causal=True)
@@ -174,19 +176,19 @@ def _mask(query_ids: Ids, key_ids: Ids, is_natural: bool, window: int | jax.Arra
 def visible_keys(
     query_ids: Ids, key_ids: Ids, is_natural: bool, window: int | jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the first key that each query sees, and the first one after it that it does not.
+    """Return the start and the end (exclusive) of the keys that each query sees.
 
-    Both [B, T], counted among keys in their natural order, or else by (segment, position). Padding
-    sees one key at least, so that its softmax is not empty.
+    Both are [B, T], indices of keys in natural order, or else sorted by (segment, position).
+    Padding sees at least one key, so that its softmax is not empty.
     """
     segments_BT, positions_BT = query_ids
-    # Of the query's segment, as many keys before the query.
+    # Number of visible keys of the query's segment before the query.
     before_BT = positions_BT if window is None else jnp.minimum(positions_BT, window - 1)
     if is_natural:
         token_BT = jax.lax.broadcasted_iota(jnp.int32, segments_BT.shape, 1)
         return token_BT - jnp.where(segments_BT > 0, before_BT, 0), token_BT + 1
     first = functools.partial(jnp.searchsorted, side="left")
-    # Zeros that were added at the end of the keys are of no query's segment.
+    # Raise the zeros padded at the end of the keys, so that segment ids stay sorted.
     in_order_BS = jax.lax.cummax(key_ids[0], axis=1)
     k_start_BT = jax.vmap(first)(in_order_BS, segments_BT).astype(jnp.int32)
     last_BT = k_start_BT + positions_BT
