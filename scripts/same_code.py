@@ -11,10 +11,10 @@ import argparse
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -37,7 +37,7 @@ def _number(node: ast.AST, names: dict[str, str], depth: int) -> None:
         names: {name: its replacement} in the scopes around the node.
         depth: how many of these scopes there are.
     """
-    if isinstance(node, FUNCTIONS):
+    if isinstance(node, Function):
         outside = [
             *getattr(node, "decorator_list", []),
             *node.args.defaults,
@@ -47,13 +47,13 @@ def _number(node: ast.AST, names: dict[str, str], depth: int) -> None:
         ]
         for part in filter(None, outside):
             _number(part, names, depth)
-        body = node.body if isinstance(node.body, list) else [node.body]
+        body = [node.body] if isinstance(node, ast.Lambda) else node.body
         parameters = {argument.arg: argument.arg for argument in _arguments(node)}
         inner = names | parameters | _local(body, depth, parameters)
         for part in body:
             _number(part, inner, depth + 1)
-        if getattr(node, "name", None) in names:
-            node.name = names[node.name]
+        if not isinstance(node, ast.Lambda):
+            node.name = names.get(node.name, node.name)
         return
     if isinstance(node, COMPREHENSIONS):
         names = names | _numbers(_stores([g.target for g in node.generators]), depth)
@@ -61,8 +61,8 @@ def _number(node: ast.AST, names: dict[str, str], depth: int) -> None:
     if isinstance(node, ast.Name):
         node.id = names.get(node.id, node.id)
     elif isinstance(node, ast.ExceptHandler | ast.ClassDef | ast.MatchAs | ast.MatchStar):
-        if getattr(node, "name", None) in names:
-            node.name = names[node.name]
+        if node.name:
+            node.name = names.get(node.name, node.name)
     elif isinstance(node, ast.alias) and names:
         bound = node.asname or node.name.partition(".")[0]
         node.asname = names.get(bound, node.asname)
@@ -72,13 +72,13 @@ def _number(node: ast.AST, names: dict[str, str], depth: int) -> None:
         _number(child, names, depth)
 
 
-def _arguments(node: ast.AST) -> list[ast.arg]:
+def _arguments(node: Function) -> list[ast.arg]:
     arguments = node.args
     every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
     return [*every, *filter(None, (arguments.vararg, arguments.kwarg))]
 
 
-def _local(body: list[ast.AST], depth: int, parameters: dict[str, str]) -> dict[str, str]:
+def _local(body: Sequence[ast.AST], depth: int, parameters: dict[str, str]) -> dict[str, str]:
     """Return {local variable of a function: its number}, without the parameters."""
     declared = {
         name
@@ -90,11 +90,11 @@ def _local(body: list[ast.AST], depth: int, parameters: dict[str, str]) -> dict[
     return _numbers((name for name in _stores(body) if name not in declared | {*parameters}), depth)
 
 
-def _numbers(names: Iterator[str], depth: int) -> dict[str, str]:
+def _numbers(names: Iterable[str], depth: int) -> dict[str, str]:
     return {name: f"local {depth}.{number}" for number, name in enumerate(dict.fromkeys(names))}
 
 
-def _stores(nodes: list[ast.AST]) -> Iterator[str]:
+def _stores(nodes: Iterable[ast.AST]) -> Iterator[str]:
     """Yield the names that nodes bind in their own scope, in order."""
     for node in nodes:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -123,7 +123,7 @@ def git(*arguments: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Compare, print the differences and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("revision", help="the commit to compare with")
     parser.add_argument("paths", nargs="*", default=["."], help="files or folders [all]")
     options = parser.parse_args(argv)
