@@ -1,7 +1,7 @@
-"""Tokenized sources on disk: a folder per source, named by all that decides its tokens.
+"""Cache tokenized sources on disk, in a folder per source named by all that decides its tokens.
 
-`prepare` and `outcomes` ask for a source and get a `Store`; `worker` tokenizes where there is none
-yet. Stores are never removed: the cache folder may be deleted at any time.
+`prepare` and `row_report` ask for a source and get a `Store`. `worker` tokenizes sources that have
+no store yet. The cache folder may be deleted at any time; `cache_room` removes old stores.
 """
 
 import contextlib
@@ -31,22 +31,22 @@ from jax_sft.data.tokens.store import Damaged, Store, Writer, open_store, publis
 from jax_sft.data.tokens.worker import VERSIONS
 from jax_sft.files import cache_folder
 
-# Keys of a source that do not change its tokens: a moved file is found again.
+# Keys of a source that do not change its tokens; a moved file keeps its store.
 NOT_IN_KEY = ("path", "epochs", "weight")
-# What lies beside a tokenizer and is none of it: weights mostly, which would take long to hash.
+# Files next to a tokenizer that are not part of it: mostly weights, which take long to hash.
 NOT_TOKENIZER = (
     *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"),
     *(".md", ".gitattributes"),
 )
-PLAIN = (".jsonl", ".json", ".ndjson")  # files whose chunks say how many bytes they are
-HUNG_S = 900  # a build that writes nothing for so long hangs
+PLAIN = (".jsonl", ".json", ".ndjson")  # files whose chunks know their size in bytes
+HUNG_S = 900  # a build that has written nothing for this long hangs
 SAY_AGAIN_S = 60
-LEFTOVER_S = 24 * 3600  # a build that wrote nothing for so long is dead
+LEFTOVER_S = 24 * 3600  # a build that has written nothing for this long is dead
 
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
-    """What `open_or_build` was asked for, with the files found.
+    """The arguments of `open_or_build`, with the source's files.
 
     Attributes:
         root: the folder that holds all files.
@@ -79,19 +79,19 @@ def open_or_build(
     max_row_bytes: int = read.MAX_ROW_BYTES,
     cache_gb: float = 0,
 ) -> Store:
-    """Return the tokens of a source, from the cache or made now.
+    """Return the tokens of a source, from the cache or tokenized now.
 
     Args:
         source: from `config.source`.
-        tokenizer_folder: local.
+        tokenizer_folder: a local folder.
         cache_dir: `data.cache_dir`; "" = `cache_folder.default()`.
         num_workers: processes; 0 = one per core.
-        stop_at_bad_row: raise at the first row that cannot be used; otherwise it is left out and
-            listed in `Store.errors`.
+        stop_at_bad_row: raise at the first row that cannot be used; otherwise leave such rows out
+            and list them in `Store.errors`.
         progress: show a bar.
-        name: of the source, in messages; "" = its path.
+        name: of the source in messages; "" = its path.
         max_row_bytes: see `read.chunks`.
-        cache_gb: after a build, remove other stores until all take no more; 0 = none.
+        cache_gb: after a build, remove other stores until all together are no larger; 0 = keep all.
 
     Raises:
         ValueError: nothing to read, a bad row under `stop_at_bad_row`, a tokenizer that cannot be
@@ -113,7 +113,7 @@ def open_or_build(
     store = _open(request, key)
     if isinstance(store, Damaged | None):
         with _lock(request, key, store) as locked:
-            store = _open(request, key)  # another process may have made it meanwhile
+            store = _open(request, key)  # another process may have built it meanwhile
             if isinstance(store, Damaged | None):
                 _make_room(request.cache, key, locked, store)
                 _build(request, key)
@@ -138,7 +138,7 @@ def is_built(
     progress: bool,
     max_row_bytes: int = read.MAX_ROW_BYTES,
 ) -> bool:
-    """Whether the tokens of a source seem to be in the cache; False where that cannot be said."""
+    """Whether the tokens of a source seem to be in the cache; False if that is unknown."""
     with contextlib.suppress(ValueError, OSError):
         request = _request(
             source,
@@ -194,7 +194,7 @@ def _bad_row(request: _Request, where: str, reason: str) -> ValueError:
 
 
 def _key(request: _Request, progress: bool) -> str:
-    """Hash all that changes the tokens of a source or their order (sha256, in hex)."""
+    """Return a hash of all that changes the tokens of a source or their order (sha256, in hex)."""
     folder = request.tokenizer_folder
     tokenizer_files = sorted(
         file
@@ -211,7 +211,7 @@ def _key(request: _Request, progress: bool) -> str:
         "tokenizer": [[str(file.relative_to(folder)), contents[file]] for file in tokenizer_files],
         "versions": VERSIONS,
     }
-    # Not sorted: the order of keys within a template argument may show in the text.
+    # Not sorted: the order of keys within a template argument may affect the text.
     return hashlib.sha256(json.dumps(deciding, default=repr).encode()).hexdigest()
 
 
@@ -224,7 +224,7 @@ def _open(request: _Request, key: str) -> Store | Damaged | None:
 
 
 def _built(request: _Request, key: str) -> Store:
-    """Open a store that was made just now."""
+    """Open a store that was built just now."""
     store = _open(request, key)
     if isinstance(store, Damaged | None):
         raise ValueError(
@@ -240,10 +240,10 @@ def _built(request: _Request, key: str) -> Store:
 
 @contextlib.contextmanager
 def _explained(cache: Path, damage: Damaged | None = None) -> Iterator[None]:
-    """Say what to do where the system refuses something within the cache folder.
+    """Add a remedy to errors of the operating system about the cache folder.
 
     Args:
-        damage: of the store that has to be made again.
+        damage: of the store that has to be built again.
     """
     try:
         yield
@@ -262,12 +262,12 @@ def _explained(cache: Path, damage: Damaged | None = None) -> Iterator[None]:
 def _lock(request: _Request, key: str, damage: Damaged | None) -> Iterator[bool]:
     """Let one process at a time build a store; the lock ends with the process that holds it.
 
-    Yields whether there is a lock: not every file system has them. The rename at the end of a
-    build keeps the store right without.
+    Yields whether there is a lock, since not every file system has them. Without one, the rename at
+    the end of a build still keeps the store intact.
     """
     with _explained(request.cache, damage):
         request.cache.mkdir(parents=True, exist_ok=True)
-        # Not blocking: a FIFO in its place would never open.
+        # O_NONBLOCK: opening a FIFO in place of the file would block forever.
         flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
         stream = open(os.open(request.cache / f"{key}.lock", flags, 0o666), "r+b", buffering=0)
     with stream:
@@ -280,16 +280,16 @@ def _lock(request: _Request, key: str, damage: Damaged | None) -> Iterator[bool]
 
 
 def _sign(stream) -> None:
-    """Write who holds a lock, for those who wait."""
+    """Write the holder of a lock into its file, for the processes that wait."""
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     with contextlib.suppress(OSError):  # a full disk
-        stream.seek(0)  # who waited has read it
+        stream.seek(0)  # `_wait` has moved the position by reading
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}".encode())
 
 
 def _wait(request: _Request, key: str, stream) -> None:
-    """Wait for another process to build a store; name it now and then.
+    """Wait for another process to build a store, and name it every SAY_AGAIN_S.
 
     Raises:
         ValueError: it has written nothing for HUNG_S.
@@ -327,7 +327,7 @@ def _size(file: Path) -> int:
 
 
 def _try_lock(stream) -> bool | None:
-    """Lock without waiting: whether it is ours now, or None where there are no locks."""
+    """Lock a file without waiting; return whether that succeeded, None if there are no locks."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -338,25 +338,25 @@ def _try_lock(stream) -> bool | None:
 
 
 def _unfinished(cache: Path, key: str) -> Path:
-    """Name a folder that is no store, and whose process is found by the key's lock."""
+    """Return a new folder for a build, whose process is identified by the lock of the key."""
     return cache / f"{key}.unfinished-{socket.gethostname()}-{secrets.token_hex(4)}"
 
 
 def _make_room(cache: Path, key: str, locked: bool, damage: Damaged | None) -> None:
-    """Remove a damaged store, and what builds that were killed have left."""
+    """Remove a damaged store, and the leftovers of killed builds."""
     with _explained(cache, damage):
         if damage:
             print(f"{cache / key} is damaged ({damage}): tokenizing again", file=sys.stderr)
             (cache / key).rename(damaged := _unfinished(cache, key))
             _remove(damaged)
         for folder in cache.glob("*.unfinished-*"):
-            with contextlib.suppress(OSError):  # another user's, or another process clears up too
+            with contextlib.suppress(OSError):  # another user's, or removed by another process
                 if _is_dead(folder, key if locked else ""):
                     shutil.rmtree(folder)
 
 
 def _remove(store: Path) -> None:
-    """Remove a store, or what stands in its place."""
+    """Remove a store, or the file or link in its place."""
     if store.is_dir() and not store.is_symlink():
         shutil.rmtree(store)
     else:
@@ -366,8 +366,8 @@ def _remove(store: Path) -> None:
 def _is_dead(folder: Path, locked_key: str) -> bool:
     """Whether the process that made an unfinished folder has ended.
 
-    It held the lock of its key. Locks may not reach the other machines that share a cache folder:
-    their builds are dead when they have written nothing for a day.
+    That process held the lock of its key. Locks may not reach other machines that share the cache
+    folder; their builds are considered dead when they have written nothing for a day.
     """
     key, _, rest = folder.name.partition(".unfinished-")
     if rest.startswith(socket.gethostname() + "-"):
@@ -384,7 +384,7 @@ def _is_dead(folder: Path, locked_key: str) -> bool:
 
 
 def _build(request: _Request, key: str) -> None:
-    """Tokenize a source into its folder, which appears whole or not at all."""
+    """Tokenize a source into its folder, which appears complete or not at all."""
     chunks = read.chunks(request.source, request.files, request.max_row_bytes)
     first = next(chunks, None)
     assert first is not None, "a file without rows is an error of `read`"
@@ -406,6 +406,7 @@ def _build(request: _Request, key: str) -> None:
                 with _explained(request.cache):
                     writer.add(chunk.file, result)
                 bar.update(size(chunk))
+            # The key was computed before the files were read: they may have changed in between.
             if _key(request, progress=False) != key:
                 raise ValueError(
                     f"the files of {request.source.path} (source {request.name!r}), or those of "
@@ -431,10 +432,10 @@ def _choose(request: _Request, chunk: read.Chunk) -> tuple[str, str]:
 
 
 def _bar(request: _Request) -> tuple[tqdm, Callable[[read.Chunk], int]]:
-    """Return a progress bar, and how far a chunk moves it.
+    """Return a progress bar, and a function that returns how far a chunk advances it.
 
-    In bytes where the files' sizes are those of the text, which gives a time of arrival; in rows
-    for the others.
+    It counts bytes where the files are plain text, so that it can estimate the remaining time, and
+    rows otherwise.
     """
     limit = request.source.limit
     plain = not limit and all(file.suffix.lower() in PLAIN for file in request.files)

@@ -1,4 +1,4 @@
-"""The folder of tokenized sources: what is in it, and removing what was used longest ago.
+"""List the tokenized sources of a cache folder and remove the least recently used.
 
 Called by `data.tokens.cache` after a build, and by the command `jax_sft.cache`.
 """
@@ -23,7 +23,7 @@ class Entry:
 
     Attributes:
         names: of its data files.
-        num_tokens: in it, 0 where that cannot be read.
+        num_tokens: 0 if that cannot be read.
         used: when it was last opened, in seconds since the epoch.
     """
 
@@ -35,14 +35,14 @@ class Entry:
 
 
 def entries(cache: Path) -> list[Entry]:
-    """Return the stores of a cache folder, the one used longest ago first."""
-    found = []
+    """Return the stores of a cache folder, the least recently used first."""
+    stores = []
     with contextlib.suppress(FileNotFoundError):
         for folder in cache.iterdir():
             if STORE.fullmatch(folder.name) and (folder / "meta.json").is_file():
                 with contextlib.suppress(OSError):  # another process has removed it
-                    found.append(_entry(folder))
-    return sorted(found, key=lambda entry: entry.used)
+                    stores.append(_entry(folder))
+    return sorted(stores, key=lambda entry: entry.used)
 
 
 def _entry(folder: Path) -> Entry:
@@ -58,19 +58,19 @@ def _entry(folder: Path) -> Entry:
 
 
 def touch(folder: Path) -> None:
-    """Note that a store is used now; a folder of another user keeps its time."""
+    """Record that a store is used now; a folder of another user keeps its time."""
     with contextlib.suppress(OSError):
         os.utime(folder)
 
 
 def remove(entry: Entry) -> bool:
-    """Remove a store unless a process uses it, or that cannot be known; whether it is gone.
+    """Remove a store unless it is, or may be, in use; return whether it is gone.
 
     `open_store` holds a shared lock on the ids for as long as an array of the store is alive.
     """
     try:
         with contextlib.ExitStack() as stack:
-            if (entry.folder / "ids").exists():  # without, it is damaged and nobody can use it
+            if (entry.folder / "ids").exists():  # a store without ids is damaged and unused
                 stream = stack.enter_context(open(entry.folder / "ids", "r+b"))
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             name = f"{entry.folder.name}.unfinished-{socket.gethostname()}-{secrets.token_hex(4)}"
@@ -82,11 +82,11 @@ def remove(entry: Entry) -> bool:
 
 
 def make_room(cache: Path, most_bytes: float, keep: Path) -> list[Entry]:
-    """Remove stores used longest ago until the others are small enough; return the removed."""
-    found = entries(cache)
-    total = sum(entry.num_bytes for entry in found)
+    """Remove the least recently used stores until `most_bytes` suffice; return the removed ones."""
+    stores = entries(cache)
+    total = sum(entry.num_bytes for entry in stores)
     removed = []
-    for entry in found:
+    for entry in stores:
         if total <= most_bytes:
             break
         if entry.folder != keep and remove(entry):

@@ -1,4 +1,4 @@
-"""Ids to text for the screen, in a confined process: a tokenizer's decoder is a program of others.
+"""Decode ids as text for display, in a confined process, since decoders are untrusted code.
 
 Called by `inspect`, and by `train` for eval.samples.
 """
@@ -17,11 +17,11 @@ _numbers = itertools.count()
 
 
 class Detokenizer:
-    """The tokenizer of a model folder, for reading.
+    """Decodes with the tokenizer of a model folder.
 
     Raises:
-        ValueError: it cannot be loaded.
-        confined.OutOfBounds: a program of the tokenizer went out of its bounds.
+        ValueError: the tokenizer cannot be loaded.
+        confined.OutOfBounds: a program of the tokenizer exceeded its limits.
     """
 
     def __init__(self, folder: Path):
@@ -46,7 +46,7 @@ class Detokenizer:
 
 # ---- in the confined process --------------------------------------------------------------------
 
-_loaded: dict[tuple[Path, int], Any] = {}  # the tokenizer that was used last
+_loaded: dict[tuple[Path, int], Any] = {}  # only the tokenizer that was used last
 
 
 def _tokenizer(key: tuple[Path, int]) -> Any:

@@ -1,4 +1,4 @@
-"""Hashes of files, remembered in the cache folder: an unchanged file is not read again.
+"""Hash files and keep the hashes in the cache folder, so that unchanged files are not read again.
 
 `cache` names a store by the contents of the files that decide its tokens.
 """
@@ -19,16 +19,16 @@ SHOW_HASHING = 1_000_000_000  # bytes from which hashing shows a progress bar
 # A line of hashes.jsonl: what `_identity` returns, and the hash.
 HASH_FIELDS = [str, int, int, int, int, int, str]
 SIZE, CHANGED = 3, 5
-MAX_HASHES = 16 << 20  # bytes: some 60,000 files; a larger hashes.jsonl is begun anew
-RACY_NS = 2_000_000_000  # the coarsest time stamp of a file system: FAT's 2 s
+MAX_HASHES = 16 << 20  # bytes: some 60,000 files; a larger hashes.jsonl is started again
+RACY_NS = 2_000_000_000  # coarsest timestamp of a file system: FAT's 2 s
 
 
 def contents(files: Sequence[Path], cache: Path, progress: bool) -> dict[Path, str]:
-    """Hash files (sha256); one that did not change since it was hashed is not read again.
+    """Return the sha256 of files; one that did not change since it was hashed is not read again.
 
-    A file is known by path, device, inode, size and both times. Its time of change (ctime) cannot
-    be set by a user, so an edit that keeps size and mtime is noticed too. A hash taken within 2 s
-    of a change is not kept: a second change could carry the same time stamp (as in git's
+    A file is identified by path, device, inode, size and both times. Its time of change (ctime)
+    cannot be set by a user, so an edit that keeps size and mtime is noticed too. A hash taken
+    within 2 s of a change is not kept: a second change could carry the same timestamp (as in git's
     Documentation/technical/racy-git.txt).
     """
     memory = cache / "hashes.jsonl"
@@ -57,16 +57,16 @@ def _hash(file: Path, bar: tqdm) -> str:
 
 def _identity(file: Path) -> tuple:
     with _readable(file):
-        found = file.stat()
+        status = file.stat()
     return (
-        *(os.path.realpath(file), found.st_dev, found.st_ino),
-        *(found.st_size, found.st_mtime_ns, found.st_ctime_ns),
+        *(os.path.realpath(file), status.st_dev, status.st_ino),
+        *(status.st_size, status.st_mtime_ns, status.st_ctime_ns),
     )
 
 
 @contextlib.contextmanager
 def _readable(file: Path) -> Iterator[None]:
-    """Name a file that has gone, or that the system refuses to read."""
+    """Add the file's name to the error if it is missing or unreadable."""
     try:
         yield
     except OSError as error:
@@ -74,11 +74,11 @@ def _readable(file: Path) -> Iterator[None]:
 
 
 def _known_hashes(memory: Path) -> dict[tuple, str]:
-    """Read the hashes kept so far; a damaged line, or a file that is not ours, gives none."""
+    """Read the hashes kept so far; skip damaged lines and a file of another kind."""
     known = {}
     with contextlib.suppress(OSError, ValueError), regular.open_regular(memory) as stream:
         for line in stream.read(MAX_HASHES).splitlines():
-            # Half a line is left by a killed process.
+            # A killed process leaves half a line.
             with contextlib.suppress(ValueError, RecursionError):
                 fields = json.loads(line)
                 if isinstance(fields, list) and [*map(type, fields)] == HASH_FIELDS:
@@ -88,7 +88,7 @@ def _known_hashes(memory: Path) -> dict[tuple, str]:
 
 
 def _remember(memory: Path, identity: tuple, digest: str) -> None:
-    # Where it cannot be kept (a read-only cache, a full disk) the file is hashed again next time.
+    # If it cannot be kept (read-only cache, full disk), the file is hashed again next time.
     with contextlib.suppress(OSError):
         memory.parent.mkdir(parents=True, exist_ok=True)
         if memory.exists() and (not memory.is_file() or memory.stat().st_size > MAX_HASHES):

@@ -1,7 +1,7 @@
-"""Data that vanish: the shares of a source that would not train, and what would keep them.
+"""Compute the shares of a source that would not be trained, and what would keep them.
 
-Called by `prepare` for every source, whose report carries the shares; `train` and `inspect` show
-the same words.
+Called by `prepare` for every source, whose report holds the shares. `train` and `inspect` show the
+same sentences.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-WARNED = 0.01  # share above which a line with the cure is shown
-MULTIPLE = 64  # of a data.seq_len that is proposed: meshes split it
+WARNED = 0.01  # share above which a line with the cures is shown
+MULTIPLE = 64  # a proposed data.seq_len is a multiple, since meshes split it
 
 
 def shares(counts: Mapping[str, Any], num_turns: int, num_turns_lost: int) -> dict[str, float]:
@@ -18,7 +18,7 @@ def shares(counts: Mapping[str, Any], num_turns: int, num_turns_lost: int) -> di
 
     Args:
         counts: the report of the source.
-        num_turns: turns that train.
+        num_turns: trained turns.
         num_turns_lost: turns left out at the start of conversations ("truncate_history").
     """
     tokens = counts["trained_tokens"] + counts["lost_trained_tokens"]
@@ -34,35 +34,37 @@ def _share(part: int, whole: int) -> float:
 
 
 def cures(counts: Mapping[str, Any], overlong: str, with_truncate: Callable[[], int]) -> list[str]:
-    """Say what would keep what is left out, with the numbers of this source.
+    """Return what would keep the data that are left out, with the numbers of this source.
 
     Args:
         with_truncate: () -> the trained tokens that data.overlong = "truncate" would keep.
     """
     if max(counts["left_out"].values()) <= WARNED:
         return []
-    found, dropped = [], counts["dropped"]
+    messages, dropped = [], counts["dropped"]
     if dropped["overlong"] or (counts["lost_trained_tokens"] and counts["truncated"]):
         longest = -(-counts["lengths"]["max"] // MULTIPLE) * MULTIPLE
-        found.append(f"data.seq_len = {longest} would keep all that is too long")
+        messages.append(f"data.seq_len = {longest} would keep all that is too long")
         kept = with_truncate() if overlong == "drop" else 0
         if kept > counts["trained_tokens"]:
             whole = counts["trained_tokens"] + counts["lost_trained_tokens"]
-            found.append(f'data.overlong = "truncate" {kept / whole:.1%} of the trained tokens')
+            messages.append(f'data.overlong = "truncate" {kept / whole:.1%} of the trained tokens')
     elif counts["turns_left_out"]:
-        found.append("a larger data.seq_len would leave out fewer turns")
+        messages.append("a larger data.seq_len would leave out fewer turns")
     if dropped["bad_row"]:
-        found.append(f"{dropped['bad_row']:,} rows cannot be used as they are: inspect lists them")
+        messages.append(
+            f"{dropped['bad_row']:,} rows cannot be used as they are: inspect lists them"
+        )
     if dropped["no_trained_token"]:
-        found.append(
+        messages.append(
             f"{dropped['no_trained_token']:,} examples have no token that trains: see data.turns, "
             "and train and weight of their messages"
         )
-    return found
+    return messages
 
 
 def warnings(report: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a line per source that loses more than WARNED, and one for all where they are several.
+    """Return a line per source that loses more than WARNED, and a total over several sources.
 
     Args:
         report: {source: its report}, of train sources or of one eval set.
@@ -82,7 +84,7 @@ def warnings(report: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def describe(name: str, counts: Mapping[str, Any]) -> str:
-    """Say in a line what a source loses, and the cures."""
+    """Return one line with the losses of a source and their cures."""
     left_out, lost = counts["left_out"], counts["rows"] - counts["rows_kept"]
     parts = []
     if left_out["rows"]:
@@ -105,12 +107,12 @@ def problems(report: Mapping[str, Mapping[str, Any]], most: float) -> list[str]:
 
 
 def turns_lost(rows: np.ndarray, num_cut: np.ndarray) -> int:
-    """Count the turns left out at the start of rows that are one example.
+    """Count the turns left out at the start of rows that became one example.
 
     Args:
         rows: [examples], ascending.
-        num_cut: [examples]. In a row of several examples, turns that one leaves out train in
-            another.
+        num_cut: [examples]. In a row of several examples, the turns that one of them leaves out are
+            trained in another.
     """
     if not len(rows):
         return 0

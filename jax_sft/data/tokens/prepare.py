@@ -1,7 +1,7 @@
-"""Sources to examples of at most `data.seq_len` tokens, with a report of what became of every row.
+"""Prepare examples of at most `data.seq_len` tokens, and report what became of every row.
 
 Called by `train` and `inspect` before any weight is read. The tokens come from `cache` and stay on
-disk; what is decided here is which ranges of them are used.
+disk; this module decides which ranges of them are used.
 """
 
 import dataclasses
@@ -32,21 +32,21 @@ def prepare(
     progress: bool = True,
     stop_at_bad_row: bool | None = None,
 ) -> Examples:
-    """Tokenize every row of every source, or find it done, in order of name and row.
+    """Tokenize every source or reuse its cached tokens, in order of name and row.
 
     Args:
         sources: {name: config.source}.
-        tokenizer_folder: local, with the chat template.
+        tokenizer_folder: a local folder, with the chat template.
         data: `cfg.data`.
         progress: show bars.
         stop_at_bad_row: raise at the first bad row; None = as `data.on_bad_row` says.
 
     Returns:
-        Examples of 1 to `data.seq_len` inputs, each with at least one target that trains.
+        Examples of 1 to `data.seq_len` inputs, each with at least one trained target.
 
     Raises:
-        ValueError: a row that cannot be used or is too long where that raises, naming source, file
-            and line; a source that cannot be read; or nothing left to use.
+        ValueError: a bad or overlong row where `data` says to raise, naming source, file and line;
+            a source that cannot be read; losses over `data.max_lost`; or no example left.
         RuntimeError: a process that tokenizes died.
     """
     stops = data.on_bad_row == "raise" if stop_at_bad_row is None else stop_at_bad_row
@@ -100,7 +100,7 @@ def is_cached(data, tokenizer_folder: Path, *, progress: bool = True) -> bool:
 
 
 def options(data) -> encoding.Options:
-    """Return what decides which tokens train, of `cfg.data`."""
+    """Return the options of `cfg.data` that decide which tokens are trained."""
     return encoding.Options(
         turns=data.turns,
         train_empty_think=data.train_empty_think,
@@ -112,11 +112,12 @@ def options(data) -> encoding.Options:
 
 
 def fingerprint(examples: Examples) -> str:
-    """Hash the examples, whatever they were made from: moved files and a newer version of this
-    package leave it as it is unless a token changes.
+    """Return a hash of the examples alone, not of their files.
+
+    Moved files and a newer version of this package do not change it unless a token changes.
     """
-    found = [[name, examples.report[name]["fingerprint"]] for name in examples.sources]
-    return _hash(json.dumps(found))
+    hashes = [[name, examples.report[name]["fingerprint"]] for name in examples.sources]
+    return _hash(json.dumps(hashes))
 
 
 def _hash(text: str, *arrays: np.ndarray) -> str:
@@ -151,15 +152,15 @@ def _join(
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """Which examples of a store are used, and how much of each.
+    """The examples of a store that are used, and how much of each.
 
     Attributes:
         kept: int64 [kept], positions in the store, ascending.
-        stops: int64 [kept], where each ends in the store's tokens now.
-        trained: int64 [kept], targets that train.
-        num_cut: examples kept that end earlier than in the store.
+        stops: int64 [kept], their ends in the store's tokens after cutting.
+        trained: int64 [kept], number of trained targets.
+        num_cut: kept examples that end earlier than in the store.
         num_overlong: examples dropped for their length.
-        num_untrained: examples dropped for having no target that trains.
+        num_untrained: examples dropped for having no trained target.
     """
 
     kept: np.ndarray
@@ -171,13 +172,13 @@ class Fitted:
 
 
 def fit_length(store: cache.Store, seq_len: int, overlong: str, name: str = "") -> Fitted:
-    """Choose the examples of at most `seq_len` inputs that have a target that trains.
+    """Choose the examples of at most `seq_len` inputs that have a trained target.
 
     Args:
-        overlong: of an example of more inputs, that is of more than seq_len + 1 tokens:
+        overlong: treatment of an example of more inputs, that is of more than seq_len + 1 tokens.
             "raise"; "drop"; "truncate": cut it after the last whole run of trained tokens that
             fits, so that no answer loses its end (plain text, which has no turns, is cut at
-            seq_len), and drop it where none fits; "truncate_history": drop what is too long even
+            seq_len), and drop it if none fits; "truncate_history": drop it if it is too long even
             without its oldest turns.
         name: of the source, in messages.
 
@@ -214,13 +215,13 @@ def fit_length(store: cache.Store, seq_len: int, overlong: str, name: str = "") 
 
 
 def _end_of_last_run(weights: np.ndarray, start: int, most: int) -> int | None:
-    """Return where the last run of trained tokens ends that ends at or before `most`.
+    """Return the end of the last run of trained tokens that ends at or before `most`, or None.
 
-    The example goes on behind `most`, so whether a run ends there is seen by the next token.
+    The example continues after `most`, so the next token shows whether a run ends there.
     """
     trains = weights[start : most + 1] != 0
     ends = np.flatnonzero(trains[:-1] & ~trains[1:]) + 1
-    # A run of only the first token is none: that token is never a target.
+    # A run of only the first token does not count: that token is never a target.
     return int(start + ends[-1]) if len(ends) and ends[-1] > 1 else None
 
 
@@ -231,8 +232,9 @@ def describe(store: cache.Store, fit: Fitted, data) -> dict:
     """Count what became of the rows of a source, as plain JSON.
 
     Lengths and tokens are model inputs, one less than the tokens stored. `lengths` and `longest`
-    are those before `data.overlong`, but without turns that "truncate_history" left out; these are
-    in `truncated` and `turns_left_out`, and in no other count but `left_out`, the shares.
+    describe the examples before `data.overlong`, but without the turns that "truncate_history" left
+    out. These turns are in `truncated` and `turns_left_out`, and in no other count but `left_out`,
+    the shares.
 
     Args:
         data: `cfg.data`.
@@ -285,28 +287,28 @@ def _examples_per_row(rows: np.ndarray) -> np.ndarray:
 
 
 def _longest(lengths: np.ndarray, number: int) -> list[int]:
-    """Return the positions of the longest, the first of equals first, without sorting all."""
+    """Return the positions of the longest, ties in order, without sorting all of them."""
     number = min(number, len(lengths))
     if not number:
         return []
-    found = np.flatnonzero(lengths >= np.partition(lengths, -number)[-number])
-    return found[np.argsort(-lengths[found], kind="stable")][:number].tolist()
+    candidates = np.flatnonzero(lengths >= np.partition(lengths, -number)[-number])
+    return candidates[np.argsort(-lengths[candidates], kind="stable")][:number].tolist()
 
 
 def percentiles(lengths: np.ndarray) -> dict[str, int]:
-    """Return p5 to p99 and the largest, each a length that occurs; nothing for no lengths.
+    """Return p5 to p99 and the maximum, each a length that occurs; {} if there are no lengths.
 
     The p-th percentile is the smallest length that at least p percent do not exceed.
     """
     if not len(lengths):
         return {}
-    found = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
-    named = {f"p{p}": int(length) for p, length in zip(PERCENTILES, found, strict=True)}
+    values = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
+    named = {f"p{p}": int(length) for p, length in zip(PERCENTILES, values, strict=True)}
     return named | {"max": int(lengths.max())}
 
 
 def table(report: Mapping[str, dict]) -> str:
-    """Lay out reports for a screen of 100 columns: a line per source, then what was dropped."""
+    """Format reports for a screen of 100 columns: a line per source, then notes on each."""
     head = ["source", "format", "rows", "examples", "tokens", "trained", "cut", "p50", "p95", "max"]
     lines = [head]
     for name, counts in report.items():
@@ -329,7 +331,7 @@ def table(report: Mapping[str, dict]) -> str:
 
 
 def _notes(counts: dict) -> list[str]:
-    """What the columns of the table do not say."""
+    """Return what the columns of the table do not show."""
     notes = []
     if counts["format_reason"]:
         notes.append(f"read as {counts['format']}: {counts['format_reason']}")
@@ -352,7 +354,7 @@ def _notes(counts: dict) -> list[str]:
 
 
 def _short(number: int) -> str:
-    """12,345 or 1.23M: at most seven characters."""
+    """Format a number as 12,345 or 1.23M, in at most seven characters."""
     if number < 1_000_000:
         return f"{number:,}"
     value, units = number / 1e6, iter("MBT")

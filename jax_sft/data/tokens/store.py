@@ -1,8 +1,8 @@
-"""The files of one tokenized source: `Writer` makes them, `open_store` verifies and maps them.
+"""The files of one tokenized source: `Writer` writes them, `open_store` verifies and maps them.
 
-A store is a folder of flat arrays, errors.jsonl and meta.json, which is written last and holds a
-checksum of each file and of itself. Called by `cache`, which names the folder and lets one process
-at a time build it.
+A store is a folder of flat arrays, errors.jsonl and meta.json. meta.json is written last and holds
+a checksum of each file and of itself. Called by `cache`, which names the folder and lets one
+process at a time build it.
 """
 
 import bisect
@@ -27,7 +27,7 @@ from jax_sft.data.tokens import worker
 from jax_sft.files import regular
 from jax_sft.files.disk import sync, write_all
 
-# The flat little-endian arrays of a store; weights are float32 where one is neither 0 nor 1.
+# The flat little-endian arrays of a store; weights are float32 if any is neither 0 nor 1.
 DTYPES = {
     "ids": "<i4",
     "weights": "|u1",
@@ -38,7 +38,7 @@ DTYPES = {
     "trained": "<i4",
 }
 WEIGHTS = ("|u1", "<f4")
-# The fields of meta.json and their types; `Store` says what they hold.
+# The fields of meta.json and their types; `Store` describes them.
 FIELDS = {
     **{"key": str, "content": str, "format": str, "format_reason": str, "weights": str},
     **{"rows": int, "highest_id": int, "refused": dict, "files": list, "turn_ends": dict},
@@ -46,13 +46,13 @@ FIELDS = {
 }
 FILE_FIELDS = {"name": str, "first_row": int, "unit": str}
 MAX_META = 64 << 20  # bytes of meta.json: some 400,000 data files
-MAX_REASONS = 50  # kinds of refusal told apart
+MAX_REASONS = 50  # kinds of refusal that are counted separately
 BLOCK = 4 << 20  # bytes hashed at once
 SHOW_CHECKING = 2_000_000_000  # bytes from which the check shows a progress bar
 
 
 class Damaged(Exception):
-    """A store whose files are not as they were written; the text says what is wrong."""
+    """A store's files are not as they were written; the text says what is wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +67,14 @@ class Store:
             special token, as text: trained turns that it ends}, refused {kind of reason: rows},
             files [{name, first_row, unit}], weights (their dtype), sizes and digests {file: bytes,
             and their xxh3_128}, checksum (of meta without it).
-        cached: whether it was there already.
+        cached: whether it already existed.
         ids: int32 [tokens], not shifted, example after example.
         weights: [tokens], uint8 or float32, the loss weight of each token.
         starts, stops: int64 [examples], the tokens of each example.
-        rows: int64 [examples], the row of the source that it came from, from 0; ascending.
-        places: int64 [examples], the line or row within its file, from 1.
+        rows: int64 [examples], the row of the source of each example, from 0; ascending.
+        places: int64 [examples], its line or row within the file, from 1.
         num_cut: int32 [examples], turns left out at its start.
-        trained: int32 [examples], tokens that train, without the first, which is never a target.
+        trained: int32 [examples], trained tokens, without the first, which is never a target.
     """
 
     folder: Path
@@ -91,7 +91,7 @@ class Store:
     trained: np.ndarray
 
     def where(self, example: int) -> str:
-        """Name the place that an example came from, as "FILE, line 12"."""
+        """Return the place of an example, as "FILE, line 12"."""
         files = self.meta["files"]
         row = int(self.rows[example])
         file = files[bisect.bisect_right(files, row, key=lambda file: file["first_row"]) - 1]
@@ -107,10 +107,11 @@ class Store:
 
 
 def open_store(folder: Path, root: Path, *, progress: bool = False) -> Store | None:
-    """Verify a store against its checksums and map it; None where there is none.
+    """Verify a store against its checksums and map it; return None if there is none.
 
-    All of it is read once: 0.6 s per billion tokens from memory, else as fast as the disk is. While
-    an array of the store is alive, the file of ids has a shared lock, so that nobody removes it.
+    The whole store is read once: 0.6 s per billion tokens from memory, otherwise at disk speed.
+    While an array of the store is alive, the file of ids has a shared lock, so that no process
+    removes the store.
 
     Args:
         root: see Store.
@@ -118,7 +119,7 @@ def open_store(folder: Path, root: Path, *, progress: bool = False) -> Store | N
 
     Raises:
         Damaged: its files are not as they were written.
-        OSError: the system refuses to read what is there.
+        OSError: the system refuses to read them.
     """
     try:
         folder.lstat()
@@ -198,10 +199,10 @@ class _Totals:
             self.lowest_id = min(self.lowest_id, int(ids.min()))
             self.highest_id = max(self.highest_id, int(ids.max()))
         elif name == "weights":
-            found = np.frombuffer(block, weights)
-            self.num_trained += int(np.count_nonzero(found))
+            array = np.frombuffer(block, weights)
+            self.num_trained += int(np.count_nonzero(array))
             highest = 1 if weights == "|u1" else np.finfo(np.float32).max
-            self.sound_weights &= bool(found.min() >= 0 and found.max() <= highest)  # NaN is not
+            self.sound_weights &= bool(array.min() >= 0 and array.max() <= highest)  # false for NaN
         elif name == "errors.jsonl":
             self.num_errors += block.count(b"\n")
 
@@ -209,7 +210,7 @@ class _Totals:
 def _verify_files(
     files: Mapping[str, BinaryIO], meta: Mapping[str, Any], progress: bool
 ) -> _Totals:
-    """Compare sizes and digests, and count; raise ValueError.
+    """Compare sizes and digests, and count; raise ValueError if they differ.
 
     The files are read in blocks, not mapped: mapped pages would count as memory of this process.
     """
@@ -232,19 +233,19 @@ def _verify_files(
 
 
 def _map(stream: BinaryIO, dtype: str) -> np.ndarray:
-    if os.fstat(stream.fileno()).st_size == 0:  # which cannot be mapped
+    if os.fstat(stream.fileno()).st_size == 0:  # an empty file cannot be mapped
         return np.zeros(0, dtype)
-    # As a plain array: slices of a memmap cost several times as much. The mapping has a copy of the
-    # file's descriptor, and with it the lock.
+    # As a plain array: slices of a memmap cost several times as much. The mapping holds a copy of
+    # the file's descriptor, and with it the lock.
     return np.asarray(np.memmap(stream, dtype, mode="r"))
 
 
 def _verify_arrays(
     arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], totals: _Totals
 ) -> None:
-    """Compare the arrays with each other and with meta.json; raise ValueError.
+    """Compare the arrays with each other and with meta.json; raise ValueError if they disagree.
 
-    Checksums find what changed since the store was written. This finds what was never right.
+    Checksums find what changed since the store was written. This check finds what was never right.
     """
     starts, rows, lengths = arrays["starts"], arrays["rows"], np.diff(arrays["starts"])
     never_targets = np.count_nonzero(arrays["weights"][starts[:-1]])
@@ -270,7 +271,7 @@ def _verify_arrays(
 
 
 class Writer:
-    """Appends chunks to the files of a store; closed by the stack it is given."""
+    """Appends chunks to the files of a store, which the given ExitStack closes."""
 
     def __init__(self, folder: Path, root: Path, stack: contextlib.ExitStack):
         self._folder, self._root, self._stack = folder, root, stack
@@ -286,7 +287,7 @@ class Writer:
         self._append("starts", np.zeros(1, np.int64))
 
     def _create(self, name: str) -> BinaryIO:
-        # Unbuffered: what is in a buffer when the disk is full fails again when it is closed.
+        # Unbuffered: a buffer that a full disk refuses would fail again when the file is closed.
         return self._stack.enter_context(open(self._folder / name, "wb", buffering=0))
 
     def _append(self, name: str, array: np.ndarray) -> None:
@@ -297,7 +298,7 @@ class Writer:
         self._digests[name].update(data)
 
     def add(self, path: str, result: worker.Tokenized) -> None:
-        """Append the rows of the chunk that follows; they are from the file `path`."""
+        """Append the rows of the next chunk, which come from the file `path`."""
         file = os.path.relpath(path, self._root)
         if not self._files or self._files[-1]["name"] != file:
             found = {"name": file, "first_row": self._num_rows, "unit": result.unit}
@@ -324,7 +325,7 @@ class Writer:
         self._num_rows += result.num_rows
 
     def _widen_weights(self) -> None:
-        """Write the weights so far as float32, once a fraction comes along."""
+        """Rewrite the weights so far as float32, when the first fraction arrives."""
         self._streams["weights"].close()
         narrow = (self._folder / "weights").rename(self._folder / "narrow")
         self._dtypes["weights"] = "<f4"
@@ -336,7 +337,7 @@ class Writer:
         narrow.unlink()
 
     def finish(self, **about: str) -> None:
-        """Have all files on the disk; meta.json, without which there is no store, last."""
+        """Flush all files to disk; meta.json goes last, since a folder without it is no store."""
         for stream in self._streams.values():
             os.fsync(stream.fileno())
         meta: dict[str, Any] = about | {
@@ -359,7 +360,7 @@ class Writer:
 
 
 def publish(folder: Path, final: Path) -> None:
-    """Rename a finished store to its name, unless another process without locks was first."""
+    """Rename a finished store to its name, unless another process was first (without locks)."""
     try:
         folder.rename(final)
     except OSError as error:
@@ -369,5 +370,5 @@ def publish(folder: Path, final: Path) -> None:
 
 
 def _kind(reason: str) -> str:
-    """Reasons that differ in numbers and quoted text only are of one kind."""
+    """Return the kind of a reason: reasons that differ only in numbers and quotes have the same."""
     return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "...", reason.partition("\n")[0])[:100]

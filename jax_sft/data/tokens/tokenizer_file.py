@@ -1,7 +1,7 @@
-"""Whether a tokenizer does what its tokenizer.json says, which is what inference engines read.
+"""Compare a tokenizer with its tokenizer.json, which is what inference engines read.
 
 transformers builds its own normalizer and pre-tokenizer for some model types, whatever the file
-has: a model would be trained on tokens that it is never served. Called by
+has. A model would then be trained on tokens that it is never served. Called by
 `encoding.load_tokenizer`.
 """
 
@@ -13,7 +13,7 @@ import tokenizers
 
 from jax_sft.runtime import confined
 
-# What pre-tokenizers and normalizers differ in.
+# Texts on which pre-tokenizers and normalizers differ.
 PROBES = (
     "I'll we're DON'T it's o'clock, isn't it?",
     "in 1234567 of 3.14159, 2024-07-26 and 0x1F",
@@ -29,33 +29,33 @@ MOST_ADDED = 2000  # added tokens that are tried
 
 
 def difference(tokenizer: Any, folder: Path) -> str:
-    """Return where a tokenizer differs from the tokenizer.json of its folder; "" = nowhere.
+    """Describe where a tokenizer differs from the tokenizer.json of its folder; "" = nowhere.
 
     Raises:
-        ValueError: the file cannot be loaded, or has several answers for one text.
+        ValueError: the file cannot be loaded, or tokenizes one text in several ways.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
         return ""
     with confined.library_errors(f"{file} cannot be loaded"):
-        of_file = tokenizers.Tokenizer.from_file(str(file))
-        dropout = getattr(of_file.model, "dropout", None)
-        added = list(of_file.get_added_tokens_decoder().values())[:MOST_ADDED]
+        file_tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        dropout = getattr(file_tokenizer.model, "dropout", None)
+        added = list(file_tokenizer.get_added_tokens_decoder().values())[:MOST_ADDED]
         texts = (*PROBES, "".join(f"a{token.content} b" for token in added))
-        wanted = [_pieces(of_file, text) for text in texts]
-        again = [_pieces(of_file, text) for text in texts]
-        found = [_pieces(tokenizer.backend_tokenizer, text) for text in texts]
-    if dropout or again != wanted:
+        file_pieces = [_pieces(file_tokenizer, text) for text in texts]
+        again = [_pieces(file_tokenizer, text) for text in texts]
+        loaded_pieces = [_pieces(tokenizer.backend_tokenizer, text) for text in texts]
+    if dropout or again != file_pieces:
         raise ValueError(
             f"{file}: one text has several answers (model.dropout = {dropout}), which differ at "
             "every start: set it to null"
         )
-    for text, ours, theirs in zip(texts, found, wanted, strict=True):
-        if ours != theirs:
-            place = len(os.path.commonprefix([ours, theirs]))
+    for text, loaded, expected in zip(texts, loaded_pieces, file_pieces, strict=True):
+        if loaded != expected:
+            place = len(os.path.commonprefix([loaded, expected]))
             return (
                 f"of {text[:60]!r} transformers' {type(tokenizer).__name__} makes "
-                f"{_shown(ours, place)}, {file} makes {_shown(theirs, place)}"
+                f"{_shown(loaded, place)}, {file} makes {_shown(expected, place)}"
             )
     return ""
 

@@ -1,4 +1,4 @@
-"""Chunks of rows to arrays of tokens, in processes of our own.
+"""Tokenize chunks of rows into arrays, in separate processes.
 
 Called by `cache`. The processes are `confined`: they import no JAX, and end when this one does.
 """
@@ -25,25 +25,26 @@ from jax_sft.data.sources import formats, read
 from jax_sft.runtime import confined
 from jax_sft.runtime.confined import Ended, Stage
 
-# Up to so many chunks (of up to 1 MB, 0.3 s each) more processes, which take 3 s to start, would
-# be slower than one alone.
+# Up to this many chunks (of up to 1 MB, 0.3 s each), one process is faster than several, which take
+# 3 s to start.
 FEW_CHUNKS = 16
-# Chunks in flight per process: one long chunk must not stop the others, nor memory grow.
+# Chunks in flight per process: enough that one slow chunk does not stop the others, few enough
+# that memory does not grow.
 WINDOW = 8
 NO_TEMPLATE = ("text", "tokens", "prompt_completion")  # formats whose items need no chat template
 LONGEST_REASON = 1000  # characters
-# What a confined process may take beyond its bounds, for what it is given: several times what the
-# slowest of the usual tokenizers and templates take.
+# Allowances of a confined process beyond its fixed bounds, by the size of its input: several times
+# what the slowest of the usual tokenizers and templates need.
 LOADED_PER_S = 2_000_000  # bytes of a tokenizer's files
 RENDERED_PER_S = 1_000_000  # bytes
-BYTES_PER_BYTE = 200  # of memory, a token per byte
-LONG = 20  # messages
+BYTES_PER_BYTE = 200  # memory per byte of text, at a token per byte
+LONG = 20  # messages of a long conversation
 
 # Version of the tokens that this package makes of given data; part of the key of the token cache.
-# Raise it with every change after which any source may have other rows, tokens, weights, places or
-# refused rows than before, or after which the files of a store are laid out differently; all users'
-# data are then tokenized again. Leave it for anything else, reworded messages included. A test
-# compares a digest of the tokens of each format with tests/data/tokens/token_digests.json.
+# Raise it with every change that may alter the rows, tokens, weights, places or refused rows of any
+# source, or the layout of a store's files. All users' data are then tokenized again. Leave it for
+# anything else, reworded messages included. A test compares a digest of the tokens of each format
+# with tests/data/tokens/token_digests.json.
 TOKENS_VERSION = 1
 # Libraries whose update may change tokens: they tokenize, render templates and read files.
 LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow")
@@ -51,7 +52,7 @@ LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow")
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a process must know to tokenize the chunks of one source; sent to it once.
+    """All that a process needs to tokenize the chunks of one source; sent to it once.
 
     Attributes:
         source: from `config.source`.
@@ -85,7 +86,7 @@ class Tokenized:
         rows: int64 [examples], counted from 0 within the chunk.
         places: int64 [examples], the line or row within the file, from 1.
         num_cut: int32 [examples], turns left out at the start.
-        trained: int32 [examples], tokens that train; the first one never does.
+        trained: int32 [examples], trained tokens; the first token never counts.
         unit: what `places` counts: "line" or "row".
         turn_ends: {id of a special token: trained turns that it ends}.
         refused: in the order of rows.
@@ -105,14 +106,14 @@ class Tokenized:
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS
 
 
 def load_tokenizer(folder: Path, needs_template: bool = False, chat_template: str = "") -> Any:
-    """Load a tokenizer within the bounds of a confined process; see `encoding.load_tokenizer`."""
+    """Load a tokenizer within the limits of a confined process; see `encoding.load_tokenizer`."""
     confined.at(Stage.LOADING)
     size = sum(file.stat().st_size for file in folder.glob("tokenizer*"))
     confined.allow(size / LOADED_PER_S, 20 * size)
@@ -135,7 +136,7 @@ class Encoder:
         except ValueError as error:
             raise ValueError(f"{job.tokenizer_folder}: {error}") from error
         self._to_item = formats.FORMATS[job.format]
-        # A ConfigDict would take 5 us per row to ask.
+        # Looking a key up in a ConfigDict would take 5 us per row.
         self._source = types.SimpleNamespace(**job.source)
 
     def encode(self, chunk: read.Chunk) -> Tokenized:
@@ -151,7 +152,7 @@ class Encoder:
         confined.at_row(0)
         for row, record in enumerate(read.parse(chunk)):
             places.append(_place(record.where, chunk.file))
-            confined.at_row(row + 1)  # which is parsed next
+            confined.at_row(row + 1)  # the row that is parsed next
             try:
                 if record.row is None:
                     raise ValueError(record.error)
@@ -161,23 +162,24 @@ class Encoder:
                 work += _work(item)
             except ValueError as error:
                 reasons[row] = str(error)
-        # Each of a conversation's turns is found by rendering what comes before it.
+        # Each turn of a conversation is found by rendering all messages before it.
         confined.allow((size + work) / RENDERED_PER_S, BYTES_PER_BYTE * size)
         examples, rows = [], []
-        for row, found in zip(item_rows, self._encoder.encode(items, item_rows), strict=True):
-            if isinstance(found, str):
-                reasons[row] = found
+        for row, result in zip(item_rows, self._encoder.encode(items, item_rows), strict=True):
+            if isinstance(result, str):
+                reasons[row] = result
             else:
-                examples += found
-                rows += [row] * len(found)
+                examples += result
+                rows += [row] * len(result)
         refused = [Refused(row, places[row], _printable(reasons[row])) for row in sorted(reasons)]
         return _tokenized(places, examples, rows, refused)
 
 
 @contextlib.contextmanager
 def _without_collections() -> Iterator[None]:
-    """Pause Python's search for reference cycles: over so many small objects, none of which is in
-    one, it takes a seventh of the time.
+    """Pause Python's search for reference cycles.
+
+    It takes a seventh of the time over so many small objects, none of which is in a cycle.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -189,27 +191,33 @@ def _without_collections() -> Iterator[None]:
 
 
 def _size(chunk: read.Chunk) -> int:
-    """Bytes of a chunk, about."""
+    """Return the approximate number of bytes of a chunk."""
     if chunk.kind == "rows":
         return sum(len(str(row)) for row in chunk.payload)
     return sum(map(len, chunk.payload))
 
 
 def _work(item: formats.Item) -> int:
-    """Characters that are rendered to find the turns of a long conversation."""
+    """Return the number of characters rendered to find the turns of a long conversation."""
     if not isinstance(item, formats.Conversation) or len(item.messages) < LONG:
         return 0
     return len(item.messages) * sum(len(str(message)) for message in item.messages)
 
 
 def _place(where: str, file: str) -> str:
-    """The "line 12" of "FILE, line 12": a store must not depend on where the files lie."""
+    """Return the "line 12" of "FILE, line 12".
+
+    A store must not depend on where the files are.
+    """
     assert where.startswith(file + ", "), where
     return where[len(file) + 2 :]
 
 
 def _printable(reason: str) -> str:
-    """A reason may quote anything from the data, half characters and huge strings included."""
+    """Return a reason, cut after LONGEST_REASON characters, without lone surrogates.
+
+    A reason may quote anything from the data, huge strings included.
+    """
     if len(reason) > LONGEST_REASON:
         reason = reason[:LONGEST_REASON] + " ..."
     return reason.encode("utf-8", "backslashreplace").decode()
@@ -218,11 +226,11 @@ def _printable(reason: str) -> str:
 def _tokenized(
     places: Sequence[str], examples: Sequence[Any], rows: Sequence[int], refused: list[Refused]
 ) -> Tokenized:
-    """Lay the examples of a chunk end to end."""
+    """Concatenate the examples of a chunk."""
     numbers = [int(place.rpartition(" ")[2]) for place in places]
     unit = places[0].rpartition(" ")[0] if places else ""
-    ids = np.concatenate([np.zeros(0, np.int32), *(one.ids for one in examples)])
-    weights = np.concatenate([np.zeros(0, np.float32), *(one.weights for one in examples)])
+    ids = np.concatenate([np.zeros(0, np.int32), *(example.ids for example in examples)])
+    weights = np.concatenate([np.zeros(0, np.float32), *(example.weights for example in examples)])
     assert ids.dtype == np.int32 and weights.dtype == np.float32 and len(ids) == len(weights)
     if ((weights == 0) | (weights == 1)).all():
         weights = weights.astype(np.uint8)
@@ -230,14 +238,16 @@ def _tokenized(
         num_rows=len(places),
         ids=ids,
         weights=weights,
-        lengths=np.array([len(one.ids) for one in examples], np.int64),
+        lengths=np.array([len(example.ids) for example in examples], np.int64),
         rows=np.array(rows, np.int64),
         places=np.array([numbers[row] for row in rows], np.int64),
-        num_cut=np.array([one.num_cut for one in examples], np.int32),
-        trained=np.array([np.count_nonzero(one.weights[1:]) for one in examples], np.int32),
+        num_cut=np.array([example.num_cut for example in examples], np.int32),
+        trained=np.array([np.count_nonzero(example.weights[1:]) for example in examples], np.int32),
         unit=unit,
         refused=refused,
-        turn_ends=dict(collections.Counter(end for one in examples for end in one.turn_ends)),
+        turn_ends=dict(
+            collections.Counter(end for example in examples for end in example.turn_ends)
+        ),
     )
 
 
@@ -246,11 +256,11 @@ def tokenize(
 ) -> Generator[tuple[read.Chunk, Tokenized]]:
     """Yield each chunk with its tokens, in order; close the generator to end its processes.
 
-    Little data is tokenized by one process, which is kept.
+    Few chunks are tokenized by one process, which is kept for later calls.
 
     Raises:
-        ValueError: see `Encoder`, and what reading the chunks raises.
-        confined.OutOfBounds: the tokenizer or the template went out of its bounds.
+        ValueError: see `Encoder`, and the errors of reading the chunks.
+        confined.OutOfBounds: the tokenizer or the template exceeded its limits.
         RuntimeError: a process ended before its work was done.
     """
     chunks = iter(chunks)
@@ -266,11 +276,12 @@ def _emptied(queue: collections.deque) -> Iterator[Any]:
 
 
 class _Processes:
-    """The processes that tokenize for this one, each with at most one chunk at a time.
+    """The processes that tokenize, each with at most one chunk at a time.
 
     A process is sent a chunk only when it waits for one, so neither end blocks on a full pipe. The
-    first process loads the tokenizer and has the first chunk alone: what fills the memory fills it
-    once, not in all processes at the same time. The others take as long to start anyway.
+    first process loads the tokenizer and encodes the first chunk alone, so that data which exhaust
+    the memory exhaust it once, not in all processes at the same time. The others take as long to
+    start anyway.
     """
 
     def __init__(self, job: Job, num_workers: int):
@@ -293,7 +304,7 @@ class _Processes:
         self.close()
 
     def close(self) -> None:
-        """Keep a process that waits for work; end all others, whatever they were doing."""
+        """Keep a process that waits for work; end all others, whatever they are doing."""
         for process in self._processes:
             confined.give_back(process)
 
@@ -301,7 +312,7 @@ class _Processes:
         """Yield each chunk with its tokens, in order."""
         upcoming = enumerate(chunks)
         following = next(upcoming, None)
-        idle: list[confined.Process] = []  # those that are loading are not idle yet
+        idle: list[confined.Process] = []  # without those that are still loading
         working = self._working
         done: dict[int, tuple[read.Chunk, Tokenized]] = {}
         num_yielded = 0
@@ -354,10 +365,10 @@ def explained(
     chunk: read.Chunk | None = None,
     num_workers: int = 1,
 ) -> Exception:
-    """Say which program of a model's folder went out of its bounds, and on which row.
+    """Return an exception that names the program that exceeded its limits, and the row.
 
     Args:
-        template: where the chat template comes from; "" = from the folder.
+        template: the config key that names the chat template; "" = it is that of the folder.
     """
     if ended.why == "fault":
         return RuntimeError(f"a process that tokenizes failed (code {ended.code}):\n{ended.log}")
@@ -393,7 +404,7 @@ def _where(chunk: read.Chunk, row: int) -> str:
 def _versions() -> dict[str, str]:
     """Return the version of everything that decides the tokens of given data."""
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    # Python's own: its Unicode tables and its readers of JSON and CSV.
+    # Python's version decides its Unicode tables and its readers of JSON and CSV.
     return {"tokens": str(TOKENS_VERSION), "python": platform.python_version()} | libraries
 
 
@@ -409,25 +420,25 @@ def _sources() -> dict[str, tuple[int, int]]:
 
 def _state(file: Any) -> tuple[int, int]:
     try:
-        found = os.stat(file)
+        status = os.stat(file)
     except OSError:  # it was removed after it was loaded
         return 0, 0
-    return found.st_mtime_ns, found.st_size
+    return status.st_mtime_ns, status.st_size
 
 
 VERSIONS = _versions()
-# Taken now: the files may change while this process runs the old code. A process that it starts
+# Recorded at import: the files may change while this process runs the old code. A process started
 # after that would run the new code.
 SOURCES = _sources()
 
 
 # ---- in the process that tokenizes --------------------------------------------------------------
 
-_encoders: list[Encoder] = []  # of the source that is tokenized now
+_encoders: list[Encoder] = []  # the encoder of the current source
 
 
 def _begin(job: Job, versions: Mapping[str, str], sources: Mapping[str, tuple[int, int]]) -> None:
-    # The other process may have loaded more modules of this package than this one.
+    # The parent may have loaded more modules of this package than this process.
     if versions != VERSIONS or not SOURCES.items() <= sources.items():
         raise ValueError("the code of the program changed since it started: start it again")
     _encoders.clear()
