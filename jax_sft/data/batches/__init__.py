@@ -1,1 +1,1 @@
-"""Tokenized examples to device batches: mixture, packing plan and loader."""
+"""Build device batches from tokenized examples: mixture, packing plan and loader."""

@@ -1,4 +1,4 @@
-"""Tokenized conversations: as they are stored, and shifted by one as the step takes them."""
+"""Tokenized conversations: as they are stored, and shifted by one for the training step."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,9 @@ class Encoded:
 
     Attributes:
         ids: int32 [n].
-        weights: float32 [n], the loss weight of each token; 0 = it does not train.
+        weights: float32 [n], the loss weight of each token; 0 = not trained.
         num_cut: turns left out at its start because they did not fit.
-        turn_ends: ids of the special tokens that end what trains, one per turn.
+        turn_ends: ids of the special tokens that end the trained text, one per turn.
     """
 
     ids: np.ndarray
@@ -31,7 +31,7 @@ class Example:
     Attributes:
         tokens: int32 [n], model inputs.
         targets: int32 [n], next tokens.
-        weights: float32 [n], of each target in the loss; 0 = it does not train.
+        weights: float32 [n], the loss weight of each target; 0 = not trained.
     """
 
     tokens: np.ndarray
@@ -50,7 +50,7 @@ class Examples:
         arrays: per source (ids int32 [tokens], weights [tokens], not shifted), in memory or mapped.
         source_of: uint16 [examples], the position of each example's source in `arrays`.
         starts, stops: int64 [examples], the tokens of each example.
-        rows: int64 [examples], the row of its source, from 0, that each example came from.
+        rows: int64 [examples], the row of the source that each example came from, from 0.
         sources: {source name: range of examples}, in the order of `arrays`.
         report: {source name: counts}, as written to data_report.json.
     """
@@ -65,22 +65,22 @@ class Examples:
 
     @classmethod
     def in_memory(cls, encoded: Mapping[str, Sequence[Encoded]]) -> "Examples":
-        """Make examples of what is at hand: {source name: its examples}, one per row."""
+        """Make examples from {source name: its tokenized examples}, one example per row."""
         arrays: list[Any] = []
         lengths, rows, sources = [], [], {}
         source_of: list[int] = []
-        for number, (name, found) in enumerate(encoded.items()):
+        for number, (name, examples) in enumerate(encoded.items()):
             arrays.append(
                 (
-                    np.concatenate([one.ids for one in found], dtype=np.int32),
-                    np.concatenate([one.weights for one in found], dtype=np.float32),
+                    np.concatenate([example.ids for example in examples], dtype=np.int32),
+                    np.concatenate([example.weights for example in examples], dtype=np.float32),
                 )
             )
-            sources[name] = range(len(source_of), len(source_of) + len(found))
-            source_of += [number] * len(found)
-            lengths.append(np.array([len(one.ids) for one in found], np.int64))
-            rows += range(len(found))
-        stops = np.concatenate([np.cumsum(of_source) for of_source in lengths])
+            sources[name] = range(len(source_of), len(source_of) + len(examples))
+            source_of += [number] * len(examples)
+            lengths.append(np.array([len(example.ids) for example in examples], np.int64))
+            rows += range(len(examples))
+        stops = np.concatenate([np.cumsum(source_lengths) for source_lengths in lengths])
         return cls(
             arrays=arrays,
             source_of=np.array(source_of, np.uint16),
@@ -106,5 +106,7 @@ class Examples:
         return Encoded(ids[part], weights[part])
 
     def __getitem__(self, index: int) -> Example:
-        one = self.encoded(index)
-        return Example(tokens=one.ids[:-1], targets=one.ids[1:], weights=one.weights[1:])
+        encoded = self.encoded(index)
+        return Example(
+            tokens=encoded.ids[:-1], targets=encoded.ids[1:], weights=encoded.weights[1:]
+        )

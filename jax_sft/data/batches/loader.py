@@ -1,6 +1,6 @@
-"""Examples to device batches: any step at any time, each process building only its own rows.
+"""Build device batches from examples, for any step at any time; a process builds only its own rows.
 
-`Schedule` says which examples each row of each step holds, on any mesh the same. `Loader` builds
+`Schedule` decides which examples each row of each step holds, the same on any mesh. `Loader` builds
 the rows as a dict of arrays [micro-batches, rows per micro-batch, tokens], sharded over the mesh.
 """
 
@@ -23,11 +23,11 @@ from jax_sft.data.batches import mixture, packing
 from jax_sft.data.batches.examples import Examples
 from jax_sft.sharding import rules
 
-SHORTEST_BUCKET = 128  # tokens; with the doublings, log2(seq_len / 64) shapes to compile at most
+SHORTEST_BUCKET = 128  # tokens; with its doublings, at most log2(seq_len / 64) shapes to compile
 
 
 def fill_row(row: Row, examples: Examples, ids: np.ndarray) -> None:
-    """Lay examples end to end in an empty row [tokens]; segment ids count from 1, padding is 0."""
+    """Concatenate examples in an empty row [tokens]; segment ids count from 1, padding is 0."""
     if len(ids) == 0:
         return
     starts, stops, sources = examples.starts[ids], examples.stops[ids], examples.source_of[ids]
@@ -46,11 +46,11 @@ def fill_row(row: Row, examples: Examples, ids: np.ndarray) -> None:
 
 
 class Schedule:
-    """What each step of a run holds: mixture, packing plan and balanced order, epoch after epoch.
+    """The contents of each step of a run: mixture, packing plan and balanced order, by epoch.
 
-    The rows of an epoch that do not fill its last batch are followed by empty rows, so that no
-    epoch shares a batch with the next. Without shuffling the rows of a batch are not balanced, so
-    that they come in the order of the files.
+    If the rows of an epoch do not fill its last batch, empty rows follow, so that no epoch shares a
+    batch with the next. Without shuffling, the rows of a batch are not balanced, so that they keep
+    the order of the files.
 
     Args: see `Loader`.
     """
@@ -69,9 +69,10 @@ class Schedule:
         self._is_regular = data.packing == "none" or mixture.same_every_epoch(
             self._ranges, self._counts
         )
-        self._lock = threading.RLock()  # so that no two threads make the same plan
+        self._lock = threading.RLock()  # keeps two threads from making the same plan
         self._cached_plan = functools.lru_cache(maxsize=2)(self._make_plan)
-        self._first_steps = [0, self._count_steps(0)]  # of the epochs known so far
+        # First step of each epoch known so far.
+        self._first_steps = [0, self._count_steps(0)]
 
     def _make_plan(self, epoch: int) -> tuple[packing.PackPlan, np.ndarray]:
         ids = mixture.example_ids(
@@ -90,7 +91,7 @@ class Schedule:
         return plan, plan.sums(self._work)
 
     def plan(self, epoch: int) -> tuple[packing.PackPlan, np.ndarray]:
-        """Return (rows of the epoch, sum of squared segment lengths of each)."""
+        """Return (rows of the epoch, sum of squared segment lengths of each row)."""
         with self._lock:
             return self._cached_plan(epoch)
 
@@ -112,7 +113,7 @@ class Schedule:
         return self.first_step(epoch + 1) - self.first_step(epoch)
 
     def find(self, step: int) -> tuple[int, int]:
-        """Return (epoch, step within it) of a step, both from 0.
+        """Return (epoch, step within the epoch) of a step, both from 0.
 
         Raises:
             ValueError: there are no examples, so no steps.
@@ -125,50 +126,50 @@ class Schedule:
         return epoch, step - self.first_step(epoch)
 
     def num_steps(self, epochs: float) -> int:
-        """Return the steps of so many epochs; a part of a step counts as one."""
-        # In the decimals given: 0.28 epochs of 25 steps are 7 steps, not 7.000000000000001.
+        """Return the number of steps of `epochs` epochs; a partial step counts as one."""
+        # Exact in the given decimals: 0.28 epochs of 25 steps are 7 steps, not 7.000000000000001.
         whole, part = divmod(Fraction(str(epochs)), 1)
         return self.first_step(whole) + (math.ceil(part * self.steps_in(whole)) if part else 0)
 
     def epoch_of(self, step: int) -> float:
-        """Return how many epochs are done after so many steps."""
+        """Return the number of epochs that are done after `step` steps."""
         if step == 0:
             return 0.0
         epoch, last = self.find(step - 1)
         return epoch + (last + 1) / self.steps_in(epoch)
 
     def rows_of(self, step: int) -> list[np.ndarray]:
-        """Return the example ids of each row of the global batch, in its order."""
+        """Return the example ids of each row of the global batch, in the order of the batch."""
         epoch, step_of_epoch = self.find(step)
         plan, work_of = self.plan(epoch)
         first = step_of_epoch * self._rows
-        here = range(first, min(first + self._rows, len(plan)))
-        ids = [plan.row(index) for index in here]
+        indices = range(first, min(first + self._rows, len(plan)))
+        ids = [plan.row(index) for index in indices]
         ids += [np.zeros(0, np.int64)] * (self._rows - len(ids))
         if not self._shuffle:
             return ids
         work = np.zeros(self._rows, np.int64)
-        work[: len(here)] = work_of[here.start : here.stop]
+        work[: len(indices)] = work_of[indices.start : indices.stop]
         return [ids[index] for index in packing.balance(work, self._micro_rows)]
 
 
 class Loader:
     """Batches of one data set, addressed by step.
 
-    With packing "none" the arrays of a step are as long as the smallest bucket that fits the
-    longest example of the global batch: 128 tokens, its doublings, or seq_len.
+    With packing "none", the arrays of a step have the length of the smallest bucket that fits the
+    longest example of the global batch. Buckets are 128 tokens, its doublings, and seq_len.
 
     Args:
         examples: the data set.
         data: `cfg.data`.
-        sources: {name: config.source} for their epochs and weights; None = every example once.
+        sources: {name: config.source}, for their epochs and weights; None = every example once.
         rows: rows per batch over all processes.
         micro_rows: rows per micro-batch; divides `rows`.
-        mesh: the batch is split over it.
-        shuffle: a new order each epoch.
+        mesh: the mesh over which the batch is sharded.
+        shuffle: use a new order each epoch.
         seed: of that order.
-        per_source: batches also have "sources", the position in `examples.sources` of each token's
-            source.
+        per_source: add "sources" to the batches: for each token, the position of its source in
+            `examples.sources`.
 
     Raises:
         ValueError: see `mixture.counts`.
@@ -207,16 +208,16 @@ class Loader:
         ]
 
     def num_steps(self, epochs: float) -> int:
-        """Return the steps of so many epochs; a part of a step counts as one."""
+        """Return the number of steps of `epochs` epochs; a partial step counts as one."""
         return self.schedule.num_steps(epochs)
 
     def epoch_of(self, step: int) -> float:
-        """Return how many epochs are done after so many steps."""
+        """Return the number of epochs that are done after `step` steps."""
         return self.schedule.epoch_of(step)
 
     @property
     def fill(self) -> float:
-        """Share of the tokens of the first epoch's rows that are not padding; 0 without rows.
+        """Share of non-padding tokens in the rows of the first epoch; 0 without rows.
 
         The empty rows at the end of the epoch do not count.
         """
@@ -232,15 +233,15 @@ class Loader:
 
     @property
     def wait_ms(self) -> float:
-        """Milliseconds spent waiting for `batches` since this was last read.
+        """Milliseconds spent waiting for `batches` since this property was last read.
 
-        What comes before its first batch is left out: nothing can overlap it.
+        The time before the first batch is left out, since nothing can overlap it.
         """
         waited, self._waited_s = self._waited_s, 0.0
         return 1000 * waited
 
     def _num_tokens(self, ids: Sequence[np.ndarray]) -> int:
-        """Tokens per row of a global batch: the bucket that its longest row fits."""
+        """Return the tokens per row of a global batch: the bucket that fits its longest row."""
         if len(self._buckets) == 1:
             return int(self._buckets[0])
         longest = self.schedule.lengths[np.concatenate(ids)].max()  # one example per row
@@ -249,11 +250,11 @@ class Loader:
     def build(self, step: int, rows: Sequence[int]) -> Row:
         """Build some rows of the global batch of a step, arrays [len(rows), tokens]."""
         ids = self.schedule.rows_of(step)
-        # Attention kernels have room for so many segments of a row and no more.
+        # Attention kernels have room for at most max_segments segments of a row.
         assert max(map(len, ids)) <= self._max_segments
         built = empty_rows(len(rows), self._num_tokens(ids), self._per_source)
         for place, row in enumerate(rows):
-            fill_row({n: of_all[place] for n, of_all in built.items()}, self._examples, ids[row])
+            fill_row({n: array[place] for n, array in built.items()}, self._examples, ids[row])
         return built
 
     def row(self, step: int, row: int) -> Row:
@@ -261,12 +262,13 @@ class Loader:
         return {name: built[0] for name, built in self.build(step, [row]).items()}
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yield the batches of steps start..stop-1, built and sent to the devices ahead of time by
-        background threads.
+        """Yield the batches of steps start..stop-1.
+
+        Background threads build them and send them to the devices ahead of time.
         """
         steps = grain.MapDataset.source(_Batches(self, stop))[start:]
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
-        began = math.inf  # no wait is counted before the first batch
+        began = math.inf  # counts no wait before the first batch
         for batch in steps.to_iter_dataset(options):
             self._waited_s += max(time.perf_counter() - began, 0.0)
             yield batch
@@ -278,9 +280,9 @@ class Loader:
 
         def block(index):
             micro_batches, rows, tokens = index
-            here_rows = range(shape[1])[rows]
-            here = self._micro_rows_here.index(here_rows[0])
-            return local[micro_batches, here : here + len(here_rows), tokens]
+            row_range = range(shape[1])[rows]
+            first = self._micro_rows_here.index(row_range[0])
+            return local[micro_batches, first : first + len(row_range), tokens]
 
         return jax.make_array_from_callback(shape, self._sharding, block)
 
@@ -300,11 +302,11 @@ class _Batches:
 
 
 def _buckets(data, multiple: int) -> np.ndarray:
-    """The row lengths in use, in tokens, ascending; each a multiple of what the mesh divides."""
-    found = [data.seq_len]
+    """Return the row lengths in use, in tokens, ascending; `multiple` is what the mesh divides."""
+    lengths = [data.seq_len]
     if data.packing == "none":
         doublings = (SHORTEST_BUCKET << n for n in range(data.seq_len.bit_length()))
-        found += [
+        lengths += [
             tokens for tokens in doublings if tokens < data.seq_len and tokens % multiple == 0
         ]
-    return np.array(sorted(found))
+    return np.array(sorted(lengths))

@@ -1,17 +1,17 @@
-"""Which examples one epoch of the run holds, and in what order the sources give them.
+"""Choose the examples of each epoch of a run, and the order in which the sources give them.
 
-- Without weights a source gives round(epochs x its size) examples per epoch of the run; by default
+- Without weights a source gives round(epochs x its size) examples per epoch of the run, by default
   each of its examples once.
-- With weights the sources' shares of the examples (not of the tokens) are weight / sum of weights.
-  The epoch is as long as it can be without a repetition: it ends where the first source is used up,
+- With weights, the sources' shares of the examples (not of the tokens) are weight / sum of weights.
+  The epoch is as long as possible without a repetition: it ends where the first source is used up,
   and the other shares are rounded down.
-- A source is an endless stream of passes over itself, each in a new order that follows from the
-  seed, the source's name and the number of the pass; without shuffling always in the order of its
-  file. An epoch takes what comes next in the stream. So what one epoch leaves out comes first in
-  the next, and a source that is used up starts over in a new order.
-- Where a pass begins within an epoch that ends before the pass does, the examples that this epoch
-  had from the pass before come last in it. So within one epoch the numbers of times that two
-  examples of a source are used differ by one at most; with weights none is used twice.
+- A source is an endless stream of passes over its examples. Each pass has a new order, given by
+  the seed, the source's name and the number of the pass; without shuffling the order is always
+  that of the file. An epoch takes the next examples of the stream. So the examples that one epoch
+  leaves out come first in the next, and a source that is used up starts over in a new order.
+- If a pass begins within an epoch and does not end in it, the examples of the previous pass that
+  this epoch already has come last in the new pass. So within one epoch the numbers of uses of any
+  two examples of a source differ by at most one; with weights no example is used twice.
 
 Everything is a pure function of its arguments. Called by `loader` and `validate`.
 """
@@ -26,44 +26,44 @@ import numpy as np
 
 
 def problems(sources: Mapping[str, Any]) -> list[str]:
-    """List what is wrong with `weight` and `epochs` of the sources under data.train."""
-    found = []
+    """Return the problems with `weight` and `epochs` of the sources under data.train."""
+    messages = []
     for name, source in sources.items():
         if not (math.isfinite(source.weight) and source.weight >= 0):
-            found.append(
+            messages.append(
                 f"data.train.{name}.weight = {source.weight} must be a number above 0, "
                 "or 0 for a source without weight"
             )
         if not (math.isfinite(source.epochs) and source.epochs > 0):
-            found.append(
+            messages.append(
                 f"data.train.{name}.epochs = {source.epochs} must be a number above 0: "
                 "leave a source out that shall not train"
             )
         elif source.weight and source.epochs != 1:
-            found.append(
+            messages.append(
                 f"data.train.{name}.weight = {source.weight} and data.train.{name}.epochs = "
                 f"{source.epochs} contradict each other: set one of them"
             )
     weighted = [name for name in sources if sources[name].weight]
     if weighted and len(weighted) < len(sources):
         missing = ", ".join(f"data.train.{name}.weight" for name in sources if name not in weighted)
-        found.append(
+        messages.append(
             f"only some sources have a weight ({', '.join(weighted)}): set {missing} too, or none"
         )
-    return found
+    return messages
 
 
 def counts(sizes: Mapping[str, int], sources: Mapping[str, Any] | None) -> dict[str, int]:
-    """Return how many examples each source gives in every epoch of the run.
+    """Return the number of examples that each source gives in every epoch of the run.
 
     The fractions are exact in the decimals of the config: weights 0.1 and 0.3 are 1 : 3.
 
     Args:
-        sizes: {source name: its examples}.
+        sizes: {source name: its number of examples}.
         sources: {source name: config.source}; None = every example once.
 
     Raises:
-        ValueError: see `problems`; or a source that gives no example.
+        ValueError: see `problems`; or a source gives no example.
     """
     if sources is None:
         return dict(sizes)
@@ -72,10 +72,12 @@ def counts(sizes: Mapping[str, int], sources: Mapping[str, Any] | None) -> dict[
     weights = {name: Fraction(str(sources[name].weight)) for name in sizes}
     if any(weights.values()):
         length = min(size / weights[name] for name, size in sizes.items())  # per unit of weight
-        found = {name: math.floor(weights[name] * length) for name in sizes}
+        examples_per_epoch = {name: math.floor(weights[name] * length) for name in sizes}
     else:
-        found = {name: round(Fraction(str(sources[name].epochs)) * sizes[name]) for name in sizes}
-    for name, count in found.items():
+        examples_per_epoch = {
+            name: round(Fraction(str(sources[name].epochs)) * sizes[name]) for name in sizes
+        }
+    for name, count in examples_per_epoch.items():
         if count == 0:
             key = "weight" if weights[name] else "epochs"
             raise ValueError(
@@ -83,7 +85,7 @@ def counts(sizes: Mapping[str, int], sources: Mapping[str, Any] | None) -> dict[
                 f"(data.train.{name}.{key} = {sources[name][key]}, examples of all sources: "
                 f"{dict(sizes)}): raise its {key}, or leave the source out"
             )
-    return found
+    return examples_per_epoch
 
 
 def same_every_epoch(ranges: Mapping[str, range], counts: Mapping[str, int]) -> bool:
@@ -103,7 +105,7 @@ def example_ids(
 
     Args:
         ranges: {source name: its example ids}.
-        counts: {source name: examples in every epoch}, of `counts`.
+        counts: {source name: examples in every epoch}, from `counts`.
     """
     parts = [
         ids.start + _of_source(len(ids), counts[name], name, shuffle, seed, epoch)
@@ -113,15 +115,16 @@ def example_ids(
 
 
 def _of_source(size: int, count: int, name: str, shuffle, seed: int, epoch: int) -> np.ndarray:
-    """The examples, from 0, that a source of `size` examples gives in an epoch.
+    """Return the examples, from 0, that a source of `size` examples gives in an epoch.
 
-    What is left of a pass depends on the epochs before, back to the last one that began a pass.
+    The rest of a pass depends on the previous epochs, back to the last one that began with a new
+    pass. The loop replays those epochs.
     """
     if count == 0:
         return np.zeros(0, np.int64)
     start = next(e for e in range(epoch, -1, -1) if e * count % size == 0)
-    number = start * count // size  # of the next pass
-    left = np.zeros(0, np.int64)  # of the pass before, in order
+    number = start * count // size  # number of the next pass
+    left = np.zeros(0, np.int64)  # rest of the previous pass, in order
     parts = []
     for _ in range(start, epoch + 1):
         parts, left = [left[:count]], left[count:]
@@ -142,5 +145,5 @@ def _of_source(size: int, count: int, name: str, shuffle, seed: int, epoch: int)
 def _one_pass(size: int, name: str, shuffle, seed: int, number: int) -> np.ndarray:
     if not shuffle:
         return np.arange(size)
-    # crc32, because Python's own hash of a string is another one in every process.
+    # crc32, since Python's own hash of a string differs between processes.
     return np.random.default_rng([seed, zlib.crc32(name.encode()), number]).permutation(size)
