@@ -1,6 +1,6 @@
-"""What became of every row: the examples that train, and all that was refused or dropped, and why.
+"""Report what became of every row: the trained examples, and all that was refused or dropped.
 
-Called by `inspect`. Nothing stops at a row that training would refuse: it is listed.
+Called by `inspect`. A row that training would refuse does not stop it: the row is listed.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from jax_sft.runtime.text import numbered
 from jax_sft.weights import hf_folder
 from jax_sft.weights.hf_config import size
 
-EVAL = "eval/"  # before the names of eval sets
+EVAL = "eval/"  # prefix of the names of eval sets
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An example that trains or, with an error, what was refused or dropped.
+    """A trained example or, with an error, something that was refused or dropped.
 
     Attributes:
         row: of the source, from 0.
@@ -44,11 +44,11 @@ class Entry:
 
     @property
     def target_weights(self) -> np.ndarray:
-        """The weights with that of the first token 0: nothing predicts it."""
+        """The weights, with 0 for the first token, which nothing predicts."""
         return np.where(np.arange(len(self.weights)) > 0, self.weights, 0)
 
     def describe(self) -> str:
-        """Say how long it is and what was done to it."""
+        """Return the length of the example and how it was truncated."""
         parts = [f"{len(self.ids):,} tokens, {np.count_nonzero(self.target_weights):,} train"]
         if self.num_left_out:
             parts.append(f"truncated: {self.num_left_out} turns left out at the start")
@@ -57,25 +57,25 @@ class Entry:
         return "; ".join(parts)
 
     def to_json(self, name: str) -> dict[str, Any]:
-        """The object that --dump writes."""
+        """Return the object that --dump writes."""
         if self.error:
             return {"source": name, "row": self.row, "error": self.error}
         if np.all(self.weights == np.floor(self.weights)):
             mask = self.weights.astype(np.int64).tolist()
-        else:  # by way of str: the decimals that were given, 0.3 and not 0.30000001192092896
+        else:  # str keeps the given decimals: 0.3, not 0.30000001192092896
             mask = [int(w) if w == int(w) else float(str(w)) for w in self.weights]
-        found = {"source": name, "row": self.row, "ids": self.ids.tolist(), "mask": mask}
-        return found | ({"truncated": True} if self.num_left_out or self.num_cut else {})
+        fields = {"source": name, "row": self.row, "ids": self.ids.tolist(), "mask": mask}
+        return fields | ({"truncated": True} if self.num_left_out or self.num_cut else {})
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One source as it would train.
+    """One source as it would be trained.
 
     Attributes:
         name: NAME of a train source, eval/NAME of an eval set.
         fit: which of the store's examples are used, and how much of each.
-        seq_len: that they were fitted to.
+        seq_len: the limit that they were fitted to.
         report: what became of its rows.
     """
 
@@ -86,7 +86,7 @@ class Source:
     report: dict
 
     def example(self, index: int) -> Entry:
-        """Return one of the examples that are used."""
+        """Return one of the used examples."""
         store, position = self.store, int(self.fit.kept[index])
         start, stop = int(store.starts[position]), int(self.fit.stops[index])
         return Entry(
@@ -103,7 +103,7 @@ class Source:
             yield Entry(bad["row"], bad["where"], bad["error"])
 
     def dropped(self) -> Iterator[Entry]:
-        """Yield what is left out for its length, or because nothing of it trains, in order."""
+        """Yield the examples dropped for their length or without a trained token, in order."""
         store = self.store
         is_dropped = np.ones(len(store.rows), bool)
         is_dropped[self.fit.kept] = False
@@ -116,23 +116,23 @@ class Source:
             yield Entry(int(store.rows[position]), store.where(position), reason)
 
     def left_out(self) -> Iterator[Entry]:
-        """Yield all that does not train, in the order of rows."""
+        """Yield everything that is not trained, in the order of rows."""
         return heapq.merge(self.bad_rows(), self.dropped(), key=lambda entry: entry.row)
 
     def of_row(self, row: int) -> list[Entry]:
-        """Return what became of one row: its examples, and what of it was left out."""
+        """Return what became of one row: its examples, and its parts that were left out."""
         first, stop = np.searchsorted(self.store.rows[self.fit.kept], [row, row + 1]).tolist()
         used = [self.example(index) for index in range(first, stop)]
         return used + [entry for entry in self.left_out() if entry.row == row]
 
     def entries(self) -> Iterator[Entry]:
-        """Yield every example and all that was left out, in the order of rows."""
+        """Yield every example and everything that was left out, in the order of rows."""
         used = map(self.example, range(len(self.fit.kept)))
         return heapq.merge(used, self.left_out(), key=lambda entry: entry.row)
 
 
 def lenient(data: Any) -> Any:
-    """Return `cfg.data` with everything left out and counted at which training would stop."""
+    """Return a copy of `cfg.data` that skips and counts what training would refuse."""
     data = data.copy_and_resolve_references()
     data.on_bad_row, data.max_lost = "skip", 1.0
     if data.overlong == "raise":
@@ -141,15 +141,15 @@ def lenient(data: Any) -> Any:
 
 
 def open_sources(data: Any, folder: Path) -> list[Source]:
-    """Tokenize the train sources and the eval sets, or find it done.
+    """Tokenize the train sources and the eval sets, or reuse their cached tokens.
 
     Args:
         data: `cfg.data`.
 
     Raises:
-        ValueError: all sources that cannot be read at all.
+        ValueError: names all sources that cannot be read at all.
     """
-    data, found, problems = lenient(data), [], []
+    data, opened, problems = lenient(data), [], []
     options = prepare.options(data)
     named = {name: data.train[name] for name in sorted(data.train)}
     named |= {EVAL + name: data.eval[name] for name in sorted(data.eval)}
@@ -163,55 +163,58 @@ def open_sources(data: Any, folder: Path) -> list[Source]:
                 cache_gb=data.cache_gb,
                 max_row_bytes=data.max_row_bytes,
             )
-        except confined.OutOfBounds:  # the other sources would only take as long
+        except confined.OutOfBounds:  # the other sources would only take as long to fail
             raise
         except ValueError as error:
             problems.append(str(error))
             continue
         fit = prepare.fit_length(store, data.seq_len, data.overlong, name)
         report = {"path": source.path} | prepare.describe(store, fit, data)
-        found.append(Source(name, store, fit, data.seq_len, report))
+        opened.append(Source(name, store, fit, data.seq_len, report))
     if problems:
         raise ValueError(numbered("{} source(s) cannot be read", problems))
-    return found
+    return opened
 
 
 def refusals(data: Any, sources: Sequence[Source], vocab: int) -> list[str]:
-    """Say what training would refuse of the sources; what the train sources lack together is not
-    seen here.
+    """Return what training would refuse of each source.
+
+    Problems of the training set as a whole are not reported.
 
     Args:
         data: `cfg.data`.
         vocab: number of token ids.
     """
-    found = []
+    messages = []
     for source in sources:
         dropped, name, highest = source.report["dropped"], source.name, source.report["highest_id"]
         if dropped["bad_row"] and data.on_bad_row == "raise":
-            found.append(f'{dropped["bad_row"]:,} bad row(s) of {name} (data.on_bad_row = "raise")')
+            messages.append(
+                f'{dropped["bad_row"]:,} bad row(s) of {name} (data.on_bad_row = "raise")'
+            )
         if dropped["overlong"] and data.overlong == "raise":
-            found.append(
+            messages.append(
                 f"{dropped['overlong']:,} example(s) of {name} over data.seq_len = {data.seq_len} "
                 '(data.overlong = "raise")'
             )
         if not is_stopped(data, source):
             lost = losses.problems({name: source.report}, data.max_lost)
-            found += [f"to start: {problem}" for problem in lost]
+            messages += [f"to start: {problem}" for problem in lost]
         if name.startswith(EVAL) and not len(source.fit.kept):
-            found.append(f"to start: data.eval.{name.removeprefix(EVAL)} has no example left")
+            messages.append(f"to start: data.eval.{name.removeprefix(EVAL)} has no example left")
         if highest >= vocab:
-            found.append(
+            messages.append(
                 f"{name}: its highest token id is {highest}, and there are only {vocab}: tokens of "
                 "another model, or added without resizing the embedding"
             )
-    return found
+    return messages
 
 
 def vocabulary(folder: Path, num_tokens: int) -> int:
-    """Return the model's number of token ids, the tokenizer's where its folder does not say.
+    """Return the model's number of token ids, or the tokenizer's if config.json has none.
 
     Raises:
-        ValueError: its config.json is one that training would refuse.
+        ValueError: training would refuse the config.json.
     """
     file = folder / "config.json"
     config = hf_folder.read_json(file) if file.is_file() else {}
@@ -230,15 +233,15 @@ def is_stopped(data: Any, source: Source) -> bool:
 
 
 def warnings(data: Any, sources: Sequence[Source]) -> list[str]:
-    """Say what the train sources and each eval set would lose, as training does."""
+    """Return the losses of the train sources and of each eval set, as training prints them."""
     running = {s.name: s.report for s in sources if not is_stopped(data, s)}
     train = {name: report for name, report in running.items() if not name.startswith(EVAL)}
     sets = [train, *({n: r} for n, r in running.items() if n.startswith(EVAL))]
-    return [line for one in sets for line in losses.warnings(one)]
+    return [line for reports in sets for line in losses.warnings(reports)]
 
 
 def verdict(data: Any, sources: Sequence[Source], refused: Sequence[str]) -> list[str]:
-    """The last lines: what would be left out, and whether training would start."""
+    """Return the last lines: what would be left out, and whether training would start."""
     lines = []
     for source in sources:
         chosen = dict(source.report["dropped"])
