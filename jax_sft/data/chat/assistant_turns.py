@@ -254,8 +254,8 @@ def _template_think(template: ChatTemplate, message: dict, prompt: str, through:
 def _behind(text: str, answer: str, start: int) -> int:
     """Return the end of the answer, searched from `start` on; `start` if the text lacks it."""
     closed = text.rfind("</think>", start)
-    found = text.find(answer.strip(), max(start, closed))
-    return max(found, start) + (len(answer.strip()) if found >= 0 else 0)
+    place = text.find(answer.strip(), max(start, closed))
+    return max(place, start) + (len(answer.strip()) if place >= 0 else 0)
 
 
 def _end_of_turn(text: str, start: int, special: Sequence[str]) -> tuple[int, int] | None:
@@ -337,8 +337,8 @@ def check_context(
             kept = split_think(message)[1]
         if not is_in(kept, text) or missing_part(message, text) is not None:
             raise ValueError(f"the chat template leaves out part of message {number}")
-        found = text.find(kept.strip(), place, following)
-        place, in_order = max(found + len(kept.strip()), place), in_order and found >= 0
+        position = text.find(kept.strip(), place, following)
+        place, in_order = max(position + len(kept.strip()), place), in_order and position >= 0
         # A text shorter than SHORT may have been found within another message.
         sure = len(kept.strip()) >= SHORT and not message.get("tool_calls")
         doubtful.append((number, sure))

@@ -62,7 +62,7 @@ class Store:
     Attributes:
         folder: its folder in the cache.
         root: the folder that the names of the data files are relative to.
-        meta: key, content (a hash of the examples, whatever they were made from), format,
+        meta: key, content (a hash of the examples alone, not of their files), format,
             format_reason, rows (read), highest_id (of a token; -1 = none), turn_ends {id of a
             special token, as text: trained turns that it ends}, refused {kind of reason: rows},
             files [{name, first_row, unit}], weights (their dtype), sizes and digests {file: bytes,

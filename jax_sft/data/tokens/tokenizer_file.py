@@ -1,7 +1,7 @@
 """Compare a tokenizer with its tokenizer.json, which is what inference engines read.
 
-transformers builds its own normalizer and pre-tokenizer for some model types, whatever the file
-has. A model would then be trained on tokens that it is never served. Called by
+transformers builds its own normalizer and pre-tokenizer for some model types and ignores those of
+the file. A model would then be trained on tokens that it is never served. Called by
 `encoding.load_tokenizer`.
 """
 
