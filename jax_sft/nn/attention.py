@@ -33,9 +33,9 @@ def attend(
     """Rotate queries and keys, then attend causally within each segment. Returns [B, T, N, H].
 
     Args:
-        window: a token sees at most so many tokens, itself included.
-        windowed: bool scalar, has this layer the window? None = it has.
-        scale: of the scores; None = 1 / sqrt(H).
+        window: number of tokens that a token sees at most, itself included.
+        windowed: bool scalar, whether this layer uses the window. None = it does.
+        scale: factor on the scores; None = 1 / sqrt(H).
         soft_cap: bound of the scaled scores, see `packed_attention`; 0 = none.
     """
     q_BTNH, k_BTKH = rope.rotate(q_BTNH, angles), rope.rotate(k_BTKH, angles)
@@ -60,9 +60,9 @@ class Attention(nnx.Module):
 
     Args:
         cfg: a family's Config.
-        bias, out_bias: have q, k and v one, and has the output projection?
-        norms: of q and of k, before they are rotated; empty = there are none.
-        scale: of the scores; None = 1 / sqrt(H).
+        bias, out_bias: whether q, k and v, and whether the output projection, have biases.
+        norms: norms of q and of k before the rotation; empty = none.
+        scale: factor on the scores; None = 1 / sqrt(H).
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Attention(nnx.Module):
         self.scale, self.soft_cap, self.window = scale, cfg.attention_soft_cap, cfg.window
 
     def __call__(self, x_BTD: jax.Array, *context, windowed: jax.Array | None = None) -> jax.Array:
-        """Return [B, T, D]; the arguments are those of `attend` from `angles` on."""
+        """Return [B, T, D]. `context` holds the arguments of `attend` from `angles` on."""
         q_BTNH, k_BTKH = self.q(x_BTD), self.k(x_BTD)
         if hasattr(self, "q_norm"):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)

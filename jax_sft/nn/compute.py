@@ -1,6 +1,6 @@
-"""How a model computes, whatever its family: dtypes, attention, what the backward pass keeps.
+"""Settings of a model's computation for all families: dtypes, attention, rematerialization.
 
-`ModelDef` makes one Compute; model families hand it on to the primitives of `layers`.
+`ModelDef` creates the Compute; model families pass it on to the modules of `layers`.
 """
 
 import dataclasses
@@ -16,26 +16,28 @@ from jax_sft.nn.remat_names import KEPT, NAMES
 from jax_sft.sharding import collectives, rules
 from jax_sft.weights import tree
 
-_WEIGHT = "weight"  # a gathered weight; it is never kept
+_WEIGHT = "weight"  # checkpoint name of a gathered weight, which is never kept
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
-    """The policy "none": JAX asks whether to keep what an operation of a layer returned.
+    """Return whether to keep the result of an operation: the policy "none" of `jax.checkpoint`.
 
-    JAX's policies of names do not look into a custom derivative, so `gather` is known by what is
-    in it; and what a sharding constraint returned can be had again from what it was given.
+    JAX's name policies do not look inside a custom derivative, so `gather` is recognized by its
+    contents. The result of a sharding constraint can be recomputed from its operand.
     """
     inside = params["call_jaxpr"].eqns if primitive.name == "custom_vjp_call" else ()
-    is_weight = any(each.get("name") == _WEIGHT for each in (params, *(e.params for e in inside)))
+    is_weight = any(
+        eqn_params.get("name") == _WEIGHT for eqn_params in (params, *(e.params for e in inside))
+    )
     return not is_weight and primitive.name != "sharding_constraint"
 
 
-# model.remat: what the backward pass keeps of a layer instead of computing it again.
+# model.remat: the values of a layer that are kept for the backward pass instead of recomputed.
 REMAT: dict[str, Callable[..., Any]] = {"none": _all_but_gathered}
 
 
 def policy(remat: str, offload: tuple[str, ...] = ()) -> Callable[..., Any]:
-    """Return the policy of `jax.checkpoint`.
+    """Return the `jax.checkpoint` policy for these settings.
 
     Args:
         remat: "none" (keep all but gathered weights), "dots" (keep matrix products), "attn" (keep
@@ -43,7 +45,7 @@ def policy(remat: str, offload: tuple[str, ...] = ()) -> Callable[..., Any]:
         offload: NAMES that are kept in pinned host memory instead of the device's.
 
     Raises:
-        ValueError: an unknown name; or `offload` with a policy that is not made of names.
+        ValueError: a name is unknown, or `offload` is used with a policy that has no names.
     """
     if remat in REMAT:
         if offload:
@@ -72,14 +74,14 @@ def policy(remat: str, offload: tuple[str, ...] = ()) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """What model code is told beside its weights and inputs.
+    """The settings that model code gets in addition to its weights and inputs.
 
     Attributes:
-        dtype: of activations, and of matrices while they multiply.
-        grad_dtype: in which gradients of matrices are added up over devices.
-        attention: key of ops.attention.dispatch.BACKENDS.
-        max_segments: segments per row at most.
-        policy: of `jax.checkpoint`, for a layer.
+        dtype: dtype of activations, and of matrices in products.
+        grad_dtype: dtype in which gradients of matrices are reduced over devices.
+        attention: one of ops.attention.dispatch.BACKENDS.
+        max_segments: upper bound on the segments of a row.
+        policy: `jax.checkpoint` policy of a layer.
         axes: {path of a matrix: logical axes of its dimensions}.
     """
 
@@ -96,13 +98,13 @@ class Compute:
         for path, weight in params.items():
             axes = self.axes.get(f"{name}.{path}")
             if axes:
-                with jax.named_scope(f"part.{name}.{path}"):  # `plan` shows it
-                    of_one = axes[-weight.ndim :]
-                    if jnp.issubdtype(weight.dtype, jnp.integer):  # packed: it travels as it is
-                        whole = rules.constrain(weight, *rules.gathered(of_one))
+                with jax.named_scope(f"part.{name}.{path}"):  # shown by `plan`
+                    layer_axes = axes[-weight.ndim :]
+                    if jnp.issubdtype(weight.dtype, jnp.integer):  # quantized: gathered as stored
+                        whole = rules.constrain(weight, *rules.gathered(layer_axes))
                         params[path] = checkpoint_name(whole, _WEIGHT)
                     else:
-                        params[path] = gather(weight, of_one, self.dtype, self.grad_dtype)
+                        params[path] = gather(weight, layer_axes, self.dtype, self.grad_dtype)
         return tree.from_dict(layer, params)
 
 
@@ -110,16 +112,17 @@ class Compute:
 def gather(weight: jax.Array, axes: tuple[str, ...], dtype, grad_dtype) -> jax.Array:
     """Round a sharded master weight, then gather it over the axes of `embed` (ZeRO stage 3).
 
-    (Rajbhandari et al. 2020, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277.) Its gradient
-    comes summed and scattered from `layers.Linear`; it is pinned to the sharding of the weight
-    here, so that a product of another kind cannot leave it all-reduced.
+    (Rajbhandari et al. 2020, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277.) The gradient
+    from `layers.Linear` is already summed and scattered. It is constrained to the weight's sharding
+    here, so that no other kind of product can leave it all-reduced.
 
     Args:
         axes: logical axes of the weight's dimensions.
-        dtype: the weight is rounded to it and travels in it.
-        grad_dtype: of the result, hence of its gradient, which is formed and summed in it.
+        dtype: the weight is rounded to this dtype before it is gathered.
+        grad_dtype: dtype of the result, and so the dtype in which its gradient is computed and
+            summed.
     """
-    shard = rules.constrain(weight.astype(dtype), *axes)  # cast first: half the bytes
+    shard = rules.constrain(weight.astype(dtype), *axes)  # cast before the gather: half the bytes
     return checkpoint_name(collectives.gather(shard, axes), _WEIGHT).astype(grad_dtype)
 
 

@@ -1,4 +1,4 @@
-"""Residual blocks and whole decoders: the layers are stacked, and run by a scan.
+"""Residual blocks and whole decoders, whose layers are stacked and run by a scan.
 
 Shape suffixes: B rows, T tokens, D model.
 """
@@ -18,7 +18,7 @@ from jax_sft.nn.layers import CenteredRMSNorm, Embedding, Head, RMSNorm, residua
 
 
 class PreNorm(nnx.Module):
-    """Residual block: attention, then an MLP, the input of each normed."""
+    """Residual block of attention and MLP, with a norm before each."""
 
     def __init__(self, cfg: Any, attn: Any, mlp: Any):
         self.attn_norm = RMSNorm(cfg.features, eps=cfg.norm_eps)
@@ -32,7 +32,7 @@ class PreNorm(nnx.Module):
 
 
 class PrePostNorm(nnx.Module):
-    """Residual block: attention, then an MLP, the input and the output of each normed."""
+    """Residual block of attention and MLP, with a norm before and after each."""
 
     def __init__(self, cfg: Any, attn: Any, mlp: Any):
         self.attn_norm = CenteredRMSNorm(cfg.features, eps=cfg.norm_eps)
@@ -49,13 +49,14 @@ class PrePostNorm(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids to final hidden states: embedding, equal layers, norm. The head is applied by the
-    loss or by `inference`.
+    """Token ids to final hidden states: embedding, equal layers, norm.
+
+    The loss or `inference` applies the head.
 
     Args:
-        make_layer: (cfg, key) -> a module, which is called with (x_BTD, angles, segment_ids_BT,
-            positions_BT, compute) and returns the next x_BTD; a layer of experts returns
-            (x_BTD, Routing).
+        make_layer: (cfg, key) -> a module. The module is called with (x_BTD, angles,
+            segment_ids_BT, positions_BT, compute) and returns the next x_BTD, or (x_BTD, Routing)
+            for a layer with experts.
         cfg: a family's Config.
     """
 
@@ -69,11 +70,11 @@ class Decoder(nnx.Module):
             self.head = Head(cfg.vocab, cfg.features, head)
 
     def __call__(self, tokens_BT, segment_ids_BT, positions_BT, compute: Compute) -> jax.Array:
-        """Return hidden states [B, T, D] in `compute.dtype`, normed and ready for the head."""
+        """Return the final, normalized hidden states [B, T, D] in `compute.dtype`."""
         return self.routed(tokens_BT, segment_ids_BT, positions_BT, compute)[0]
 
     def routed(self, tokens_BT, segment_ids_BT, positions_BT, compute: Compute):
-        """Return (hidden states, the Routing of all layers; None without experts)."""
+        """Return (hidden states, Routing of all layers or None without experts)."""
         x_BTD = self.embed(tokens_BT, compute.dtype)
         angles = self.cfg.rope.angles(positions_BT, segment_ids_BT, compute.max_segments)
         context = (angles, segment_ids_BT, positions_BT, compute)
@@ -84,18 +85,18 @@ class Decoder(nnx.Module):
 
     @property
     def head_VD(self) -> jax.Array:
-        """The output head [V, D], the master weight: the embedding table when tied."""
+        """The master weight of the output head [V, D], the embedding table if tied."""
         return self.embed.table[...] if self.cfg.tied else self.head.table[...].T
 
 
 class GemmaDecoder(Decoder):
-    """A Decoder with embeddings of norm sqrt(D), centred norms and layers of two kinds.
+    """A Decoder with embeddings scaled by sqrt(D), centered norms and two kinds of layers.
 
     Args:
-        make_layer: its module is called with (x_BTD, windowed, *angles, segment_ids_BT,
-            positions_BT, compute): whether the layer has the window, and the angles of each of
-            `cfg.ropes`.
-        cfg: a family's Config, with `windowed`, a bool for each layer, and `ropes`.
+        make_layer: (cfg, key) -> a module. The module is called with (x_BTD, windowed, *angles,
+            segment_ids_BT, positions_BT, compute): `windowed` is whether the layer has the window,
+            and `angles` are those of each of `cfg.ropes`.
+        cfg: a family's Config, with `windowed`, a bool per layer, and `ropes`.
     """
 
     def __init__(self, make_layer: Callable[[Any, jax.Array], Any], cfg: Any, key):
@@ -104,15 +105,17 @@ class GemmaDecoder(Decoder):
 
     def routed(self, tokens_BT, segment_ids_BT, positions_BT, compute: Compute):
         x_BTD = self.embed(tokens_BT, compute.dtype)
-        # The factor is rounded too, as in transformers: in bfloat16, sqrt(3584) = 59.87 is 59.75.
+        # The factor is rounded as in transformers: in bfloat16, sqrt(3584) = 59.87 becomes 59.75.
         x_BTD *= jnp.asarray(math.sqrt(self.cfg.features), compute.dtype)
         angles = [
             rope.angles(positions_BT, segment_ids_BT, compute.max_segments)
             for rope in self.cfg.ropes
         ]
         context = (*angles, segment_ids_BT, positions_BT, compute)
-        each = (jnp.array(self.cfg.windowed),)
-        x_BTD = run_stack(self.layers, x_BTD, *context, name="layers", compute=compute, each=each)
+        per_layer = (jnp.array(self.cfg.windowed),)
+        x_BTD = run_stack(
+            self.layers, x_BTD, *context, name="layers", compute=compute, each=per_layer
+        )
         return self.final_norm(x_BTD), None
 
 
@@ -129,11 +132,13 @@ def run_stack(
     compute: Compute,
     each: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
-    """Apply stacked layers in turn, `x = layer(x, *of_each, *inputs)`, as one compiled loop body.
+    """Apply stacked layers in order, as one compiled loop body.
+
+    Layer i computes `x = layer_i(x, *(array[i] for array in each), *inputs)`.
 
     Args:
-        name: path of `layers` in the model, as the weight rows have it.
-        each: arrays [layers, ...] of which each layer gets its own element: in what layers differ.
+        name: path of `layers` in the model, as in the paths of the parameter specs.
+        each: per-layer inputs, arrays [layers, ...] indexed by the scan.
     """
     return run_routed_stack(layers, x_BTD, *inputs, name=name, compute=compute, each=each)[0]
 
@@ -146,17 +151,17 @@ def run_routed_stack(
     compute: Compute,
     each: tuple[jax.Array, ...] = (),
 ) -> tuple[jax.Array, Any]:
-    """The same for layers that may return (x, Routing) instead of x: also return each one's.
+    """Apply stacked layers like `run_stack`, and also return the Routing of layers that have one.
 
     Returns:
         (x, Routing with a leading layer dimension), or (x, None).
     """
 
     def body(x_BTD, of_layer):
-        layer, *of_each = of_layer
+        layer, *layer_inputs = of_layer
         x_BTD = checkpoint_name(x_BTD, "residual")
-        found = compute.gathered(layer, name)(x_BTD, *of_each, *inputs)
-        x_BTD, routing = found if isinstance(found, tuple) else (found, None)
+        result = compute.gathered(layer, name)(x_BTD, *layer_inputs, *inputs)
+        x_BTD, routing = result if isinstance(result, tuple) else (result, None)
         return residual(x_BTD), routing
 
     body = jax.checkpoint(body, policy=compute.policy, prevent_cse=False)

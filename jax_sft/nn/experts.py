@@ -1,10 +1,10 @@
-"""Mixture of experts: a router, and SwiGLU experts of which each token takes its best few.
+"""Mixture of experts: a router that sends each token to its top K SwiGLU experts.
 
-No token is dropped and no expert has a capacity: tokens are sorted by expert, and each expert
-multiplies as many rows as chose it. Padding chooses none. Called by the families that have experts.
+No token is dropped and no expert has a capacity. Tokens are sorted by expert, and each expert
+multiplies the rows sent to it. Padding is sent to no expert. Called by the families with experts.
 
-E experts, K experts that a token takes, R = T K and M = B T K rows of one device, a row being a
-token at one of its experts; the other suffixes as in `layers`.
+Shape suffixes: E experts, K experts per token, R = T K and M = B T K rows of one device, where a
+row is a token at one of its experts; the others as in `layers`.
 """
 
 import dataclasses
@@ -23,18 +23,18 @@ _KERNEL = ("experts", "embed", "mlp")
 _TOKENS = ("batch", "token", "features")
 _RESIDUAL = ("batch", "residual", "features")
 _CHOSEN = ("batch", "token", "chosen")
-_HIDDEN = ("batch", "token", "mlp")  # the token dimension holds rows, K for each token
+_HIDDEN = ("batch", "token", "mlp")  # the token dimension holds rows, K per token
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What a layer's router did with the tokens of all devices, padding left out; float32.
+    """Statistics of a layer's router over the tokens of all devices, without padding; float32.
 
     Attributes:
-        taken_E: tokens that took each expert.
+        taken_E: number of tokens sent to each expert.
         probs_E: sum of the probabilities of each expert.
-        tokens: how many tokens.
+        tokens: number of tokens.
     """
 
     taken_E: jax.Array
@@ -46,7 +46,7 @@ def balance_loss(routing: Routing) -> jax.Array:
     """Return the load-balancing loss: E times the sum of (share of tokens x mean probability).
 
     Equations 4 to 6 of Fedus et al. 2021, arXiv:2101.03961, over the tokens of all layers together,
-    as `load_balancing_loss_func` of transformers has it: K when all experts are equal.
+    like `load_balancing_loss_func` of transformers. The loss is K if all experts are equal.
 
     Args:
         routing: with a leading layer dimension.
@@ -57,15 +57,15 @@ def balance_loss(routing: Routing) -> jax.Array:
 
 
 def read(fields: Fields, default: tuple[int, int]) -> tuple[int, int, float]:
-    """Return (experts, those that a token takes, weight of the balance loss) of a config.json.
+    """Return (experts, experts per token, weight of the balance loss) of a config.json.
 
     Args:
-        default: the first two, where it has none.
+        default: the first two values, used if config.json has none.
 
     Raises:
-        ValueError: a value that cannot be.
+        ValueError: a value is invalid.
     """
-    # transformers 4 and 5 differ in the name, and read both.
+    # transformers 4 and 5 write different names, and both read either.
     local = fields.size("num_local_experts", fields.size("num_experts", default[0]))
     num_experts = fields.size("num_experts", local)
     if local != num_experts:
@@ -84,15 +84,15 @@ def read(fields: Fields, default: tuple[int, int]) -> tuple[int, int, float]:
 
 
 class MoE(nnx.Module):
-    """The weighted sum of a token's best experts, each a SwiGLU.
+    """The weighted sum of a token's top experts, each a SwiGLU.
 
-    Weights are the router's probabilities, a softmax over all experts in float32; they multiply
-    what the experts return, and the sum is rounded once.
+    The weights are the router's probabilities, a softmax over all experts in float32. They multiply
+    the outputs of the experts, and the sum is rounded once.
 
     Args:
         mlp: inner size of an expert.
-        num_chosen: experts that a token takes.
-        normalise: whether the weights of a token are made to add up to 1.
+        num_chosen: experts per token.
+        normalise: whether the weights of a token are normalized to sum to 1.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class MoE(nnx.Module):
 
 
 class Layer(decoder.PreNorm):
-    """Residual block: attention, then experts, the input of each normed; returns Routing too."""
+    """Pre-norm residual block: attention, then experts. Also returns the Routing."""
 
     def __call__(self, x_BTD, angles, segment_ids_BT, *context):
         context = angles, segment_ids_BT, *context
@@ -142,7 +142,7 @@ class Layer(decoder.PreNorm):
 
 
 class ExpertKernel(nnx.Module):
-    """One matrix per expert, [E, D, F] whichever way it multiplies: see `layers.Linear`."""
+    """One matrix per expert, [E, D, F] in either direction of the product, see `layers.Linear`."""
 
     def __init__(self, num_experts: int, features: int, mlp: int, key):
         shape = num_experts, features, mlp
@@ -150,9 +150,9 @@ class ExpertKernel(nnx.Module):
 
 
 def _best(probs_BTE: jax.Array, num_chosen: int) -> jax.Array:
-    """The experts of highest probability, int32 [B, T, K].
+    """Return the experts of highest probability, int32 [B, T, K].
 
-    A `shard_map` region, since no token needs another one.
+    This runs in a `shard_map` region, since tokens are independent of each other.
     """
     return jax.shard_map(
         lambda probs: jax.lax.top_k(probs, num_chosen)[1],
@@ -166,11 +166,11 @@ def _best(probs_BTE: jax.Array, num_chosen: int) -> jax.Array:
 
 @jax.custom_vjp
 def _experts(x_BTD, weights_BTK, chosen_BTK, gate, up, down) -> jax.Array:
-    """[B, T, D] -> [B, T, D], its tokens split over `tensor` too, as those of the residual stream.
+    """[B, T, D] -> [B, T, D], with tokens also sharded over `tensor` like the residual stream.
 
     Args:
         weights_BTK: float32.
-        chosen_BTK: experts; E for none.
+        chosen_BTK: expert ids; E means no expert.
         gate, up, down: gathered [E, D, F].
     """
     return _experts_fwd(x_BTD, weights_BTK, chosen_BTK, gate, up, down)[0]
@@ -210,7 +210,7 @@ def _shard_map_region(local, of_inputs, of_outputs):
 
 
 def _forward(x_BTD, weights_BTK, chosen_BTK, gate, up, down):
-    """One device's tokens, and its part of each expert's inner dimension."""
+    """Compute one device's tokens with its part of each expert's inner dimension."""
     rows = _Rows.of(chosen_BTK, num_experts=len(gate))
     x_MD = rows.spread(x_BTD)
     gate_MF = grouped.matmul(x_MD, gate, rows.sizes_E, over=1)
@@ -222,7 +222,7 @@ def _forward(x_BTD, weights_BTK, chosen_BTK, gate, up, down):
 
 
 def _backward(grad_BTD, x_BTD, weights_BTK, chosen_BTK, gate, up, down, gate_BRF, up_BRF):
-    """Gradients of x (its tokens split over `tensor`), the weights and the kernels (scattered)."""
+    """Return the gradients of x (tokens sharded over `tensor`), weights and kernels (scattered)."""
     rows = _Rows.of(chosen_BTK, num_experts=len(gate))
     x_MD, grad_MD = rows.spread(x_BTD), rows.spread(grad_BTD)
     hidden_MF, activation_vjp = jax.vjp(
@@ -230,8 +230,8 @@ def _backward(grad_BTD, x_BTD, weights_BTK, chosen_BTK, gate, up, down, gate_BRF
         *(part.reshape(len(x_MD), -1) for part in (gate_BRF, up_BRF)),
     )
     weights_M1 = rows.sorted(weights_BTK)[:, None]
-    # Before the weight. Its product with the hidden values is that of the expert's output, which is
-    # not kept, with the gradient of the sum.
+    # Taken before the routing weight is applied. Its dot product with the hidden values equals that
+    # of the expert's output, which is not kept, with the gradient of the sum.
     grad_MF = grouped.matmul(grad_MD, down, rows.sizes_E, over=1)
     grad_weights_M = jnp.sum(grad_MF.astype(jnp.float32) * hidden_MF.astype(jnp.float32), axis=-1)
     grad_weights_BTK = collectives.psum(rows.unsorted(grad_weights_M), rules.RULES["mlp"])
@@ -239,7 +239,7 @@ def _backward(grad_BTD, x_BTD, weights_BTK, chosen_BTK, gate, up, down, gate_BRF
     grad_x_MD = grouped.matmul(grad_gate_MF, gate, rows.sizes_E, over=2)
     grad_x_MD += grouped.matmul(grad_up_MF, up, rows.sizes_E, over=2)
     weighted_MF = (weights_M1 * hidden_MF).astype(hidden_MF.dtype)
-    with jax.named_scope(".".join(("part.gradient", *_KERNEL))):  # `plan` shows it
+    with jax.named_scope(".".join(("part.gradient", *_KERNEL))):  # shown by `plan`
         grad_kernels = [
             collectives.sum_over_tokens(grouped.outer(*pair, rows.sizes_E, gate.dtype), _KERNEL)
             for pair in ((x_MD, grad_gate_MF), (x_MD, grad_up_MF), (grad_MD, weighted_MF))
@@ -249,18 +249,18 @@ def _backward(grad_BTD, x_BTD, weights_BTK, chosen_BTK, gate, up, down, gate_BRF
 
 
 def _scatter_tokens(part_BTD: jax.Array) -> jax.Array:
-    """Add up what the shards of `mlp` have, each getting its tokens of the residual stream."""
+    """Reduce-scatter partial sums over the axis of `mlp`, along the token dimension."""
     (axis,) = rules.RULES["mlp"]
     return collectives.psum_scatter(part_BTD, axis, scatter_dimension=1, tiled=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """One device's rows, sorted by expert; those of no expert come last.
+    """One device's rows, sorted by expert; rows without an expert come last.
 
     Attributes:
-        order_M: for each sorted row, its place among [B, T, K].
-        places_BTK: the inverse.
+        order_M: for each sorted row, its flat index in [B, T, K].
+        places_BTK: the inverse permutation.
         sizes_E: rows of each expert.
     """
 
@@ -279,7 +279,7 @@ class _Rows:
         )
 
     def spread(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] -> [M, D]: each token once for each of its experts."""
+        """[B, T, D] -> [M, D]: each token once per expert."""
         num_chosen = self.places_BTK.shape[-1]
         return x_BTD.reshape(-1, x_BTD.shape[-1])[self.order_M // num_chosen]
 

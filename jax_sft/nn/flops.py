@@ -1,6 +1,6 @@
-"""FLOPs that a model needs in a training step, by part, from its weight rows.
+"""Count the FLOPs that a model needs in a training step, by part, from its parameter specs.
 
-Called by `metrics` for the MFU of a run and by `planning.step_cost` for that of a plan.
+Called by `metrics` for the MFU of a run and by `planning.step_cost` for the MFU of a plan.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -18,23 +18,23 @@ def model_flops(
     frozen: Collection[str] = (),
     forward_only: bool = False,
 ) -> dict[str, float]:
-    """Return the FLOPs that the model needs, by part: forward and twice that backward.
+    """Return the FLOPs that the model needs by part: once forward and twice that backward.
 
-    Matrix products only, without the lookup in the embedding table and without recomputation; of
-    experts those that a token takes. Attention counts the query-key pairs that are visible (causal,
-    within segments), not the padded square. A sliding window is not counted: where segments are
-    longer, this is too much. Matrices that are frozen need no gradient of their own: forward and
-    once that backward.
+    Counts matrix products only, without the embedding lookup and without recomputation. Of the
+    experts, only those that a token is sent to count. Attention counts the visible query-key pairs
+    (causal, within segments), not the padded square. Sliding windows are ignored, so the result is
+    too high when segments are longer than the window. Frozen matrices need no gradient of their
+    own, so their backward pass counts once.
 
     Args:
         tokens: tokens that are not padding.
         pairs: visible query-key pairs.
-        trained_tokens: those that the head multiplies; nothing else needs the others' logits.
-        frozen: paths of what does not train.
+        trained_tokens: tokens with a loss; the head multiplies only these.
+        frozen: paths of the frozen weights.
     """
     parts = {"embedding": 0.0, "attention_projections": 0.0}
-    of_scores = (1 if forward_only else 3) * 4 * dims["heads"] * dims["head_dim"]
-    parts["attention_scores"] = of_scores * dims["layers"] * pairs
+    flops_per_pair = (1 if forward_only else 3) * 4 * dims["heads"] * dims["head_dim"]
+    parts["attention_scores"] = flops_per_pair * dims["layers"] * pairs
     for row in rows:
         if row.is_matrix and (part := _part(row, tied)) != "embedding":
             applied = trained_tokens if part == "head" else tokens

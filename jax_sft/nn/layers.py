@@ -1,8 +1,8 @@
-"""Primitives that model families are written from: linear, norm, embedding, head, MLP.
+"""Building blocks of the model families: linear, norm, embedding, head, MLP.
 
 Shape suffixes: B rows, T tokens, D model, F mlp, V vocabulary.
 Modules are plain pytrees (NNX tree mode): no shared submodules, parameters created from a key.
-Parameters multiply in the dtype of the activation; what loses precision runs in float32.
+Parameters multiply in the dtype of the activations. Precision-sensitive operations are float32.
 """
 
 import functools
@@ -16,28 +16,28 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_sft.ops.embedding import lookup
 from jax_sft.sharding import collectives, rules
 
-INIT_STD = 0.02  # of matrices made from scratch, as in Hugging Face's initializer_range
+INIT_STD = 0.02  # of matrices initialized from scratch, as Hugging Face's initializer_range
 
 
-Axes = tuple[tuple[str, ...], tuple[str, ...]]  # logical axes: of the inputs, of the outputs
+Axes = tuple[tuple[str, ...], tuple[str, ...]]  # logical axes of (inputs, outputs)
 
 
 class Linear(nnx.Module):
     """y = x W (+ b), contracting the last dimensions of x.
 
-    With an attribute `lora` (see jax_sft/adapters/lora.py) the product is what that makes of it.
+    An attribute `lora` (see jax_sft/adapters/lora.py), if set, modifies the product.
 
-    The kernel has the dimensions of inputs and outputs, in that order or, where `embed` is an
-    output, the other way round: what is gathered and scattered is its first dimension, since XLA
-    transposes whole arrays for collectives over any other.
+    The kernel has the dimensions inputs + outputs or, if `embed` is an output, outputs + inputs. So
+    the dimension that is gathered and scattered comes first; for collectives over any other, XLA
+    transposes whole arrays.
 
     Args:
-        inputs: {logical axis: size} of what is contracted, e.g. {"embed": D}.
-        outputs: {logical axis: size} of what appears, e.g. {"heads": N, "head_dim": H}.
-        key: random key of the normal initialisation; the bias starts at zero.
+        inputs: {logical axis: size} of the contracted dimensions, e.g. {"embed": D}.
+        outputs: {logical axis: size} of the new dimensions, e.g. {"heads": N, "head_dim": H}.
+        key: random key of the normal initialization; the bias starts at zero.
     """
 
-    lora: Callable[..., jax.Array]  # where it is set
+    lora: Callable[..., jax.Array]  # set only on layers with an adapter
 
     def __init__(self, inputs: dict[str, int], outputs: dict[str, int], key, bias: bool = False):
         self.axes = tuple(inputs), tuple(outputs)
@@ -60,10 +60,10 @@ def _kernel_axes(axes: Axes) -> tuple[str, ...]:
 
 
 def _contract(x: jax.Array, kernel: jax.Array, axes: Axes, over: tuple[str, ...]) -> jax.Array:
-    """Multiply in the dtype of x, summing over these axes: the last of x."""
-    of_x = range(x.ndim - len(over), x.ndim)
-    of_kernel = [_kernel_axes(axes).index(axis) for axis in over]
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), ((of_x, of_kernel), ((), ())))
+    """Multiply in the dtype of x and contract the axes `over`, which are the last ones of x."""
+    x_dims = range(x.ndim - len(over), x.ndim)
+    kernel_dims = [_kernel_axes(axes).index(axis) for axis in over]
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), ((x_dims, kernel_dims), ((), ())))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -78,11 +78,11 @@ def _matmul_fwd(x, kernel, axes):
 
 def _matmul_bwd(axes, residuals, grad):
     x, kernel = residuals
-    of_x, of_grad = (("batch", "token", *rules.gathered(some)) for some in axes)
-    grad = rules.constrain(grad, *of_grad)
+    x_axes, grad_axes = (("batch", "token", *rules.gathered(logical)) for logical in axes)
+    grad = rules.constrain(grad, *grad_axes)
     region = collectives.shard_map_region(
         functools.partial(_kernel_gradient, axes=axes, dtype=kernel.dtype),
-        in_specs=(rules.spec(*of_x), rules.spec(*of_grad)),
+        in_specs=(rules.spec(*x_axes), rules.spec(*grad_axes)),
         out_specs=rules.spec(*_kernel_axes(axes)),
     )
     with jax.named_scope(".".join(("part.gradient", *_kernel_axes(axes)))):
@@ -91,11 +91,11 @@ def _matmul_bwd(axes, residuals, grad):
 
 
 def _kernel_gradient(x, grad, *, axes: Axes, dtype):
-    """One device's part of the gradient of a kernel, summed over the tokens of all devices.
+    """Return one device's part of a kernel's gradient, summed over the tokens of all devices.
 
-    It is formed and added up in the dtype of the (gathered) kernel: what each device has, rounded
-    to bfloat16 before it is added, would lose more with every device. A shard_map region, since the
-    partitioner may gather all activations instead of scattering the sum.
+    It is computed and summed in the dtype of the (gathered) kernel. Rounding each device's part to
+    bfloat16 before the sum would lose more precision with every device. This runs in a shard_map
+    region, since the partitioner may gather all activations instead of scattering the sum.
     """
     first, second = (grad, x) if "embed" in axes[1] else (x, grad)
     local = jax.lax.dot_general(
@@ -138,8 +138,8 @@ def _scaled_bwd(residuals, grad):
     x, scale = residuals
     grad_scale = (grad * x).sum(range(grad.ndim - scale.ndim)).astype(scale.dtype)
     if collectives.platform() == "cpu":
-        # It goes into the stack of all layers' as [1, D]. XLA would sum in that shape, for which
-        # YNNPACK takes 2.4 ms instead of 0.1 (512 x 576 values).
+        # The gradient is written into the stack of all layers as [1, D]. Without the barrier XLA
+        # sums in that shape, which takes YNNPACK 2.4 ms instead of 0.1 (512 x 576 values).
         grad_scale = jax.lax.optimization_barrier(grad_scale)
     return grad * scale, grad_scale
 
@@ -151,7 +151,7 @@ class RMSNorm(nnx.Module):
     """x / rms(x) * scale, in float32 (Zhang & Sennrich 2019), over the last dimension(s).
 
     Args:
-        sizes: of the dimensions that are normalised together, the last of x.
+        sizes: sizes of the dimensions that are normalized together, the last ones of x.
     """
 
     def __init__(self, *sizes: int, eps: float):
@@ -166,10 +166,10 @@ class RMSNorm(nnx.Module):
 
 
 class CenteredRMSNorm(nnx.Module):
-    """x / rms(x) * (1 + offset), in float32: how Gemma stores the scale of its norms.
+    """x / rms(x) * (1 + offset), in float32, as Gemma stores the scale of its norms.
 
     Args:
-        size: of the last dimension.
+        size: size of the last dimension.
     """
 
     def __init__(self, size: int, eps: float):
@@ -183,7 +183,7 @@ class CenteredRMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A [V, D] table: looked up for tokens and, in tied models, the output head too."""
+    """A [V, D] table for the token lookup, in tied models also the output head."""
 
     def __init__(self, vocab: int, features: int, key):
         self.table = nnx.Param(INIT_STD * jax.random.normal(key, (vocab, features)))
@@ -193,15 +193,17 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """An output head of its own, [D, V]: the gathered dimension first, as in `Linear`."""
+    """A separate output head [D, V], with the gathered dimension first as in `Linear`."""
 
     def __init__(self, vocab: int, features: int, key):
         self.table = nnx.Param(INIT_STD * jax.random.normal(key, (features, vocab)))
 
 
 class GLU(nnx.Module):
-    """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202). Gate and up stay
-    separate: less memory."""
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202).
+
+    Gate and up are separate matrices, which takes less memory.
+    """
 
     def __init__(
         self,
@@ -235,16 +237,16 @@ def GeGLU(features: int, mlp: int, key) -> GLU:
 
 
 def whole(x_BTD: jax.Array) -> jax.Array:
-    """Gather what a block reads over `tensor`: every shard of heads or mlp needs all tokens."""
-    # Pinned before too, so that what is gathered is the compute dtype and not a norm's float32.
+    """Gather the input of a block over `tensor`: each shard of heads or mlp needs all tokens."""
+    # Constrained before the gather too, so that it moves the compute dtype, not a norm's float32.
     with jax.named_scope("part.activations"):
         return rules.constrain(residual(x_BTD), "batch", "token", "features")
 
 
 def residual(x_BTD: jax.Array) -> jax.Array:
-    """Split the tokens of what is added to the residual stream over `tensor` too.
+    """Shard the tokens of a block's output, for the residual stream, over `tensor` too.
 
-    So what the shards of a block have computed is reduce-scattered, and what lives between blocks,
-    norms included, takes 1/tensor of the memory (Korthikanti et al. 2022, arXiv:2205.05198).
+    The partial sums of a block's shards are then reduce-scattered, and activations between blocks,
+    including norms, take 1/tensor of the memory (Korthikanti et al. 2022, arXiv:2205.05198).
     """
     return rules.constrain(x_BTD, "batch", "residual", "features")

@@ -1,4 +1,4 @@
-"""A model without its weights: bound to parameters, it turns tokens into hidden states."""
+"""A model without its weights. Bound to parameters, it maps tokens to hidden states."""
 
 import dataclasses
 import math
@@ -18,19 +18,19 @@ from jax_sft.weights.vocabulary import Vocabulary, padded
 
 @dataclasses.dataclass(frozen=True)
 class ModelDef:
-    """What the step and inference need to know of a model.
+    """The definition of a model for the train step and for inference.
 
     Attributes:
         cfg: the family's Config.
-        rows: its weight rows, and those of its adapters.
-        dims: size of each logical axis; that of the vocabulary is padded, `cfg.vocab` is not.
+        rows: specs of its parameters, including those of its adapters.
+        dims: size of each logical axis; the vocabulary is padded, unlike `cfg.vocab`.
         abstract: the NNX model with ShapeDtypeStructs as parameters.
-        compute: how it computes.
-        frozen: {path: dtype in which it is held} of the parameters that do not train.
-        trained: {path: bool array over the stacked axes}, which layers of a parameter train, where
-            only some do.
-        packed: {path of a row: rows of the arrays that hold it in fewer bits}.
-        dropping: `abstract` with a random key for each dropout; None = there is none.
+        compute: settings of the computation.
+        frozen: {path: dtype in which it is stored} of the frozen parameters.
+        trained: {path: bool array over the stacked axes}, the trainable layers of parameters of
+            which only some layers train.
+        packed: {path of a parameter: specs of the arrays that hold it quantized}.
+        dropping: `abstract` with a random key for each dropout; None = no dropout.
     """
 
     cfg: Any
@@ -57,7 +57,7 @@ class ModelDef:
         offload: Sequence[str] = (),
         vocab_shards: int = 1,
     ) -> "ModelDef":
-        """Build from a family module and its Config, allocating nothing.
+        """Build a ModelDef from a family module and its Config, without allocating arrays.
 
         Args:
             vocab_shards: size of mesh.tensor; the vocabulary is padded to a multiple.
@@ -82,7 +82,7 @@ class ModelDef:
         return "experts" in self.cfg.dims
 
     def bind(self, params: dict[str, jax.Array], dropout_key: jax.Array | None = None) -> Any:
-        """Return the model with these parameters; with a key, one that drops what it should."""
+        """Return the model with these parameters, and with dropout if a key is given."""
         if dropout_key is None or self.dropping is None:
             return tree.from_dict(self.abstract, params)
         keys = {}
@@ -94,32 +94,37 @@ class ModelDef:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """Its token ids, and the arrays that have a row or a column for each."""
+        """The token ids and the arrays that have a row or a column per token id."""
         return Vocabulary.of(self.rows, self.cfg.vocab)
 
     @property
     def stored(self) -> tuple[Weight, ...]:
-        """The rows of the arrays that `bind` takes."""
-        return tuple(one for row in self.rows for one in self.packed.get(row.path, (row,)))
+        """Specs of the arrays that `bind` expects, with quantized parameters as their parts."""
+        return tuple(part for row in self.rows for part in self.packed.get(row.path, (row,)))
 
     @property
     def moving(self) -> tuple[Weight, ...]:
-        """The rows of what trains."""
+        """Specs of the trainable parameters."""
         return tuple(row for row in self.rows if row.path not in self.still)
 
     @property
     def still(self) -> dict[str, float]:
-        """{path of a row that does not train: bytes per element in which it is held}."""
-        found: dict[str, float] = {path: dtype.itemsize for path, dtype in self.frozen.items()}
+        """{path of a frozen parameter: stored bytes per element}."""
+        bytes_per_element: dict[str, float] = {
+            path: dtype.itemsize for path, dtype in self.frozen.items()
+        }
         for row in self.rows:
             if row.path in self.packed:
                 parts = self.packed[row.path]
-                sizes = (math.prod(one.shape(self.dims)) * found.pop(one.path) for one in parts)
-                found[row.path] = sum(sizes) / math.prod(row.shape(self.dims))
-        return found
+                sizes = (
+                    math.prod(part.shape(self.dims)) * bytes_per_element.pop(part.path)
+                    for part in parts
+                )
+                bytes_per_element[row.path] = sum(sizes) / math.prod(row.shape(self.dims))
+        return bytes_per_element
 
     def without_masters(self, paths: Iterable[str]) -> dict[str, np.dtype]:
-        """Return {path: dtype} to hold what does not train: that in which matrices multiply."""
+        """Return {path: dtype} to store frozen parameters: matrices in the compute dtype."""
         matrices = {row.path for row in self.rows if row.is_matrix}
         return {
             path: np.dtype(self.compute.dtype if path in matrices else np.float32) for path in paths
@@ -127,7 +132,7 @@ class ModelDef:
 
     @property
     def head_trains(self) -> bool:
-        """Whether the output head, which is the embedding in tied models, gets a gradient."""
+        """Whether the output head (the embedding in tied models) gets a gradient."""
         return ("embed.table" if self.cfg.tied else "head.table") not in self.frozen
 
     def hidden(self, model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:

@@ -1,9 +1,9 @@
-"""Names of the values of a layer that model.remat and model.offload may keep, without JAX.
+"""Names of the layer values that model.remat and model.offload may keep, without JAX.
 
-`compute` makes policies of them; `planning` counts what is computed again.
+`compute` builds policies from them; `planning` counts the recomputation.
 """
 
-# Values of a layer that can be named in model.remat and model.offload, [rows, tokens, ...]:
+# {name in model.remat and model.offload: description}; the values are [rows, tokens, ...].
 NAMES = {
     "residual": "the layer's input, features wide",
     "qkv": "rotated queries and keys, and values",
@@ -12,5 +12,5 @@ NAMES = {
     "mlp": "gate and up of the MLP, by far the largest",
     "dots": "what every matrix product with a weight returns",
 }
-# What the policies keep that are made of NAMES.
+# {policy: the NAMES that it keeps}.
 KEPT = {"full": (), "attn": ("attention", "attention_lse"), "dots": ("dots",)}

@@ -21,12 +21,12 @@ TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Inverse frequencies (as tuples, so that it hashes) and the cos/sin factor.
+    """Inverse frequencies (tuples, so that a Rope is hashable) and the cos/sin factor.
 
     Attributes:
         inv_freq: [rotated dimensions of a head / 2].
-        long_inv_freq: for segments of more than `longest_short` tokens; empty = the same.
-        reach: tokens of a segment for which the scaling was made; 0 = max_position_embeddings.
+        long_inv_freq: inv_freq for segments of more than `longest_short` tokens; empty = inv_freq.
+        reach: longest segment in tokens that the scaling is for; 0 = max_position_embeddings.
     """
 
     inv_freq: tuple[float, ...]
@@ -50,12 +50,13 @@ class Rope:
         """Read `rope_parameters` (transformers 5) or `rope_scaling` with `rope_theta` (older).
 
         Args:
-            types: {type as config.json writes it: one of TYPES}.
-            partial_rotary_factor: the share of a head's dimensions, its first ones, that is rotated
-                unless the rope parameters have another. None = only all of them is implemented.
+            types: {type in config.json: one of TYPES}.
+            partial_rotary_factor: share of a head's dimensions, the first ones, that is rotated.
+                The rope parameters may override it. None = only full rotation is supported.
 
         Raises:
-            ValueError: an unknown rope type, or a field of it missing, unknown or out of range.
+            ValueError: a rope type is unknown, or one of its fields is missing, unknown or out of
+                range.
         """
         scaling = _scaling(config)
         kind = _kind(scaling, types)
@@ -102,13 +103,13 @@ class Rope:
     def angles(
         self, positions_BT: jax.Array, segment_ids_BT: jax.Array, max_segments: int
     ) -> tuple[jax.Array, jax.Array]:
-        """Return (cos, sin), each float32 [B, T, 1, R/2] of R rotated dimensions.
+        """Return (cos, sin), each float32 [B, T, 1, R/2] for R rotated dimensions.
 
-        transformers looks for the longest sequence of the whole batch; here each segment decides
-        for itself, as it would alone, so that nothing depends on what shares a row or a batch.
+        For LongRoPE, transformers uses the longest sequence of the batch. This function uses the
+        length of each segment, so that the result does not depend on the rest of the row or batch.
 
         Args:
-            positions_BT: int, within the segments.
+            positions_BT: int, positions within the segments.
             segment_ids_BT: int, in 0..max_segments.
         """
         inv_freq = jnp.array(self.inv_freq)
@@ -117,7 +118,7 @@ class Rope:
                 self.longest_short, positions_BT, segment_ids_BT, max_segments
             )
             inv_freq = jnp.where(is_long_BT[..., None], jnp.array(self.long_inv_freq), inv_freq)
-        # float32 whatever the compute dtype: bfloat16 rounds position 257 to 256.
+        # Always float32, since bfloat16 rounds position 257 to 256.
         angles_BTH = positions_BT[..., None].astype(jnp.float32) * inv_freq
         cos, sin = jnp.cos(angles_BTH), jnp.sin(angles_BTH)
         return (cos * self.attention_factor)[:, :, None], (sin * self.attention_factor)[:, :, None]
@@ -126,8 +127,8 @@ class Rope:
 def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate each head's halves (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), in float32.
 
-    The halves are contiguous, as in Hugging Face's weights (not interleaved, as in Meta's). They
-    are those of the first dimensions, as many as there are angles for; the others stay as they are.
+    The halves are contiguous, as in Hugging Face's weights (not interleaved, as in Meta's). Only
+    the first dimensions, those that have angles, are rotated. The others are unchanged.
     """
     cos, sin = angles
     half = cos.shape[-1]
@@ -137,16 +138,16 @@ def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def _has_position(position: int, positions_BT, segment_ids_BT, max_segments: int) -> jax.Array:
-    """Whether the segment of each token has a token at this position or behind it."""
-    is_there_BT = positions_BT >= position
-    # A comparison with every segment, which XLA fuses, not a scatter.
+    """Return whether the segment of each token has a token at or after this position, [B, T]."""
+    is_after_BT = positions_BT >= position
+    # A comparison with every segment, which XLA fuses, instead of a scatter.
     is_of_BST = segment_ids_BT[:, None] == jnp.arange(max_segments + 1)[:, None]
-    reaches_BS = (is_of_BST & is_there_BT[:, None]).any(axis=-1)
+    reaches_BS = (is_of_BST & is_after_BT[:, None]).any(axis=-1)
     return jnp.take_along_axis(reaches_BS, segment_ids_BT, axis=1)
 
 
 def _scaling(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the rope parameters that are not null, by either of their names."""
+    """Return the rope parameters that are not null, from either of the two fields."""
     given = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
     for name, scaling in zip(("rope_parameters", "rope_scaling"), given, strict=True):
         is_flat = isinstance(scaling, dict) and not any(
@@ -163,7 +164,7 @@ def _scaling(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kind(scaling: dict[str, Any], types: Mapping[str, str]) -> str:
-    """Take the type out of the rope parameters; it has an older and a newer name."""
+    """Pop the type from the rope parameters; it has an older and a newer name."""
     kinds = [scaling.pop(name) for name in ("rope_type", "type") if name in scaling]
     for kind in kinds:
         if not isinstance(kind, str) or kind not in types:
@@ -176,7 +177,7 @@ def _kind(scaling: dict[str, Any], types: Mapping[str, str]) -> str:
 
 
 def _check(name: str, value: Any) -> None:
-    """Refuse a rope parameter that is out of range; lists are checked by `_divisors`."""
+    """Raise ValueError for a rope parameter out of range; `_divisors` checks lists."""
     if name == "original_max_position_embeddings":
         size(name, value)
     elif name == "truncate":
@@ -187,18 +188,18 @@ def _check(name: str, value: Any) -> None:
 
 
 def _original(config: dict[str, Any], scaling: dict[str, Any]) -> int | None:
-    """Take the length before scaling; one beside the parameters goes first, as in transformers."""
+    """Pop the length before scaling. A top-level field takes precedence, as in transformers."""
     name = "original_max_position_embeddings"
-    inside, beside = scaling.pop(name, None), config.get(name)
-    return inside if beside is None else size(name, beside)
+    nested, top_level = scaling.pop(name, None), config.get(name)
+    return nested if top_level is None else size(name, top_level)
 
 
 def _reach(kind: str, scaling: dict[str, Any], max_positions: int, original: int | None) -> int:
-    """Tokens of a segment for which the scaling was made; 0 = max_position_embeddings.
+    """Return the longest segment that the scaling is for; 0 = max_position_embeddings.
 
-    Instructions for long inputs (Qwen's model cards) add a scaling and leave
-    max_position_embeddings where it was, so the scaling says how far it goes: its factor times the
-    length before. LLaMA 3's factor is no ratio of lengths where max_position_embeddings was raised.
+    Instructions for long inputs (Qwen's model cards) add a scaling without changing
+    max_position_embeddings, so the limit is the factor times the original length. LLaMA 3's factor
+    is not a ratio of lengths if max_position_embeddings was raised.
     """
     was_raised = kind == "llama3" and original is not None and original < max_positions
     if kind == "default" or was_raised or "factor" not in scaling:
@@ -208,7 +209,7 @@ def _reach(kind: str, scaling: dict[str, Any], max_positions: int, original: int
 
 
 def _rotated(head_dim: int, share: Any) -> int:
-    """Dimensions of a head that are rotated."""
+    """Return the number of dimensions of a head that are rotated."""
     rotated = int(head_dim * number("partial_rotary_factor", share))
     if not rotated or rotated % 2:
         raise ValueError(
@@ -219,7 +220,7 @@ def _rotated(head_dim: int, share: Any) -> int:
 
 
 def _divisors(name: str, scaling: dict[str, Any], rotated: int) -> np.ndarray:
-    """A table of LongRoPE, one positive number per frequency."""
+    """Pop and check a table of LongRoPE: one positive number per frequency."""
     table = scaling.pop(name)
     low, high = NUMBERS[name]
     if not isinstance(table, list) or not all(is_number(x) and low <= x <= high for x in table):
@@ -236,7 +237,7 @@ def _divisors(name: str, scaling: dict[str, Any], rotated: int) -> np.ndarray:
 
 
 def _longrope_factor(scaling: dict[str, Any], max_positions: int) -> float:
-    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): factor on cos and sin, long or not."""
+    """Return LongRoPE's factor on cos and sin (Ding et al. 2024, arXiv:2402.13753)."""
     context = scaling.pop("original_max_position_embeddings")
     factor = scaling.pop("factor", max_positions / context)
     default = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
@@ -244,7 +245,7 @@ def _longrope_factor(scaling: dict[str, Any], max_positions: int) -> float:
 
 
 def _llama3(inv_freq: np.ndarray, scaling: dict[str, Any]) -> np.ndarray:
-    """Llama 3.1: long wavelengths are stretched, short ones kept, those between blended."""
+    """Scale as Llama 3.1: stretch long wavelengths, keep short ones, blend those between."""
     factor = scaling.pop("factor")
     low, high = scaling.pop("low_freq_factor"), scaling.pop("high_freq_factor")
     if low >= high:
@@ -258,11 +259,11 @@ def _llama3(inv_freq: np.ndarray, scaling: dict[str, Any]) -> np.ndarray:
 def _yarn(
     inv_freq: np.ndarray, scaling: dict[str, Any], theta: float, head_dim: int, max_positions: int
 ) -> tuple[np.ndarray, float]:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): interpolate slow dimensions, keep fast ones."""
+    """Scale as YaRN (Peng et al. 2023, arXiv:2309.00071): interpolate only slow dimensions."""
     context = scaling.pop("original_max_position_embeddings")
     if "factor" not in scaling and context == max_positions:
         raise KeyError("factor")
-    factor = scaling.pop("factor", max_positions / context)  # left out by DeepSeek-like configs
+    factor = scaling.pop("factor", max_positions / context)  # missing in DeepSeek-like configs
     beta_fast = scaling.pop("beta_fast", 32)
     beta_slow = scaling.pop("beta_slow", 1)
     if beta_fast < beta_slow:
@@ -273,11 +274,13 @@ def _yarn(
             f"max_position_embeddings = {max_positions}"
         )
     truncate = scaling.pop("truncate", True)
-    scaling.pop("finetuned", None)  # of the models of YaRN's authors: of dynamic scaling only
+    scaling.pop(
+        "finetuned", None
+    )  # in the models of YaRN's authors; it matters for dynamic scaling only
     mscale, mscale_all = scaling.pop("mscale", None), scaling.pop("mscale_all_dim", None)
 
     def dimension(rotations: float) -> float:
-        """The dimension that turns `rotations` times within the original context."""
+        """Return the dimension that rotates `rotations` times within the original context."""
         turns = context / (rotations * 2 * math.pi)
         return head_dim * math.log(turns) / (2 * math.log(theta))
 
@@ -294,12 +297,12 @@ def _yarn(
     if mscale and mscale_all:
         default = attention_scale(factor, mscale) / attention_scale(factor, mscale_all)
     attention_factor = scaling.pop("attention_factor", default)
-    # Of DeepSeek-R1-0528-Qwen3-8B: engines would not agree on what the model computes.
-    wanted = default * scaling.pop("attn_factor", attention_factor / default)
-    if not math.isclose(attention_factor, wanted, rel_tol=1e-3):
+    # As in DeepSeek-R1-0528-Qwen3-8B: engines would compute different models.
+    expected = default * scaling.pop("attn_factor", attention_factor / default)
+    if not math.isclose(attention_factor, expected, rel_tol=1e-3):
         raise ValueError(
             f"config.json: vLLM multiplies by the attn_factor of rope type 'yarn', transformers by "
-            f"attention_factor = {attention_factor:.4g}: add attention_factor = {wanted:.4g}, or "
+            f"attention_factor = {attention_factor:.4g}: add attention_factor = {expected:.4g}, or "
             "leave attn_factor out"
         )
     return ramp * inv_freq / factor + (1 - ramp) * inv_freq, float(attention_factor)
