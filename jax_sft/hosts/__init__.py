@@ -1,1 +1,1 @@
-"""Several processes as one run: they meet, agree, watch each other and stop together."""
+"""Run several processes as one: they join, agree, watch each other and stop together."""

@@ -1,7 +1,7 @@
-"""The processes of a run: how they meet, and short texts between them.
+"""Join the processes of a run and exchange short texts between them.
 
-Texts travel over JAX's coordination service, never over devices: they arrive while a collective
-hangs, and before processes that disagree about their devices run anything together.
+Texts travel over JAX's coordination service, never over devices. They therefore arrive while a
+collective hangs, and before processes that disagree about their devices run anything together.
 """
 
 import collections
@@ -19,26 +19,26 @@ from jax._src import distributed  # its key-value store has no public name
 from jax_sft.runtime import exit_codes
 
 VARIABLES = ("JAX_SFT_COORDINATOR", "JAX_SFT_NUM_PROCESSES", "JAX_SFT_PROCESS_ID")
-JOIN_TIMEOUT_S = 300  # for all processes to come
-# After this JAX itself ends the processes of a run in which one no longer answers. It goes by the
-# wall clock: a clock set forward by more ends all processes. So it is kept out of the way where the
-# watchdog, which is faster and names the process, looks on.
+JOIN_TIMEOUT_S = 300  # for all processes to join
+# If a process does not answer for this long, JAX itself ends the processes of the run. JAX measures
+# by the wall clock, so setting a clock forward by more also ends all processes. With a watchdog,
+# which is faster and names the process, JAX's timeout is set so high that it never fires.
 HEARTBEAT_TIMEOUT_S = 100
 WATCHED_HEARTBEAT_TIMEOUT_S = 10 * 24 * 3600
-PORT_TIMEOUT_S = 30  # for the process before us to free the coordinator's port
-GOODBYE_S = 3.0
+PORT_TIMEOUT_S = 30  # for the previous process to free the coordinator's port
+GOODBYE_S = 3.0  # for a goodbye message to be published, and for the others to read it
 _PREFIX = "jax_sft/"
-_TICKS_S = (0.01, 0.5)  # between looks for the others' texts: the first, and the longest
+_TICKS_S = (0.01, 0.5)  # first and longest pause between polls for the texts of other processes
 
 
 class Lost(RuntimeError):
-    """Some process did not come: it died, it hangs, or nothing reaches it."""
+    """A process did not respond: it died, hangs or cannot be reached."""
 
     exit_code = exit_codes.LOST
 
 
 class Stopped(RuntimeError):
-    """Another process has told why it ends; all end with its exit code."""
+    """Another process reported why it ends; all processes end with its exit code."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -50,15 +50,15 @@ def initialize(watched: bool = False) -> None:
 
     `scripts/launch.sh` sets JAX_SFT_COORDINATOR (host:port), JAX_SFT_NUM_PROCESSES,
     JAX_SFT_PROCESS_ID and, where several processes share the GPUs of a host,
-    JAX_SFT_LOCAL_DEVICE_IDS. They are passed on explicitly: automatic detection can give a process
-    one of its eight GPUs without a word.
+    JAX_SFT_LOCAL_DEVICE_IDS. They are passed to JAX explicitly, because its automatic detection can
+    silently give a process only one of its eight GPUs.
 
     Args:
-        watched: a watchdog with a timeout looks for processes that no longer answer.
+        watched: whether a watchdog with a timeout looks for processes that no longer answer.
 
     Raises:
-        ValueError: only some of the variables are set, or one makes no sense.
-        Lost: the coordinator's port is taken.
+        ValueError: only some of the variables are set, or a value is invalid.
+        Lost: the coordinator's port is in use.
     """
     values = [os.environ.get(name) for name in VARIABLES]
     if not any(values) or jax.distributed.is_initialized():
@@ -74,7 +74,7 @@ def initialize(watched: bool = False) -> None:
     if process == 0:
         _wait_for_port(listens_at)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # It would take SIGTERM away from us, and knows no other signal.
+    # JAX's preemption service would take over SIGTERM, and handles no other signal.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator_address=coordinator,
@@ -97,15 +97,16 @@ def _number(variable: str) -> int:
 
 
 def bind_address(coordinator: str) -> str:
-    """Return the host:port at which process 0 listens: the one address that the others use.
+    """Return the host:port at which process 0 listens: only the address that the others use.
 
-    Whoever reaches the port can stop the run, so it is not open on all interfaces, which is JAX's
-    default. It is where the host's name does not lead to exactly one address of this host: an
-    alias, several addresses, a container, or a name that only this host maps to its loopback
-    (Debian's 127.0.1.1). JAX_COORDINATOR_BIND_ADDRESS overrides the choice.
+    Anyone who can reach the port can stop the run, so it is not opened on all interfaces, which is
+    JAX's default. It is opened on all interfaces only if the host's name does not resolve to
+    exactly one address of this host: an alias, several addresses, a container, or a name that only
+    this host maps to its loopback (Debian's 127.0.1.1). JAX_COORDINATOR_BIND_ADDRESS overrides the
+    choice.
 
     Raises:
-        ValueError: not host:port.
+        ValueError: `coordinator` is not host:port.
     """
     host, _, port = coordinator.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
@@ -114,10 +115,10 @@ def bind_address(coordinator: str) -> str:
     if given := os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
         return given
     try:
-        found = {info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
-    except OSError:  # JAX reports it when the others cannot reach the host
-        found = set()
-    address = str(found.pop()) if len(found) == 1 else ""
+        addresses = {info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:  # JAX reports the error when the other processes cannot reach the host
+        addresses = set()
+    address = str(addresses.pop()) if len(addresses) == 1 else ""
     if host == "localhost":
         address = "127.0.0.1"
     elif not _is_ours(address) or (address.startswith("127.") and address != host):
@@ -126,7 +127,7 @@ def bind_address(coordinator: str) -> str:
 
 
 def _is_ours(address: str) -> bool:
-    """Whether an address belongs to an interface of this host."""
+    """Return whether an address belongs to an interface of this host."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family) as probe:
@@ -137,10 +138,10 @@ def _is_ours(address: str) -> bool:
 
 
 def _wait_for_port(listens_at: str) -> None:
-    """Wait until the coordinator's port can be bound: JAX crashes on one that is taken."""
+    """Wait until the coordinator's port can be bound; JAX crashes if it is in use."""
     host, _, port = listens_at.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    # All interfaces are probed by IPv4, which a host without IPv6 has too.
+    # Probe all interfaces over IPv4, which also works on a host without IPv6.
     host = "" if host == "::" else host
     began = time.monotonic()
     while True:
@@ -159,34 +160,34 @@ def _wait_for_port(listens_at: str) -> None:
 
 
 def num_processes() -> int:
-    """Return the number of processes, without asking for devices."""
+    """Return the number of processes, without initializing devices."""
     return distributed.global_state.num_processes or 1
 
 
 def process_id() -> int:
-    """Return the number of this process, without asking for devices."""
+    """Return the number of this process, without initializing devices."""
     return distributed.global_state.process_id or 0
 
 
 @functools.cache
 def hosts() -> tuple[str, ...]:
-    """Return the host name of each process; every process asks at the same point."""
+    """Return the host name of each process. Every process must call it at the same point."""
     return tuple(exchange("hosts", socket.gethostname()))
 
 
 def name(process: int) -> str:
-    """Return how a process is called in messages, after `hosts` was asked for once."""
+    """Return the name of a process in messages; it includes the host once `hosts` was called."""
     known = hosts() if hosts.cache_info().currsize else ()
     return f"process {process} (host {known[process]})" if known else f"process {process}"
 
 
 def names(processes: Sequence[int]) -> str:
-    """Return how several processes are called in messages."""
+    """Return the names of several processes in messages."""
     return ", ".join(name(process) for process in processes)
 
 
 def publish(key: str, text: str) -> None:
-    """Let every process read `text` under `key`; a later text replaces it."""
+    """Publish `text` under `key` to every process; a later text replaces it."""
     if num_processes() == 1:
         _own[key] = text
     else:
@@ -194,7 +195,7 @@ def publish(key: str, text: str) -> None:
 
 
 def read(key: str) -> str | None:
-    """Return what was published under `key`, or None."""
+    """Return the text published under `key`, or None."""
     if num_processes() == 1:
         return _own.get(key)
     try:
@@ -206,41 +207,42 @@ def read(key: str) -> str | None:
 
 
 def read_all(folder: str) -> dict[str, str]:
-    """Return {key: text} of all that was published under `folder/`."""
+    """Return {key: text} of all texts published under `folder/`."""
     if num_processes() == 1:
         return {k: v for k, v in _own.items() if k.startswith(folder + "/")}
-    found = _client().key_value_dir_get(_PREFIX + folder)
-    return {key.removeprefix(_PREFIX): text for key, text in found}
+    items = _client().key_value_dir_get(_PREFIX + folder)
+    return {key.removeprefix(_PREFIX): text for key, text in items}
 
 
 def exchange(what: str, text: str, timeout_s: float = 60) -> list[str]:
-    """Return the texts of all processes, by their number; each calls it with its own.
+    """Return the texts of all processes in order of process number; each passes its own text.
 
-    Every process has to call it in the same order per `what`. Threads may use it at the same time
-    with different `what`.
+    Every process must make the calls with the same `what` in the same order. Threads may call it
+    concurrently with different `what`.
 
     Raises:
-        Lost: some processes did not call it in time; they are named.
-        Stopped: another process has said why it ends.
+        Lost: some processes did not call it in time; the message names them.
+        Stopped: another process reported why it ends.
     """
-    count, ours = num_processes(), process_id()
+    count, process = num_processes(), process_id()
     if count == 1:
         return [text]
     turn = _turns[what]
     _turns[what] += 1
     folder = f"exchange/{what}/{turn}"
-    publish(f"{folder}/{ours}", text)
+    publish(f"{folder}/{process}", text)
     deadline, tick = time.monotonic() + timeout_s, _TICKS_S[0]
-    wanted = [f"{folder}/{n}" for n in range(count)]
-    while missing := [n for n in range(count) if wanted[n] not in (found := read_all(folder))]:
+    keys = [f"{folder}/{n}" for n in range(count)]
+    while missing := [n for n in range(count) if keys[n] not in (texts := read_all(folder))]:
         check_others()
         if time.monotonic() > deadline:
             raise Lost(f"{names(missing)} did not come within {timeout_s:.0f} s to compare {what}")
         time.sleep(tick)
         tick = min(1.5 * tick, _TICKS_S[1])
-    if turn >= 2:  # whoever came to this turn has read the one before the last
-        _client().key_value_delete(f"{_PREFIX}exchange/{what}/{turn - 2}/{ours}")
-    return [found[key] for key in wanted]
+    # A process that has reached this turn has read all texts of the turn before the last.
+    if turn >= 2:
+        _client().key_value_delete(f"{_PREFIX}exchange/{what}/{turn - 2}/{process}")
+    return [texts[key] for key in keys]
 
 
 def check_same(
@@ -249,22 +251,22 @@ def check_same(
     """Compare facts that must be equal on all processes.
 
     Raises:
-        ValueError: they differ; what differs is listed, with the processes that are in the
-            minority (of two, the second).
+        ValueError: facts differ. The message lists each of them with the processes in the minority
+            (the second of two processes).
     """
     lines = [f"{key}={value}" for key, value in sorted(facts.items())]
     everyone = [text.split("\n") for text in exchange(f"check {what}", "\n".join(lines), timeout_s)]
     problems = []
     for index, line in enumerate(lines):
-        theirs = [texts[index] if index < len(texts) else "(missing)" for texts in everyone]
-        counts = collections.Counter(theirs)
+        values = [texts[index] if index < len(texts) else "(missing)" for texts in everyone]
+        counts = collections.Counter(values)
         if len(counts) > 1:
-            usual = max(counts, key=lambda value: (counts[value], -theirs.index(value)))
+            usual = max(counts, key=lambda value: (counts[value], -values.index(value)))
             key = line.partition("=")[0]
-            odd = [n for n, value in enumerate(theirs) if value != usual]
-            values = sorted({theirs[n].partition("=")[2] for n in odd})
+            odd = [n for n, value in enumerate(values) if value != usual]
+            odd_values = sorted({values[n].partition("=")[2] for n in odd})
             problems.append(
-                f"{key} of {names(odd)} is {', '.join(values)}, of the others "
+                f"{key} of {names(odd)} is {', '.join(odd_values)}, of the others "
                 f"{usual.partition('=')[2]}"
             )
     if problems:
@@ -272,17 +274,17 @@ def check_same(
 
 
 def say_goodbye(message: str, exit_code: int) -> None:
-    """Tell the other processes why this one ends, so that they end with the same exit code.
+    """Report to the other processes why this one ends, so that they end with the same exit code.
 
-    It takes at most 2 GOODBYE_S, also where the coordinator hangs. Process 0 stays that long for
-    the others to read it.
+    It takes at most 2 GOODBYE_S, even if the coordinator hangs. Process 0 always waits GOODBYE_S
+    for the others to read the message.
     """
     if num_processes() == 1:
         return
     arguments = (f"goodbye/{process_id()}", f"{exit_code} {message}")
-    telling = threading.Thread(target=_try_to_publish, args=arguments, daemon=True)
-    telling.start()
-    telling.join(timeout=GOODBYE_S)
+    publisher = threading.Thread(target=_try_to_publish, args=arguments, daemon=True)
+    publisher.start()
+    publisher.join(timeout=GOODBYE_S)
     if process_id() == 0:
         time.sleep(GOODBYE_S)
 
@@ -295,10 +297,10 @@ def _try_to_publish(key: str, text: str) -> None:
 
 
 def check_others() -> None:
-    """Find out whether another process has said why it ends.
+    """Check whether another process has reported why it ends.
 
     Raises:
-        Stopped: it has.
+        Stopped: another process has.
     """
     if num_processes() == 1:
         return
@@ -315,5 +317,5 @@ def _client():
     return client
 
 
-_own: dict[str, str] = {}  # of a process that is alone
+_own: dict[str, str] = {}  # texts published by a process that is alone
 _turns: collections.Counter[str] = collections.Counter()

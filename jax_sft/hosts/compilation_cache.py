@@ -1,8 +1,8 @@
-"""Compiled programs on disk, where the next start finds them, on every host of a run.
+"""Cache compiled programs on disk for the next start, on every host of a run.
 
-JAX does the work: an entry is named by all that decides it (the program, its options, versions,
-flags, kind and number of devices, the instructions that a CPU has), the first process writes,
-all read. `train` calls `use` before anything is compiled.
+JAX does the work. It names an entry by everything that decides it: the program, its options,
+versions, flags, kind and number of devices, and the instruction set of a CPU. The first process
+writes, all processes read. `train` calls `use` before anything is compiled.
 """
 
 import contextlib
@@ -24,22 +24,24 @@ from jax_sft.hosts import cluster, consensus, preflight
 OFF = "none"
 MOST_BYTES = 10 << 30  # of all entries; a training step takes 0.3 MB on CPUs
 SEEN_S = 5.0  # for a file to show up on all hosts
-# What JAX says of an entry that was cut off by a kill or a full disk, or is damaged.
+# JAX's warning about an entry that was cut off by a kill or a full disk, or is damaged.
 _UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '(\w+)'")
 
 
 def use(wanted: str, workdir: Path, say: Callable[[str], None]) -> None:
-    """Let JAX keep what it compiles, unless JAX_COMPILATION_CACHE_DIR says where already.
+    """Enable JAX's compilation cache, unless JAX_COMPILATION_CACHE_DIR already names its folder.
 
-    A folder that cannot be written, or that not all hosts see, is replaced by one in the workdir:
-    hosts of which only some find a program would wait for each other's tuning of its kernels. So
-    is a folder that another user may write to: what lies there runs under this user's account.
+    A folder that cannot be written, or that not all hosts see, is replaced by one in the workdir.
+    If only some hosts found a program, they would wait for the others to tune its kernels. A folder
+    that another user may write to is replaced as well, because the programs in it run under this
+    user's account.
 
     Args:
         wanted: `train.compilation_cache`.
-        workdir: of the run, which all hosts share.
+        workdir: folder of the run, which all hosts share.
         say: prints a line.
     """
+    # 1. The environment variable takes precedence over the config.
     if given := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         if problem := _untrusted(Path(given)):
             say(f"WARNING compiled programs are not kept in {given}: {problem}")
@@ -48,13 +50,14 @@ def use(wanted: str, workdir: Path, say: Callable[[str], None]) -> None:
     if wanted == OFF:
         _set(None)
         return
+    # 2. The configured folder or the user's default comes before the one in the workdir.
     first = (
         paths.local(wanted, "train.compilation_cache")
         if wanted
         else cache_folder.default() / "compiled"
     )
     for root in (first, workdir / "compiled"):
-        # JAX's entries name their version; those of XLA's tuning of kernels, beside them, do not.
+        # JAX's entries name their version, but XLA's kernel tuning entries next to them do not.
         folder = root / f"jaxlib-{jaxlib.version.__version__}"
         if not (problem := _obstacle(folder)):
             if cluster.process_id() == 0:
@@ -70,7 +73,7 @@ def use(wanted: str, workdir: Path, say: Callable[[str], None]) -> None:
 
 @contextlib.contextmanager
 def off() -> Iterator[None]:
-    """Compile anew within, and keep nothing: for programs that are looked at and not run."""
+    """Disable the cache inside the block: for programs that are inspected and not run."""
     before = _folder()
     _set(None)
     try:
@@ -80,12 +83,13 @@ def off() -> Iterator[None]:
 
 
 def _obstacle(folder: Path) -> str:
-    """Make the folder; say what is against using it, alike on all processes, "" = nothing."""
+    """Create the folder and return why it cannot be used (the same on all processes), or ""."""
     problem = ""
     if cluster.process_id() == 0:
         try:
-            for made in (folder.parent, folder):  # the mode of parents is not that of the last one
-                made.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # mkdir applies `mode` only to the last folder of a path, so create both.
+            for level in (folder.parent, folder):
+                level.mkdir(parents=True, exist_ok=True, mode=0o700)
             probe_folder(folder)
             problem = cache_folder.untrusted(folder)
         except OSError as error:
@@ -96,7 +100,7 @@ def _obstacle(folder: Path) -> str:
 
 
 def _untrusted(folder: Path) -> str:
-    """Say why a folder is not to be read, alike on all processes; "" = it may be."""
+    """Return why a folder must not be read (the same on all processes), or ""."""
     try:
         problem = cache_folder.untrusted(folder) if folder.is_dir() else ""
     except OSError as error:
@@ -105,38 +109,38 @@ def _untrusted(folder: Path) -> str:
 
 
 def _set(folder: Path | None) -> None:
-    """Point JAX there; a process that trained before may have used another folder."""
+    """Set JAX's cache folder; an earlier run in this process may have used another one."""
     text = str(folder) if folder else None
     if _folder() == text:
         return
     jax.config.update("jax_compilation_cache_dir", text)
-    # All programs of a start, also those that compile within JAX's default of a second.
+    # Store all programs of a start, even those that compile faster than JAX's minimum of 1 s.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()
 
 
 def _folder() -> str | None:
-    """Where JAX keeps what it compiles."""
+    """Return the folder of JAX's compilation cache, or None."""
     return jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
 
 
 def thin_out(root: Path, most_bytes: int) -> None:
-    """Remove the entries used longest ago until the others are small enough.
+    """Remove the least recently used entries until the rest take at most `most_bytes`.
 
-    JAX's own bound (jax_compilation_cache_max_size) takes a lock for every access, which network
-    file systems may not have, and stops working when a process dies while it holds an entry.
+    JAX's own limit (jax_compilation_cache_max_size) takes a lock for every access, which network
+    file systems may not support, and stops working when a process dies while it holds an entry.
     """
-    found = []
+    entries = []
     for entry in root.rglob("*-cache"):
         try:
             status = entry.stat()
         except OSError:  # another run has removed it
             continue
-        # Reading sets atime, at least once a day, unless the file system is mounted otherwise.
-        found.append((max(status.st_atime, status.st_mtime), status.st_size, entry))
-    total = sum(size for _, size, _ in found)
-    for _, size, entry in sorted(found):
+        # Reading updates atime at least once a day, unless the mount options disable that.
+        entries.append((max(status.st_atime, status.st_mtime), status.st_size, entry))
+    total = sum(size for _, size, _ in entries)
+    for _, size, entry in sorted(entries):
         if total <= most_bytes:
             return
         _remove(entry)
@@ -145,7 +149,7 @@ def thin_out(root: Path, most_bytes: int) -> None:
 
 @functools.cache
 def _mend_damaged() -> None:
-    """Remove what JAX warns that it cannot read: it compiles, but stores nothing over a file."""
+    """Remove entries that JAX cannot read: it recompiles, but never overwrites an existing file."""
     show = warnings.showwarning
 
     def mend(message, *arguments, **options):
@@ -161,5 +165,5 @@ def _mend_damaged() -> None:
 def _remove(entry: Path) -> None:
     try:
         entry.unlink(missing_ok=True)
-    except OSError as error:  # it stays, and costs space or time
+    except OSError as error:  # the entry stays and costs space or time
         print(f"{entry} cannot be removed: {error}", flush=True)

@@ -1,7 +1,7 @@
-"""Told to stop (by a signal): all processes leave the loop at the same step, saved.
+"""On a signal to stop, all processes leave the loop after the same step and save.
 
 A scheduler that takes a machine away sends a signal some time before (Slurm's --signal and
-Kubernetes do), a user presses Ctrl-C or closes the terminal. Not every process need get one.
+Kubernetes do). A user presses Ctrl-C or closes the terminal. Not every process needs to get it.
 """
 
 import os
@@ -20,19 +20,20 @@ SIGNALS = lifecycle.SIGNALS
 
 
 class Preempted(RuntimeError):
-    """Told to stop; what can be saved is saved."""
+    """The run was asked to stop; all that can be saved is saved."""
 
     exit_code = exit_codes.REQUEUE
 
 
 class Preemption:
-    """Notices the signals and agrees on where to stop; a context manager.
+    """A context manager that notices the signals and agrees with all processes where to stop.
 
-    The loop asks `reached` before each piece of work that all processes do together. Work is
-    counted, and once one process was told to stop each says how many pieces it has begun: all stop
-    after the highest of these, which nobody is past. Before `saves_from_here` there is nothing to
-    save, and the process ends at once; a second request (see `lifecycle.Requests`) ends it at once
-    as well. In a program that is not ours (a notebook) SIGINT raises KeyboardInterrupt instead.
+    The loop calls `reached` before each piece of work that all processes do together. Once one
+    process is asked to stop, each publishes how many pieces it has begun. All stop after the
+    highest of these counts, which no process has passed. Before `saves_from_here` there is nothing
+    to save, and the process ends at once. A second request (see `lifecycle.Requests`) also ends it
+    at once. In a program that is not part of jax_sft (a notebook), SIGINT raises KeyboardInterrupt
+    instead of ending the process.
 
     Args:
         end: ends the process with an exit code; tests replace it.
@@ -44,22 +45,22 @@ class Preemption:
         self._requests = lifecycle.Requests()
         self._saves = False
         self._idle = "there is nothing to save yet"
-        self._on_signal: BaseException | None = None  # is raised instead of ending the process
-        self._raises: BaseException | None = None  # by the main thread, as soon as it can
+        self._on_signal: BaseException | None = None  # raised instead of ending the process
+        self._raises: BaseException | None = None  # raised by the main thread as soon as it can
         self._changing = threading.Condition()
-        self._begun = 0  # pieces of work
-        self._posted: int | None = None  # what this process has told the others
+        self._begun = 0  # pieces of work begun
+        self._posted: int | None = None  # count that this process has published
         self._last: int | None = None  # the piece of work after which all stop
         self._before: dict[int, Any] = {}
         self._before_fd = -1
 
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is not threading.main_thread():
-            return self  # only the main thread may have signals: then they do what they always do
+            return self  # only the main thread may set handlers: signals keep their usual effect
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         # Python's own handlers run only between two instructions of the main thread, which may be
-        # compiling for minutes; the file descriptor is written to at once.
+        # compiling for minutes. The file descriptor is written to immediately.
         self._before_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._before = lifecycle.listen(self._handle)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
@@ -78,18 +79,19 @@ class Preemption:
 
     @property
     def saves(self) -> bool:
-        """Whether there is work to be saved."""
+        """Whether there is work to save."""
         return self._saves
 
     @property
     def told(self) -> bool:
-        """Whether this process knows that all are to stop."""
+        """Whether this process knows that all processes are to stop."""
         return self._told.is_set()
 
     def saves_from_here(self, saves: bool = True) -> None:
-        """Note that there is work to be saved from now on, or that there is none any more.
+        """Note that there is work to save from now on, or that none is left.
 
-        Then a process that was told to stop does not wait for others; one alone is done.
+        If none is left, a process of several that was asked to stop ends at once, without waiting
+        for the others. A process that is alone continues to its end.
         """
         with self._changing:
             self._saves, self._idle = saves, "nothing is left to save"
@@ -98,7 +100,7 @@ class Preemption:
 
     @contextmanager
     def raising(self, error: BaseException) -> Iterator[None]:
-        """Raise an error at a request to stop within, so that unfinished files are removed."""
+        """Raise `error` if asked to stop inside the block, so that unfinished files are removed."""
         with self._changing:
             self._on_signal = error
         try:
@@ -108,10 +110,10 @@ class Preemption:
                 self._on_signal = None
 
     def reached(self) -> bool:
-        """Count one more piece of work; return whether to stop instead of beginning it.
+        """Count one more piece of work and return whether to stop instead of beginning it.
 
         Raises:
-            cluster.Stopped: another process has said why it ends.
+            cluster.Stopped: another process reported why it ends.
         """
         with self._changing:
             self._begun += 1
@@ -126,15 +128,15 @@ class Preemption:
             cluster.check_others()
 
     def beat(self) -> None:
-        """Look whether another process was told to stop; called about once a second.
+        """Check whether another process was asked to stop; called about once a second.
 
         Raises:
             jax.errors.JaxRuntimeError: the coordinator does not answer.
         """
         if cluster.num_processes() == 1:
             return
-        found = cluster.read_all("stop")
-        if not (found or self.told) or self._on_signal:
+        counts = cluster.read_all("stop")
+        if not (counts or self.told) or self._on_signal:
             return
         self._told.set()
         with self._changing:
@@ -145,10 +147,10 @@ class Preemption:
             self._end_at_once(self._idle)
             return
         cluster.publish(f"stop/{cluster.process_id()}", str(self._posted))
-        found = cluster.read_all("stop")
-        if len(found) == cluster.num_processes():
+        counts = cluster.read_all("stop")
+        if len(counts) == cluster.num_processes():
             with self._changing:
-                self._last = max(int(text) for text in found.values())
+                self._last = max(int(text) for text in counts.values())
                 self._changing.notify_all()
 
     def _listen(self) -> None:
@@ -186,12 +188,12 @@ class Preemption:
         self._end(exit_codes.REQUEUE)
 
     def _raise(self, error: BaseException, number: int) -> None:
-        """Raise in the main thread, which handles signals between two of its instructions."""
+        """Raise an error in the main thread, which handles signals between two instructions."""
         self._raises = error
         signal.pthread_kill(threading.main_thread().ident or 0, number)
 
     def _handle(self, number: int, frame: Any) -> None:
-        """Take the place of a signal's default, which would end the process."""
+        """Replace a signal's default action, which would end the process."""
         error, self._raises = self._raises, None
         if error:
             raise error

@@ -1,7 +1,7 @@
-"""What must be the same on all hosts, compared before anything expensive; the odd one is named.
+"""Compare what must be the same on all hosts before anything expensive, and name the odd host.
 
-Texts go over the coordination service: hosts that differ in their devices or programs would hang
-in the first collective.
+Texts go over the coordination service, because hosts that differ in their devices or programs would
+hang in the first collective.
 """
 
 import hashlib
@@ -21,8 +21,7 @@ import jax_sft
 from jax_sft.hosts import cluster
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
-# They change what is compiled, or found so; different programs on two hosts wait for each other
-# for ever.
+# These change the compiled program or the cache lookup; hosts running different programs deadlock.
 VARIABLES = (
     *("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_PLATFORMS"),
     *("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"),
@@ -32,9 +31,9 @@ SHARED_S = 30.0  # for a file to show up on all hosts; NFS keeps folder listings
 
 
 def versions() -> dict[str, str]:
-    """Return {package: version}, with Python's and the hash of our own sources."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return found | {"python": platform.python_version(), "jax_sft": _sources()}
+    """Return {package: version}, with Python's version and a hash of jax_sft's sources."""
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return packages | {"python": platform.python_version(), "jax_sft": _sources()}
 
 
 def _sources() -> str:
@@ -49,7 +48,7 @@ def same_programs(config: dict[str, Any]) -> None:
     """Compare versions, config, environment and number of devices.
 
     Raises:
-        ValueError: a host differs; it is named, with what differs.
+        ValueError: a host differs. The message names it and what differs.
     """
     if cluster.num_processes() == 1:
         return
@@ -75,19 +74,19 @@ def _flat(config: dict[str, Any], prefix: str = ""):
 
 def clocks(say: Callable[[str], Any]) -> None:
     """Warn about hosts whose clock is far from that of process 0; logs would be hard to read."""
-    cluster.exchange("clocks, ready", "")  # all leave this within half a second
-    theirs = [float(text) for text in cluster.exchange("clocks", repr(time.time()))]
-    odd = [n for n, there in enumerate(theirs) if abs(there - theirs[0]) > CLOCK_SKEW_S]
+    cluster.exchange("clocks, ready", "")  # all processes return from it within half a second
+    times = [float(text) for text in cluster.exchange("clocks", repr(time.time()))]
+    odd = [n for n, seconds in enumerate(times) if abs(seconds - times[0]) > CLOCK_SKEW_S]
     if odd:
-        seconds = ", ".join(f"{theirs[n] - theirs[0]:+.0f} s" for n in odd)
-        say(f"WARNING the clock of {cluster.names(odd)} is off by {seconds}")
+        skews = ", ".join(f"{times[n] - times[0]:+.0f} s" for n in odd)
+        say(f"WARNING the clock of {cluster.names(odd)} is off by {skews}")
 
 
 def shared_folder(folder: Path) -> None:
-    """Check that all processes see one and the same folder; it is created.
+    """Create a folder and check that all processes see the same one.
 
     Raises:
-        ValueError: process 0 cannot write to it, or other hosts do not see what it wrote.
+        ValueError: process 0 cannot write to it, or other hosts do not see the file it wrote.
     """
     try:
         problem = unseen(folder, "workdir")
@@ -98,13 +97,13 @@ def shared_folder(folder: Path) -> None:
 
 
 def unseen(folder: Path, what: str, wait_s: float = SHARED_S) -> str:
-    """Say which processes do not see the folder that process 0 writes to; "" = all do.
+    """Return a message that names the processes that do not see a folder of process 0; "" = none.
 
-    It is created.
+    Process 0 creates the folder.
 
     Args:
-        what: it is.
-        wait_s: for a file to show up.
+        what: purpose of the folder; keeps the exchanges of different folders apart.
+        wait_s: seconds for a file to show up.
 
     Raises:
         OSError: process 0 cannot write to it.
