@@ -1,1 +1,1 @@
-"""The run: its compiled program, steps, state, evaluation and metrics."""
+"""Execute a run: its compiled program, steps, state, evaluation and metrics."""

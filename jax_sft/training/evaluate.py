@@ -1,4 +1,4 @@
-"""Evaluation over whole validation sets, tail included, weighted by trained tokens."""
+"""Evaluate on whole validation sets, tail included, weighted by trained tokens."""
 
 import dataclasses
 import math
@@ -16,17 +16,17 @@ from jax_sft.training.step import no_sums
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Evaluates weights of a run: called with {path: array}, it returns the metrics.
+    """Evaluates the weights of a run: a call with {path: array} returns the metrics.
 
     Attributes:
         eval_step: see `evaluate`.
         loaders: {name of a set: loader without shuffling}.
         tick: see `evaluate`.
-        examples: {name of a set: its examples}, of which the first are answered.
-        num_samples: how many of them in each set.
-        stop_ids: where an answer ends, see `answers`.
-        answerer: the model that answers; None = nothing is answered.
-        detokenizer: shows the answers; None = nothing is answered.
+        examples: {name of a set: its examples}; the model answers the first ones.
+        num_samples: number of examples to answer in each set.
+        stop_ids: token ids that end an answer, see `answers`.
+        answerer: model that answers; None = no answers.
+        detokenizer: decodes the answers; None = no answers.
         say: prints a line.
     """
 
@@ -61,12 +61,12 @@ def evaluate(
     sets: Mapping[str, Loader],
     tick: Callable[[], None] = lambda: None,
 ) -> dict:
-    """Return token-weighted loss, perplexity and next-token accuracy of each set and of all.
+    """Return token-weighted loss, perplexity and next-token accuracy of each set and overall.
 
     Args:
         eval_step: from `step.make_eval_step`.
         sets: {name: loader without shuffling}.
-        tick: called before each batch; what it raises ends the evaluation.
+        tick: called before each batch; an exception that it raises ends the evaluation.
 
     Returns:
         {"eval/NAME/loss": ..., "eval/NAME/perplexity": ..., "eval/NAME/accuracy": ...} and the
@@ -77,13 +77,13 @@ def evaluate(
         sums, before = [], no_sums()
         for batch in loader.batches(0, loader.steps_per_epoch):
             tick()
-            of_batch = eval_step(params, batch, before)
-            # Read while the devices compute the next: they never wait, no batches pile up on them,
-            # and `tick` tells how far they are.
+            batch_sums = eval_step(params, batch, before)
+            # Read the previous sums while the devices compute these. The devices never wait, no
+            # batches queue up on them, and `tick` reflects their real progress.
             sums.append(jax.device_get(before))
-            before = of_batch
+            before = batch_sums
         sums.append(jax.device_get(before))
-        # Added on the host in float64: a float32 count stops growing at 16.8M tokens.
+        # Add on the host in float64: a float32 count stops growing at 16.8M tokens.
         total = [sum(float(s[key]) for s in sums) for key in ("loss", "weight", "correct")]
         totals.append(total)
         metrics |= _means(f"eval/{name}/", *total)
@@ -114,29 +114,29 @@ def answers(
     """Answer the first `num_samples` examples of each set greedily and show them.
 
     Args:
-        stop_ids: where generation with the export will stop. The end of the reference is not one
-            of its own: an answer that would run on is none.
+        stop_ids: token ids at which generation with the exported model will stop. The last token
+            of a reference counts as a stop token only if it is in `stop_ids`.
 
     Returns:
-        {"eval/NAME/exact_match": share of answers that stop, and are equal to the reference to the
-        last character}.
+        {"eval/NAME/exact_match": share of answers that stop and equal the reference in every
+        character}.
     """
-    found = {}
+    metrics = {}
     for name, examples in sets.items():
         samples = [examples[i] for i in range(min(num_samples, len(examples)))]
         prompts, references = zip(*(first_turn(sample) for sample in samples), strict=True)
         references = [ids[:-1] if ids[-1] in stop_ids else ids for ids in references]
-        most = 1 + max(len(reference) for reference in references)  # and the stop token
-        given = model.greedy(prompts, most, stop_ids)
-        right = 0
-        for prompt, reference, answer in zip(prompts, references, given, strict=True):
+        max_tokens = 1 + max(len(reference) for reference in references)  # 1 for the stop token
+        replies = model.greedy(prompts, max_tokens, stop_ids)
+        num_right = 0
+        for prompt, reference, answer in zip(prompts, references, replies, strict=True):
             texts = [tokenizer.decode(ids) for ids in (prompt, reference, answer)]
-            stopped = len(answer) < most  # `greedy` leaves the stop token out
-            right += stopped and texts[1] == texts[2]
+            stopped = len(answer) < max_tokens  # `greedy` leaves out the stop token
+            num_right += stopped and texts[1] == texts[2]
             end = "" if stopped else " and does not stop"
             say(f"  {name}: ...{texts[0][-60:]!r} -> {texts[2]!r}{end} (reference {texts[1]!r})")
-        found[f"eval/{name}/exact_match"] = right / len(samples)
-    return found
+        metrics[f"eval/{name}/exact_match"] = num_right / len(samples)
+    return metrics
 
 
 def first_turn(example: Example) -> tuple[list[int], list[int]]:

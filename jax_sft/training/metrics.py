@@ -12,8 +12,8 @@ from jax_sft.hardware import CHIPS
 from jax_sft.nn.flops import model_flops
 from jax_sft.weights.param_spec import Weight
 
-# Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets, by a part of
-# `device_kind`. The first match counts.
+# Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets, by a substring of
+# `device_kind`. The first match counts, so a longer name comes before its own prefix.
 PEAK_FLOPS = {
     "B200": CHIPS["b200"].peak_flops,
     "H200": CHIPS["h200"].peak_flops,  # GH200 too
@@ -27,7 +27,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(devices: Iterable[Any]) -> float | None:
-    """Return the summed bfloat16 peak of the devices, or None where one is unknown."""
+    """Return the summed bfloat16 peak of the devices in FLOP/s, or None if any is unknown."""
     peaks = []
     for device in devices:
         known = [peak for name, peak in PEAK_FLOPS.items() if name in device.device_kind]
@@ -45,9 +45,10 @@ def step_flops(
     pairs: float,
     frozen: Collection[str] = (),
 ) -> float:
-    """Return the model FLOPs of a training step, as MFU is published: the head for every token.
+    """Return the model FLOPs of a training step by the convention for MFU.
 
-    Args: as of `flops.model_flops`.
+    By convention the output head is counted for every token, not only for trained ones. The
+    arguments are those of `flops.model_flops`.
     """
     return sum(model_flops(rows, dims, tied, tokens, pairs, tokens, frozen).values())
 
@@ -56,14 +57,15 @@ class Meter:
     """Turns the sums of steps into metrics, one step late so that devices never wait for it.
 
     Args:
-        every_steps: how often metrics are made.
-        num_steps: of the whole run.
-        epoch_of: steps done -> epochs done.
-        sources: names of the train sources where each one's loss is asked for.
-        flops: sums -> model FLOPs of a step.
-        peak: FLOP/s of all devices together, or None.
-        observe: called once with each step, in order, and its sums; what it raises is raised by
-            `check` and `read`.
+        every_steps: interval of the metrics in steps.
+        num_steps: steps of the whole run.
+        start_step: steps already done.
+        epoch_of: maps steps done to epochs done.
+        flops: maps the sums of a step to its model FLOPs.
+        peak: FLOP/s of all devices together, or None if unknown.
+        sources: names of the train sources whose losses are logged.
+        observe: called once per step, in order, with the step and its sums; its exceptions pass
+            through `check` and `read`.
     """
 
     def __init__(
@@ -83,27 +85,31 @@ class Meter:
         self._flops, self._peak, self._observe = flops, peak, observe
         self._observed = start_step
         self._window: list[dict[str, jax.Array]] = []
-        self._slots = 0  # tokens of the window's batches, padding included
+        self._slots = 0  # tokens of the window's batches, including padding
         self._wait_ms = 0.0
         self._step = start_step
         self._began = self._time = time.perf_counter()
-        self._untimed = 0  # steps of the window before the clock was started
+        self._untimed = 0  # steps of the window before the clock started
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time spent within (in evaluation, say) out of the speed."""
+        """Exclude the time inside the block, for instance an evaluation, from the speed."""
         jax.block_until_ready(self._window)
         began = time.perf_counter()
         yield
         self._time += time.perf_counter() - began
 
     def start_clock(self) -> None:
-        """Leave the steps until now (the first one, which compiles) out of the speed."""
+        """Exclude the steps until now, such as the first, which compiles, from the speed."""
         self._time, self._untimed = time.perf_counter(), len(self._window)
 
     def add(self, sums: dict[str, jax.Array], slots: int, wait_ms: float = 0.0) -> None:
-        """Note the next step: its (unfinished) sums, the size of its batch in tokens with padding,
-        and for how long it waited for that batch.
+        """Add the next step.
+
+        Args:
+            sums: sums of the step, which may be unfinished.
+            slots: size of its batch in tokens, including padding.
+            wait_ms: how long the step waited for its batch.
         """
         self._window.append(sums)
         self._slots += slots
@@ -112,7 +118,7 @@ class Meter:
 
     @property
     def due(self) -> bool:
-        """Whether the last step added is one to log."""
+        """Whether the last step added is due for logging."""
         last = self._step == self._num_steps
         return bool(self._window) and (last or self._step % self._every == 0)
 
@@ -126,9 +132,10 @@ class Meter:
         return window
 
     def read(self) -> dict[str, float]:
-        """Wait for the last step and return its metrics; speeds are over the steps since then.
+        """Wait for the last step and return its metrics.
 
-        Loss and gradient norm are those of the last step that was applied, NaN if none was.
+        Speeds are means over the steps since the last call. Loss and gradient norm are those of the
+        last step that was applied, NaN if none was.
         """
         window = self.check()
         now = time.perf_counter()
@@ -168,7 +175,7 @@ class Meter:
         return metrics
 
     def line(self, metrics: Mapping[str, float]) -> str:
-        """Return one line for the screen."""
+        """Return the metrics as one line for the screen."""
         left = (self._num_steps - metrics["step"]) * metrics["step_time_s"]
         parts = [
             f"step {metrics['step']}/{self._num_steps}",
@@ -193,14 +200,14 @@ class Meter:
 
 
 def stalls(metrics: Mapping[str, float]) -> bool:
-    """Whether more than a twentieth of the time is spent waiting for data."""
+    """Return whether more than a twentieth of the time is spent waiting for data."""
     return metrics["data/wait_ms"] > 50 * metrics["step_time_s"]
 
 
 def count(number: float) -> str:
     """Format a count: 950, 12.3k, 4.56M, 7.61B."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * size:  # what rounds to 1000 belongs to the next letter
+        if number >= 0.9995 * size:  # a number that rounds to 1000 gets the next letter
             return f"{number / size:.3g}{letter}"
     return f"{number:.0f}"
 

@@ -22,13 +22,13 @@ class Data:
     Attributes:
         train: the training examples.
         eval: {name: examples} of the eval sets.
-        loader: of the training batches.
-        eval_loaders: {name: loader}, each in order and without shuffling.
-        source_names: train sources whose loss is logged; none unless asked for.
-        num_steps: of the whole run.
-        turn_ends: {token id: trained turns that end with it}.
+        loader: yields the training batches.
+        eval_loaders: {name: loader} of the eval sets, in order and without shuffling.
+        source_names: train sources whose loss is logged; empty unless log.per_source is set.
+        num_steps: steps of the whole run.
+        turn_ends: {token id: number of trained turns that end with it}.
         model_stops: token ids at which generation with the model stops.
-        report: of data_report.json.
+        report: content of data_report.json.
     """
 
     train: Examples
@@ -43,10 +43,10 @@ class Data:
 
 
 def open_data(run: Run) -> Data:
-    """Tokenize the data, or find it tokenized, and print what it holds.
+    """Tokenize the data or reuse its cached tokens, and print a summary.
 
     Raises:
-        ValueError: anything wrong with the data.
+        ValueError: anything is wrong with the data.
     """
     cfg = run.cfg
     run.watch.at("reading the data")
@@ -94,7 +94,7 @@ def _prepare(run: Run) -> tuple[Examples, dict[str, Examples]]:
 
 
 def _check_vocabulary(sets: Iterable[Examples], vocab: int) -> None:
-    """Refuse token ids that the model has no embedding for.
+    """Refuse token ids for which the model has no embedding.
 
     Raises:
         ValueError: the tokenizer does not belong to the model.
@@ -110,7 +110,7 @@ def _check_vocabulary(sets: Iterable[Examples], vocab: int) -> None:
 def _loaders(
     run: Run, train: Examples, eval_sets: dict[str, Examples]
 ) -> tuple[Loader, dict[str, Loader], list[str]]:
-    """Return the loader of `train`, those of the eval sets, and the sources to log the loss of."""
+    """Return the loader of `train`, the loaders of the eval sets, and the sources to log."""
     cfg, micro_rows = run.cfg, run.resolved.micro_rows
     source_names = list(train.sources) if cfg.log.per_source else []
     load = functools.partial(
@@ -137,7 +137,7 @@ def _describe(
     loader: Loader,
     num_steps: int,
 ) -> None:
-    """Print what the data holds, and warn of what looks like a mistake."""
+    """Print a summary of the data and warnings about likely mistakes."""
     named = {f"eval/{name}": counts for name, counts in eval_report.items()}
     run.say(prepare.table({**train_report, **named}))
     # One set at a time: the training data as a whole, then each eval set.
@@ -153,11 +153,11 @@ def _describe(
 
 
 def _stops(run: Run, train: Examples) -> tuple[dict[int, int], list[int]]:
-    """Return the ends of trained turns, and the stop tokens of the model; print both.
+    """Return the end tokens of trained turns and the stop tokens of the model; print both.
 
     Raises:
-        ValueError: no token can become the tokenizer's eos_token, as train.export_tokenizer_eos
-            asks.
+        ValueError: train.export_tokenizer_eos is set, but no token can become the tokenizer's
+            eos_token.
     """
     folder = run.model.folder
     turn_ends = stop_tokens.inherited(folder) | stop_tokens.trained(train.report)

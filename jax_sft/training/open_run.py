@@ -1,7 +1,7 @@
-"""Open a run: join its processes, check its config, take its workdir, choose its attention.
+"""Open a run: join its processes, check its config, lock its workdir, choose its attention.
 
-Everything that is wrong with the config, the machine or the model's folder is found here, before
-any data or weight is read.
+All problems of the config, the machine or the model's folder are reported by this module, before
+any data or weights are read.
 """
 
 import contextlib
@@ -38,10 +38,10 @@ class BaseModel:
     """The model that a run starts from.
 
     Attributes:
-        folder: its local folder.
-        rows: its weights.
-        dims: {name: size} of their dimensions, without padding.
-        weights: reads them.
+        folder: local folder of the model.
+        rows: specs of its weights.
+        dims: {name: size} of the dimensions of the weights, without padding.
+        weights: reads the weights.
     """
 
     folder: Path
@@ -52,20 +52,20 @@ class BaseModel:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The surroundings of a run, which nothing changes once it is open.
+    """The environment of a run, which does not change once the run is open.
 
     Attributes:
         cfg: the config.
-        config: the same as a plain dict, as it is stored.
+        config: the config as a plain dict, in the form in which it is stored.
         workdir: the run's folder.
-        is_first: whether this process is the one that prints and writes.
-        say: prints a line; does nothing on other processes than the first.
-        resolved: what validation found out, with the attention that passed its test.
+        is_first: whether this is process 0, which prints and writes.
+        say: prints a line on process 0; does nothing on the others.
+        resolved: results of validation, with the attention backend that passed its test.
         mesh: all devices.
         model: the model that the run starts from.
-        lock: of the workdir; held by the first process, None on the others.
-        preemption: knows when to stop.
-        watch: is told what this process does.
+        lock: lock of the workdir, held by process 0; None on the others.
+        preemption: decides when to stop.
+        watch: watchdog to which this process reports its phase.
         startup: measures the parts of the start.
     """
 
@@ -91,16 +91,16 @@ def open_run(
     startup: Startup,
     ends: contextlib.ExitStack,
 ) -> Run:
-    """Join the other processes and check all that can be checked before the data is read.
+    """Join the other processes and check everything that can be checked before reading the data.
 
     Args:
-        ends: gives the workdir free at the end of the run.
+        ends: exit stack that releases the workdir at the end of the run.
 
     Raises:
-        ValueError: anything wrong with config, workdir or model.
-        Lost, Stopped: another process did not come, or ended with an error.
+        ValueError: anything is wrong with config, workdir or model.
+        Lost, Stopped: another process did not join, or ended with an error.
     """
-    # 1. Devices are configured before JAX starts, processes meet before they compare anything.
+    # 1. Configure devices before JAX starts. Join the processes before they compare anything.
     _join(cfg, watch)
     is_first = cluster.process_id() == 0
     say = print_now if is_first else silent
@@ -108,9 +108,9 @@ def open_run(
     watch.at("comparing hosts")
     preflight.same_programs(as_dict | {"workdir": str(workdir)})
     preflight.clocks(say)
-    # 2. Before anything is compiled.
+    # 2. Set up the compilation cache before anything is compiled.
     compilation_cache.use(cfg.train.compilation_cache, workdir, say)
-    # 3. The config is checked before the workdir is locked, and locked before it is looked at.
+    # 3. Check the config before locking the workdir, and lock the workdir before reading it.
     resolved = validate(cfg, jax.device_count())
     preflight.shared_folder(workdir)
     lock = _take_lock(workdir, say, ends)
@@ -118,7 +118,7 @@ def open_run(
     mesh = make_mesh(resolved.mesh_shape)
     model = _find_model(cfg, resolved)
     if is_first and not prepare.is_cached(cfg.data, model.folder):
-        confined.start_early()  # meanwhile the attention is tested
+        confined.start_early()  # it starts while the attention is tested
     _describe(cfg, resolved, model, say)
     attention = _choose_attention(cfg, resolved, model, mesh, say)
     startup.end("checks")
@@ -139,7 +139,7 @@ def open_run(
 
 
 def _join(cfg: config.Config, watch: Watchdog) -> None:
-    """Meet the other processes."""
+    """Configure the devices and join the other processes."""
     simulate_cpu_devices(cfg.mesh.cpu_devices)
     use_gpu_memory()
     watch.at("joining")
@@ -148,10 +148,10 @@ def _join(cfg: config.Config, watch: Watchdog) -> None:
 
 
 def _take_lock(workdir: Path, say: Say, ends: contextlib.ExitStack) -> run_lock.RunLock | None:
-    """Take a workdir for this run, until it ends; return the lock on process 0, which holds it.
+    """Lock the workdir until the run ends; return the lock on process 0, None on the others.
 
     Raises:
-        ValueError: on all processes, another run has the workdir, or it cannot be locked.
+        ValueError: another run has the workdir, or it cannot be locked; raised on all processes.
     """
     lock = run_lock.RunLock(workdir, say) if cluster.process_id() == 0 else None
 
@@ -163,10 +163,10 @@ def _take_lock(workdir: Path, say: Say, ends: contextlib.ExitStack) -> run_lock.
 
 
 def _find_model(cfg: config.Config, resolved: Resolved) -> BaseModel:
-    """Find the model's weights, reading only headers.
+    """Find the model's weights, reading only the headers of their files.
 
     Raises:
-        ValueError: they do not fit the model.
+        ValueError: the weights do not fit the model.
     """
     rows, dims = tuple(resolved.family.weights(resolved.model_cfg)), resolved.model_cfg.dims
     folder = hf_folder.resolve(cfg.model.path, cfg.model.revision)
@@ -182,7 +182,7 @@ def _find_model(cfg: config.Config, resolved: Resolved) -> BaseModel:
 
 
 def _describe(cfg: config.Config, resolved: Resolved, model: BaseModel, say: Say) -> None:
-    """Print what is trained, and on which devices."""
+    """Print the model and the devices, with warnings about the model's folder."""
     num_params = sum(math.prod(row.shape(model.dims)) for row in model.rows)
     family = resolved.model_cfg.__module__
     say(f"model   {cfg.model.path}: {family}, {metrics.count(num_params)} parameters")
@@ -198,10 +198,10 @@ def _describe(cfg: config.Config, resolved: Resolved, model: BaseModel, say: Say
 def _choose_attention(
     cfg: config.Config, resolved: Resolved, model: BaseModel, mesh: Mesh, say: Say
 ) -> str:
-    """Return the attention backend of the run, which has passed its test.
+    """Return the attention backend of the run after it has passed its self-test.
 
     Raises:
-        ValueError: the one that was asked for fails its test.
+        ValueError: the configured backend fails its self-test.
     """
     model_cfg, dims = resolved.model_cfg, model.dims
     attention = self_test.choose(
@@ -219,9 +219,9 @@ def _choose_attention(
 
 
 def print_now(line: str) -> None:
-    """Print a line at once, also into a pipe."""
+    """Print a line and flush it, so that it also appears at once in a pipe."""
     print(line, flush=True)
 
 
 def silent(_: str) -> None:
-    """Discard the line: on every process but the first."""
+    """Discard the line (used on every process but the first)."""

@@ -1,4 +1,4 @@
-"""Open the state of a run: that of its newest checkpoint, or the pretrained weights at step 0."""
+"""Open the state of a run: its newest checkpoint, or the pretrained weights at step 0."""
 
 import dataclasses
 import functools
@@ -22,12 +22,12 @@ from jax_sft.weights import hf_folder, vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a run starts.
+    """The step at which a run starts.
 
     Attributes:
-        step: steps already done.
-        skipped_steps: those of them that were not applied.
-        owes_evaluation: whether this step is evaluated before the next one is trained.
+        step: number of steps already done.
+        skipped_steps: number of these steps that were not applied.
+        owes_evaluation: whether to evaluate this step before training the next one.
     """
 
     step: int
@@ -36,7 +36,7 @@ class Start:
 
     @classmethod
     def of(cls, stored: Found | None, run: Run, data: Data) -> "Start":
-        """Return the start from a stored step, or from the beginning."""
+        """Return the start at a stored step, or at step 0 if `stored` is None."""
         owes = stored.extra.get("owes_evaluation") if stored else run.cfg.eval.at_start
         return cls(
             step=stored.step if stored else 0,
@@ -46,11 +46,11 @@ class Start:
 
 
 def open_checkpoints(run: Run, data: Data) -> tuple[saving.Checkpoints, Found | None]:
-    """Return the checkpoints of a run, and the step to resume; no arrays are read.
+    """Return the checkpoints of a run and the step to resume, without reading arrays.
 
     Raises:
-        ValueError: the adapter is not of this model, the folder cannot be used, or config or data
-            have changed in a way that is not allowed.
+        ValueError: the adapter belongs to another model, the folder cannot be used, or config or
+            data have changed in a way that is not allowed.
     """
     cfg, model, adapters = run.cfg, run.model, run.resolved.adapters
     run.watch.at("loading the weights")
@@ -77,8 +77,9 @@ def open_checkpoints(run: Run, data: Data) -> tuple[saving.Checkpoints, Found | 
 
 
 def bound_keys(cfg: config.Config, resolved: Resolved) -> tuple[str, ...]:
-    """Return the keys of config.FREE that change the losses of this run: what is drawn, or
-    balanced, within each micro-batch depends on its rows.
+    """Return the keys of config.FREE that change the losses of this run.
+
+    Dropout and the balance of experts act within each micro-batch, so they depend on its rows.
     """
     drops = resolved.adapters is not None and resolved.adapters.dropout > 0
     balances = objective(cfg.loss, resolved.model_cfg).get(ROUTER_AUX)
@@ -92,14 +93,15 @@ def restore_or_load(
     checkpoints: saving.Checkpoints,
     stored: Found | None,
 ) -> tuple[state.TrainState, Start]:
-    """Return the first state of a run: of a stored step, or of the pretrained weights.
+    """Return the first state of a run, from a stored step or from the pretrained weights.
 
     Args:
-        stored: the step to resume; an older one is taken if its arrays are damaged.
+        stored: step to resume; if its arrays are damaged, an older step is used. None = start from
+            the pretrained weights.
 
     Raises:
-        ValueError: no step can be read, or the model folder has other weights than when the run
-            began.
+        ValueError: no step can be read, or the weights in the model folder have changed since the
+            run began.
     """
     model_def, rows = program.model_def, run.model.rows
     adapters = run.resolved.adapters
@@ -118,9 +120,9 @@ def restore_or_load(
         arrays, stored = checkpoints.restore(stored, program.state.named())
         first = program.state.from_named(stored.step, arrays)
         run.say(f"resume  {run.workdir} from step {stored.step} of {data.num_steps}")
-        # A step holds only what trains.
-        still = [row.path for row in rows if row.path not in program.state.params]
-        first = dataclasses.replace(first, frozen=read(still))
+        # A stored step has only the trainable weights: read the frozen ones from the model folder.
+        frozen = [row.path for row in rows if row.path not in program.state.params]
+        first = dataclasses.replace(first, frozen=read(frozen))
     else:
         weights = read([row.path for row in rows])
         if adapters:
@@ -131,7 +133,7 @@ def restore_or_load(
 
 
 def how_to_train_on(cfg: config.Config, start: int, loader: Loader) -> str:
-    """Say how a run that has done all its steps is trained further."""
+    """Return advice on how to continue training a run that has done all its steps."""
     key = "train.steps" if cfg.train.steps else "train.epochs"
     value: float = cfg.train.steps or cfg.train.epochs
     while (num_steps := value if cfg.train.steps else loader.num_steps(value)) <= start:

@@ -11,16 +11,16 @@ from jax_sft.weights.param_spec import Weight
 
 
 def warmup_steps(optimizer, num_steps: int) -> int:
-    """Return the number of warm-up steps that `optimizer.warmup` means.
+    """Return the number of warm-up steps; `optimizer.warmup` below 1 is a share of `num_steps`.
 
-    It may be over num_steps: the ramp stays the one that was asked for, as in transformers.
+    It may exceed `num_steps`: the ramp keeps the configured slope, as in transformers.
     """
     warmup = optimizer.warmup
     return round(warmup * num_steps if warmup < 1 else warmup)
 
 
 def warnings(optimizer, num_steps: int) -> list[str]:
-    """Return what of the schedule does not come to pass in a run of so many steps."""
+    """Return warnings about parts of the schedule that a run of `num_steps` steps never reaches."""
     warmup, decay_steps = warmup_steps(optimizer, num_steps), optimizer.decay_fraction * num_steps
     if warmup >= num_steps:
         highest = optimizer.learning_rate * num_steps / (warmup + 1)
@@ -42,11 +42,13 @@ def warnings(optimizer, num_steps: int) -> list[str]:
 def schedule(optimizer, num_steps: int) -> Callable[[Any], jax.Array]:
     """Return the learning rate as a function of the step (0 = first).
 
-    Warm-up rises linearly and never starts at zero: (step + 1) / (warmup + 1) of the peak. Then
-    "cosine" and "linear" fall to final_ratio at `num_steps`; "constant" stays; "wsd" (Hu et al.
-    2024, arXiv:2404.06395) stays and falls linearly over the last decay_fraction of all steps.
+    Warm-up rises linearly and never starts at zero: (step + 1) / (warmup + 1) of the peak. After
+    it "cosine" and "linear" fall to final_ratio of the peak at `num_steps`, and "constant" stays at
+    the peak. "wsd" (Hu et al. 2024, arXiv:2404.06395) stays at the peak and falls linearly to
+    final_ratio over the last decay_fraction of all steps.
     """
-    warmup = float(warmup_steps(optimizer, num_steps))  # an int may be over those of float32
+    # As a float, because a Python int may be too large for JAX to convert.
+    warmup = float(warmup_steps(optimizer, num_steps))
     floor = optimizer.final_ratio
 
     def factor(step: jax.Array) -> jax.Array:
@@ -68,8 +70,8 @@ def schedule(optimizer, num_steps: int) -> Callable[[Any], jax.Array]:
 def make(optimizer, num_steps: int, rows: Iterable[Weight]) -> optax.GradientTransformation:
     """Return AdamW (Loshchilov & Hutter 2019) behind global-norm clipping.
 
-    Weight decay acts on matrices only, embeddings included; never on norms and biases. Moments are
-    stored in `optimizer.moments_dtype`, whatever the dtype of the parameters.
+    Weight decay acts on matrices, including embeddings, and never on norms and biases. Moments are
+    stored in `optimizer.moments_dtype`, independent of the dtype of the parameters.
     """
     decayed = {row.path: row.is_matrix for row in rows}
     clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else None
@@ -86,7 +88,7 @@ def make(optimizer, num_steps: int, rows: Iterable[Weight]) -> optax.GradientTra
 
 
 def store_moments(tx: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
-    """Return `tx` computing with float32 moments that are stored in `dtype` between steps."""
+    """Wrap `tx` to compute with float32 moments and store them in `dtype` between steps."""
 
     def cast(state, to):
         return optax.tree_utils.tree_map_params(tx, lambda moment: moment.astype(to), state)

@@ -1,7 +1,7 @@
-"""The compiled program of a run, from its config: `train` feeds it, `plan` only compiles it.
+"""Build the compiled program of a run from its config. `train` runs it, `plan` only compiles it.
 
-Whatever decides what the devices do is put together here and nowhere else, so that a plan is of
-the very step that will run.
+Everything that decides what the devices do is put together in this module only, so that a plan
+describes exactly the step that will run.
 """
 
 import dataclasses
@@ -21,14 +21,15 @@ from jax_sft.training.state import TrainState
 from jax_sft.training.step import Sums, batch_shardings, make_eval_step, make_train_step
 from jax_sft.validate import Resolved
 
-# What XLA is told on CPUs. The update reads each moment twice, for the parameter and for itself:
-# without this XLA copies all moments first, lest one overwrites what the other has yet to read.
+# XLA's compiler options on CPUs. The update reads each moment twice: for the parameter and for the
+# moment itself. Without this option XLA first copies all moments, so that one of the two does not
+# overwrite a value that the other has yet to read.
 CPU_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A train step and what belongs to it.
+    """The compiled steps of a run, with their model, optimizer and argument shapes.
 
     Attributes:
         model_def: the model.
@@ -50,7 +51,7 @@ class Program:
 
 
 def model_def(cfg, resolved: Resolved) -> ModelDef:
-    """Return the model as the config wants it computed and trained."""
+    """Return the model, with its computation and trainable weights as configured."""
     plain = ModelDef.of(
         resolved.family,
         resolved.model_cfg,
@@ -66,11 +67,11 @@ def model_def(cfg, resolved: Resolved) -> ModelDef:
 
 
 def program(cfg, resolved: Resolved, mesh: Mesh, num_steps: int, num_sources: int = 0) -> Program:
-    """Put a run's program together; nothing is allocated or compiled.
+    """Build the program of a run without allocating or compiling anything.
 
     Args:
-        num_steps: of the whole run, for the schedule.
-        num_sources: train sources whose loss is asked for, 0 = none.
+        num_steps: steps of the whole run, for the learning-rate schedule.
+        num_sources: number of train sources whose losses are logged; 0 = none.
     """
     model = model_def(cfg, resolved)
     tx = optim.make(cfg.optimizer, num_steps, model.moving)
@@ -101,22 +102,25 @@ def program(cfg, resolved: Resolved, mesh: Mesh, num_steps: int, num_sources: in
 
 
 def objective(loss, model_cfg) -> dict[str, float]:
-    """Return the `objective` of the step: cfg.loss, with the weight of the balance of experts."""
-    found = dict(loss)
+    """Return the `objective` of the step: cfg.loss with the weight of the experts' balance loss.
+
+    A negative router_aux means the value of the model's config.
+    """
+    terms = dict(loss)
     if loss.router_aux < 0:
-        found["router_aux"] = model_cfg.router_aux if "experts" in model_cfg.dims else 0.0
-    return found
+        terms["router_aux"] = model_cfg.router_aux if "experts" in model_cfg.dims else 0.0
+    return terms
 
 
 def gpu_options(attention: str) -> dict[str, Any]:
-    """Return what XLA is told on GPUs, in training and in plans alike.
+    """Return XLA's compiler options on GPUs, for training and plans alike.
 
-    The latency-hiding scheduler, which newer versions of JAX have by default, moves the gathers of
-    weights behind the products before them. Sums are kept in one order (no atomics), so that the
-    same config gives bitwise the same losses: but not with cuDNN's attention, whose backward pass
-    would then take memory quadratic in the length of a row. What is computed again is what
-    model.remat says: XLA's own pass, which starts when memory gets short, computes a fusion of
-    several results once for each of them (7B on one H200: 60 ms of a step, and no byte saved).
+    The latency-hiding scheduler, which newer versions of JAX enable by default, overlaps the
+    gathers of weights with the products before them. Sums keep one order (no atomics), so that the
+    same config gives bitwise the same losses. The exception is cuDNN's attention, whose backward
+    pass would then need memory quadratic in the length of a row. Only model.remat decides what is
+    recomputed. XLA's own pass, which starts when memory is short, is disabled: it computes a fusion
+    of several results once for each of them (7B on one H200: 60 ms of a step, no byte saved).
     """
     return {
         "xla_gpu_enable_latency_hiding_scheduler": True,
@@ -126,7 +130,7 @@ def gpu_options(attention: str) -> dict[str, Any]:
 
 
 def _abstract_batch(cfg, resolved: Resolved, mesh: Mesh, per_source: bool) -> dict[str, Any]:
-    """The shapes of a global batch of packed rows."""
+    """Return the shapes, dtypes and shardings of a global batch of packed rows."""
     micro_batches = cfg.batch.rows // resolved.micro_rows
     shape = (micro_batches, resolved.micro_rows, cfg.data.seq_len)
     row = empty_rows(1, 1, per_source)

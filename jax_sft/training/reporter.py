@@ -1,7 +1,7 @@
-"""What a run reports: its steps and evaluations, on the screen and to its trackers.
+"""Report the steps and evaluations of a run on the screen and to its trackers.
 
-The loop in `run` gives the sums of each step. The reporter turns them into metrics, prints and logs
-them, and stops a run that has gone wrong.
+The loop in `run` passes in the sums of each step. The reporter turns them into metrics, prints and
+logs them, and stops a run that has gone wrong.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ from jax_sft.training.step_guard import Health, dump_batches
 
 
 class Reporter:
-    """Measures, judges, prints and logs the steps of one run. Every process has one.
+    """Measures, checks, prints and logs the steps of one run. Every process has a reporter.
 
-    A context manager: it closes the trackers at its end.
+    A context manager that closes the trackers on exit.
 
     Args:
         meter: turns sums into metrics; `health` observes its steps.
-        health: judges each step.
+        health: checks each step.
         evaluator: evaluates weights.
-        trackers: get all metrics, see `trackers`; none on other processes than the first.
-        num_steps: of the whole run.
+        trackers: receive all metrics, see `trackers`; empty on every process but the first.
+        num_steps: steps of the whole run.
         say: prints a line.
 
     Attributes:
@@ -61,30 +61,30 @@ class Reporter:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        with contextlib.ExitStack() as stack:  # closes each, whatever another one raises
+        with contextlib.ExitStack() as stack:  # closes every tracker even if another one raises
             for tracker in self._trackers:
                 stack.callback(tracker.close)
 
     @property
     def skipped_steps(self) -> int:
-        """Steps of the whole run that were not applied, of those that were looked at."""
+        """Number of steps of the whole run, among those checked so far, that were not applied."""
         return self._health.skipped
 
     def start_clock(self) -> None:
-        """Leave the time until now out of the speed."""
+        """Exclude the time until now from the speed."""
         self._meter.start_clock()
 
     def add(self, sums: dict[str, jax.Array], num_slots: int, wait_ms: float) -> None:
-        """Take the sums of the next step, which may be unfinished.
+        """Add the sums of the next step, which may be unfinished.
 
         Args:
-            num_slots: size of its batch in tokens, padding included.
+            num_slots: size of its batch in tokens, including padding.
             wait_ms: how long the step waited for its batch.
         """
         self._meter.add(sums, num_slots, wait_ms)
 
     def log_due(self) -> None:
-        """Print and log the last step added, if it is one to log. Waits for that step.
+        """Print and log the last step added, if it is due for logging. Waits for that step.
 
         Raises:
             FloatingPointError: too many steps in a row were not finite.
@@ -96,10 +96,10 @@ class Reporter:
         self._log(metrics)
 
     def evaluate(self, step: int, weights: dict[str, jax.Array]) -> dict[str, float]:
-        """Evaluate the weights after a step; print, log and return the metrics.
+        """Evaluate the weights after a step, then print, log and return the metrics.
 
         Raises:
-            Preempted: the run was told to stop meanwhile; nothing is printed or logged.
+            Preempted: the run was asked to stop meanwhile; nothing is printed or logged.
             FloatingPointError: a loss is not finite.
         """
         with self._meter.paused():
@@ -109,7 +109,7 @@ class Reporter:
         return metrics
 
     def require_sound(self, step: int) -> None:
-        """Log what is due, and refuse to go on from a state that must not be saved.
+        """Log the last step if due, and raise if the state must not be saved.
 
         Args:
             step: the last step added.
@@ -140,8 +140,8 @@ def open_reporter(
     """Return the reporter of a run.
 
     Args:
-        weights: those at the start, of the model that answers.
-        trackers: open; the reporter closes them.
+        weights: initial weights of the model that answers samples.
+        trackers: open trackers, which the reporter closes.
     """
     health = Health(
         on_nonfinite=run.cfg.train.on_nonfinite,
@@ -198,10 +198,10 @@ def _evaluator(
 
 
 def _tick(watch: Watchdog, preemption: Preemption) -> None:
-    """Note that an evaluation goes on.
+    """Report to the watchdog that the evaluation makes progress.
 
     Raises:
-        Preempted: the run is to stop.
+        Preempted: the run was asked to stop.
     """
     watch.at("evaluating")
     if preemption.reached():
@@ -209,7 +209,7 @@ def _tick(watch: Watchdog, preemption: Preemption) -> None:
 
 
 def _dump(run: Run, data: Data, sums: Mapping[int, Mapping[str, float]]) -> Path:
-    """Write the batches of steps that went wrong, on the first process; return their folder."""
+    """Write the batches of steps that went wrong on process 0; return their folder."""
     folder = run.workdir / "nonfinite"
     if run.is_first:
         dump_batches(folder, data.loader, data.train, sums)

@@ -1,7 +1,7 @@
-"""The run: what `jax_sft.train(...)` and the command `python -m jax_sft.train` do.
+"""Execute a run, for `jax_sft.train(...)` and the command `python -m jax_sft.train`.
 
-`_run` is the order of a run, `_train_steps` its loop. What a run needs is opened in `open_run`,
-`open_data` and `open_state`, and what it reports goes through `reporter`.
+`_run` has the order of a run, `_train_steps` its loop. The modules `open_run`, `open_data` and
+`open_state` open the parts of a run, and `reporter` prints and logs its metrics.
 """
 
 import contextlib
@@ -29,32 +29,32 @@ from jax_sft.training.program import Program, program
 from jax_sft.training.reporter import Reporter, open_reporter
 from jax_sft.training.state import TrainState
 
-# How XLA says that a device's memory is full; JAX has no exception of its own for it.
+# XLA's messages for a device that is out of memory; JAX has no separate exception for it.
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
 
 
 def train(cfg: config.Config, workdir: str | Path, began: float | None = None) -> dict[str, float]:
-    """Fine-tune as the config says; the same as the command `python -m jax_sft.train`.
+    """Fine-tune according to the config, like the command `python -m jax_sft.train`.
 
     Args:
         cfg: from `jax_sft.config.default()`.
-        workdir: the run's folder; a checkpoint in it is resumed.
-        began: when the start that is timed began, by `time.perf_counter`; None = now.
+        workdir: the run's folder; the run resumes a checkpoint in it.
+        began: time from which the start is measured, by `time.perf_counter`; None = now.
 
     Returns:
         The metrics of the last step and the last evaluation (empty if nothing was left to do).
 
     Raises:
-        ValueError: anything wrong with config, model or data, found before training starts; the
-            memory is too small.
+        ValueError: anything is wrong with config, model or data, reported before training starts;
+            or the memory is too small.
         FloatingPointError: the loss was not finite too often (train.max_nonfinite).
-        Preempted: SIGTERM, SIGINT, SIGHUP or SIGUSR1; the state is saved. A second SIGINT is a
-            KeyboardInterrupt, as is one before there is anything to save; in our own programs both
-            end the process.
+        Preempted: SIGTERM, SIGINT, SIGHUP or SIGUSR1 was received; the state is saved. A second
+            SIGINT, or a SIGINT before there is anything to save, raises KeyboardInterrupt. In the
+            programs of jax_sft both end the process.
         NotSaved: trained to the end, but the last state could not be stored.
-        Lost, Stopped: another process did not come, or ended with an error (cluster.py).
+        Lost, Stopped: another process did not respond, or ended with an error (cluster.py).
 
-    A process that hangs, or that another one leaves waiting, is ended by the watchdog.
+    The watchdog ends a process that hangs or that waits too long for another process.
     """
     startup = Startup(time.perf_counter() if began is None else began)
     if began is not None:
@@ -72,10 +72,10 @@ def train(cfg: config.Config, workdir: str | Path, began: float | None = None) -
 
 @contextlib.contextmanager
 def _memory_explained(preemption: Preemption) -> Iterator[None]:
-    """Say what to change where memory is too small for the first step.
+    """Advise what to change if memory is too small for the first step.
 
     Raises:
-        ValueError: instead of JAX's error.
+        ValueError: the advice, in place of JAX's error.
     """
     try:
         yield
@@ -100,7 +100,7 @@ def _run(
     startup: Startup,
     ends: contextlib.ExitStack,
 ) -> dict[str, float]:
-    """Do a run, from joining the processes to the export; see `train`."""
+    """Execute a run, from joining the processes to the export; see `train`."""
     # ---- processes, devices, config, workdir -----------------------------------------------------
     run = open_run(cfg, workdir, preemption, watch, startup, ends)
 
@@ -114,7 +114,7 @@ def _run(
     state, start = restore_or_load(run, data, compiled, checkpoints, stored)
     if start.step < num_steps:
         checkpoints.keep_model_files()
-        if cfg.train.export:  # an export that cannot be written fails now, not after the training
+        if cfg.train.export:  # an export that cannot be written fails now, not after training
             consensus.from_first("export folder", lambda: to_hf.check_of_run(workdir, run.say))
     else:
         advice = how_to_train_on(cfg, start.step, data.loader)
@@ -133,8 +133,8 @@ def _run(
     # ---- loop ------------------------------------------------------------------------------------
     reporter = open_reporter(run, data, compiled, state.weights, start, opened)
     trainer = Trainer(run, data, compiled, checkpoints, record, reporter)
-    # Left in the reverse order, whatever happens: the running save is waited for before the
-    # trackers are closed.
+    # The contexts are left in reverse order, even after an error: the running save finishes before
+    # the trackers are closed.
     with reporter, checkpoints, jax.set_mesh(run.mesh):
         step, is_stopped = _train_steps(trainer, state, start)
     if is_stopped:
@@ -151,15 +151,15 @@ def _run(
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """What the loop works with.
+    """The parts of a run that the training loop uses.
 
     Attributes:
-        run: the run's surroundings.
+        run: environment of the run.
         data: loaders and the number of steps.
         program: the compiled steps.
         checkpoints: saves the state.
-        record: config.json and data_report.json; None on other processes than the first.
-        reporter: prints, logs and judges the steps.
+        record: config.json and data_report.json; None on every process but the first.
+        reporter: prints, logs and checks the steps.
     """
 
     run: Run
@@ -171,13 +171,13 @@ class Trainer:
 
 
 def _train_steps(trainer: Trainer, state: TrainState, start: Start) -> tuple[int, bool]:
-    """Train from a state to the last step, or until the run is told to stop.
+    """Train from a state to the last step, or until the run is asked to stop.
 
     Args:
-        state: after `start.step` steps; donated.
+        state: state after `start.step` steps; donated.
 
     Returns:
-        Steps done, and whether the run was told to stop.
+        The steps done, and whether the run was asked to stop.
     """
     run, data, reporter = trainer.run, trainer.data, trainer.reporter
     cfg, step, num_steps = run.cfg, start.step, data.num_steps
@@ -192,35 +192,35 @@ def _train_steps(trainer: Trainer, state: TrainState, start: Start) -> tuple[int
         is_stopped = run.preemption.reached()
         if is_stopped:
             break
-        # 2. A run that has lost its workdir to another one trains no further.
+        # 2. A run that has lost its workdir to another run stops training.
         if run.lock:
             run.lock.check()
-        # 3. The step before: its numbers are ready while this one is dispatched.
+        # 3. Log the previous step, if it is due, before dispatching this one.
         reporter.log_due()
-        # 4. The step, which the devices may finish long after: nothing here waits for it.
+        # 4. Dispatch the step. The devices may finish it much later; nothing here waits for it.
         state, sums = trainer.program.train_step(state, batch)
         run.watch.started(sums)
         reporter.add(sums, batch["tokens"].size, data.loader.wait_ms)
         step += 1
         if step == start.step + 1:
             _finish_first_step(run, reporter, sums, began)
-        # 5. The evaluation comes before the save, which stores its metrics to choose the best step.
+        # 5. Evaluate before saving: the save stores the metrics, which choose the best step.
         is_last = step == num_steps
         metrics = None
         if data.eval_loaders and (is_last or _is_due(step, cfg.eval.every_steps)):
-            reporter.log_due()  # the metrics of the step before those of its evaluation
+            reporter.log_due()  # log the metrics of the step before those of its evaluation
             try:
                 metrics = reporter.evaluate(step, state.weights)
             except Preempted as request:
                 run.say(f"step {step}: {request}")
                 is_stopped = owes_evaluation = True
-        # 6. A run that was told to stop saves below: it waits for it.
+        # 6. A run that was asked to stop saves after the loop, where it waits for the save.
         if is_stopped:
             break
         if is_last or _is_due(step, cfg.checkpoint.every_steps):
             _save(trainer, step, state, metrics, owes_evaluation=False, wait=is_last)
     reporter.log_due()
-    if is_stopped:  # this save also tries again what was begun and failed
+    if is_stopped:  # this save also retries a save that has failed
         _save(trainer, step, state, None, owes_evaluation=owes_evaluation, wait=True)
     run.watch.at("waiting for the last save")
     return step, is_stopped
@@ -232,7 +232,7 @@ def _finish_first_step(
     """Wait for the first step, which compiles, and print how long the start took.
 
     Args:
-        began: when it began to wait for its batch, by `time.perf_counter`.
+        began: time at which the wait for the first batch began, by `time.perf_counter`.
     """
     jax.block_until_ready(sums)
     run.say(f"compiled and ran the first step in {time.perf_counter() - began:.1f} s")
@@ -254,20 +254,20 @@ def _save(
     """Save the state after a step.
 
     Args:
-        metrics: of the evaluation of this very step.
-        owes_evaluation: whether a run that resumes this step evaluates it first.
-        wait: whether to wait until it is stored.
+        metrics: metrics of the evaluation of this same step, or None.
+        owes_evaluation: whether a run that resumes this step must evaluate it first.
+        wait: whether to wait until the state is stored.
 
     Raises:
-        FloatingPointError: the run has gone wrong.
+        FloatingPointError: too many steps were not finite, or no step of the run was applied.
     """
     run, reporter = trainer.run, trainer.reporter
-    # 1. A run that has gone wrong stops before it is saved.
+    # 1. A run that has gone wrong stops without saving.
     reporter.require_sound(step)
-    # 2. So does one that has lost its workdir: the lock's file is looked at now.
+    # 2. A run that has lost its workdir does too: read the lock's file now.
     if run.lock:
         run.lock.check(look=True)
-    # 3. Small files that could not be written, or were removed, are written again.
+    # 3. Write small files again that could not be written or were removed.
     if trainer.record:
         trainer.record.mend()
     run.watch.at(f"saving step {step}")
@@ -276,10 +276,10 @@ def _save(
 
 
 def _end_run(run: Run) -> None:
-    """Export what is saved, if asked to, and wait for the other processes.
+    """Export the saved model if train.export is set, and wait for the other processes.
 
     Raises:
-        Preempted: the run was told to stop before the export was written.
+        Preempted: the run was asked to stop before the export was written.
     """
     stopped = Preempted("told to stop: the run is saved, and not exported yet")
     if run.cfg.train.export and run.preemption.told:
@@ -308,5 +308,5 @@ def _open_record(run: Run, data: Data) -> run_files.Record:
 
 
 def _is_due(step: int, every: int) -> bool:
-    """Whether something done every so many steps (0 = never) is done after this one."""
+    """Return whether an action that runs every `every` steps (0 = never) is due after `step`."""
     return every > 0 and step % every == 0

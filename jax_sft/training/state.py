@@ -1,4 +1,4 @@
-"""The train state: step, parameters and moments, how each is sharded, and their update."""
+"""The train state: step, parameters and moments, their shardings and their update."""
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
@@ -17,13 +17,13 @@ from jax_sft.weights.param_spec import Weight
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes: arrays, or their shapes or shardings in the same places.
+    """Everything that a step changes: arrays, or their shapes or shardings in the same structure.
 
     Attributes:
-        step: int32 scalar, optimizer steps done. It is also the position in the data.
-        params: {our path: master weight} of what trains.
+        step: int32 scalar, number of optimizer steps done. It is also the position in the data.
+        params: {parameter path: master weight} of the trainable weights.
         opt_state: optax's state over `params`.
-        frozen: {our path: weight} of what does not; it is not in checkpoints.
+        frozen: {parameter path: weight} of the frozen weights, which are not in checkpoints.
     """
 
     step: Any
@@ -37,9 +37,9 @@ class TrainState:
         return self.params | self.frozen
 
     def named(self) -> dict[str, Any]:
-        """Return what a checkpoint stores: {"params/PATH" or "optimizer/PATH": leaf}.
+        """Return the arrays that a checkpoint stores: {"params/PATH" or "optimizer/PATH": leaf}.
 
-        The step is stored beside the arrays, frozen weights are not stored.
+        The step is stored next to the arrays. Frozen weights are not stored.
         """
         leaves = {f"params/{path}": leaf for path, leaf in self.params.items()}
         moments, _ = jax.tree_util.tree_flatten_with_path(self.opt_state)
@@ -48,10 +48,10 @@ class TrainState:
         return leaves
 
     def from_named(self, step: int, leaves: Mapping[str, Any]) -> "TrainState":
-        """Return a state of this one's structure, without frozen weights.
+        """Return a state with the structure of this state, without frozen weights.
 
         Args:
-            leaves: under the names, and in the order, of `named`.
+            leaves: leaves with the names and in the order of `named`.
         """
         assert [*leaves] == [*self.named()], "not the leaves of this state"
         values = [*leaves.values()]
@@ -74,24 +74,24 @@ def shardings(
     """Return a TrainState of shardings: moments like their parameters, scalars replicated.
 
     Args:
-        params: arrays or ShapeDtypeStructs of what trains.
-        frozen: paths of what does not.
+        params: arrays or ShapeDtypeStructs of the trainable weights.
+        frozen: paths of the frozen weights.
     """
-    everything = placement.shardings(rows, mesh)
-    of_params = {path: everything[path] for path in params}
+    all_shardings = placement.shardings(rows, mesh)
+    param_shardings = {path: all_shardings[path] for path in params}
     replicated = NamedSharding(mesh, PartitionSpec())
-    of_moments = optax.tree_utils.tree_map_params(
+    opt_shardings = optax.tree_utils.tree_map_params(
         tx,
         lambda _, sharding: sharding,
         jax.eval_shape(tx.init, params),
-        of_params,
+        param_shardings,
         transform_non_params=lambda _: replicated,
     )
     return TrainState(
         step=replicated,
-        params=of_params,
-        opt_state=of_moments,
-        frozen={path: everything[path] for path in frozen},
+        params=param_shardings,
+        opt_state=opt_shardings,
+        frozen={path: all_shardings[path] for path in frozen},
     )
 
 
@@ -102,13 +102,13 @@ def create(
     mesh,
     frozen: Collection[str] = (),
 ) -> TrainState:
-    """Return the state at step 0, its moments born sharded."""
+    """Return the state at step 0, with moments that are sharded from the start."""
     params = {path: array for path, array in weights.items() if path not in frozen}
     to = shardings(tx, params, rows, mesh)
     opt_state = jax.jit(tx.init, out_shardings=to.opt_state)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), to.step)
-    still = {path: weights[path] for path in frozen}
-    return TrainState(step=step, params=params, opt_state=opt_state, frozen=still)
+    frozen_weights = {path: weights[path] for path in frozen}
+    return TrainState(step=step, params=params, opt_state=opt_state, frozen=frozen_weights)
 
 
 def abstract(
@@ -122,8 +122,8 @@ def abstract(
     """Return a TrainState of ShapeDtypeStructs with shardings, to restore or compile into.
 
     Args:
-        dtype: of what trains.
-        frozen: {our path: dtype} of what does not.
+        dtype: dtype of the trainable weights.
+        frozen: {parameter path: dtype} of the frozen weights.
     """
     rows, frozen = list(rows), frozen or {}
     shapes = {
@@ -153,32 +153,34 @@ def update(
 ) -> tuple[TrainState, jax.Array, jax.Array]:
     """Return (state after one optimizer step, norm of the gradient before clipping, skipped).
 
-    Where the loss or the norm is not finite, the step counts but changes nothing else: parameters
-    and moments stay, bit for bit, and skipped is True.
+    If the loss or the norm is not finite, the step counts but changes nothing else: parameters and
+    moments stay the same bit for bit, and skipped is True.
 
-    Called inside jit, `old` donated. Arithmetic is float32, whatever is stored.
+    Called inside jit, with `old` donated. Arithmetic is float32, independent of the stored dtypes.
 
-    On GPUs XLA compiles it to two kernels per parameter, one for the norm and one, in place, for
-    the rest: nothing is copied, where a loop over layers would copy a layer. This needs gradients
-    in the memory layout of their parameters. A reduce-scatter leaves another unless it is over the
-    first dimension of a layer, and XLA may then copy the gradient whole, before a loop as well.
+    On GPUs XLA compiles the update to two kernels per parameter, one for the norm and one, in
+    place, for the rest. Nothing is copied, whereas a loop over layers would copy a layer. This
+    needs gradients in the memory layout of their parameters. A reduce-scatter leaves another layout
+    unless it is over the first dimension of a layer. XLA may then copy the whole gradient, which
+    can also happen before a loop.
 
     Args:
-        grads: {our path: gradient of the mean loss}.
-        loss: scalar, looked at only for whether it is finite.
-        to: the result of `shardings`: gradients, parameters and moments are pinned to it.
-        trained: {our path: bool array over leading axes} where only some layers train.
+        grads: {parameter path: gradient of the mean loss}.
+        loss: scalar, only tested for being finite.
+        to: result of `shardings`; gradients, parameters and moments are constrained to it.
+        trained: {parameter path: bool array over leading dims} of parameters of which only some
+            layers train.
     """
     grads = jax.lax.with_sharding_constraint(dict(grads), to.params)
     grads = _of_trained({path: grad.astype(jnp.float32) for path, grad in grads.items()}, trained)
     changes, opt_state = tx.update(grads, old.opt_state, old.params)
-    changes = _of_trained(changes, trained)  # weight decay too
+    changes = _of_trained(changes, trained)  # again, because weight decay changes frozen layers
     params: Any = optax.apply_updates(old.params, changes)
     norm = optax.tree.norm(grads)
     is_good = jnp.isfinite(loss) & jnp.isfinite(norm)
 
     def chosen(new, before):
-        # The learning rate follows the step, also past a step that was not applied.
+        # The learning rate follows the step, even after a step that was not applied.
         is_schedule = isinstance(new, optax.ScaleByScheduleState)
         return new if is_schedule else jnp.where(is_good, new, before)
 
@@ -193,9 +195,9 @@ def update(
 
 
 def _of_trained(arrays, trained: Mapping[str, np.ndarray] | None) -> dict[str, jax.Array]:
-    """The arrays, zero in the layers that do not train."""
-    found = dict(arrays)
+    """Return the arrays with zeros in the frozen layers."""
+    masked = dict(arrays)
     for path, is_trained in (trained or {}).items():
-        mask = is_trained.reshape(*is_trained.shape, *[1] * (found[path].ndim - is_trained.ndim))
-        found[path] = jnp.where(mask, found[path], 0)
-    return found
+        mask = is_trained.reshape(*is_trained.shape, *[1] * (masked[path].ndim - is_trained.ndim))
+        masked[path] = jnp.where(mask, masked[path], 0)
+    return masked

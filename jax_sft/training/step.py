@@ -1,8 +1,8 @@
 """The compiled step: packed batch in, new state out.
 
-Loss is a pair (sum of weighted cross-entropy, sum of weights). Gradients of the sum are added over
-micro-batches and divided once by the global count, so accumulation, packing and mesh shape change
-nothing but rounding.
+The loss is a pair (sum of weighted cross-entropy, sum of weights). Gradients of the sum are added
+over micro-batches and divided once by the global sum of weights, so accumulation, packing and mesh
+shape change only the rounding.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,9 +23,9 @@ from jax_sft.training import state
 from jax_sft.training.state import TrainState
 from jax_sft.weights import placement
 
-ROUTER_AUX = "router_aux"  # key of an objective
+ROUTER_AUX = "router_aux"  # key of `objective` in this file
 BY_SOURCE = ("loss_by_source", "weight_by_source")
-Sums = dict[str, jax.Array]  # float32 over the whole batch; scalars but for *_by_source
+Sums = dict[str, jax.Array]  # float32 over the whole batch; scalars except *_by_source
 
 
 def batch_sums(
@@ -36,17 +36,18 @@ def batch_sums(
     objective: Mapping[str, float] | None = None,
     dropout_key: jax.Array | None = None,
 ) -> Sums:
-    """Return the sums over one micro-batch, its arrays being [rows, tokens].
+    """Return the sums over one micro-batch of arrays [rows, tokens].
 
-    loss, weight, correct (all weighted), tokens (not padding), pairs (query-key pairs that causal
-    attention within segments computes). With `num_sources`, the batch having "sources", also
-    loss_by_source and weight_by_source [num_sources]. With `objective`, the model having experts,
-    also router_loss: their balance loss over all tokens of the micro-batch, times the weight.
+    The keys are loss, weight, correct (all weighted), tokens (without padding) and pairs (query-key
+    pairs that causal attention within segments computes). With `num_sources`, which needs "sources"
+    in the batch, also loss_by_source and weight_by_source [num_sources]. With `objective` and a
+    model with experts, also router_loss: the balance loss of the experts over all tokens of the
+    micro-batch, times the weight.
 
     Args:
-        objective: what is trained beside the cross-entropy: z_loss and label_smoothing of
-            `cross_entropy`, router_aux of `value_and_grad`; None = nothing.
-        dropout_key: random key of this micro-batch; None = nothing is dropped.
+        objective: terms trained in addition to the cross-entropy: z_loss and label_smoothing of
+            `cross_entropy`, router_aux of `value_and_grad`; None = no such terms.
+        dropout_key: random key of this micro-batch; None = no dropout.
     """
     micro = {name: collectives.interleave(array) for name, array in micro.items()}
     model = model_def.bind(weights, dropout_key)
@@ -91,15 +92,15 @@ def value_and_grad(
 ) -> tuple[Sums, dict[str, jax.Array]]:
     """Return (sums over the batch, gradient of the mean loss), accumulated over micro-batches.
 
-    Gradients are added and returned in float32.
+    Gradients are accumulated and returned in float32.
 
     Args:
-        params: what trains: the weights that get a gradient.
+        params: the trainable weights, which get a gradient.
         batch: arrays [micro-batches, rows, tokens].
         frozen: the other weights.
-        num_sources, objective: see `batch_sums`. Its router_aux is the weight of router_loss; the
-            balance is that within each micro-batch.
-        dropout_key: of this step; each micro-batch has its own.
+        num_sources, objective: see `batch_sums`. router_aux of `objective` is the weight of
+            router_loss. The experts are balanced within each micro-batch.
+        dropout_key: random key of this step, from which each micro-batch derives its own.
     """
     axes = {row.path: row.axes for row in model_def.rows}
     num_micros = batch["tokens"].shape[0]
@@ -130,7 +131,7 @@ def value_and_grad(
         )
         zeros = (zeros[0], {p: rules.constrain(z, *axes[p]) for p, z in zeros[1].items()})
         (sums, grads), _ = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(num_micros)))
-    # A batch of padding alone has a zero gradient.
+    # A batch of only padding has weight 0 and a zero gradient: do not divide 0 by 0.
     count = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
     return sums, {path: grad.astype(jnp.float32) / count for path, grad in grads.items()}
 
@@ -148,13 +149,12 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Return the jitted `step(state, batch) -> (state, sums)`; the old state is donated.
 
-    The sums are those of `batch_sums` without `correct`, with grad_norm (before clipping),
-    learning_rate and skipped (1 where loss or gradient was not finite: nothing was changed). It
-    compiles once per shape of the batch: once when rows are packed, once per bucket when they are
-    not.
+    The sums are those of `batch_sums` without `correct`, plus grad_norm (before clipping),
+    learning_rate and skipped (1 if loss or gradient was not finite, so that nothing changed). The
+    step compiles once per batch shape: once if rows are packed, otherwise once per bucket.
 
     Args:
-        seed: of dropout; with the step it decides what is dropped.
+        seed: seed of dropout; together with the step it decides what is dropped.
     """
 
     def train_step(old: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
@@ -183,8 +183,8 @@ def make_eval_step(
 ) -> Callable[[dict[str, jax.Array], Batch, Sums], Sums]:
     """Return the jitted `step(params, batch, before) -> sums` of `batch_sums`, without gradients.
 
-    It starts when `before` is there, the sums of another batch or `no_sums()`: CPUs would else run
-    batches at once, and gloo mix up their messages.
+    It starts when `before` is ready, which is the sums of the previous batch or `no_sums()`.
+    Otherwise CPUs would run several batches concurrently, and gloo would mix up their messages.
     """
 
     def eval_step(params, batch, before):
@@ -195,21 +195,21 @@ def make_eval_step(
 
         return jax.lax.scan(add, jax.tree.map(jnp.asarray, no_sums()), batch)[0]
 
-    of_params = placement.shardings(model_def.stored, mesh)
+    param_shardings = placement.shardings(model_def.stored, mesh)
     return jax.jit(
         eval_step,
-        in_shardings=(of_params, batch_shardings(mesh), rules.sharding(mesh)),
+        in_shardings=(param_shardings, batch_shardings(mesh), rules.sharding(mesh)),
         keep_unused=True,
         compiler_options=compiler_options,
     )
 
 
 def no_sums() -> dict[str, np.float32]:
-    """Return the sums of an evaluation over no batch."""
+    """Return the sums of an evaluation before its first batch: zeros."""
     return dict.fromkeys(("loss", "weight", "correct", "tokens", "pairs"), np.float32(0))
 
 
 def batch_shardings(mesh: Mesh, per_source: bool = False) -> dict[str, jax.sharding.NamedSharding]:
     """Return the sharding of each array of a batch."""
-    of_tokens = rules.sharding(mesh, "micro_batch", "batch", "token")
-    return dict.fromkeys(fields(per_source), of_tokens)
+    token_sharding = rules.sharding(mesh, "micro_batch", "batch", "token")
+    return dict.fromkeys(fields(per_source), token_sharding)

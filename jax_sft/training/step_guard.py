@@ -1,8 +1,8 @@
-"""Steps that went wrong: losses that are not finite, and losses far above the usual.
+"""Detect steps that went wrong: losses that are not finite, and losses far above the usual.
 
 A step whose loss or gradient is not finite changes nothing (`state.update` decides so on the
-devices). Here, some steps later, it is counted and shown; too many in a row stop the run and leave
-a dump of their batches.
+devices). Some steps later, this module counts and prints it. Too many such steps in a row stop the
+run and leave a dump of their batches.
 """
 
 import json
@@ -18,23 +18,23 @@ import numpy as np
 from jax_sft.data.batches.examples import Examples
 from jax_sft.data.batches.loader import Loader
 
-WINDOW = 100  # steps over which the median loss is taken
-GUESSES = 2  # times ln(vocabulary), the loss of a model that guesses: more is a mistake
-FEWEST = 20  # losses before one can be called a spike
-# A spike is above the median by SPIKE_SHARE of it, and by SPIKE_SPREADS median absolute deviations.
+WINDOW = 100  # number of last losses for the median
+GUESSES = 2  # a loss above this multiple of ln(vocabulary), the loss of guessing, is a mistake
+FEWEST = 20  # number of losses before a loss can count as a spike
+# A spike exceeds the median by SPIKE_SHARE of it and by SPIKE_SPREADS median absolute deviations.
 SPIKE_SHARE, SPIKE_SPREADS = 0.5, 10
 
 
 class Health:
-    """Looks at the sums of every step, in order.
+    """Checks the sums of every step, in order.
 
     Args:
-        on_nonfinite: "skip" or "raise" (at the first).
-        most: steps in a row that may be skipped; one more stops the run.
-        dump: steps -> the folder in which their batches are now.
+        on_nonfinite: "skip" or "raise" (at the first step that is not finite).
+        most: number of steps in a row that may be skipped; one more stops the run.
+        dump: writes the batches of the steps and returns their folder.
         say: prints a line.
         skipped: steps skipped before a resume.
-        vocab: ids of the model; 0 = no loss is called far above that of guessing.
+        vocab: vocabulary size of the model; 0 = never warn of a loss far above that of guessing.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class Health:
         self._dump, self._say = dump, say
         self._in_a_row: dict[int, Mapping[str, float]] = {}
         self._losses: deque[float] = deque(maxlen=WINDOW)
-        self.skipped = skipped  # in the whole run
-        self.spikes = 0  # since it was started
+        self.skipped = skipped  # steps of the whole run
+        self.spikes = 0  # warnings since this process started
         self._highest = GUESSES * math.log(vocab) if vocab > 1 else math.inf
-        self._is_far = False  # whether the last loss was above it
+        self._is_far = False  # whether the last loss was above `_highest`
 
     def note(self, step: int, sums: Mapping[str, Any]) -> None:
-        """Look at the next step.
+        """Check the sums of the next step.
 
         Raises:
             FloatingPointError: too many steps in a row were not finite.
@@ -71,26 +71,26 @@ class Health:
             return
         self.skipped += 1
         self._in_a_row[step] = sums
-        found = f"step {step}: loss {sums['loss']}, gradient norm {sums['grad_norm']}"
+        summary = f"step {step}: loss {sums['loss']}, gradient norm {sums['grad_norm']}"
         if len(self._in_a_row) > self._most:
             raise FloatingPointError(
-                f"{found}: {len(self._in_a_row)} such step(s) in a row, {self.skipped} in all "
+                f"{summary}: {len(self._in_a_row)} such step(s) in a row, {self.skipped} in all "
                 f"(train.on_nonfinite, train.max_nonfinite). Their batches are in "
                 f"{self._dump(self._in_a_row)}: look at them, or lower optimizer.learning_rate"
             )
         self._say(
-            f"WARNING {found}: not finite, so not applied ({len(self._in_a_row)} in a row, "
+            f"WARNING {summary}: not finite, so not applied ({len(self._in_a_row)} in a row, "
             f"{self.skipped} in all)"
         )
 
     def require_applied(self, step: int) -> None:
-        """Refuse a result of which no step was applied.
+        """Refuse the result of a run in which no step was applied.
 
         Args:
             step: steps done in the whole run.
 
         Raises:
-            FloatingPointError: all of them were skipped.
+            FloatingPointError: all steps were skipped.
         """
         if step and self.skipped >= step:
             raise FloatingPointError(
@@ -101,7 +101,7 @@ class Health:
             )
 
     def _look_for_guessing(self, step: int, loss: float) -> None:
-        """Warn of a loss that no model has, from the first step on; once until it is lower."""
+        """Warn of a loss far above that of guessing, once until the loss is lower again."""
         if loss > self._highest and not self._is_far:
             self.spikes += 1
             self._say(
@@ -130,12 +130,12 @@ def dump_batches(
     examples: Examples,
     found: Mapping[int, Mapping[str, float]],
 ) -> Path:
-    """Write what steps held, and what came of it, for a look.
+    """Write the batches and sums of steps for inspection.
 
     Args:
-        folder: gets step_N.json (sums, and the source and its row of each example) and step_N.npz
-            (the arrays [rows, tokens]) of each step.
-        found: {step, from 1: its sums}.
+        folder: where to write step_N.json (the sums, and the source and row of each example) and
+            step_N.npz (the arrays [rows, tokens]) of each step.
+        found: {step, counted from 1: its sums}.
 
     Returns:
         `folder`.
@@ -143,20 +143,20 @@ def dump_batches(
     folder.mkdir(parents=True, exist_ok=True)
     for step, sums in found.items():
         rows = loader.schedule.rows_of(step - 1)
-        told = {
+        summary = {
             "step": step,
             # JSON has neither infinity nor NaN.
             "sums": {key: v if math.isfinite(v) else str(v) for key, v in sums.items()},
             "rows": [_names(examples, ids) for ids in rows],
         }
-        (folder / f"step_{step}.json").write_text(json.dumps(told, indent=1) + "\n")
+        (folder / f"step_{step}.json").write_text(json.dumps(summary, indent=1) + "\n")
         arrays: Any = loader.build(step - 1, range(len(rows)))
         np.savez_compressed(folder / f"step_{step}.npz", **arrays)
     return folder
 
 
 def _names(examples: Examples, ids: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
-    """Say which row of which source, from 0, each example came from."""
+    """Return the source of each example and its row there, counted from 0."""
     sources = list(examples.sources)
     named = []
     for example in np.asarray(ids, np.int64).tolist():

@@ -1,4 +1,4 @@
-"""Where metrics go. A tracker is a class with `log(step, metrics)` and `close()`."""
+"""Trackers, which receive the metrics: classes with `log(step, metrics)` and `close()`."""
 
 import functools
 import json
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from jax_sft.files import run_files
 
-CLOSE_S = 60.0  # for a library to send what it still has
+CLOSE_S = 60.0  # for a library to send its pending metrics
 
 
 class TensorBoard:
-    """Scalars for TensorBoard, by tensorboardX."""
+    """Scalars for TensorBoard, written with tensorboardX."""
 
     def __init__(self, workdir: Path, config: dict, start_step: int):
         import tensorboardX
@@ -27,7 +27,8 @@ class TensorBoard:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write each metric as a scalar."""
-        # Its thread ends at the first error, of a full disk say; then nothing takes what is given.
+        # The writer's thread ends at its first error, such as a full disk, and later events would
+        # be ignored: open a new writer.
         events = getattr(self._writer.file_writer, "event_writer", None)
         worker = getattr(events, "_worker", None)
         if worker is not None and not worker.is_alive():
@@ -36,12 +37,12 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close the writer."""
         self._writer.close()
 
 
 class Wandb:
-    """A Weights & Biases run (offline with WANDB_MODE=offline); a resumed run goes on."""
+    """A Weights & Biases run (offline with WANDB_MODE=offline), continued when training resumes."""
 
     def __init__(self, workdir: Path, config: dict, start_step: int):
         import wandb
@@ -62,7 +63,7 @@ class Wandb:
         self._run.finish()
 
 
-CLASSES = {"tensorboard": TensorBoard, "wandb": Wandb}  # by their names in log.trackers
+CLASSES = {"tensorboard": TensorBoard, "wandb": Wandb}  # keys: names in log.trackers
 
 
 def start(
@@ -71,8 +72,8 @@ def start(
     """Open metrics.jsonl and the named trackers in `workdir`.
 
     Args:
-        config: plain dict, recorded by trackers that can.
-        start_step: steps already done; what was logged after it is dropped where possible.
+        config: config as a plain dict; trackers that can record it do.
+        start_step: steps already done; metrics logged after this step are dropped if possible.
         say: prints a line.
 
     Raises:
@@ -93,9 +94,9 @@ def start(
 
 
 class Beside:
-    """A tracker of a library, called in a thread of its own.
+    """Calls a library's tracker in a separate thread, so that a call that hangs blocks nothing.
 
-    Whatever it raises is said once, and a call that hangs keeps nobody waiting.
+    An error is printed once until a call succeeds again.
     """
 
     def __init__(self, name: str, tracker, say: Callable[[str], object]):
@@ -106,11 +107,11 @@ class Beside:
         self._thread.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log the metrics soon, after what was logged before."""
+        """Queue the metrics for logging, in order."""
         self._calls.put(functools.partial(self._tracker.log, step, dict(metrics)))
 
     def close(self) -> None:
-        """Let the library finish, for a bounded time."""
+        """Let the library finish, for at most CLOSE_S."""
         self._calls.put(self._tracker.close)
         self._calls.put(None)
         self._thread.join(CLOSE_S)
@@ -130,7 +131,7 @@ class Beside:
 
 
 class _Anything:
-    """Takes what a block raises, whatever it is: libraries of others have no end of errors."""
+    """Catches any exception of a block, because libraries can raise any type; see `error`."""
 
     error: BaseException | None = None
 
