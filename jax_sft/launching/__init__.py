@@ -1,5 +1,5 @@
-"""Starting the processes of a run on one or many hosts, and starting them again.
+"""Start and restart the processes of a run on one or many hosts.
 
-Nothing here imports JAX or anything else that is not in Python itself (`ray_cluster` asks for Ray
-when it is used): a launcher has to be up at once, in whatever Python an engine gives it.
+These modules import only the standard library, not even JAX (`ray_cluster` imports Ray when it is
+used). A launcher must start instantly, in any Python that an engine provides.
 """

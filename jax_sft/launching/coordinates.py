@@ -1,6 +1,6 @@
-"""Who am I: how many processes a run has, which of them start here, and where they meet.
+"""Find how many processes a run has, which of them this launcher starts, and where they join.
 
-`find` reads what the engine that started this launcher has put into the environment.
+`find` reads the variables that the engine that started this launcher has set.
 """
 
 import random
@@ -11,62 +11,64 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 DEFAULT_PORT = 29400
-# Ports that the kernel does not hand out to outgoing connections (from 32768 on).
+# Ports that the kernel does not use for outgoing connections (those start at 32768).
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
 BY_HAND = ("JAX_SFT_COORDINATOR", "JAX_SFT_NUM_PROCESSES", "JAX_SFT_PROCESS_ID")
 LOOPBACK = "127.0.0.1"
-# Slurm's names for what is not a step of srun: 2**32 - 5 is a batch script, - 6 salloc's shell.
+# Slurm's step ids for processes outside a step of srun: 2**32 - 5 is a batch script, 2**32 - 6 the
+# shell of salloc.
 _FIRST_UNREAL_STEP = 2**32 - 6
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where the processes that this launcher starts stand among all of the run."""
+    """Position of this launcher's processes among all processes of the run."""
 
-    found_by: str  # which engine told
+    found_by: str  # engine that started the launcher, for messages
     num_processes: int  # of the run
-    first_process: int  # number of the first one here
+    first_process: int  # number of the first process of this launcher
     address: str | None  # host:port where process 0 listens; None for a single process
-    local_launchers: int = 1  # launchers on this machine: they share its GPUs
-    local_launcher: int = 0  # number of this one among them
+    local_launchers: int = 1  # launchers on this machine, which share its GPUs
+    local_launcher: int = 0  # number of this launcher among them
 
 
 def find(
     environ: Mapping[str, str], nproc: int, coordinator: str | None = None, port: int | None = None
 ) -> Coordinates:
-    """Find out where `nproc` processes of this launcher stand.
+    """Return the coordinates of the `nproc` processes of this launcher.
 
     Args:
-        nproc: processes that this launcher starts.
-        coordinator: host:port that overrides what is detected.
-        port: of the coordinator, instead of the engine's or the default one.
+        nproc: number of processes that this launcher starts.
+        coordinator: host:port that overrides the detected address.
+        port: port of the coordinator that replaces the engine's or the default port.
 
     Raises:
-        ValueError: the environment is incomplete or makes no sense, with the remedy.
+        ValueError: the environment is incomplete or invalid; the message has the remedy.
     """
-    # The order decides. By hand comes first; mpirun before Slurm, because Open MPI starts its
-    # daemons with srun, whose variables its processes then inherit.
+    # Order of precedence: 1. variables set manually; 2. Open MPI; 3. Slurm; 4. this machine.
+    # Open MPI precedes Slurm because it starts its daemons with srun, whose variables its processes
+    # inherit.
     if any(environ.get(name) for name in BY_HAND):
-        found = _by_hand(environ, nproc)
+        coordinates = _by_hand(environ, nproc)
     elif "OMPI_COMM_WORLD_RANK" in environ:
-        found = _open_mpi(environ, nproc, port, needs_address=coordinator is None)
+        coordinates = _open_mpi(environ, nproc, port, needs_address=coordinator is None)
     elif _is_slurm_step(environ):
-        found = _slurm(environ, nproc, port)
+        coordinates = _slurm(environ, nproc, port)
     else:
         _refuse_forgotten_srun(environ)
-        found = _local(nproc, port, needs_address=coordinator is None)
-    if coordinator and found.num_processes > 1:
-        found = replace(found, address=coordinator)
-    if found.address:
-        check_address(found.address)
-    return found
+        coordinates = _local(nproc, port, needs_address=coordinator is None)
+    if coordinator and coordinates.num_processes > 1:
+        coordinates = replace(coordinates, address=coordinator)
+    if coordinates.address:
+        check_address(coordinates.address)
+    return coordinates
 
 
 def check_address(address: str) -> None:
     """Check that an address is host:port.
 
     Raises:
-        ValueError: it is not.
+        ValueError: `address` is not host:port.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
@@ -95,23 +97,23 @@ def _open_mpi(
     size, rank, local_size, local_rank = (
         _number(environ, f"OMPI_COMM_WORLD_{name}") for name in names
     )
-    # The job's name is the same in all processes, and another in the next mpirun.
+    # The namespace is the same in all processes of an mpirun and differs in the next mpirun.
     job = environ.get("PMIX_NAMESPACE", "")
     job_port = FIRST_PORT + zlib.crc32(job.encode()) % NUM_PORTS if job else DEFAULT_PORT
-    found = Coordinates(
+    coordinates = Coordinates(
         "Open MPI", size * nproc, rank * nproc, None, local_size, local_launcher=local_rank
     )
-    if found.num_processes == 1 or not needs_address:
-        return found
+    if coordinates.num_processes == 1 or not needs_address:
+        return coordinates
     host = LOOPBACK if size == local_size else _open_mpi_first_host(environ)
-    return replace(found, address=f"{host}:{port or job_port}")
+    return replace(coordinates, address=f"{host}:{port or job_port}")
 
 
 def _open_mpi_first_host(environ: Mapping[str, str]) -> str:
     """Return the host of rank 0, which listens.
 
-    Open MPI 4 tells the addresses of mpirun's own host, where rank 0 is unless the host file says
-    otherwise; Open MPI 5 tells nothing, but within a Slurm job it fills the nodes in order.
+    Open MPI 4 provides the addresses of mpirun's own host, where rank 0 runs unless the host file
+    says otherwise. Open MPI 5 provides nothing, but within a Slurm job it fills the nodes in order.
     """
     uri = environ.get("OMPI_MCA_orte_hnp_uri", "")  # 123.0;tcp://10.0.0.1,172.17.0.1:34911;tcp6://
     if address := re.search(r"tcp://([^,:;]+)", uri):
@@ -160,12 +162,12 @@ def _refuse_forgotten_srun(environ: Mapping[str, str]) -> None:
 
 
 def _local(nproc: int, port: int | None, needs_address: bool) -> Coordinates:
-    found = Coordinates("this machine", nproc, 0, None)
+    coordinates = Coordinates("this machine", nproc, 0, None)
     if nproc == 1 or not needs_address:
-        return found
+        return coordinates
     if port and not is_free(port):
         raise ValueError(f"port {port} is in use: choose another --port, or leave it out")
-    return replace(found, address=f"{LOOPBACK}:{port or free_port()}")
+    return replace(coordinates, address=f"{LOOPBACK}:{port or free_port()}")
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
@@ -176,7 +178,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def _counts(text: str) -> list[int]:
-    """Return Slurm's tasks per node: "2(x3),1" is [2, 2, 2, 1]."""
+    """Parse Slurm's tasks per node: "2(x3),1" is [2, 2, 2, 1]."""
     counts = []
     for part in text.split(","):
         matched = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
@@ -190,7 +192,7 @@ def first_host(nodes: str) -> str:
     """Return the first host of a Slurm node list: "a[007-9,12]b,c" is "a007b".
 
     Raises:
-        ValueError: no list of nodes.
+        ValueError: `nodes` is not a node list.
     """
     matched = re.match(r"(?:[^,\[\]]|\[[^\[\]]+\])+", nodes)
     first = re.sub(r"\[(\d+)[^\]]*\]", r"\1", matched[0]) if matched else ""
@@ -200,7 +202,7 @@ def first_host(nodes: str) -> str:
 
 
 def is_free(port: int, host: str = LOOPBACK) -> bool:
-    """Whether nothing listens at a port of this machine."""
+    """Return whether a port of this machine can be bound."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -211,10 +213,12 @@ def is_free(port: int, host: str = LOOPBACK) -> bool:
 
 
 def free_port() -> int:
-    """Return a port that is free, and stays so better than one that the kernel would give.
+    """Return a free port, outside the range from which the kernel takes ports.
+
+    Such a port is more likely to stay free than a port chosen by the kernel.
 
     Raises:
-        ValueError: none of a hundred was free.
+        ValueError: none of a hundred random ports is free.
     """
     for port in random.sample(range(FIRST_PORT, FIRST_PORT + NUM_PORTS), 100):
         if is_free(port, ""):

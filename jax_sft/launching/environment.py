@@ -1,20 +1,20 @@
-"""The environment of the trainers: what we set, why, and what the user has set.
+"""The environment of the trainers: variables that the launcher sets, and those the user has set.
 
-Only what is known to matter, and never over what is set already.
+The launcher sets only variables that are known to matter, and never overrides one that is set.
 """
 
 from collections.abc import Mapping
 
 SETTINGS = {
-    "PYTHONUNBUFFERED": "1",  # a line is seen when it is printed, and not lost in a crash
+    "PYTHONUNBUFFERED": "1",  # lines appear when printed and are not lost in a crash
     "PYTHONFAULTHANDLER": "1",  # SIGABRT, SIGSEGV and others print the stacks of all threads
     "NCCL_DEBUG": "WARN",  # by default NCCL does not say why it fails
 }
-# gRPC, over which the processes meet, would ask a proxy for the way to the coordinator.
+# gRPC, over which the processes join, would otherwise reach the coordinator through a proxy.
 # https://github.com/grpc/grpc/blob/master/doc/environment_variables.md
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 _NO_PROXY = "no_grpc_proxy"
-# Variables that decide about a run: shown at start, and handed to hosts that are reached by ssh.
+# Variables that affect a run: printed at start, and passed on to hosts reached by ssh or Ray.
 PREFIXES = ("JAX_", "XLA_", "NCCL_", "CUDA_", "LIBTPU_")
 _OURS = {
     *("JAX_SFT_COORDINATOR", "JAX_SFT_NUM_PROCESSES", "JAX_SFT_PROCESS_ID"),
@@ -23,11 +23,11 @@ _OURS = {
 
 
 def settings(environ: Mapping[str, str], address: str | None) -> dict[str, str]:
-    """Return the variables to add.
+    """Return the variables to add to the environment.
 
     Args:
-        environ: what is set already, and stays.
-        address: host:port of the coordinator, if there are several processes.
+        environ: the existing environment, whose variables are kept.
+        address: host:port of the coordinator; None for a single process.
     """
     added = {name: value for name, value in SETTINGS.items() if name not in environ}
     if address and _NO_PROXY not in environ and any(environ.get(name) for name in _PROXIES):
@@ -37,7 +37,7 @@ def settings(environ: Mapping[str, str], address: str | None) -> dict[str, str]:
 
 
 def given(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of the user that decide about a run."""
+    """Return the variables set by the user that affect a run."""
     return {
         name: value
         for name, value in sorted(environ.items())
@@ -46,7 +46,7 @@ def given(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def describe(environ: Mapping[str, str], address: str | None) -> list[str]:
-    """Return lines that say what is set by us, and what was set before."""
+    """Return lines that list the variables set by the launcher and those that were set before."""
     lines = []
     for what, variables in (
         ("set here", settings(environ, address)),

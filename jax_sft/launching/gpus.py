@@ -1,26 +1,27 @@
-"""Which GPUs of a machine a process takes, where several processes share them."""
+"""Divide the GPUs of a machine over the processes that share them."""
 
 import shutil
 import subprocess
 from collections.abc import Mapping
 
 VARIABLE = "JAX_SFT_LOCAL_DEVICE_IDS"
-_TIMEOUT_S = 120  # nvidia-smi of a node that has just booted takes a while
+_TIMEOUT_S = 120  # nvidia-smi is slow on a node that has just booted
 
 
 def visible(environ: Mapping[str, str]) -> tuple[int, ...]:
-    """Return the numbers of the GPUs that JAX would use here; none without GPUs.
+    """Return the numbers of the GPUs that JAX would use on this machine; () without GPUs.
 
     Raises:
-        ValueError: nvidia-smi is there, but fails.
+        ValueError: nvidia-smi is installed but fails.
     """
+    # Order of precedence: JAX's platforms, this project's variable, CUDA's variable, nvidia-smi.
     platforms = environ.get("JAX_PLATFORMS", "")
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
         return ()
     if chosen := environ.get(VARIABLE):
         return tuple(int(number) for number in chosen.split(","))
     if (cuda := environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        # JAX counts what CUDA shows it from 0 on; -1 and what follows it is hidden.
+        # JAX numbers the visible GPUs from 0. CUDA hides -1 and everything after it.
         shown = [part for part in cuda.partition("-1")[0].split(",") if part.strip()]
         return tuple(range(len(shown)))
     command = shutil.which("nvidia-smi")
@@ -36,7 +37,7 @@ def visible(environ: Mapping[str, str]) -> tuple[int, ...]:
 
 
 def bound_by_slurm(environ: Mapping[str, str]) -> bool:
-    """Whether srun has given each task its own GPUs (--gpus-per-task, --gpu-bind)."""
+    """Return whether srun has given each task its own GPUs (--gpus-per-task, --gpu-bind)."""
     return (
         "SLURM_GPUS_PER_TASK" in environ
         or "gpu" in environ.get("SLURM_TRES_PER_TASK", "")
@@ -45,10 +46,10 @@ def bound_by_slurm(environ: Mapping[str, str]) -> bool:
 
 
 def divide(gpus: tuple[int, ...], parts: int) -> list[tuple[int, ...]]:
-    """Divide the GPUs of a machine over its processes, neighbours together.
+    """Divide the GPUs of a machine over its processes; each gets consecutive GPUs.
 
     Raises:
-        ValueError: they cannot be divided evenly.
+        ValueError: the GPUs cannot be divided evenly.
     """
     if len(gpus) % parts:
         fits = [n for n in range(1, len(gpus) + 1) if len(gpus) % n == 0]
@@ -56,5 +57,5 @@ def divide(gpus: tuple[int, ...], parts: int) -> list[tuple[int, ...]]:
             f"{len(gpus)} GPUs cannot be divided evenly over {parts} processes of this machine: "
             f"use one of {fits} (one process drives all of them)"
         )
-    each = len(gpus) // parts
-    return [gpus[n * each : (n + 1) * each] for n in range(parts)]
+    num_each = len(gpus) // parts
+    return [gpus[n * num_each : (n + 1) * num_each] for n in range(parts)]

@@ -1,4 +1,4 @@
-"""What is started on a host: the command and the environment of each process."""
+"""Plan the processes of a host: the command and the environment of each."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,11 @@ from jax_sft.launching.coordinates import BY_HAND, Coordinates
 
 @dataclass(frozen=True)
 class Process:
-    """One process of a run, as it is to be started."""
+    """The number, command and environment of a process to start."""
 
-    number: int  # among all of the run
+    number: int  # among all processes of the run
     command: tuple[str, ...]
-    variables: Mapping[str, str]  # added to this process's own environment
+    variables: Mapping[str, str]  # added to the launcher's own environment
 
 
 def plan(
@@ -26,8 +26,10 @@ def plan(
     """Return the processes that this launcher starts.
 
     Args:
-        command: the same for all, e.g. python -m jax_sft.train --config=...
-        environ: of this launcher.
+        where: coordinates of this launcher.
+        nproc: number of processes that this launcher starts.
+        command: command of every process, e.g. python -m jax_sft.train --config=...
+        environ: environment of this launcher.
 
     Raises:
         ValueError: the GPUs cannot be divided evenly.
@@ -48,25 +50,25 @@ def plan(
 
 
 def shares(where: Coordinates, nproc: int, environ: Mapping[str, str]) -> list[tuple[int, ...]]:
-    """Return the GPUs of each of this launcher's processes; () = all that it sees."""
-    launchers, ours = where.local_launchers, where.local_launcher
-    if gpus.bound_by_slurm(environ):
-        launchers, ours = 1, 0
-    if launchers * nproc == 1:
+    """Return the GPUs of each process of this launcher; () = all GPUs that it sees."""
+    num_launchers, launcher = where.local_launchers, where.local_launcher
+    if gpus.bound_by_slurm(environ):  # this launcher sees only its own GPUs
+        num_launchers, launcher = 1, 0
+    if num_launchers * nproc == 1:
         return [()]
-    found = gpus.visible(environ)
-    if not found:
+    visible = gpus.visible(environ)
+    if not visible:
         return [()] * nproc
-    return gpus.divide(found, launchers * nproc)[ours * nproc : (ours + 1) * nproc]
+    return gpus.divide(visible, num_launchers * nproc)[launcher * nproc : (launcher + 1) * nproc]
 
 
 def as_shell(command: Sequence[str], variables: Mapping[str, str]) -> str:
-    """Return a command and its environment as a line that can be pasted into a shell."""
+    """Return a command and its environment as a line to paste into a shell."""
     assigned = [f"{name}={value}" for name, value in variables.items()]
     return shlex.join(["env", *assigned, *command] if assigned else command)
 
 
 def numbers(processes: Sequence[Process]) -> str:
-    """Return how these processes are called in messages."""
+    """Return the name of a range of processes in messages."""
     first, last = processes[0].number, processes[-1].number
     return f"process {first}" if first == last else f"processes {first} to {last}"

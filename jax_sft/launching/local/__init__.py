@@ -1,1 +1,1 @@
-"""Processes of one host: started, watched, stopped and started again."""
+"""Start, watch, stop and restart the processes of one host."""

@@ -1,4 +1,4 @@
-"""One running trainer: how it was started, whether it still makes progress, how it ended."""
+"""One running trainer: its start, its progress and its end."""
 
 import json
 import os
@@ -12,32 +12,32 @@ from pathlib import Path
 from jax_sft.launching.local import output, parent_death
 from jax_sft.launching.processes import Process
 
-_ORPHANS_S = 2.0  # for what a trainer has started to end after it
+_ORPHANS_S = 2.0  # for processes that a trainer started to end after it
 
 
 @dataclass(frozen=True)
 class Status:
-    """What a trainer last wrote about itself into its status file."""
+    """Content of a trainer's status file."""
 
     phase: str = "starting"
-    joined: bool = False  # all processes have met
-    step: int = -1  # last finished one
+    joined: bool = False  # whether all processes have joined
+    step: int = -1  # last finished step
 
 
 class Child:
-    """A trainer in its own session, with its output pumped and its status file watched."""
+    """A trainer in its own session, with its output forwarded and its status file watched."""
 
     def __init__(
         self, process: Process, attempt: int, folder: Path, prefix: str, printer: output.Printer
     ):
-        """Start it.
+        """Start the trainer.
 
         Args:
-            folder: for the status file; on this machine.
-            prefix: in front of each of its lines.
+            folder: local folder for the status file.
+            prefix: text in front of each line of its output.
 
         Raises:
-            OSError: it cannot be started.
+            OSError: the trainer cannot be started.
         """
         self.number = process.number
         self._file = folder / f"status.{process.number}.{attempt}"
@@ -56,24 +56,24 @@ class Child:
             output.Pump(stdout, output.STDOUT, prefix, printer),
             output.Pump(stderr, output.STDERR, prefix, printer),
         )
-        self.code: int | None = None  # how it ended
-        self.aborted_at: float | None = None  # when it was ended for not making progress
+        self.code: int | None = None  # exit code, None while it runs
+        self.aborted_at: float | None = None  # when the launcher ended it for lack of progress
         self.ever_wrote = False
         self._stamp: tuple[int, int] | None = None
         self._renewed = time.monotonic()
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """Process id of the trainer."""
         return self._process.pid
 
     def poll(self) -> int | None:
-        """Return how it ended, or None."""
+        """Return the exit code, or None while the trainer runs."""
         self.code = self._process.poll()
         return self.code
 
     def send(self, number: int, group: bool = False) -> None:
-        """Send a signal to it, or to everything that it has started as well."""
+        """Send a signal to the trainer, or to its whole process group."""
         if self._process.poll() is not None:
             return
         if group:
@@ -82,23 +82,23 @@ class Child:
             self._process.send_signal(number)
 
     def silent_s(self) -> float:
-        """Return for how many seconds it has not renewed its status file (or has not made it)."""
+        """Return the seconds since the status file was last updated, or since the start."""
         try:
-            found = self._file.stat()
+            stat = self._file.stat()
         except FileNotFoundError:
             stamp = None
         else:
-            stamp = (found.st_mtime_ns, found.st_ino)
+            stamp = (stat.st_mtime_ns, stat.st_ino)
         if stamp and stamp != self._stamp:
             self._stamp, self._renewed, self.ever_wrote = stamp, time.monotonic(), True
         return time.monotonic() - self._renewed
 
     def forgive(self, seconds: float) -> None:
-        """Do not count seconds in which this whole machine stood still."""
+        """Do not count seconds in which this whole machine was suspended."""
         self._renewed += seconds
 
     def status(self) -> Status:
-        """Return what it last wrote about itself."""
+        """Return the content of the status file; an unreadable file is reported as the phase."""
         try:
             raw = json.loads(self._file.read_text())
             return Status(str(raw["phase"]), bool(raw["joined"]), int(raw["step"]))
@@ -108,7 +108,7 @@ class Child:
             return Status(phase=f"status file not readable: {error}")
 
     def clean_up(self) -> None:
-        """After its end: end what it has left running, and take the rest of its output."""
+        """Kill processes that the trainer left running at its end; read the rest of its output."""
         deadline = time.monotonic() + _ORPHANS_S
         while _signal_group(self._process.pid, 0) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -118,7 +118,7 @@ class Child:
 
 
 def _signal_group(group: int, number: int) -> bool:
-    """Send a signal to a process group; False if nothing of it is left."""
+    """Send a signal to a process group; return False if the group no longer exists."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:

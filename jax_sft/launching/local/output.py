@@ -1,4 +1,4 @@
-"""The output of many processes in one place: whole lines, each with its process in front."""
+"""Merge the output of many processes: whole lines, each with a prefix that names its process."""
 
 import collections
 import os
@@ -8,45 +8,45 @@ from typing import IO, Protocol
 from jax_sft.runtime import terminal
 
 TAIL_LINES = 20
-_MAX_LINE = 1 << 16  # bytes; a progress bar without line ends is cut here
+_MAX_LINE = 1 << 16  # bytes; a progress bar without line ends is cut after so many
 STDOUT, STDERR = terminal.STDOUT, terminal.STDERR
 
 
 class Printer:
     """Writes whole lines to this process's stdout and stderr, from any thread.
 
-    Output that nobody takes (a closed pipe, a full disk under a log file) is dropped, and control
-    characters are escaped, see `terminal`: a training does not end because of its log.
+    Output that cannot be written (a closed pipe, a full disk under a log file) is dropped, so that
+    training does not end because of its log. Control characters are escaped, see `terminal`.
     """
 
     def __init__(self, name: str = ""):
-        """Args: name: of this launcher in its own lines, e.g. its host where there are several."""
+        """Args: name: prefix of this launcher's own lines, e.g. its host if there are several."""
         self._lock = threading.Lock()
         self._sinks = {n: terminal.Sink(n, runs_on=True) for n in (STDOUT, STDERR)}
         self._say_prefix = f"[{name}] launch: " if name else "launch: "
 
     def say(self, text: str) -> None:
-        """Print a message of the launcher itself, to stderr."""
+        """Print a message of the launcher itself to stderr."""
         for line in text.splitlines():
             self.write(STDERR, (self._say_prefix + line + "\n").encode())
 
     def write(self, stream: int, line: bytes) -> None:
-        """Write one line, with its end, to STDOUT or STDERR."""
+        """Write one line, including its line end, to STDOUT or STDERR."""
         text = line.decode(errors="backslashreplace")
         with self._lock:
             self._sinks[stream].write(terminal.printable(text).encode(errors="backslashreplace"))
 
 
 class Writer(Protocol):
-    """Takes lines: a Printer, or what sends them elsewhere."""
+    """A receiver of lines: a Printer, or an object that sends them elsewhere."""
 
     def write(self, stream: int, line: bytes) -> None:
-        """Take one line, with its end, of STDOUT or STDERR."""
+        """Receive one line of STDOUT or STDERR, including its line end."""
         ...
 
 
 class Pump(threading.Thread):
-    """Reads a pipe to its end, and hands every line on with a prefix."""
+    """Reads a pipe to its end and passes every line on with a prefix."""
 
     def __init__(self, pipe: IO[bytes], stream: int, prefix: str, printer: Writer):
         super().__init__(daemon=True)
@@ -69,7 +69,7 @@ class Pump(threading.Thread):
         self._pipe.close()
 
     def _line(self, line: bytes) -> None:
-        line = line.rstrip(b"\r").rpartition(b"\r")[2]  # of a progress bar its last state
+        line = line.rstrip(b"\r").rpartition(b"\r")[2]  # last state of a progress bar
         self.tail.append(line)
         self.num_lines += 1
         self._printer.write(self._stream, self._prefix + line + b"\n")

@@ -1,6 +1,6 @@
-"""What follows from how an attempt ended: hand the code on, or start again, and when.
+"""Decide after an attempt whether to pass its exit code on or to restart, and when.
 
-Decisions only, no clock and no processes: `supervisor` does what is decided here.
+This module only decides, without a clock or processes; `supervisor` acts on the decisions.
 """
 
 import signal
@@ -10,16 +10,17 @@ from dataclasses import dataclass, replace
 from jax_sft.runtime import exit_codes
 
 MAX_DELAY_S = 60
-# A process that starts again may find the others still going down: that is not its failure.
+# A restarted process may fail because the others are still going down. Such failures do not count
+# for this long.
 REGROUP_S = 600
-# In this order, whichever process said it: no restart helps against the first three.
+# Precedence among exit codes, from any process. No restart helps against the first three.
 _HANDED_ON = (
     exit_codes.USER_ERROR,
     exit_codes.BAD_DATA,
     exit_codes.NOT_SAVED,
     exit_codes.REQUEUE,
 )
-# How a trainer ends that was told to stop before it could save, or whose peers had left already.
+# Exit codes of a trainer that was stopped before it could save, or whose peers had already left.
 _CUT_SHORT = {
     *(-signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR1, -signal.SIGHUP),
     *(-signal.SIGKILL, -signal.SIGABRT, exit_codes.LOST),
@@ -27,27 +28,29 @@ _CUT_SHORT = {
 
 
 def first_error(ends: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-    """Return (process, code) of the first process that failed, or None if all were done.
+    """Return (process, code) of the process that failed first, or None if all succeeded.
 
     Args:
-        ends: (process, code) in the order in which they ended; those that ended within moments of
-            each other, before anybody was told to stop. One that says why comes before those that
-            only noticed that it was gone.
+        ends: (process, code) in the order in which the processes ended, within moments of each
+            other and before any was asked to stop. A process that reports a reason precedes those
+            that only noticed its end.
     """
-    for wanted in _HANDED_ON:
+    # 1. A code that is passed on, in the order of _HANDED_ON.
+    for handed_on in _HANDED_ON:
         for process, code in ends:
-            if code == wanted:
+            if code == handed_on:
                 return process, code
+    # 2. A failure of the process itself. 3. A process that noticed the end of another one.
     failed = [(process, code) for process, code in ends if code != exit_codes.DONE]
-    told = [end for end in failed if end[1] not in (exit_codes.LOST, -signal.SIGABRT)]
-    return next(iter(told + failed), None)
+    explained = [end for end in failed if end[1] not in (exit_codes.LOST, -signal.SIGABRT)]
+    return next(iter(explained + failed), None)
 
 
 def after_stop(codes: Sequence[int]) -> int:
-    """Return what a supervisor hands on that was told to stop.
+    """Return the exit code of a supervisor that was asked to stop.
 
-    Those that were cut short before they could save are to be queued again, too: their last
-    checkpoint stands.
+    A run that was cut short before it could save is also requeued, because its last checkpoint is
+    still valid.
     """
     if all(code == exit_codes.DONE for code in codes):
         return exit_codes.DONE
@@ -58,32 +61,32 @@ def after_stop(codes: Sequence[int]) -> int:
 
 
 def for_the_shell(code: int) -> int:
-    """Return a process's code as a shell would: 137 for killed by signal 9.
+    """Return a process's code as a shell reports it: 137 for killed by signal 9.
 
-    255 is what ssh says when a host is lost, so a program's own 255 becomes 1.
+    ssh returns 255 when a host is lost, so a program's own 255 becomes 1.
     """
     return 128 - code if code < 0 else 1 if code == 255 else code
 
 
 @dataclass(frozen=True)
 class History:
-    """What happened in the attempts of a supervisor so far."""
+    """Record of the attempts of a supervisor so far."""
 
-    counted: int = 0  # failures since the run last got further
-    failures: int = 0  # the same with those that do not count
-    furthest: int = -1  # step at which an attempt failed
+    counted: int = 0  # counted failures since the run last made progress
+    failures: int = 0  # all failures since then, including those that do not count
+    furthest: int = -1  # highest finished step of a failed attempt
     joined_once: bool = False
-    apart_since: float | None = None  # when attempts began to end before all had met again
-    last_counts: bool = False  # whether the last failure does
+    apart_since: float | None = None  # when attempts began to end before all processes had rejoined
+    last_counts: bool = False  # whether the last failure counts
 
 
 def after_failure(history: History, *, step: int, joined: bool, now: float) -> History:
     """Return the history with one more attempt that failed.
 
     Args:
-        step: the last that was finished, -1 for none.
-        joined: whether all processes had met.
-        now: of a monotonic clock, in seconds.
+        step: last finished step, -1 for none.
+        joined: whether all processes had joined.
+        now: time of a monotonic clock, in seconds.
     """
     if step > history.furthest:
         history = replace(history, counted=0, failures=0, furthest=step)
@@ -104,5 +107,5 @@ def after_failure(history: History, *, step: int, joined: bool, now: float) -> H
 
 
 def delay_s(history: History) -> int:
-    """Return how long to wait before the next attempt: 1, 2, 4 ... 60 s."""
+    """Return the seconds to wait before the next attempt: 1, 2, 4 ... 60."""
     return min(MAX_DELAY_S, 2 ** min(history.failures - 1, 10))

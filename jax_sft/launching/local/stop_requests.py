@@ -1,4 +1,4 @@
-"""Requests to stop that reach a launcher as signals."""
+"""Count the requests to stop that reach a launcher as signals."""
 
 import time
 
@@ -6,7 +6,7 @@ from jax_sft.runtime import lifecycle
 
 
 class StopRequests:
-    """Counts them; one that comes by several ways counts once (`lifecycle.Requests`)."""
+    """Counts requests to stop; several signals of the same request count once."""
 
     def __init__(self):
         self._requests = lifecycle.Requests()
@@ -17,11 +17,11 @@ class StopRequests:
         return self._requests.count
 
     def listen(self) -> None:
-        """Take the signals over, in the main thread, but for those that are ignored (nohup)."""
+        """Handle the signals, except ignored ones (nohup); called in the main thread."""
         lifecycle.listen(lambda number, _: self._requests.note(number))
 
     def wait(self, delay_s: float) -> bool:
-        """Wait so long; return False at once when a request comes."""
+        """Wait for `delay_s` and return True, or return False as soon as a request arrives."""
         deadline = time.monotonic() + delay_s
         while not self.count and time.monotonic() < deadline:
             time.sleep(0.1)

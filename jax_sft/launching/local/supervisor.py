@@ -1,6 +1,6 @@
-"""Keeps the processes of one host running: starts, watches, stops and starts them again.
+"""Keep the processes of one host running: start, watch, stop and restart them.
 
-`Supervisor(...).run()` in the main thread; it returns the exit code of this launcher.
+Call `Supervisor(...).run()` in the main thread; it returns the exit code of this launcher.
 """
 
 import signal
@@ -18,9 +18,9 @@ from jax_sft.launching.processes import Process
 from jax_sft.runtime import exit_codes
 
 TICK_S = 0.1
-SETTLE_S = 2  # after the first end the others may say why, before they are told to stop
-FAREWELL_S = 10  # those that have saved as well still close what they have open
-LOST_KILL_S = 10  # what is left of a broken attempt has nothing to save
+SETTLE_S = 2  # after the first end, for the other processes to report why, before they are stopped
+FAREWELL_S = 10  # for other processes that have saved to close their files
+LOST_KILL_S = 10  # the rest of a broken attempt has nothing to save
 ABORT_S = 5  # for the stacks to be printed
 UNKILLABLE_S = 60  # a process that waits for storage in the kernel cannot be killed
 NEVER_WROTE_S = 600  # for the status file to appear: importing from a slow shared folder
@@ -28,26 +28,26 @@ NEVER_WROTE_S = 600  # for the status file to appear: importing from a slow shar
 
 @dataclass(frozen=True)
 class Options:
-    """How a supervisor reacts."""
+    """Limits and timeouts of a supervisor."""
 
-    max_restarts: int = 5  # without the run getting further
-    grace_s: float = 120  # for saving, after a request to stop
-    stall_s: float = 120  # without a new status file
-    writes_status: bool = True  # whether a program that never writes one is hanging
+    max_restarts: int = 5  # without progress of the run
+    grace_s: float = 120  # for saving after a request to stop
+    stall_s: float = 120  # without an update of the status file
+    writes_status: bool = True  # whether a program that never writes a status file is hanging
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended."""
+    """The end of an attempt."""
 
-    code: int  # what decides, as a shell would say it
-    step: int
-    joined: bool
-    stuck: bool  # whether something of it still runs, and cannot be killed
+    code: int  # the decisive exit code, as a shell reports it
+    step: int  # last finished step
+    joined: bool  # whether all processes had joined
+    stuck: bool  # whether a process still runs and cannot be killed
 
 
 class Supervisor:
-    """Runs one host's processes until they are done, or nothing more can be done for them."""
+    """Runs the processes of one host until they are done or no restart can help."""
 
     def __init__(
         self,
@@ -58,19 +58,19 @@ class Supervisor:
         alone: bool,
         host: str = "",
     ):
-        """Prepare; nothing starts yet.
+        """Prepare the supervisor without starting a process.
 
         Args:
-            alone: the run has this one process: its lines need no number.
-            host: name to put into the prefixes, where there are several.
+            alone: whether the run has only one process, whose lines need no number.
+            host: name of this host for the prefixes, if there are several hosts.
         """
         self.processes, self.options, self.printer = processes, options, printer
         self.alone, self.host = alone, host
         self.requests = StopRequests()
-        self.obeyed = 0  # of them
+        self.obeyed = 0  # requests acted on
 
     def run(self) -> int:
-        """Return the exit code to hand on."""
+        """Run the processes to their end and return the exit code of the launcher."""
         self.requests.listen()
         with tempfile.TemporaryDirectory(prefix="jax-sft-launch-") as folder:
             return self._run(Path(folder))
@@ -97,7 +97,7 @@ class Supervisor:
                 return exit_codes.REQUEUE
 
     def _wait_to_restart(self, history: restarts.History, attempt: int) -> bool:
-        """Wait; False if asked to stop meanwhile."""
+        """Wait before a restart; return False if asked to stop meanwhile."""
         delay = restarts.delay_s(history)
         counted = f"restart {history.counted} of at most {self.options.max_restarts}"
         if not history.last_counts:
@@ -113,7 +113,7 @@ class Supervisor:
 
 
 class _Attempt:
-    """One start of all processes of this host, to the end of the last of them."""
+    """One attempt: from the start of all processes of this host to the end of the last."""
 
     def __init__(self, supervisor: Supervisor, attempt: int, folder: Path):
         self._s, self._options, self._say = supervisor, supervisor.options, supervisor.say
@@ -121,11 +121,11 @@ class _Attempt:
             Child(process, attempt, folder, self._prefix(process), supervisor.printer)
             for process in supervisor.processes
         ]
-        self._ends: list[tuple[int, int]] = []  # (process, code), in order
+        self._ends: list[tuple[int, int]] = []  # (process, code), in order of their ends
         self._first_end = 0.0
         self._decided: tuple[int, int] | None = None  # (process, code): why the others stop
-        self._stop_at: float | None = None  # when they are told to
-        self._kill_at: float | None = None  # when they are made to
+        self._stop_at: float | None = None  # when to send them SIGTERM
+        self._kill_at: float | None = None  # when to send them SIGKILL
 
     def _prefix(self, process: Process) -> str:
         if self._s.alone:
@@ -133,7 +133,7 @@ class _Attempt:
         return f"[{process.number} {self._s.host}] " if self._s.host else f"[{process.number}] "
 
     def run(self) -> Outcome:
-        """Wait until all have ended, and make them end when one has failed."""
+        """Wait until all processes have ended; stop the others when one has failed."""
         before = time.monotonic()
         while running := [child for child in self._children if child.code is None]:
             time.sleep(TICK_S)
@@ -154,7 +154,7 @@ class _Attempt:
         return self._outcome()
 
     def _collect(self, running: list[Child], now: float) -> None:
-        """Note who has ended, and decide what that means once the others could say why."""
+        """Note processes that have ended, and decide after SETTLE_S what their ends mean."""
         ended = [child for child in running if child.poll() is not None]
         if ended and not any(code != exit_codes.DONE for _, code in self._ends):
             self._first_end = now
@@ -173,7 +173,7 @@ class _Attempt:
             self._stop_at, self._kill_at = now, now + LOST_KILL_S - SETTLE_S
 
     def _obey(self, now: float) -> None:
-        """Pass requests to stop on; the first sets the end of the grace period."""
+        """Pass requests to stop on to the processes; the first one starts the grace period."""
         if self._s.requests.count == self._s.obeyed:
             return
         again = self._s.obeyed > 0
@@ -181,7 +181,7 @@ class _Attempt:
         grace = self._options.grace_s
         self._say("told again to stop: now" if again else f"told to stop: at most {grace:g} s")
         for child in self._children:
-            # SIGINT: a trainer takes another SIGTERM of these seconds for the same request.
+            # A trainer counts a second SIGTERM within seconds as the same request, so send SIGINT.
             child.send(signal.SIGINT if again else signal.SIGTERM)
         self._stop_at = None
         self._kill_at = min(self._kill_at or now + grace, now + grace)
@@ -196,7 +196,7 @@ class _Attempt:
                 child.send(signal.SIGKILL, group=True)
 
     def _watch(self, now: float) -> None:
-        """End a process that no longer renews its status file."""
+        """Abort a process that no longer updates its status file."""
         for child in self._children:
             if child.code is not None:
                 continue
@@ -248,7 +248,7 @@ class _Attempt:
         if others:
             lines += ["the others: " + ", ".join(f"process {n}: {c}" for n, c in others)]
         tail = child.pumps[1].tail
-        if tail and not self._s.alone:  # of a process that is alone they are right above
+        if tail and not self._s.alone:  # the lines of a process that is alone are right above
             lines += [f"the last lines of process {number}:"]
             lines += ["  " + line.decode(errors="replace") for line in tail]
         self._say("\n".join(lines))

@@ -1,1 +1,1 @@
-"""Launchers on other hosts: by SSH or Ray."""
+"""Start launchers on other hosts by SSH or Ray."""

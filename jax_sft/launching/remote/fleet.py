@@ -1,5 +1,7 @@
-"""Launchers on other hosts, watched from here: all stop when one ends for good, all start again
-when one is lost. How a host is reached is the business of `ssh` and `ray_cluster`.
+"""Watch launchers on other hosts.
+
+All stop when one ends with a final exit code, and all restart when a host is lost. `ssh` and
+`ray_cluster` implement the connection to a host.
 """
 
 import time
@@ -13,10 +15,10 @@ from jax_sft.launching.local.stop_requests import StopRequests
 from jax_sft.launching.remote import heartbeat
 from jax_sft.runtime import exit_codes
 
-GONE = 255  # instead of an exit code: the host, or the way to it, is lost
+GONE = 255  # in place of an exit code: the host or the connection to it is lost
 TICK_S = 0.2
-STOP_MARGIN_S = 30  # on top of the grace period, for a launcher on a host to end after its trainers
-STEADY_S = 600  # after so long, what was lost before no longer counts
+STOP_MARGIN_S = 30  # added to the grace period, for a launcher to end after its trainers
+STEADY_S = 600  # after an attempt that lasted so long, earlier losses no longer count
 
 
 class Remote(Protocol):
@@ -24,30 +26,30 @@ class Remote(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is called in messages."""
+        """Name of the launcher in messages."""
         ...
 
     @property
     def reached(self) -> bool:
-        """Whether it was ever heard of."""
+        """Whether the launcher has ever responded."""
         ...
 
     def poll(self) -> int | None:
-        """Return its exit code, GONE, or None while it runs."""
+        """Return the exit code, GONE, or None while the launcher runs."""
         ...
 
     def send(self, line: bytes) -> None:
-        """Send it a line of `heartbeat`."""
+        """Send the launcher a line of `heartbeat`."""
         ...
 
     def end(self) -> None:
-        """Let go of it, whatever it does."""
+        """Close the connection without waiting for the launcher."""
         ...
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a fleet reacts."""
+    """Limits and timeouts for the remote hosts."""
 
     max_restarts: int = 5
     grace_s: float = 120
@@ -56,13 +58,13 @@ class Options:
 def run(
     start: Callable[[StopRequests], Sequence[Remote]], options: Options, printer: Printer
 ) -> int:
-    """Start all, watch them, start all again when one is lost; return the exit code.
+    """Start a launcher on all hosts, restart all when one is lost, and return the exit code.
 
     Args:
-        start: starts a launcher on every host; returns none at all if asked to stop meanwhile.
+        start: starts a launcher on every host; returns an empty list if asked to stop meanwhile.
 
     Raises:
-        ValueError: what `start` raises.
+        ValueError: `start` raised it, or no launcher could be started on a host.
     """
     requests = StopRequests()
     requests.listen()
@@ -102,7 +104,7 @@ def run(
 def _watch(
     remotes: Sequence[Remote], options: Options, printer: Printer, requests: StopRequests
 ) -> list[tuple[str, int]]:
-    """Watch until all have ended; return (name, exit code) in the order of their ends."""
+    """Watch until all launchers have ended; return (name, exit code) in the order of their ends."""
     ends: dict[int, int] = {}
     obeyed, deadline, beat_at = 0, float("inf"), 0.0
     while len(ends) < len(remotes):

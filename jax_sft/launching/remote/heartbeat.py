@@ -1,8 +1,8 @@
-"""Ties a supervisor to the launcher that started it on another host, over its stdin.
+"""Stop a supervisor when the launcher that started it from another host stops or is lost.
 
-The launcher sends a line every `BEAT_S`; a line `STOP` means what SIGTERM means, a
-second one means at once. Where nothing comes for `SILENCE_S`, or the pipe ends, the launcher is
-gone or out of reach.
+The launcher sends a line to the supervisor's stdin every `BEAT_S`. A `STOP` line means the same as
+SIGTERM, and a second one means to stop at once. If nothing arrives for `SILENCE_S`, or the pipe
+ends, the launcher is gone or unreachable.
 """
 
 import os
@@ -17,12 +17,12 @@ BEAT_S, SILENCE_S = 10, 60
 
 
 def hold(printer: Printer, stdin: int = 0, silence_s: float = SILENCE_S) -> None:
-    """Watch stdin in a thread, and send SIGTERM to this process when told, or when left alone."""
+    """Watch stdin in a thread; send SIGTERM to this process on STOP or if the launcher is lost."""
     threading.Thread(target=_watch, args=(printer, stdin, silence_s), daemon=True).start()
 
 
 def _watch(printer: Printer, stdin: int, silence_s: float) -> None:
-    received, told = b"", False
+    received, was_stopped = b"", False
     while True:
         readable, _, _ = select.select([stdin], [], [], silence_s)
         chunk = os.read(stdin, 4096) if readable else b""
@@ -32,6 +32,6 @@ def _watch(printer: Printer, stdin: int, silence_s: float) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             return
         *lines, received = (received + chunk).split(b"\n")
-        if STOP.strip() in lines:  # another SIGTERM of these seconds would be the same request
-            os.kill(os.getpid(), signal.SIGINT if told else signal.SIGTERM)
-            told = True
+        if STOP.strip() in lines:  # a second SIGTERM within seconds would be the same request
+            os.kill(os.getpid(), signal.SIGINT if was_stopped else signal.SIGTERM)
+            was_stopped = True

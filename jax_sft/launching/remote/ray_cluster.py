@@ -1,7 +1,7 @@
-"""A Ray cluster: one actor per node runs scripts/launch.sh there with its coordinates.
+"""Run on a Ray cluster: one actor per node runs scripts/launch.sh there with its coordinates.
 
-Ray only places and watches; the trainers meet each other without it, in a Python that need not
-have it. Ray is asked for here and nowhere else.
+Ray only places and watches the launchers. The trainers join each other without Ray, in a Python
+that need not have it. Only this module imports Ray.
 """
 
 import importlib
@@ -20,12 +20,12 @@ from jax_sft.launching.processes import as_shell
 from jax_sft.launching.remote import fleet
 
 POLL_S = 60  # for an actor to answer
-_TELL_S = 30  # between the messages that say that nodes are missing
-_NODES_PYTHON = "PYTHON-OF-THE-NODE"  # Ray's, on each node
+_TELL_S = 30  # between messages that nodes are missing
+_NODES_PYTHON = "PYTHON-OF-THE-NODE"  # placeholder for the Python of Ray on each node
 
 
 class Node:
-    """An actor: the launcher of its node, and its output."""
+    """An actor that runs the launcher of its node and keeps its output."""
 
     def __init__(self):
         self._lines: list[tuple[int, bytes]] = []
@@ -33,16 +33,16 @@ class Node:
         self._pumps: list[output.Pump] = []
 
     def write(self, stream: int, line: bytes) -> None:
-        """Keep a line until it is asked for (as output.Printer writes it)."""
+        """Keep a line until the next poll; see `output.Writer`."""
         self._lines.append((stream, line))
 
     def where(self, port: int | None) -> tuple[str, int]:
-        """Return this node's address as Ray knows it, and a port for the coordinator."""
+        """Return this node's address in the Ray cluster and a port for the coordinator."""
         ray = load()
         return ray.util.get_node_ip_address(), port or coordinates.free_port()
 
     def start(self, command: Sequence[str], folder: str, variables: Mapping[str, str]) -> None:
-        """Start the launcher; it ends when this actor does."""
+        """Start the launcher, which ends when this actor ends."""
         command = [sys.executable if part == _NODES_PYTHON else part for part in command]
         self._process = subprocess.Popen(
             ["env", *(f"{name}={value}" for name, value in variables.items()), *command],
@@ -59,7 +59,7 @@ class Node:
         ]
 
     def poll(self, sent: bytes) -> tuple[list[tuple[int, bytes]], int | None]:
-        """Send the launcher what it is told; return its new lines, and its exit code if ended."""
+        """Send bytes to the launcher; return its new lines and its exit code (None = running)."""
         assert self._process and self._process.stdin
         code = self._process.poll()
         if code is None and sent:
@@ -76,7 +76,7 @@ class Node:
 
 
 class Remote:
-    """An actor as seen from here; see `fleet.Remote`."""
+    """The driver's handle of an actor; see `fleet.Remote`."""
 
     reached = True  # Ray has placed it
 
@@ -86,7 +86,7 @@ class Remote:
         self._to_send = b""
 
     def poll(self) -> int | None:
-        """Print the node's new lines; return its launcher's exit code, GONE, or None."""
+        """Print the new lines of the node; return the exit code of its launcher, GONE, or None."""
         ray = load()
         sent, self._to_send = self._to_send, b""
         try:
@@ -99,11 +99,11 @@ class Remote:
         return code
 
     def send(self, line: bytes) -> None:
-        """Send the launcher a line, with the next poll."""
+        """Queue a line that the next poll sends to the launcher."""
         self._to_send += line
 
     def end(self) -> None:
-        """End the actor, and with it what it has started."""
+        """End the actor and, with it, the launcher that it started."""
         load().kill(self._actor)
 
 
@@ -111,7 +111,7 @@ def load() -> Any:
     """Import Ray.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: Ray is not installed.
     """
     try:
         ray = importlib.import_module("ray")
@@ -126,17 +126,17 @@ def load() -> Any:
 
 @dataclass(frozen=True)
 class Job:
-    """What is started on a Ray cluster."""
+    """A run to start on a Ray cluster."""
 
     address: str  # of the cluster
     nodes: int
     gpus_per_node: int
     nproc: int  # processes per node
-    port: int | None  # of the coordinator; None: one that is free
-    python: str  # the trainer's
+    port: int | None  # of the coordinator; None = any free port
+    python: str  # Python of the trainer
     arguments: tuple[str, ...]  # of scripts/launch.sh on each node
-    root: Path  # of this project, and `folder` the one to work in: the same paths on every node
-    folder: Path
+    root: Path  # folder of this project, the same path on every node
+    folder: Path  # working folder, the same path on every node
     environ: Mapping[str, str]
 
 
@@ -147,16 +147,17 @@ def command(job: Job) -> list[str]:
 
 
 def variables(job: Job, meeting: str, node: int) -> dict[str, str]:
-    """Return what a node's launcher finds in its environment, besides what Ray sets there."""
+    """Return the variables of a node's launcher, in addition to those that Ray sets."""
     paths = [str(job.root), *filter(None, [job.environ.get("PYTHONPATH", "")])]
     carried = environment.given(job.environ)
+    # Leave out CUDA_* of this machine; Ray sets CUDA_VISIBLE_DEVICES on each node.
     own = {name: value for name, value in carried.items() if not name.startswith("CUDA_")}
     values = (meeting, str(job.nodes * job.nproc), str(node * job.nproc))
     return own | {"PYTHONPATH": ":".join(paths)} | dict(zip(BY_HAND, values, strict=True))
 
 
 def describe(job: Job) -> list[str]:
-    """Return one line per node: what its actor would run."""
+    """Return one line per node with the command that its actor would run."""
     meeting = "ADDRESS-OF-NODE-0:PORT"
     return [
         f"node {n}: {as_shell(command(job), variables(job, meeting, n))}" for n in range(job.nodes)
@@ -164,7 +165,7 @@ def describe(job: Job) -> list[str]:
 
 
 def run(job: Job, options: fleet.Options, printer: output.Printer) -> int:
-    """Start on the nodes of the cluster, watch, and start again; return the exit code.
+    """Start, watch and restart the launchers on the cluster's nodes; return the exit code.
 
     Raises:
         ValueError: Ray is not installed, or its cluster cannot be reached.
@@ -188,7 +189,7 @@ def run(job: Job, options: fleet.Options, printer: output.Printer) -> int:
             for n, actor in enumerate(actors):
                 added = variables(job, f"{host}:{port}", n)
                 ray.get(actor.start.remote(command(job), str(job.folder), added))
-        except ray.exceptions.RayError as error:  # its first poll says that it is gone
+        except ray.exceptions.RayError as error:  # the first poll returns GONE for the node
             printer.say(f"a node was lost while it was started: {str(error).splitlines()[0]}")
         return [Remote(f"node {n}", actor, printer) for n, actor in enumerate(actors)]
 
@@ -200,13 +201,13 @@ def run(job: Job, options: fleet.Options, printer: output.Printer) -> int:
 
 
 def remove_groups(groups: list[Any]) -> None:
-    """Give placement groups back."""
+    """Remove placement groups, which releases their nodes."""
     while groups:
         load().util.remove_placement_group(groups.pop())
 
 
 def _place(nodes: int, gpus_per_node: int, requests: StopRequests, printer: output.Printer) -> Any:
-    """Reserve room on so many nodes; None if asked to stop before it is there."""
+    """Reserve resources on `nodes` nodes; return None if asked to stop while waiting."""
     ray = load()
     bundle = {"CPU": 1, **({"GPU": gpus_per_node} if gpus_per_node else {})}
     group = ray.util.placement_group([bundle] * nodes, strategy="STRICT_SPREAD")
@@ -230,7 +231,7 @@ def _actors(group: Any, nodes: int, gpus_per_node: int, root: Path) -> list[Any]
         .options(
             num_cpus=1,
             num_gpus=gpus_per_node,
-            max_restarts=0,  # all start again together, or none
+            max_restarts=0,  # all actors restart together or not at all
             scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(
                 placement_group=group, placement_group_bundle_index=n
             ),

@@ -1,4 +1,4 @@
-"""One ssh per host that runs scripts/launch.sh there, in the same folder, with its coordinates."""
+"""Run scripts/launch.sh on each host by ssh, in the same folder, with the host's coordinates."""
 
 import shlex
 import subprocess
@@ -12,7 +12,7 @@ from jax_sft.launching.local import output
 from jax_sft.launching.local.stop_requests import StopRequests
 from jax_sft.launching.remote import fleet
 
-# A host that no longer answers is noticed after 3 x 15 s; nothing here may ask for a password.
+# A host that no longer answers is detected after 3 x 15 s. ssh must never ask for a password.
 OPTIONS = (
     *("-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=30"),
     *("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"),
@@ -21,7 +21,7 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Host:
-    """A host, and the command here that starts a launcher there."""
+    """A host, and the local command that starts a launcher on it."""
 
     name: str
     command: tuple[str, ...]
@@ -38,32 +38,33 @@ def commands(
     folder: Path,
     environ: Mapping[str, str],
 ) -> tuple[Host, ...]:
-    """Return what is run for each host; process 0 is on the first.
+    """Return the ssh command for each host; process 0 is on the first host.
 
     Args:
-        arguments: of the launcher on each host.
-        address: host:port of process 0, as all hosts know it.
-        ssh: the command with the user's options.
-        launcher: its command, and `folder` the one to work in: the same paths on every host.
+        arguments: arguments of the launcher on each host.
+        address: host:port of process 0, reachable from all hosts.
+        ssh: the ssh command with the user's options.
+        launcher: command of the launcher, with the same path on every host.
+        folder: working folder, the same path on every host.
     """
-    # No other variables: a token on a command line can be read by everybody on the host.
+    # Pass no other variables: everyone on the host can read a token on a command line.
     carried = environment.given(environ)
     if "PYTHON" in environ:
         carried["PYTHON"] = environ["PYTHON"]
-    found = []
+    result = []
     for index, host in enumerate(hosts):
         values = (address, str(len(hosts) * nproc), str(index * nproc))
         variables = carried | dict(zip(BY_HAND, values, strict=True))
         launch = [*launcher, "--leash", *arguments]
         assigned = [f"{key}={value}" for key, value in variables.items()]
-        there = f"cd {shlex.quote(str(folder))} && exec env {shlex.join([*assigned, *launch])}"
-        # ssh joins its arguments with blanks and gives the line to the shell there.
-        found.append(Host(host, (*ssh, *OPTIONS, "--", host, there)))
-    return tuple(found)
+        line = f"cd {shlex.quote(str(folder))} && exec env {shlex.join([*assigned, *launch])}"
+        # ssh joins its arguments with blanks and passes the line to the shell of the host.
+        result.append(Host(host, (*ssh, *OPTIONS, "--", host, line)))
+    return tuple(result)
 
 
 def name(host: str) -> str:
-    """Return a host's name without the user to log in as."""
+    """Return a host's name without the login user."""
     return host.rpartition("@")[2]
 
 
@@ -77,7 +78,7 @@ class Connection:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for us: we tell the hosts
+            start_new_session=True,  # Ctrl-C goes to this process only, which stops the hosts
         )
         stdout, stderr = self._process.stdout, self._process.stderr
         assert stdout and stderr
@@ -86,11 +87,11 @@ class Connection:
 
     @property
     def reached(self) -> bool:
-        """Whether the launcher there has started: its first line is on stdout, as ssh's never."""
+        """Whether the remote launcher has printed to stdout, where ssh itself prints nothing."""
         return self._stdout.num_lines > 0
 
     def poll(self) -> int | None:
-        """Return the launcher's exit code; ssh's own 255 is fleet.GONE."""
+        """Return the exit code of the launcher or None; ssh's own 255 equals fleet.GONE."""
         code = self._process.poll()
         if code is None:
             return None
@@ -105,16 +106,16 @@ class Connection:
             self._process.stdin.write(line)
             self._process.stdin.flush()
         except BrokenPipeError:
-            return  # it has just ended: poll tells
+            return  # the launcher has just ended; `poll` reports it
 
     def end(self) -> None:
-        """Close the connection: a launcher that is still there notices, and stops."""
+        """Close the connection; a launcher that still runs notices and stops."""
         self._process.kill()
         self._process.wait()
 
 
 def run(hosts: Sequence[Host], options: fleet.Options, printer: output.Printer) -> int:
-    """Start on all hosts, watch, and start again; return the exit code."""
+    """Start, watch and restart the launchers on all hosts; return the exit code."""
 
     def start(_: StopRequests) -> list[Connection]:
         return [Connection(host, printer) for host in hosts]
