@@ -1,1 +1,1 @@
-"""A process: how it starts, prints and ends, and bounds for programs of others."""
+"""Start, print and end as a process, and run third-party programs within bounds."""

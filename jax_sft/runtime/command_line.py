@@ -1,4 +1,4 @@
-"""What the programs' command lines have in common: the config file, and how mistakes are told."""
+"""The shared part of the command lines: the config file and the reports of mistakes."""
 
 import itertools
 import os
@@ -15,7 +15,7 @@ from ml_collections import config_flags
 import jax_sft
 from jax_sft.runtime import exit_codes, lifecycle
 
-# What a mistake on the command line or in a config file raises.
+# Exceptions raised by mistakes on the command line or in a config file.
 CONFIG_ERRORS = (
     *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
     *(ImportError, NameError, OSError, SyntaxError),
@@ -26,22 +26,22 @@ HELP = {"-h", "-help", "--help", "-?"}
 
 
 def define_config() -> None:
-    """Define --config, a Python file, and with it --config.KEY for every key."""
+    """Define --config, the path of a Python file, and --config.KEY for every key."""
     config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/tiny.py")
     flags.mark_flag_as_required("config")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parse the command line; an error in it or in the config file is a line, not a traceback."""
+    """Parse the command line; report errors in it or in the config file without a traceback."""
     if HELP & {*argv[1:]}:
-        app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)  # absl's own exits with 1
+        app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)  # absl's own help exits with 1
     try:
         require_config_file(argv)
         rest = flags.FLAGS(argv)
-        _ = flags.FLAGS.config.seed  # a file that could not be loaded says so only now
+        _ = flags.FLAGS.config.seed  # raises here if the config file could not be loaded
         if len(rest) > 1:
             raise ValueError(f"unexpected arguments {rest[1:]}: options start with --")
-        leave_torch_out()  # not before the config file, which may want it
+        leave_torch_out()  # after the config file, which may import torch
         return rest
     except CONFIG_ERRORS as error:
         if lifecycle.shows_traceback():
@@ -55,10 +55,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def require_config_file(argv: Sequence[str]) -> None:
-    """Check that the file of --config is there, before overrides of its keys hide that it is not.
+    """Check that the file of --config exists, before overrides of its keys hide that it does not.
 
     Raises:
-        FileNotFoundError: it is not; the message names the example to use instead.
+        FileNotFoundError: the file does not exist; the message names the example to use instead.
     """
     file = ""
     for argument, following in itertools.zip_longest(argv[1:], argv[2:], fillvalue=""):
@@ -74,31 +74,31 @@ def require_config_file(argv: Sequence[str]) -> None:
 
 
 def example_configs() -> Path:
-    """Return the folder of example configs: that of a clone, or within the package of a wheel."""
+    """Return the folder of example configs, in a clone or inside an installed package."""
     package = Path(jax_sft.__file__).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def default_workdir() -> Path:
-    """Return runs/NAME_OF_CONFIG, where a program was given no --workdir."""
+    """Return runs/NAME_OF_CONFIG, the workdir of a program without --workdir."""
     return Path("runs") / Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
 
 
 def again(changes: Mapping[str, Any]) -> str:
-    """Return the command that starts this run again with config keys changed.
+    """Return the command that starts this run again with changed config keys.
 
-    Where Python called the trainer, or a launcher, it is what to add to theirs.
+    If Python code or a launcher started the trainer, return the options to add to its command.
     """
     options = " ".join(_quoted(f"--config.{key}", f"{value}") for key, value in changes.items())
     if not sys.argv[0].endswith("/jax_sft/train.py") or os.environ.get("JAX_SFT_NUM_PROCESSES"):
         return f"the same command with {options}"
-    given = " ".join(_quoted(*arg.partition("=")[::2]) for arg in sys.argv[1:])
-    return f"{lifecycle.program()} {given} {options}"
+    arguments = " ".join(_quoted(*arg.partition("=")[::2]) for arg in sys.argv[1:])
+    return f"{lifecycle.program()} {arguments} {options}"
 
 
 def _quoted(option: str, value: str) -> str:
-    """An option as a shell takes it, in double quotes where that is enough."""
+    """Return an option quoted for a shell, in double quotes if they are enough."""
     text = f"{option}={value}" if value else option
     if shlex.quote(text) == text:
         return text
@@ -108,9 +108,10 @@ def _quoted(option: str, value: str) -> str:
 
 
 def leave_torch_out() -> None:
-    """Keep transformers from importing PyTorch where it is installed; tokenizers do not need it.
+    """Keep transformers from importing an installed PyTorch, which tokenizers do not need.
 
-    It would take 2 s. Afterwards this process finds no torch: it is a program of ours alone.
+    The import would take 2 s. Afterwards this process cannot import torch, so only programs of
+    jax_sft may call this function.
     """
     if "transformers" not in sys.modules and "torch" not in sys.modules:
         sys.modules["torch"] = None  # type: ignore[assignment]

@@ -1,8 +1,8 @@
 """A Python process with hard bounds of time and memory, for programs that come with a model.
 
-Chat templates, tokenizers and their regular expressions are programs of others. `worker` and
-`detokenize` run them here, never in the process that trains. One process is kept and used again;
-it ends with the process that started it.
+Chat templates, tokenizers and their regular expressions are third-party programs. `worker` and
+`detokenize` run them in such a process, never in the process that trains. One process is kept for
+reuse. It ends with the process that started it.
 """
 
 import atexit
@@ -26,23 +26,23 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-BOUND_S = 8  # of computing, for a request; the machine may be busy with other things
-# For a request that is given much: 2 GB in all, which is a row of 12 MB in Qwen's tokens.
+BOUND_S = 8  # of CPU time per request; wall time may be longer on a busy machine
+# Extra bounds for a large request: 2 GB in total, enough for a row of 12 MB in Qwen's tokens.
 MOST_MORE_S, MOST_MORE_BYTES = 16, 200_000_000
-BOUND_BYTES = 1_800_000_000  # beyond what the process has when a request arrives
-STILL_S = 600  # without any computing, before a process is given up
+BOUND_BYTES = 1_800_000_000  # in addition to the size of the process when a request arrives
+STILL_S = 600  # without any CPU time, before a process is given up
 OUT_OF_MEMORY = 3  # exit code
 
-# Imported before the first request comes, which others need not wait for.
+# Imported before the first request arrives, while the parent does other work.
 PRELOADED = ("jax_sft.data.tokens.worker", "transformers.models.auto.tokenization_auto")
-# The child finds modules exactly where this process does. Where torch is installed transformers
-# would import it: 2 s and 180 MB in each process, for nothing.
+# The child has the same sys.path as this process. If torch is installed, transformers would import
+# it for nothing: 2 s and 180 MB in each process.
 CHILD = (
     "import sys; sys.path[:] = sys.argv[3:]; sys.modules['torch'] = None; "
     "from jax_sft.runtime import confined; confined.serve(int(sys.argv[1]), int(sys.argv[2]))"
 )
 ENVIRONMENT = {
-    # One process per core: no library may start threads of its own for each core again.
+    # There is one process per core, so no library may start a thread per core itself.
     "TOKENIZERS_PARALLELISM": "false",
     "RAYON_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
@@ -56,11 +56,11 @@ _OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal
 
 
 class Stage(enum.IntEnum):
-    """Stage of the work of the process; shared with its parent."""
+    """Stage of the process's work, which the parent can read."""
 
     IDLE = 0
     LOADING = 1  # a tokenizer
-    COMPILING = 2  # a chat template, and asking it how it renders
+    COMPILING = 2  # a chat template, and probing how it renders
     READING = 3  # a row
     RENDERING = 4  # a row
     TOKENIZING = 5  # a row
@@ -68,18 +68,19 @@ class Stage(enum.IntEnum):
 
 
 class OutOfBounds(ValueError):
-    """A program that came with a model did not end within its bounds, or crashed."""
+    """A program that came with a model exceeded its bounds or crashed."""
 
 
 class Ended(Exception):
     """The process ended before it answered.
 
     Attributes:
-        code: as subprocess has it.
-        why: "time", "memory", "crash", "outside" (a signal of others) or "fault" (of this package).
-        stage, row: what it was doing; -1 = no row.
-        bound_s: seconds of computing that it was allowed.
-        log: the end of what it wrote to stderr.
+        code: return code as in subprocess.
+        why: "time", "memory", "crash", "outside" (a signal from outside) or "fault" (of this
+            package).
+        stage, row: its stage and row at the end; -1 = no row.
+        bound_s: seconds of CPU time that it was allowed.
+        log: the end of its stderr.
     """
 
     def __init__(self, code: int, why: str, notes: tuple[int, int, int], log: str):
@@ -88,7 +89,7 @@ class Ended(Exception):
         self.stage, self.row, self.bound_s = Stage(notes[0]), notes[1], notes[2]
 
     def excess(self) -> str:
-        """Say which bound was passed, or how it crashed."""
+        """Return which bound the process exceeded, or how it crashed, for a message."""
         if self.why == "time":
             return f"does not end within {self.bound_s} s of computing"
         if self.why == "memory":
@@ -100,30 +101,30 @@ class Ended(Exception):
 
 
 class Process:
-    """A confined process; it answers requests one by one, in order."""
+    """A confined process, which answers requests one at a time, in order."""
 
     def __init__(self):
         self._notes, self._log = tempfile.TemporaryFile(), tempfile.TemporaryFile("a+b")
         self._notes.truncate(_NOTES.size)
-        self.connection, theirs = multiprocessing.Pipe()
-        with theirs:
-            passed = (theirs.fileno(), self._notes.fileno())
+        self.connection, child_end = multiprocessing.Pipe()
+        with child_end:
+            passed = (child_end.fileno(), self._notes.fileno())
             self.popen = subprocess.Popen(
                 [sys.executable, "-c", CHILD, *map(str, passed), *sys.path],
                 pass_fds=passed,
                 env=os.environ | ENVIRONMENT,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=self._log,  # a panic of a Rust library writes there, whoever catches it
-                process_group=0,  # Ctrl-C is for this process, which then ends the others
+                stderr=self._log,  # a panic of a Rust library writes to stderr even if caught
+                process_group=0,  # Ctrl-C reaches only this process, which then ends the child
             )
         self.pending = 0  # requests without an answer yet
 
     def send(self, function: Callable, *args: Any) -> None:
-        """Ask for function(*args); the function is found by its name.
+        """Request function(*args); the child imports the function by its name.
 
         Raises:
-            Ended: the process is gone.
+            Ended: the process has ended.
         """
         try:
             self.connection.send((function, args))
@@ -135,14 +136,14 @@ class Process:
         """Return the answer to the oldest request.
 
         Raises:
-            ValueError: the function raised it.
-            Ended: the process ended: it went out of bounds, or has a fault.
+            ValueError: the function raised a ValueError.
+            Ended: the process ended: it exceeded its bounds, crashed, or has a fault.
         """
         if not self.connection.poll():
             wait_for([self])
         try:
             kind, value = self.connection.recv()
-        except (EOFError, OSError) as error:  # OSError: it ended in the middle of an answer
+        except (EOFError, OSError) as error:  # OSError: it ended during an answer
             raise self._ended() from error
         self.pending -= 1
         if kind == "refused":
@@ -150,12 +151,12 @@ class Process:
         return value
 
     def call(self, function: Callable, *args: Any) -> Any:
-        """Ask for function(*args) and return the answer; see `send` and `receive`."""
+        """Request function(*args) and return the answer; see `send` and `receive`."""
         self.send(function, *args)
         return self.receive()
 
     def cpu_s(self) -> float:
-        """Seconds of computing so far; a constant where the system does not tell."""
+        """Return the seconds of CPU time so far, or 0.0 if the system does not report them."""
         try:
             fields = Path(f"/proc/{self.popen.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
@@ -163,7 +164,7 @@ class Process:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
-        """End the process; whatever it was doing is lost."""
+        """Kill the process and discard its work."""
         self.connection.close()
         self.popen.kill()
         self.popen.wait()
@@ -187,31 +188,35 @@ class Process:
 
 
 def wait_for(processes: list[Process]) -> list[Process]:
-    """Wait until some of the processes have answered or ended; return those.
+    """Wait until some of the processes have answered or ended, and return these.
 
-    The clock of each bound is in the process itself, and counts its own computing. A process that
-    does not compute, and does not answer either, is given up in the end.
+    Each process measures its own bound, by its CPU time. Processes that neither compute nor answer
+    for STILL_S are given up.
+
+    Raises:
+        RuntimeError: no process has computed or answered for STILL_S.
     """
     by_connection = {process.connection: process for process in processes}
     still, before = 0, [process.cpu_s() for process in processes]
     while not (ready := wait(list(by_connection), timeout=1)):
         now = [process.cpu_s() for process in processes]
-        # Counted in turns of this loop: a machine that was stopped goes on where it was.
+        # Count turns of this loop, not wall time: a machine may have been suspended.
         still = 0 if now != before else still + 1
         before = now
         if still >= STILL_S:
             raise RuntimeError(
                 f"the processes that tokenize do not compute since {STILL_S} s: start again"
             )
-    return [by_connection[found] for found in ready if isinstance(found, Connection)]
+    return [by_connection[item] for item in ready if isinstance(item, Connection)]
 
 
-# Of each process (a fork has a copy of its parent's): the one that waits for the next request.
+# {process id: confined process kept for its next request}. By process id, because a fork has a copy
+# of its parent's.
 _kept: dict[int, Process] = {}
 
 
 def take() -> Process:
-    """Return a process that waits for requests, the one that was kept if there is one."""
+    """Return a process that is ready for requests: the kept one if it still runs, or a new one."""
     process = _kept.pop(os.getpid(), None)
     if process and process.popen.poll() is not None:
         process.close()
@@ -220,7 +225,7 @@ def take() -> Process:
 
 
 def give_back(process: Process) -> None:
-    """Keep a process for the next use, or end it."""
+    """Keep a process for the next use, or end it if it cannot be reused."""
     if process.pending or process.popen.poll() is not None or os.getpid() in _kept:
         process.close()
     else:
@@ -228,13 +233,13 @@ def give_back(process: Process) -> None:
 
 
 def start_early() -> None:
-    """Start the process that is kept: it imports what it needs while others compute."""
+    """Start the kept process, so that its imports overlap with other work."""
     give_back(take())
 
 
 @contextlib.contextmanager
 def borrowed() -> Iterator[Process]:
-    """A process that waits for requests, kept again afterwards."""
+    """Yield a process that is ready for requests, and keep it afterwards."""
     process = take()
     try:
         yield process
@@ -251,24 +256,25 @@ def _end_kept() -> None:
 
 # ---- in the process -----------------------------------------------------------------------------
 
-_notes: Any = bytearray(_NOTES.size)  # in the process itself: memory shared with the parent
+# In a confined process, `serve` replaces it with memory shared with the parent.
+_notes: Any = bytearray(_NOTES.size)
 
 
 def at(stage: Stage) -> None:
-    """Note what is done now, for the message if it does not end."""
+    """Note the current stage, for the message if the process exceeds its bounds."""
     _notes[0] = stage
 
 
 def at_row(row: int) -> None:
-    """Note which row of the chunk it is done to."""
+    """Note the current row of the chunk."""
     struct.pack_into("=i", _notes, 4, row)
 
 
 def serve(file_descriptor: int, notes: int) -> None:
-    """Answer requests until the other end closes; the main function of the process."""
+    """Answer requests until the parent closes the pipe; the main function of the process."""
     global _notes
     _notes = mmap.mmap(notes, _NOTES.size)
-    if sys.platform == "linux":  # whoever started this one may be gone within a request
+    if sys.platform == "linux":  # end this process if the parent dies during a request
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for module in PRELOADED:
@@ -291,7 +297,7 @@ def _answer(function: Callable, args: tuple) -> tuple[str, Any]:
     except ValueError as error:
         return "refused", str(error).encode("utf-8", "backslashreplace").decode()
     except MemoryError:
-        os._exit(OUT_OF_MEMORY)  # nothing here can be relied on any more
+        os._exit(OUT_OF_MEMORY)  # the state of this process is unreliable now
 
 
 def _send(connection: Connection, answer: tuple[str, Any]) -> None:
@@ -302,11 +308,11 @@ def _send(connection: Connection, answer: tuple[str, Any]) -> None:
 
 
 def allow(more_s: float = 0, more_bytes: int = 0) -> None:
-    """Let this process compute and allocate up to its bounds, and more, from here on.
+    """Set the bounds of this process, counted from now. Does nothing outside a confined process.
 
-    Whatever it is given, it is allowed at most MOST_MORE_S and MOST_MORE_BYTES more.
-
-    Nothing outside a confined process is bounded.
+    Args:
+        more_s: CPU time in addition to BOUND_S; at most MOST_MORE_S counts.
+        more_bytes: memory in addition to BOUND_BYTES; at most MOST_MORE_BYTES counts.
     """
     if not isinstance(_notes, mmap.mmap):
         return
@@ -324,10 +330,10 @@ def _limit(kind: int, most: int) -> None:
 
 
 class library_errors:
-    """Context manager: turn whatever a library raises into a ValueError that begins with `what`.
+    """A context manager that turns errors of a library into a ValueError that begins with `what`.
 
-    A Rust library panics with an exception that is no Exception, and cannot be imported. Too little
-    memory stays what it is: it ends a confined process.
+    A Rust library panics with an exception that is not an Exception and cannot be imported. A
+    MemoryError passes through, because it must end a confined process.
     """
 
     def __init__(self, what: str):

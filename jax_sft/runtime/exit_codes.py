@@ -1,17 +1,17 @@
-"""How a program ends, for launchers: what is worth a restart and what is not.
+"""Exit codes of the programs, by which launchers decide whether to restart.
 
-The numbers from 64 on are those of BSD's sysexits.h where one fits.
+The numbers from 64 on follow BSD's sysexits.h where one of its codes fits.
 """
 
 DONE = 0
 CRASH = 1  # an error that may be gone after a restart
-USER_ERROR = 64  # config, model, data or command line: a restart would find the same
+USER_ERROR = 64  # invalid config, model, data or command line: a restart would fail again
 BAD_DATA = 65  # training stopped itself, e.g. after too many losses that were not finite
 NOT_SAVED = 74  # trained to the end, but the last state could not be stored
-REQUEUE = 75  # told to stop (preemption), saved: to be started again later, elsewhere perhaps
-LOST = 76  # a process died, stalled or was cut off: all should be started again
+REQUEUE = 75  # asked to stop (preemption) and saved: start again later, perhaps on another machine
+LOST = 76  # a process died, stalled or was cut off: restart all processes
 
-FINAL = (DONE, USER_ERROR, BAD_DATA, NOT_SAVED, REQUEUE)  # not restarted by our own launcher
+FINAL = (DONE, USER_ERROR, BAD_DATA, NOT_SAVED, REQUEUE)  # not restarted by the launcher of jax_sft
 
 WORDS = {
     DONE: "done",
@@ -24,7 +24,7 @@ WORDS = {
 
 
 def describe(code: int) -> str:
-    """Say in words how a process ended; negative codes and those above 128 are signals."""
+    """Describe an exit code in words; negative codes and codes above 128 are signals."""
     signal = -code if code < 0 else code - 128
     words = WORDS.get(code)
     if words is None:
@@ -32,31 +32,31 @@ def describe(code: int) -> str:
     return f"exit code {code}: {words}"
 
 
-# Errors that say what the user gave wrong; no bug of ours and no surprise of a library.
+# Errors that describe invalid input, not a bug of jax_sft or of a library.
 _OF_USER = (
     *(ValueError, FileNotFoundError, FileExistsError, PermissionError),
     *(NotADirectoryError, IsADirectoryError),
 )
-# What may be gone after a restart: devices, links, storage, memory. All other kinds come again.
+# Errors of devices, links, storage or memory, which a restart may fix. All other errors recur.
 _PASSING = (RuntimeError, OSError, MemoryError)
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether the message of an error says all that a user needs."""
+    """Return whether the message of an error is all that a user needs."""
     return isinstance(error, (*_OF_USER, FloatingPointError)) or hasattr(error, "exit_code")
 
 
 def of(error: BaseException) -> int:
-    """Return the code to end with after an error; errors of ours carry theirs as `exit_code`.
+    """Return the exit code for an error; jax_sft's own errors have the attribute `exit_code`.
 
-    What a library raises about a file that it was given, a panic included, is the same at the next
-    start, and so a user's error.
+    An error that a library raises about its input file, including a panic, recurs at the next
+    start. It therefore counts as a user's error.
     """
     if isinstance(error, FloatingPointError):
         return BAD_DATA
     if isinstance(error, KeyboardInterrupt):
         return getattr(error, "exit_code", 130)
-    # RecursionError and NotImplementedError are RuntimeErrors to Python, but come again each time.
+    # RecursionError and NotImplementedError are subclasses of RuntimeError, but always recur.
     passes = isinstance(error, _PASSING) and not isinstance(
         error, (*_OF_USER, RecursionError, NotImplementedError)
     )

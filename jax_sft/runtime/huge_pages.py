@@ -1,8 +1,8 @@
-"""Huge pages for the arrays of a step on CPUs.
+"""Use huge pages for the arrays of a step on CPUs.
 
-XLA asks for the memory of each step anew, and the kernel clears it page by page when it is first
-touched: a third of a million faults for a step of a 135M model. Linux does it 2 MB at a time for
-programs that want it, and glibc (2.35 and later) asks on behalf of those started with a tunable.
+XLA allocates the memory of each step again, and the kernel clears it page by page on first touch: a
+third of a million page faults for a step of a 135M model. Linux clears 2 MB at a time for programs
+that request it. glibc (2.35 and later) requests it for programs started with a tunable.
 """
 
 import contextlib
@@ -20,36 +20,37 @@ GPU = Path("/dev/nvidiactl")
 
 
 def use(*command: str) -> None:
-    """Start this program anew, as the same process, where huge pages are to be had by asking.
+    """Restart this program in the same process if huge pages are available on request.
 
-    Called by a program before it imports anything heavy. Nothing happens on GPUs, where the kernel
-    gives huge pages to all or to none, and where the tunable is set already:
-    GLIBC_TUNABLES=glibc.malloc.hugetlb=0 keeps them out.
+    A program calls this before its slow imports. Nothing happens on GPUs, if the kernel gives huge
+    pages to all programs or to none, or if the tunable is already set.
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=0 disables huge pages.
 
     Args:
-        command: what follows "python" where the program is a process of its own. Started in any
-            other way, by a debugger or in a notebook, it is left alone.
+        command: arguments after "python" if the program is its own process. A program started in
+            any other way, by a debugger or in a notebook, is not restarted.
     """
     tunables = os.environ.get(TUNABLES, "")
     on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not GPU.exists()
     is_own = tuple(sys.orig_argv[1 : 1 + len(command)]) == command
     if is_own and on_cpu and HUGE_PAGES not in tunables and _are_on_request():
-        asked = f"{HUGE_PAGES}=1"
-        os.environ[TUNABLES] = f"{tunables}:{asked}" if tunables else asked
-        # Until `lifecycle.begin` of the new start, whose Python would print a traceback.
+        setting = f"{HUGE_PAGES}=1"
+        os.environ[TUNABLES] = f"{tunables}:{setting}" if tunables else setting
+        # Block signals until `lifecycle.begin` of the new start. Before it, Python would print a
+        # traceback.
         signal.pthread_sigmask(signal.SIG_BLOCK, lifecycle.SIGNALS)
-        with contextlib.suppress(OSError):  # slower, but as right
+        with contextlib.suppress(OSError):  # continue without huge pages: slower but correct
             os.execv(sys.executable, sys.orig_argv)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, lifecycle.SIGNALS)
 
 
 def in_use() -> bool:
-    """Whether this process asks for them."""
+    """Return whether this process requests huge pages."""
     return f"{HUGE_PAGES}=1" in os.environ.get(TUNABLES, "").split(":")
 
 
 def _are_on_request() -> bool:
     try:
         return "[madvise]" in ON_REQUEST.read_text()
-    except OSError:  # not Linux, or without them
+    except OSError:  # not Linux, or a kernel without transparent huge pages
         return False

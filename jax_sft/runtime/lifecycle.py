@@ -1,8 +1,8 @@
-"""How every program starts and ends: safe output, signals, no traceback.
+"""Start and end every program: safe output, signals, no traceback.
 
 A program calls `begin` before its expensive imports and `run(main)` last. While it loads, a signal
-ends it with one line. Within `main`, Ctrl-C is an exception (`Interrupted`), so that unfinished
-files are removed; `train` has `preemption` instead, which saves.
+ends it with one line. Inside `main`, Ctrl-C raises an exception (`Interrupted`), so that unfinished
+files are removed. `train` uses `preemption` instead, which saves.
 """
 
 import atexit
@@ -22,19 +22,19 @@ from typing import Any, NoReturn
 
 from jax_sft.runtime import exit_codes, terminal
 
-# Which end a program; SIGUSR1 is Slurm's and Open MPI's way to announce that.
+# Signals that end a program. Slurm and Open MPI announce the end with SIGUSR1.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-# Slurm signals each process of a job step, a launcher hands its signal on, and who closes a
-# terminal sends several kinds: within so long they are one request.
+# Slurm signals each process of a job step, a launcher passes its signal on, and closing a terminal
+# sends several kinds of signals. Signals within this time are one request.
 SAME_REQUEST_S = 3.0
-# Nobody presses Ctrl-C twice so fast; shells and runners that hand it on do.
+# Nobody presses Ctrl-C twice this fast, but shells and runners that pass it on repeat it.
 SAME_INTERRUPT_S = 0.1
 DEAF_S = 3.0  # for the main thread to notice a signal; it may be compiling for minutes
 LONGEST_LINE = 500  # characters of an unexpected error's message
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ends this program; what is unfinished is removed on the way."""
+    """A signal ends this program; unfinished files are removed as the exception propagates."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -42,17 +42,18 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Requests:
-    """Tells a second request to stop from the first one that comes by several ways.
+    """Distinguishes a second request to stop from several signals of the same request.
 
-    A SIGINT is a request of its own after SAME_INTERRUPT_S. Of other signals those within
-    SAME_REQUEST_S are one, and a terminal that closes (SIGHUP) never adds to a request of another
-    kind: who has pressed Ctrl-C may leave while the run is saved.
+    A SIGINT is a new request after SAME_INTERRUPT_S. Other signals within SAME_REQUEST_S of the
+    last request belong to it. A closing terminal (SIGHUP) never counts after a signal of another
+    kind, so a user who has pressed Ctrl-C may leave while the run is saved.
     """
 
     def __init__(self):
         self.count = 0
         self._kinds: set[int] = set()
-        self._last = self._counted = float("-inf")  # the last signal, the last that counted
+        # Times of the last signal and of the last signal that counted.
+        self._last = self._counted = float("-inf")
 
     def note(self, number: int) -> bool:
         """Note a signal; return whether it is a new request."""
@@ -75,41 +76,41 @@ class Requests:
 
 
 class _Program:
-    """What is known of the program that this process is; nothing in somebody else's."""
+    """Settings of the program of this process; the defaults apply in other programs."""
 
     is_ours = False
-    requeues = False  # it ends with REQUEUE when told to stop
-    folder: Path | None = None  # where it leaves the traceback of an unexpected error
+    requeues = False  # whether it ends with REQUEUE when asked to stop
+    folder: Path | None = None  # folder for the traceback of an unexpected error
 
 
 def begin(requeues: bool = False) -> None:
-    """Make output and signals safe; called by a program before what takes long to import.
+    """Make output and signals safe; a program calls this before its slow imports.
 
     Args:
-        requeues: it is started again after a request to stop, as a training is.
+        requeues: whether the program is started again after a request to stop, as training is.
     """
     terminal.install(runs_on=requeues)
     _Program.is_ours, _Program.requeues = True, requeues
     listen(_end_at_once)
-    atexit.register(listen, signal.SIG_IGN)  # the last of all: see `run`
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `huge_pages`
+    atexit.register(listen, signal.SIG_IGN)  # runs last of all exit handlers: see `run`
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by `huge_pages`
 
 
 def is_ours() -> bool:
-    """Whether this process is one of our programs, and may be ended as such."""
+    """Return whether this process is a program of jax_sft, which jax_sft may end."""
     return _Program.is_ours
 
 
 def keeps(folder: Path) -> None:
-    """Name the folder in which a traceback is kept, once there is one."""
+    """Set the folder in which the traceback of an unexpected error is kept."""
     _Program.folder = folder
 
 
 def listen(handler: Callable[[int, Any], Any] | signal.Handlers) -> dict[int, Any]:
-    """Take the signals over, but for those that are ignored (nohup, a shell's background jobs).
+    """Set the handler of all SIGNALS except ignored ones (nohup, a shell's background jobs).
 
     Returns:
-        {signal: its handler before}.
+        {signal: its previous handler}.
     """
     return {
         number: signal.signal(number, handler)
@@ -119,8 +120,8 @@ def listen(handler: Callable[[int, Any], Any] | signal.Handlers) -> dict[int, An
 
 
 def _end_at_once(number: int, frame: Any = None) -> None:
-    """Say so and end (a signal handler): nothing is there yet, or nothing is left, to be undone."""
-    with contextlib.suppress(RuntimeError):  # interrupted within a write
+    """Report the signal and end the process; a handler for times when there is nothing to undo."""
+    with contextlib.suppress(RuntimeError):  # the signal interrupted a write
         sys.stdout.flush()
     terminal.write_at_once(f"stopped: {signal.Signals(number).name}\n")
     os._exit(exit_codes.REQUEUE if _Program.requeues else 128 + number)
@@ -130,10 +131,10 @@ def _end_at_once(number: int, frame: Any = None) -> None:
 
 
 def run(main: Callable[[], Any], end: Callable[[int], Any] = sys.exit) -> NoReturn:
-    """Run the main function of a program, and end with its exit code.
+    """Run the main function of a program and end with its exit code.
 
-    Whatever it raises, library exceptions that are no `Exception` included (a panic in Rust), is
-    one line and a code. JAX_SFT_TRACEBACK=1 shows the traceback as well.
+    Any exception, including a library's that is not an `Exception` (a panic in Rust), becomes one
+    line and an exit code. JAX_SFT_TRACEBACK=1 shows the traceback as well.
 
     Args:
         end: ends the process.
@@ -141,10 +142,11 @@ def run(main: Callable[[], Any], end: Callable[[int], Any] = sys.exit) -> NoRetu
     try:
         with contextlib.nullcontext() if _Program.requeues else _Interruptible():
             code = _code_of(main)
-    except KeyboardInterrupt as late:  # while an error was reported
-        code = report(late)
-    # A second Ctrl-C ends what still waits for threads. Behind that Python gives signals back their
-    # defaults, and the exit code would be that of a signal: there they are ignored.
+    except KeyboardInterrupt as interrupt:  # while an error was reported
+        code = report(interrupt)
+    # From here a second Ctrl-C ends a process that still waits for threads. After the exit handlers
+    # Python restores the default handlers, and a signal would change the exit code. `begin` has
+    # therefore registered an exit handler that ignores the signals.
     listen(_end_at_once)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -159,14 +161,14 @@ def _code_of(main: Callable[[], Any]) -> int:
         if isinstance(ended.code, str):
             print(ended.code, file=sys.stderr)
             return exit_codes.CRASH
-        is_usage = ended.code == 2  # argparse's
+        is_usage = ended.code == 2  # from argparse
         return exit_codes.USER_ERROR if is_usage else ended.code or exit_codes.DONE
-    except BaseException as error:  # anything at all: PanicException, library errors, bugs
+    except BaseException as error:  # any exception: PanicException, library errors, bugs
         return report(error)
 
 
 def report(error: BaseException) -> int:
-    """Print one line about an error, and return the exit code that it means."""
+    """Print one line about an error and return its exit code."""
     code = exit_codes.of(error)
     if shows_traceback():
         traceback.print_exception(error)
@@ -178,14 +180,14 @@ def report(error: BaseException) -> int:
         line = f"{'stopped' if code == exit_codes.REQUEUE else 'error'}: {error}"
     else:
         line = f"error: {_unexpected(error)}"
-    if code == exit_codes.REQUEUE:  # with the command that resumes; other notes are JAX's
+    if code == exit_codes.REQUEUE:  # its notes have the command that resumes; others are JAX's
         line = "\n".join([line, *getattr(error, "__notes__", [])])
     print(line, file=sys.stderr, flush=True)
     return code
 
 
 def _unexpected(error: BaseException) -> str:
-    """Describe an error that nobody foresaw, and where its traceback is kept."""
+    """Describe an unexpected error and the place of its traceback."""
     text = " ".join(str(error).split())
     if len(text) > LONGEST_LINE:
         text = text[:LONGEST_LINE] + " ..."
@@ -209,14 +211,14 @@ def _keep_traceback(error: BaseException) -> str:
 
 
 def typed() -> str:
-    """Return the command that started this program, as it can be typed again."""
+    """Return the command that started this program, in a form that can be typed again."""
     return os.environ.get("JAX_SFT_TYPED") or shlex.join(sys.orig_argv)
 
 
 def program() -> str:
-    """Return the name of this program as it was called: "jax-sft train", "python -m jax_sft.train".
+    """Return the name by which this program was called: "jax-sft train", "python -m jax_sft.train".
 
-    The command `jax-sft` leaves the line that was typed in JAX_SFT_TYPED.
+    The command `jax-sft` stores the typed line in JAX_SFT_TYPED.
     """
     file = Path(sys.argv[0])
     verb = file.parent.name if file.stem == "__main__" else file.stem
@@ -225,15 +227,15 @@ def program() -> str:
 
 
 def shows_traceback() -> bool:
-    """Whether JAX_SFT_TRACEBACK asks for tracebacks as well as one line."""
+    """Return whether JAX_SFT_TRACEBACK asks for tracebacks in addition to the one line."""
     return bool(os.environ.get("JAX_SFT_TRACEBACK"))
 
 
 class _Interruptible:
     """Turns the first signal into `Interrupted` in the main thread; a second one ends the process.
 
-    Handlers run between two instructions of the main thread. A thread notices at once, and ends a
-    process whose main thread does not (a compiler, a library).
+    Handlers run between two instructions of the main thread. A thread notices the signal at once
+    and ends the process if the main thread does not react within DEAF_S (a compiler, a library).
     """
 
     def __enter__(self) -> None:

@@ -1,8 +1,8 @@
-"""Regular expressions that others wrote, matched within hard bounds of time and memory.
+"""Match untrusted regular expressions within hard bounds of time and memory.
 
-Called with patterns of a config (`train.freeze`, `lora.targets`) and of adapter folders. Python's
-`re` can take exponential time to match and any amount of memory to compile. Patterns that can do
-neither are matched in this process; the others by this file as a program, under resource limits.
+The patterns come from a config (`train.freeze`, `lora.targets`) or an adapter folder. Python's `re`
+can take exponential time to match and any amount of memory to compile. Patterns that can do neither
+are matched in this process. For the others, this file runs as a program with resource limits.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-SECONDS = 5  # of processor time, for all patterns of a call
-PATIENCE = 20  # seconds of wall time: the machine may be busy
+SECONDS = 5  # of CPU time for all patterns of a call
+PATIENCE = 20  # seconds of wall time, longer because the machine may be busy
 MEMORY = 1 << 30  # bytes of address space
 LONGEST = 10_000  # characters of a pattern
-# Without these there are no quantifiers and no groups: time is at most pattern x name.
+# A pattern without these has no quantifiers and no groups: its time is at most pattern x name.
 _COSTLY = frozenset("*+?{()|")
 
 
@@ -28,15 +28,15 @@ def matches(
     """Match every pattern with every name, exactly as Python's `re` does.
 
     Args:
-        key: where the patterns come from, in messages.
-        method: "search"; "match"; "fullmatch"; or "ending": the whole name matches, or all that
-            follows one of its dots.
+        key: source of the patterns for messages.
+        method: "search", "match", "fullmatch" or "ending". "ending" means that the whole name
+            matches, or everything after one of its dots.
 
     Returns:
-        per pattern, whether it matches each name.
+        For each pattern, whether it matches each name.
 
     Raises:
-        ValueError: a pattern that is no regular expression, or that takes too much time or memory.
+        ValueError: a pattern is not a regular expression, or takes too much time or memory.
     """
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -60,21 +60,21 @@ def _match(key: str, pattern: str, names: Sequence[str], method: str) -> list[bo
     return answer
 
 
-@functools.lru_cache(maxsize=16)  # a start asks the same several times
+@functools.lru_cache(maxsize=16)  # a start makes the same call several times
 def _bounded(
     key: str, patterns: tuple[str, ...], names: tuple[str, ...], method: str
 ) -> list[list[bool]]:
-    """`matches`, by a process that can be ended."""
+    """Match like `matches` in a process with resource limits, which can be killed."""
     if not patterns:
         return []
-    asked = json.dumps([patterns, names, method, SECONDS])
-    # Isolated: no user's site, no PYTHON* variables, nothing of the working folder.
+    request = json.dumps([patterns, names, method, SECONDS])
+    # Isolated: no user site, no PYTHON* variables, no modules of the working folder.
     command = [sys.executable, "-I", "-S", __file__]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         try:
-            output, _ = process.communicate(asked, timeout=PATIENCE)
+            output, _ = process.communicate(request, timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             process.kill()
             output, _ = process.communicate()
@@ -96,7 +96,7 @@ def _shown(pattern: str) -> str:
 
 
 def _answer(text: str, names: Sequence[str], method: str) -> list[bool] | str:
-    """Whether a pattern matches each name, or why it is no regular expression."""
+    """Return whether a pattern matches each name, or why it is not a regular expression."""
     try:
         pattern = re.compile(text)
         if method == "ending":
@@ -111,13 +111,14 @@ def _answer(text: str, names: Sequence[str], method: str) -> list[bool] | str:
 
 
 def _matches_ending(pattern: re.Pattern, name: str) -> bool:
-    starts = [0, *(place + 1 for place, letter in enumerate(name) if letter == ".")]
+    starts = [0, *(index + 1 for index, letter in enumerate(name) if letter == ".")]
     return any(pattern.fullmatch(name, start) for start in starts)
 
 
 def _serve() -> None:
-    """Read one question from stdin; write a line per pattern, at once, so that the first pattern
-    without a line is the one that took too long.
+    """Read one request from stdin and print one line per pattern.
+
+    Each line is flushed, so that the first pattern without a line is the one that took too long.
     """
     patterns, names, method, seconds = json.load(sys.stdin)
     limits = {resource.RLIMIT_CPU: seconds, resource.RLIMIT_AS: MEMORY, resource.RLIMIT_CORE: 0}

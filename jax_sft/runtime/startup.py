@@ -1,4 +1,4 @@
-"""How the time from the command to the first finished step divides; `train` prints it."""
+"""Measure the parts of the time from the command to the first finished step, for `train`."""
 
 import collections
 import functools
@@ -13,10 +13,10 @@ _counts: collections.Counter[str] = collections.Counter()
 
 
 class Startup:
-    """A clock of parts that follow one another.
+    """A clock for consecutive parts of the start.
 
     Args:
-        began: of the first part, by `time.perf_counter`.
+        began: start of the first part, by `time.perf_counter`.
     """
 
     def __init__(self, began: float):
@@ -26,26 +26,26 @@ class Startup:
         self._seconds, self._counts = _seconds.copy(), _counts.copy()
 
     def end(self, part: str) -> None:
-        """Note that a part ends here; what began where the one before it ended."""
+        """Note the end of a part, which began at the end of the previous part."""
         now = time.perf_counter()
         self._parts[part] = self._parts.get(part, 0.0) + now - self._last
         self._last = now
 
     def line(self) -> str:
-        """Return the parts in one line; programs that were compiled within them are counted."""
+        """Return the parts in one line, with the number and time of compiled programs."""
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self._parts.items())
         programs = _counts[_COMPILED] - self._counts[_COMPILED]
-        found = _counts[_FOUND] - self._counts[_FOUND]
-        took = _seconds[_COMPILED] - self._seconds[_COMPILED]
+        cached = _counts[_FOUND] - self._counts[_FOUND]
+        compile_s = _seconds[_COMPILED] - self._seconds[_COMPILED]
         return (
-            f"started in {self._last - self._began:.1f} s: {parts}; of this {took:.1f} for "
-            f"{programs} compiled programs, {found} of them found on disk"
+            f"started in {self._last - self._began:.1f} s: {parts}; of this {compile_s:.1f} for "
+            f"{programs} compiled programs, {cached} of them found on disk"
         )
 
 
 @functools.cache
 def _listen() -> None:
-    """Count what JAX tells, from now on and for good: it takes no listener back."""
+    """Count JAX's events from now on, for the whole process: JAX cannot remove a listener."""
 
     def compiled(event: str, duration_secs: float, **_) -> None:
         _seconds[event] += duration_secs

@@ -1,8 +1,9 @@
-"""Everything that a program prints goes through here: it never fails, and moves no cursor.
+"""Safe output streams: printing never fails, and printed data cannot move the cursor.
 
-`install` replaces stdout and stderr of a program, `guarded` for the time that `jax_sft.train` runs
-in another's. What cannot be written is dropped, what cannot be encoded is shown as an escape, and
-so are control characters: names, messages and templates come from other people's files.
+`install` replaces stdout and stderr of a program of jax_sft. `guarded` replaces them while
+`jax_sft.train` runs inside another program. Output that cannot be written is dropped. Characters
+that cannot be encoded and control characters are shown as escapes, because names, messages and
+templates come from untrusted files.
 """
 
 import contextlib
@@ -16,19 +17,18 @@ from collections.abc import Iterator
 from typing import Any
 
 STDOUT, STDERR = 1, 2
-STUCK_S = 10.0  # for a reader that takes nothing (Ctrl-S, a pager): from then on output is dropped
-# A pipe that is ready takes so many bytes without blocking (POSIX: PIPE_BUF is 4096 on Linux).
+STUCK_S = 10.0  # for a reader that reads nothing (Ctrl-S, a pager); later output is dropped
+# A pipe that is ready accepts this many bytes without blocking (POSIX: PIPE_BUF is 4096 on Linux).
 _PIECE = 4096
-# C0 but tab and newline, DEL, C1, line separators, and what reorders text (bidi overrides and
-# isolates).
+# C0 except tab and newline, DEL, C1, line separators, and characters that reorder text (bidi
+# overrides and isolates).
 _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-# What progress bars write, of ours and of libraries: back to the start of the line and, where
-# several are below each other, up.
+# Progress bars, of jax_sft and of libraries, move the cursor up if several are below each other.
 _UP = re.compile(r"(\x1b\[A)+")
 
 
 def escaped(text: str) -> str:
-    r"""Show control characters of a text as \x1b and \u202e; tabs and newlines stay."""
+    r"""Escape control characters of a text, as in \x1b and \u202e; tabs and newlines stay."""
     return _CONTROL.sub(_escape, text) if _CONTROL.search(text) else text
 
 
@@ -38,18 +38,18 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape a text that was written to a stream, but for what moves a progress bar."""
+    """Escape a text written to a stream, except for the cursor movements of progress bars."""
     if text.startswith("\r"):
         return "\r" + escaped(text[1:])
     return text if _UP.fullmatch(text) else escaped(text)
 
 
 class Sink(io.RawIOBase):
-    """A file descriptor that takes all bytes; those that nobody takes are dropped.
+    """A file descriptor that accepts all bytes and drops those that cannot be written.
 
     Args:
-        runs_on: the program has more to do than to be read: it waits at most STUCK_S for a reader,
-            and says on stderr that its stdout is lost.
+        runs_on: whether the program continues without a reader. It then waits at most STUCK_S for
+            a reader, and reports on stderr that its stdout is lost.
     """
 
     def __init__(self, number: int, runs_on: bool):
@@ -58,7 +58,7 @@ class Sink(io.RawIOBase):
         self._waits = select.poll() if runs_on and _may_block(number) else None
         if self._waits:
             self._waits.register(number, select.POLLOUT)
-        self._dropped = 0  # bytes, since the reader is stuck
+        self._dropped = 0  # bytes dropped since the reader got stuck
 
     def writable(self) -> bool:
         return True
@@ -72,7 +72,7 @@ class Sink(io.RawIOBase):
         return False
 
     def write(self, given: Any, /) -> int:
-        """Write or drop all of it."""
+        """Write or drop all bytes."""
         data = bytes(given)
         try:
             self._write(data)
@@ -89,11 +89,11 @@ class Sink(io.RawIOBase):
                 return
             try:
                 rest = rest[os.write(self._number, rest[:_PIECE] if self._waits else rest) :]
-            except BlockingIOError:  # somebody has made the terminal non-blocking
+            except BlockingIOError:  # another program has made the terminal non-blocking
                 select.select([], [self._number], [], STUCK_S)
 
     def _is_taken(self, num_bytes: int) -> bool:
-        """Wait until the reader takes more; False if it does not."""
+        """Wait until the reader is ready; return False if it is not within STUCK_S."""
         assert self._waits
         if not self._waits.poll(0 if self._dropped else STUCK_S * 1000):
             self._dropped += num_bytes
@@ -106,16 +106,16 @@ class Sink(io.RawIOBase):
 
 
 def _may_block(number: int) -> bool:
-    """Whether it is a pipe, a terminal or a socket."""
+    """Return whether a file descriptor is a pipe, a terminal or a socket."""
     with contextlib.suppress(OSError):
         return not stat.S_ISREG(os.fstat(number).st_mode)
     return False
 
 
 class _Stream(io.TextIOWrapper):
-    """Stdout or stderr of a program."""
+    """Stdout or stderr of a program of jax_sft."""
 
-    is_in_bar = False  # the cursor is behind a progress bar: what comes next begins a line
+    is_in_bar = False  # whether the cursor is behind a progress bar: other text begins a line
 
     def write(self, text: str, /) -> int:
         if not text:
@@ -126,12 +126,12 @@ class _Stream(io.TextIOWrapper):
         return super().write(printable(text))
 
     def write_trusted(self, text: str) -> None:
-        """Write text of ours with the escape sequences that it contains."""
+        """Write trusted text without escaping its escape sequences."""
         super().write(text)
 
 
 class _Guard(io.TextIOBase):
-    """A stream of somebody else (a notebook's, a test's), which may fail and be closed."""
+    """Wraps a stream of another program (a notebook, a test), which may fail or be closed."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -158,7 +158,7 @@ class _Guard(io.TextIOBase):
         return len(text)
 
     def write_trusted(self, text: str) -> None:
-        """Write text of ours with the escape sequences that it contains."""
+        """Write trusted text without escaping its escape sequences."""
         self._write(text)
 
     def _write(self, text: str) -> None:
@@ -175,11 +175,12 @@ class _Guard(io.TextIOBase):
 
 
 def _safe(stream: Any, number: int, runs_on: bool) -> Any:
-    """Return what takes the place of sys.stdout or sys.stderr."""
+    """Return the safe replacement of sys.stdout or sys.stderr."""
     if isinstance(stream, _Stream | _Guard):
         return stream
     is_own = False
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # a None, what has no number
+    # The stream may be None or have no file descriptor.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         stream.flush()
         is_own = isinstance(stream, io.TextIOWrapper) and stream.fileno() == number
     if not is_own:
@@ -194,11 +195,12 @@ def _safe(stream: Any, number: int, runs_on: bool) -> Any:
 
 
 def install(runs_on: bool = False) -> None:
-    """Replace stdout and stderr of this program, first thing: others keep what they find there.
+    """Replace stdout and stderr of this program.
+
+    A program calls this first, because libraries keep the streams that they see.
 
     Args:
-        runs_on: output is beside the point, as in training: a reader that is stuck is not waited
-            for.
+        runs_on: whether the program continues without a reader, as training does; see `Sink`.
     """
     _fill_closed()
     sys.stdout = _safe(sys.stdout, STDOUT, runs_on)
@@ -206,8 +208,9 @@ def install(runs_on: bool = False) -> None:
 
 
 def _fill_closed() -> None:
-    """Open stdin, stdout and stderr that are closed: the next file would take their number, and
-    what a library prints would go into it.
+    """Open stdin, stdout and stderr if they are closed.
+
+    Otherwise the next file would get their number, and the prints of a library would go into it.
     """
     for number in (0, STDOUT, STDERR):
         try:
@@ -222,20 +225,20 @@ def _fill_closed() -> None:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Let stdout and stderr of a program of somebody else never fail within."""
+    """Make stdout and stderr of another program safe inside the block."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _safe(sys.stdout, STDOUT, True), _safe(sys.stderr, STDERR, True)
     try:
         yield
     finally:
-        ours = sys.stdout, sys.stderr
-        for stream in ours:
+        streams = sys.stdout, sys.stderr
+        for stream in streams:
             stream.flush()
         sys.stdout, sys.stderr = before
 
 
 def print_trusted(text: str) -> None:
-    """Print text whose foreign parts are escaped already, with colors of ours."""
+    """Print text with colors; its untrusted parts must be escaped already."""
     stream: Any = sys.stdout
     if isinstance(stream, _Stream | _Guard):
         stream.write_trusted(text + "\n")
@@ -244,7 +247,7 @@ def print_trusted(text: str) -> None:
 
 
 def write_at_once(text: str) -> None:
-    """Write to stderr past all buffers, e.g. from within a write or a signal handler."""
+    """Write to stderr without buffers, e.g. from inside a write or a signal handler."""
     start = "\n" if getattr(sys.stderr, "is_in_bar", False) else ""
     with contextlib.suppress(OSError):
         os.write(STDERR, (start + escaped(text)).encode(errors="backslashreplace"))
