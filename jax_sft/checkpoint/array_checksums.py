@@ -1,12 +1,13 @@
-"""Checksums of arrays: the same on every mesh, in JAX and in NumPy.
+"""Checksums of arrays that are the same on every mesh, in JAX and in NumPy.
 
-Saved with a checkpoint and compared after it is read. A storage layer's checksums end at its files;
-these end at the arrays: a flipped bit anywhere in between is found, and the tensor named.
+They are saved with a checkpoint and compared after it is read. A storage layer's checksums cover
+only its files. These cover the arrays, so they detect a flipped bit anywhere in between and name
+the tensor.
 
-Every element's bits and its place are mixed to 32 bits, and the results are added up modulo 2^32.
-The mixing maps the bits of one place one to one, so one changed element always changes the sum; a
-change of several stays hidden with probability 2^-32. (A sum of bits times place, which is simpler,
-does not see two changed signs.)
+Each element's bits and position are mixed to 32 bits, and the results are summed modulo 2^32. The
+mixing is one-to-one in the bits at a position, so one changed element always changes the sum.
+Several changed elements stay undetected with probability 2^-32. (A sum of bits times position,
+which is simpler, misses two flipped signs.)
 """
 
 import functools
@@ -19,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-_PLACE = 0x9E3779B1  # odd: no two places of an array below 2^32 elements are alike
-# Shift and multiply, as the end of MurmurHash3 (Austin Appleby, public domain).
+_PLACE = 0x9E3779B1  # odd, so positions in an array below 2^32 elements stay distinct
+# Shift and multiply, as in the finalizer of MurmurHash3 (Austin Appleby, public domain).
 _ROUNDS = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))
 _LAST_SHIFT = 16
 _BITS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32}
-_CHUNK = 1 << 17  # elements that NumPy mixes at once: 512 KB stay in a core's cache
+_CHUNK = 1 << 17  # elements that NumPy mixes at once: 512 KB fit in a core's cache
 
 
 def start(
@@ -35,7 +36,7 @@ def start(
     All processes of a mesh call it at the same point.
 
     Args:
-        shapes: of the parts, at the beginning of each array, that are looked at; None = all.
+        shapes: {name: shape of the leading part that is summed}; arrays not named are whole.
 
     Returns:
         [number of arrays] uint32, in the order of `arrays`, readable on every process.
@@ -44,8 +45,8 @@ def start(
     whole = None
     if isinstance(sharding, NamedSharding):
         whole = NamedSharding(sharding.mesh, PartitionSpec())
-    looked_at = tuple((shapes or {}).get(name, array.shape) for name, array in arrays.items())
-    return _sums(tuple(arrays.values()), looked_at, whole)
+    summed_shapes = tuple((shapes or {}).get(name, array.shape) for name, array in arrays.items())
+    return _sums(tuple(arrays.values()), summed_shapes, whole)
 
 
 def read(names: Iterable[str], sums: jax.Array) -> dict[str, int]:
@@ -57,7 +58,7 @@ def read(names: Iterable[str], sums: jax.Array) -> dict[str, int]:
 def _sums(
     arrays: Sequence[jax.Array], shapes: tuple[tuple[int, ...], ...], whole: NamedSharding | None
 ) -> jax.Array:
-    sums = jnp.stack([_sum(*each) for each in zip(arrays, shapes, strict=True)])
+    sums = jnp.stack([_sum(*pair) for pair in zip(arrays, shapes, strict=True)])
     return sums if whole is None else jax.lax.with_sharding_constraint(sums, whole)
 
 
@@ -78,21 +79,21 @@ def _sum(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def of_numpy(
     array: np.ndarray, start: Sequence[int] | None = None, shape: Sequence[int] | None = None
 ) -> int:
-    """Return the checksum of one array, or what a block adds to that of its array.
+    """Return the checksum of an array, or the contribution of a block to its array's checksum.
 
     Args:
-        start: where the block begins, an index of each dimension; None = it is the whole array.
-        shape: of the whole array.
+        start: first index of the block in each dimension; None = the whole array.
+        shape: shape of the whole array.
     """
     if array.dtype == bool:
         array = array.astype(np.uint8)
     shape = array.shape if shape is None else tuple(shape)
     start = (0,) * array.ndim if start is None else tuple(start)
-    # Trailing dimensions that are whole lie, with the one before them, in one run of places.
+    # Trailing dimensions that are complete, and the one before them, are contiguous positions.
     run = max(array.ndim - 1, 0)
     while run > 0 and array.shape[run] == shape[run]:
         run -= 1
-    first = np.zeros(1, np.uint64)  # place of the first element of each run
+    first = np.zeros(1, np.uint64)  # position of the first element of each run
     for dim in range(array.ndim):
         stride = math.prod(shape[dim + 1 :])
         inner = array.shape[dim] if dim < run else 1
@@ -116,7 +117,7 @@ def of_numpy(
 
 
 def problem(name: str, found: int, stored: int) -> str:
-    """Say what is wrong with an array; "" = its checksum is the stored one."""
+    """Return what is wrong with an array, or "" if its checksum is the stored one."""
     if found == stored:
         return ""
     return f"tensor {name} is damaged: its checksum is {found:08x}, not {stored:08x}"

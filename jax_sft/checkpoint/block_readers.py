@@ -1,6 +1,6 @@
-"""`BlockReader`s that an export puts around a frozen weight: compared, dequantized, or merged.
+"""`BlockReader`s that wrap a frozen weight for export: checked, dequantized or merged.
 
-`to_hf` makes one for each kernel that the checkpoint does not store; `hf_writer` reads the blocks.
+`to_hf` makes one for each weight that the checkpoint does not store; `hf_writer` reads the blocks.
 """
 
 import threading
@@ -22,7 +22,7 @@ _OTHER = (
 
 
 class Checked:
-    """Blocks of a weight that did not train, compared with what the run had."""
+    """Blocks of a frozen weight, whose checksum must be the one that the run recorded."""
 
     def __init__(self, blocks: BlockReader, noted: Mapping[str, Any], path: str):
         self._blocks, self._noted, self._path = blocks, noted, path
@@ -33,23 +33,23 @@ class Checked:
         block = self._blocks[slices]
         start = [part.indices(size)[0] for part, size in zip(slices, self.shape, strict=True)]
         held = block.astype(np.dtype(self._noted["dtype"]))
-        found = array_checksums.of_numpy(held, start, self.shape)
+        checksum = array_checksums.of_numpy(held, start, self.shape)
         with self._lock:
-            self._found += found
+            self._found += checksum
         return block
 
     def finish(self) -> None:
-        """Compare, now that each element was read once.
+        """Compare the checksum, after each element was read once.
 
         Raises:
-            Failed: the weights are others.
+            Failed: the weights differ from those of the run.
         """
         if array_checksums.problem(self._path, self._found % 2**32, self._noted["sum"]):
             raise orbax_io.Failed(_OTHER.format(self._path))
 
 
 class Packed:
-    """Blocks of a kernel as it was in 4 bits, compared with what the run had; float32."""
+    """Dequantized float32 blocks of a 4-bit kernel, whose codes must be those of the run."""
 
     dtype = np.dtype(np.float32)
 
@@ -70,30 +70,30 @@ class Packed:
             if layer not in self._layers:
                 whole = (*slices[:num_stacked], *(slice(0, n) for n in self.shape[num_stacked:]))
                 kernel = self._blocks[whole].reshape(self.shape[num_stacked:])
-                packed, unpacked = nf4.both_ways(self._model_def, self._path, kernel)
-                start = (*layer, *(0 for _ in packed.shape))
-                packed = packed.reshape(*(1 for _ in layer), *packed.shape)
-                of_all = codes.shape(self._model_def.dims)
-                self._found += array_checksums.of_numpy(packed, start, of_all)
-                while len(self._layers) > 2:  # blocks of a layer come one after another
+                quantized, dequantized = nf4.both_ways(self._model_def, self._path, kernel)
+                start = (*layer, *(0 for _ in quantized.shape))
+                quantized = quantized.reshape(*(1 for _ in layer), *quantized.shape)
+                stacked_shape = codes.shape(self._model_def.dims)
+                self._found += array_checksums.of_numpy(quantized, start, stacked_shape)
+                while len(self._layers) > 2:  # the blocks of a layer are read in succession
                     self._layers.pop(next(iter(self._layers)))
-                self._layers[layer] = unpacked
-            unpacked = self._layers[layer]
-        block = unpacked[slices[num_stacked:]]
+                self._layers[layer] = dequantized
+            dequantized = self._layers[layer]
+        block = dequantized[slices[num_stacked:]]
         return block.reshape(*(1 for _ in layer), *block.shape)
 
     def finish(self) -> None:
-        """Compare, now that each layer was packed once.
+        """Compare the checksum of the codes, after each layer was quantized once.
 
         Raises:
-            Failed: the weights are others.
+            Failed: the weights differ from those of the run.
         """
         if self._found % 2**32 != self._noted:
             raise orbax_io.Failed(_OTHER.format(self._path))
 
 
 class Merged:
-    """Blocks of a kernel with its adapter, float32."""
+    """Float32 blocks of a kernel merged with its adapter."""
 
     dtype = np.dtype(np.float32)
 
@@ -102,15 +102,16 @@ class Merged:
         self.shape, self.chunk = kernel.shape, kernel.chunk
         self._a, self._b, self._magnitude = adapter
         self._num_stacked = len(row.stacked)
-        # How many dimensions of the kernel, after the stacked ones, are outputs, and where.
+        # Number of output dimensions of the kernel (without the stacked ones), and whether they
+        # come before the input dimensions.
         outputs, _ = row.factors
         self._num_outputs, self._outputs_first = len(outputs), "embed" in outputs
 
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
         block = self._kernel[slices]
-        layer, of_one = slices[: self._num_stacked], slices[self._num_stacked :]
+        layer, inner = slices[: self._num_stacked], slices[self._num_stacked :]
         n = self._num_outputs
-        outputs = of_one[:n] if self._outputs_first else of_one[len(of_one) - n :]
+        outputs = inner[:n] if self._outputs_first else inner[len(inner) - n :]
         a, b = self._a[layer], self._b[layer]
         magnitude = None if self._magnitude is None else self._magnitude[(*layer, *outputs)]
         rank = self._settings.rank

@@ -1,7 +1,7 @@
-"""From a Hugging Face folder to a checkpoint of its parameters, in blocks of a tensor.
+"""Convert a Hugging Face folder to a checkpoint of its parameters, block by block.
 
-The result is a checkpoint folder with one step, 0, without an optimizer: `model.path` may name it,
-and each process then reads only its own shards; `hf_export` makes a model folder of it again.
+The result is a checkpoint folder with one step, 0, without an optimizer. `model.path` may name it,
+and each process then reads only its own shards. `hf_export` converts it back to a model folder.
 """
 
 import concurrent.futures
@@ -25,18 +25,18 @@ from jax_sft.weights import blocks, hf_folder, hf_reader, hf_writer
 from jax_sft.weights.param_spec import Weight, contiguous
 
 STEP = 0
-_MOST_PIECES = 64  # of a block that can be read alone: more fsdp shards than these share some
+_MOST_PIECES = 64  # independently readable pieces of a block; more fsdp shards share pieces
 _LEAST_PIECE_BYTES = 1 << 18
-_ALIGNED = 64  # blocks begin at multiples of so many indices, so that pieces divide them
+_ALIGNED = 64  # blocks begin at multiples of this many indices, so that pieces divide them
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a conversion reads and writes, known from the headers alone.
+    """A conversion's inputs and outputs, determined from headers alone.
 
     Attributes:
-        tensors: {HF name: where it is}.
-        dtypes: {our path: dtype that is stored}.
+        tensors: {HF name: its location in a file}.
+        dtypes: {parameter path: dtype in the checkpoint}.
     """
 
     folder: Path
@@ -47,21 +47,21 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Of what is written."""
+        """Size of the arrays that are written."""
         return sum(
             math.prod(row.shape(self.dims)) * self.dtypes[row.path].itemsize for row in self.rows
         )
 
     def lines(self) -> Iterator[str]:
-        """Say for every tensor what it is, which file has it and where it goes; then the sums."""
+        """Yield a line per tensor (dtype, shape, file, target array), then the totals."""
         for row in self.rows:
             for index, name in row.hf_tensors(self.dims):
                 tensor = self.tensors[name]
-                ours = f"{row.path}{[*index] if index else ''}"
+                target = f"{row.path}{[*index] if index else ''}"
                 shape = row.shape(self.dims)[len(index) :]
                 yield (
                     f"{name} {tensor.dtype} {[*tensor.shape]} in {tensor.file.name}"
-                    f" -> {ours} {self.dtypes[row.path]} {[*shape]}"
+                    f" -> {target} {self.dtypes[row.path]} {[*shape]}"
                 )
         read = sum(tensor.nbytes for tensor in self.tensors.values())
         files = {tensor.file for tensor in self.tensors.values()}
@@ -75,11 +75,11 @@ def plan(model: str | Path, *, revision: str = "", dtype: str = "") -> Plan:
     """Check a model folder against its config.json, and plan its conversion.
 
     Args:
-        model: a folder, or a hub id: downloaded.
-        dtype: as of `convert`.
+        model: a folder, or a hub id, which is downloaded.
+        dtype: see `convert`.
 
     Raises:
-        ValueError: everything that is wrong with the folder, at once.
+        ValueError: the folder cannot be converted; the message lists all problems.
     """
     folder = hf_folder.resolve(str(model), revision)
     if model_files.is_kept(folder):
@@ -92,13 +92,13 @@ def plan(model: str | Path, *, revision: str = "", dtype: str = "") -> Plan:
         raise ValueError(f"dtype {dtype!r} is not one of {list(hf_reader.NAMES)}")
     dtypes = {}
     for row in rows:
-        found = {
+        source_dtypes = {
             np.dtype(hf_reader.DTYPES[tensors[name].dtype]) for _, name in row.hf_tensors(cfg.dims)
         }
-        if any(each.itemsize > 4 for each in found) and not dtype:
+        if any(source.itemsize > 4 for source in source_dtypes) and not dtype:
             raise ValueError(f"{row.path} is float64 in {folder}: choose a dtype")
-        # Where layers differ, one that holds the values of all.
-        dtypes[row.path] = np.dtype(dtype) if dtype else np.dtype(jnp.result_type(*found))
+        # If layers differ in dtype, use one that represents the values of all.
+        dtypes[row.path] = np.dtype(dtype) if dtype else np.dtype(jnp.result_type(*source_dtypes))
     return Plan(folder, rows, cfg.dims, tensors, dtypes)
 
 
@@ -115,37 +115,37 @@ def convert(
     """Write a model folder as a checkpoint of its parameters.
 
     Args:
-        model: a folder, or a hub id: downloaded.
+        model: a folder, or a hub id, which is downloaded.
         out: the folder to write; it appears only when complete.
         dtype: "float32", "bfloat16" or "float16" for all arrays; "" = that of the tensors.
         overwrite: replace an older conversion in `out` if nobody changed it.
-        say: takes a line about what a killed conversion left.
+        say: called with a line about the leftovers of killed conversions.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: everything that is wrong with the folder; `out` is no place for a conversion, or
-            has no room.
-        OSError, orbax_io.Failed: the file system refused something.
+        ValueError: the folder cannot be converted (the message lists all problems), or `out` may
+            not be written or lacks space.
+        OSError, orbax_io.Failed: a file operation failed.
     """
     planned = plan(model, revision=revision, dtype=dtype)
     place = outputs.check(out, outputs.CONVERSION, overwrite=overwrite, reads=[planned.folder])
     outputs.check_room(place.out, planned.nbytes)
     with outputs.unfinished(place.out, say) as folder:
         hashes = _write_step(planned, folder / str(STEP), progress)
-        kept = {name: tensor.dtype for name, tensor in planned.tensors.items()}
-        model_files.keep(folder, model_files.Model(planned.folder, kept))
+        hf_dtypes = {name: tensor.dtype for name, tensor in planned.tensors.items()}
+        model_files.keep(folder, model_files.Model(planned.folder, hf_dtypes))
         sums.write(folder, outputs.CONVERSION, {"step": STEP}, hashes)
         outputs.put_in_place(folder, place)
     return paths.local(out, "--out")
 
 
 def _write_step(planned: Plan, folder: Path, progress: bool) -> dict[str, str]:
-    """Write the step's folder: arrays, and a manifest of files and checksums.
+    """Write the step folder: arrays, and a manifest of files and checksums.
 
     Returns:
-        {path below the folder's parent: sha256} of the arrays' files.
+        {path relative to the folder's parent: sha256} of the array files.
     """
     dims = planned.dims
     metadata = {
@@ -176,7 +176,7 @@ def _write_step(planned: Plan, folder: Path, progress: bool) -> dict[str, str]:
 
 
 def _write_row(planned: Plan, row: Weight, folder: Path) -> Iterator[tuple[str, str, int, int]]:
-    """Write one array; yield of each block its file, the file's sha256, its checksum and bytes."""
+    """Write one array; yield file, sha256 of the file, array checksum and bytes of each block."""
     dims, dtype, shape = planned.dims, planned.dtypes[row.path], row.shape(planned.dims)
     ones = (1,) * len(row.stacked)
     parts = [*row.parts(dims, blocks.BLOCK_BYTES // dtype.itemsize, _ALIGNED)]
@@ -186,15 +186,15 @@ def _write_row(planned: Plan, row: Weight, folder: Path) -> Iterator[tuple[str, 
     )
 
     def write(index: tuple[int, ...], tensor: hf_reader.Tensor, name: str, block: rules.Block):
-        # Opened for each block, as its memory counts what was read of a file while it is open.
+        # Opened for each block, as an open file's memory grows with everything read from it.
         with safe_open(tensor.file, framework="numpy") as opened:
-            theirs = opened.get_slice(name)[row.hf_index(block, dims)]
-        ours = contiguous(row.from_hf(theirs, dims)).astype(dtype, copy=False)
+            hf_block = opened.get_slice(name)[row.hf_index(block, dims)]
+        values = contiguous(row.from_hf(hf_block, dims)).astype(dtype, copy=False)
         start = (*index, *(first for first, _ in block))
-        ours = ours.reshape(ones + ours.shape)
-        checksum = array_checksums.of_numpy(ours, start, shape)
-        file = array.write(start, ours)
-        return file, manifest.sha256_of(folder, [file])[file], checksum, ours.nbytes
+        values = values.reshape(ones + values.shape)
+        checksum = array_checksums.of_numpy(values, start, shape)
+        file = array.write(start, values)
+        return file, manifest.sha256_of(folder, [file])[file], checksum, values.nbytes
 
     tasks = [
         (index, planned.tensors[name], name, block)
@@ -207,7 +207,7 @@ def _write_row(planned: Plan, row: Weight, folder: Path) -> Iterator[tuple[str, 
 
 
 def _piece(row: Weight, block: tuple[int, ...], itemsize: int) -> list[int]:
-    """Cut a block along the dimension that is sharded over `fsdp`, which may cross hosts."""
+    """Return the shape of a block's pieces: split in the dim sharded over `fsdp` (across hosts)."""
     piece = [*block]
     for dim, axis in enumerate(row.axes):
         if "fsdp" in rules.RULES[axis]:

@@ -1,7 +1,7 @@
-"""What a checkpoint folder keeps of the model that is trained, so that export needs no more.
+"""Store the model files next to the checkpoints, so that export needs nothing else.
 
-`model_files` beside the steps: config, tokenizer, chat template and the dtype of each tensor, with
-a manifest.
+The folder `model_files` holds config, tokenizer, chat template, the dtype of each tensor, and a
+manifest.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ DTYPES_FILE = "tensor_dtypes.json"
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Where the files come from.
+    """Source of the model files.
 
     Attributes:
         folder: the model folder.
         dtypes: {HF name: safetensors dtype} of its tensors.
-        chat_template: the text that takes the place of its own; "" = none does.
+        chat_template: text that replaces the model's chat template; "" = keep the model's.
     """
 
     folder: Path
@@ -45,7 +45,7 @@ class Model:
 
 
 def is_kept(folder: Path) -> bool:
-    """Whether a folder is what a checkpoint folder keeps of its model."""
+    """Whether a folder is the `model_files` of a checkpoint folder."""
     return folder.name == NAME and (folder / DTYPES_FILE).is_file()
 
 
@@ -53,19 +53,19 @@ def dtypes(folder: Path) -> dict[str, str]:
     """Return {HF name: safetensors dtype} of the model of a checkpoint folder.
 
     Raises:
-        ValueError: the file is missing, or no JSON object.
+        ValueError: the file is missing, or is not a JSON object.
     """
     return hf_folder.read_json(folder / NAME / DTYPES_FILE)
 
 
 def keep(folder: Path, model: Model, anew: bool = False) -> None:
-    """Copy the files of the model into a checkpoint folder, unless they are there.
+    """Copy the model files into a checkpoint folder, unless it has them.
 
     Args:
-        anew: replace those that are there.
+        anew: replace existing ones.
 
     Raises:
-        OSError: the file system refused something.
+        OSError: a file operation failed.
     """
     out = folder / NAME
     if out.exists() and not anew:
@@ -83,10 +83,10 @@ def keep(folder: Path, model: Model, anew: bool = False) -> None:
 
 
 def verify(folder: Path) -> manifest.Check:
-    """Check the kept files of a checkpoint folder.
+    """Check the model files of a checkpoint folder.
 
     Raises:
-        ValueError: they are missing, or one was changed; each is named.
+        ValueError: the files are missing, or some were changed; the message names each.
     """
     kept = folder / NAME
     if kept.is_symlink() or not kept.is_dir():
@@ -94,27 +94,27 @@ def verify(folder: Path) -> manifest.Check:
             f"{folder} is neither a run with a checkpoint, nor a checkpoint folder, nor a step: it "
             f"has no {NAME}"
         )
-    found = manifest.check(kept, hashes=True)
-    if found.problems:
+    check = manifest.check(kept, hashes=True)
+    if check.problems:
         step_folders.refuse_older_format(folder)
         raise ValueError(
-            f"{kept} is not as it was written: {'; '.join(at_most(found.problems))}. "
+            f"{kept} is not as it was written: {'; '.join(at_most(check.problems))}. "
             "Restore it from a backup, or move it elsewhere: training writes it again from "
             "model.path"
         )
-    return found
+    return check
 
 
 def changed(folder: Path, model: Model) -> list[str]:
-    """Return the files of the model of today that are not those that were kept."""
-    found = verify(folder).manifest
-    assert found
-    today = _sha256(model)
-    before = {name: sha256 for name, (_, sha256) in found.files.items() if name != DTYPES_FILE}
+    """Return the names of the stored model files that differ from the current model's."""
+    stored = verify(folder).manifest
+    assert stored
+    current = _sha256(model)
+    before = {name: sha256 for name, (_, sha256) in stored.files.items() if name != DTYPES_FILE}
     return sorted(
         name
-        for name in today.keys() | before.keys()
-        if name != "generation_config.json" and before.get(name) != today.get(name)
+        for name in current.keys() | before.keys()
+        if name != "generation_config.json" and before.get(name) != current.get(name)
     )
 
 

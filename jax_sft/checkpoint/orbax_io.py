@@ -1,9 +1,7 @@
-"""Orbax: the arrays of a step, to files and back; in blocks, with TensorStore, on which it stands.
+"""Read and write the arrays of a checkpoint step with Orbax, or block by block with TensorStore.
 
-All that they can raise becomes one error.
-
-A step holds two checkpointables, `params` and `optimizer`, and reads with plain Orbax:
-`ocp.load_checkpointables(folder)`.
+Every exception of either library becomes one error, `Failed`. A step holds two checkpointables,
+`params` and `optimizer`. Plain Orbax can read it: `ocp.load_checkpointables(folder)`.
 """
 
 import math
@@ -23,33 +21,31 @@ from jax_sft.files import plain_paths
 from jax_sft.weights import blocks
 
 T = TypeVar("T")
-# Read or written at a time where arrays are streamed. Memory of this size is used again by the C
-# library; larger pieces come from the kernel each time, page by page, at 0.6 s per GB.
-_OCDBT = "manifest.ocdbt"  # is there where Orbax has put all arrays into one database
-Response = Any  # of Orbax: the result of a save that goes on
+_OCDBT = "manifest.ocdbt"  # exists if Orbax has put all arrays into one database
+Response = Any  # Orbax's handle of a save in progress
 
 
 class Failed(RuntimeError):
-    """Orbax could not write or read; the message is that of the first cause."""
+    """Orbax or TensorStore failed; the message is that of the first cause."""
 
 
 def _call(do: Callable[[], T]) -> T:
-    """Return what `do` returns, and raise whatever it raises as one kind of error.
+    """Return the result of `do`, and convert its exceptions to `Failed`.
 
     Raises:
-        TimeoutError: it was raised.
-        Failed: anything else was.
+        TimeoutError: `do` raised it.
+        Failed: `do` raised any other exception.
     """
     try:
         return do()
     except TimeoutError:
         raise
-    except Exception as error:  # Orbax raises any kind, at times a plain Exception for its cause
+    except Exception as error:  # Orbax can raise any type, even a bare Exception
         raise Failed(_first_cause(error)) from error
 
 
 def _first_cause(error: BaseException) -> str:
-    """Return the kind and the message of the error that began a chain, in one line."""
+    """Return the type and message of the first error of a chain, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(f"{type(error).__name__}: {error}".split("[tensorstore_spec")[0].split())
@@ -63,14 +59,15 @@ def start_saving(
     """Start writing a step; returns once the arrays may be changed. All processes call it.
 
     Raises:
-        Failed: it could not be started on this process.
+        Failed: the save could not be started on this process.
     """
     context = ocp.Context()
     context.async_options.timeout_secs = int(timeout_s)
     # Weights and moments in float32 shrink by 8%, and the save takes 5 times as long [2 CPU cores].
     context.array.saving.use_compression = False
     context.array.saving.scoped_storage_options_creator = _chunks
-    # A name that is used once needs no look whether it exists, nor the two barriers around it.
+    # The name is used only once, so Orbax need not check whether it exists. The check has two
+    # barriers.
     context.file_options.skip_sync_file_validations = True
 
     def start() -> Response:
@@ -86,12 +83,15 @@ def start_saving(
 
 
 def _named(step_folder: Path) -> str:
-    """The folder of a step, which need not exist, as Orbax and TensorStore have to be told."""
+    """Return the path of a step folder in a form that Orbax and TensorStore read as plain.
+
+    The step folder need not exist; its parent must.
+    """
     return str(plain_paths.plain(step_folder.parent) / step_folder.name)
 
 
 def _spec(step_folder: Path, name: str) -> dict[str, Any]:
-    """TensorStore's description of a stored array, "params/PATH" or "optimizer/PATH"."""
+    """Return TensorStore's spec of a stored array, "params/PATH" or "optimizer/PATH"."""
     kind, _, path = name.partition("/")
     kvstore: dict[str, Any] = {"driver": "file", "path": f"{_named(step_folder)}/{kind}/"}
     if (step_folder / kind / _OCDBT).exists():
@@ -104,43 +104,43 @@ def _spec(step_folder: Path, name: str) -> dict[str, Any]:
 def require_readable(step_folder: Path, arrays: Mapping[str, Mapping[str, Any]]) -> None:
     """Open every array of a step that Orbax has written, without reading its values.
 
-    A save that is not found again is found out before it is published: Orbax reports success where
-    it saw nothing to merge.
+    This detects an unreadable save before it is published: Orbax reports success even when it saw
+    no files to merge.
 
     Args:
         arrays: {"params/PATH" or "optimizer/PATH": {"shape", "dtype"}}.
 
     Raises:
-        Failed: one cannot be opened, or has another shape or dtype.
+        Failed: an array cannot be opened, or has another shape or dtype.
     """
     for kind in sorted({name.partition("/")[0] for name in arrays}):
         if not (step_folder / kind / _OCDBT).is_file():
             raise Failed(f"Orbax has not written {kind}/{_OCDBT}: its arrays could not be read")
 
     def opened() -> list[ts.TensorStore]:
-        begun = [ts.open(_spec(step_folder, name), read=True) for name in arrays]
-        return [future.result() for future in begun]
+        futures = [ts.open(_spec(step_folder, name), read=True) for name in arrays]
+        return [future.result() for future in futures]
 
     for (name, array), store in zip(arrays.items(), _call(opened), strict=True):
-        found = (tuple(store.shape), store.dtype.numpy_dtype)
-        if found != (tuple(array["shape"]), np.dtype(array["dtype"])):
-            raise Failed(f"tensor {name} reads as {found[1]} {found[0]}, which it is not")
+        actual = (tuple(store.shape), store.dtype.numpy_dtype)
+        if actual != (tuple(array["shape"]), np.dtype(array["dtype"])):
+            raise Failed(f"tensor {name} reads as {actual[1]} {actual[0]}, which it is not")
 
 
 def _chunks(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
-    """Cut a large array into chunks that are within one layer, so that an export reads few."""
+    """Split a large array into chunks within one layer, so that an export reads few at a time."""
     if value.nbytes <= blocks.BLOCK_BYTES or value.ndim < 3:
-        return None  # Orbax would cut tables across their rows, which an export reads
+        return None  # Orbax would split tables across the rows that an export reads
     return ocp.options.ArrayOptions.Saving.StorageOptions(
         chunk_byte_size=blocks.BLOCK_BYTES, shard_axes=(0,)
     )
 
 
 def is_saved(response: Response, wait_s: float) -> bool:
-    """Wait so long for a save; return whether it is done.
+    """Wait up to `wait_s` for a save, and return whether it is done.
 
     Raises:
-        Failed: it failed.
+        Failed: the save failed.
     """
     try:
         _call(lambda: response.result(timeout=wait_s))
@@ -152,14 +152,14 @@ def is_saved(response: Response, wait_s: float) -> bool:
 def load(path: Path, wanted: Mapping[str, Any], some: bool = False) -> dict[str, Any]:
     """Read arrays with the dtypes and shardings of `wanted`: {"params": ..., "optimizer": ...}.
 
-    Each process reads what its devices need and waits for no other, so that one that fails leaves
-    none in a barrier.
+    Each process reads the shards of its devices and waits for no other process. A process that
+    fails therefore leaves no other in a barrier.
 
     Args:
         some: `wanted` names only some of the arrays.
 
     Raises:
-        Failed: the files are damaged, or cannot be read here.
+        Failed: the files are damaged, or this process cannot read them.
     """
     context = ocp.Context()
     context.pytree.loading.partial_load = some
@@ -177,21 +177,21 @@ def load(path: Path, wanted: Mapping[str, Any], some: bool = False) -> dict[str,
 
 
 class Stored:
-    """One array of a step, read in blocks that together are all of it, by any threads.
+    """One array of a step, read completely in blocks, from any threads.
 
-    `stored[slices]`, a slice of each dimension, is a block. Their checksums add up to that of the
-    array: see `finish`.
+    `stored[slices]`, with a slice per dimension, reads a block. The checksums of all blocks add up
+    to that of the array, see `finish`.
 
     Args:
         name: "params/PATH" or "optimizer/PATH".
-        manifest: its `shape`, `dtype` and `sum`, as in the manifest of the step.
-        shape: of what is asked for; the rest, at the end of one dimension, is padding.
+        manifest: `shape`, `dtype` and `sum` of the array, from the manifest of the step.
+        shape: shape without the padding at the end of one dimension; None = no padding.
 
     Attributes:
-        chunk: its shape; what is read whole if a part of it is needed.
+        chunk: shape of a chunk, which is read whole even if only a part is needed.
 
     Raises:
-        Failed: it cannot be read; or it is not what the manifest says.
+        Failed: the array cannot be read, or its shape or dtype is not that of the manifest.
     """
 
     def __init__(
@@ -215,7 +215,8 @@ class Stored:
         across = [part == size for part, size in zip(self.chunk, self._whole, strict=True)]
         is_table = len(self.shape) == 2 and any(across) and self.nbytes > blocks.BLOCK_BYTES
         if is_table or (len(self.shape) > 2 and self.chunk[0] > 1):
-            # Every block needs many chunks, or a part of one: they are kept, so as to be read once.
+            # Every block needs many chunks, or a part of one. A cache keeps chunks, so that each is
+            # read once.
             context = ts.Context({"cache_pool": {"total_bytes_limit": self.nbytes}})
             store = self._call(lambda: ts.open(spec, read=True, context=context).result())
             self.chunk = (1,) * len(self.shape)
@@ -228,16 +229,16 @@ class Stored:
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
         block = np.asarray(self._call(lambda: self._store[slices].read().result()))
         start = [part.indices(size)[0] for part, size in zip(slices, self._whole, strict=True)]
-        found = array_checksums.of_numpy(block, start, self._whole)
+        checksum = array_checksums.of_numpy(block, start, self._whole)
         with self._lock:
-            self._found, self._size = self._found + found, self._size + block.size
+            self._found, self._size = self._found + checksum, self._size + block.size
         return block
 
     def finish(self) -> None:
-        """Compare the checksum, now that each element that was asked for was read once.
+        """Compare the checksum, after each element of `shape` was read once. Reads the padding.
 
         Raises:
-            Failed: it is another one.
+            Failed: the checksum differs from the manifest's.
         """
         if self.shape != self._whole:
             ends = zip(self.shape, self._whole, strict=True)
@@ -247,15 +248,15 @@ class Stored:
             raise Failed(problem)
 
     def read_through(self) -> None:
-        """Read all of it, in blocks of about BLOCK_BYTES, for the checksum alone.
+        """Read the array in blocks of about BLOCK_BYTES, to compare its checksum.
 
         Raises:
-            Failed: it is damaged.
+            Failed: the array is damaged.
         """
         whole = tuple(slice(0, size) for size in self.shape[1:])
         if self.shape:
-            each = max(self.nbytes // max(self.shape[0], 1), 1)  # bytes of an index
-            step = max(blocks.BLOCK_BYTES // each // self.chunk[0], 1) * self.chunk[0]
+            index_bytes = max(self.nbytes // max(self.shape[0], 1), 1)  # bytes per index of dim 0
+            step = max(blocks.BLOCK_BYTES // index_bytes // self.chunk[0], 1) * self.chunk[0]
             for start in range(0, self.shape[0], step):
                 self[slice(start, min(start + step, self.shape[0])), *whole]
         else:
@@ -270,9 +271,9 @@ class Stored:
 
 
 def problem(folder: Path, name: str, manifest: Mapping[str, Any]) -> str:
-    """Read one array of a step; say what is wrong with it, "" = nothing.
+    """Read one array of a step, and return what is wrong with it, or "".
 
-    Args: as of `Stored`.
+    Args: see `Stored`.
     """
     try:
         Stored(folder, name, manifest).read_through()
@@ -282,16 +283,16 @@ def problem(folder: Path, name: str, manifest: Mapping[str, Any]) -> str:
 
 
 def start_params(path: Path, dtypes: Mapping[str, tuple[int, Any]], metadata: dict[str, Any]):
-    """Write a step without an optimizer, whose arrays `Blocks` then writes.
+    """Write the metadata of a step without an optimizer, whose arrays `Blocks` then writes.
 
-    Orbax writes arrays that are in memory as a whole. So it writes a tree of the same names with
-    one element each, and these are removed again.
+    Orbax can only write arrays that are in memory as a whole. It writes arrays of one element under
+    the same names, and these are then removed.
 
     Args:
-        dtypes: {our path: (number of dimensions, dtype)}.
+        dtypes: {parameter path: (number of dimensions, dtype)}.
 
     Raises:
-        Failed: it could not be written.
+        Failed: the step could not be written.
     """
     context = ocp.Context()
     context.array.saving.use_ocdbt = False  # an array is a folder, a block a file
@@ -312,11 +313,11 @@ class Blocks:
     """A new array of a step begun with `start_params`, written in blocks by any threads.
 
     Args:
-        block: shape of a block: a file.
-        piece: shape of what can be read alone of one; divides it.
+        block: shape of a block, which is one file.
+        piece: shape of the smallest readable part of a block; must divide `block`.
 
     Raises:
-        Failed: the file system refused something.
+        Failed: a file operation failed.
     """
 
     def __init__(self, folder: Path, name: str, shape, dtype, block, piece):
@@ -324,7 +325,7 @@ class Blocks:
         pieces = {"chunk_shape": [*piece], "codecs": [{"name": "bytes"}]}
         spec = {
             "driver": "zarr3",
-            # Not synced file by file: `manifest.write` does it when all are written.
+            # Not synced file by file: `manifest.write` syncs all files at the end.
             "kvstore": {
                 "driver": "file",
                 "path": f"{_call(lambda: _named(folder))}/{name}/",
@@ -341,7 +342,7 @@ class Blocks:
         self._store = _call(lambda: ts.open(spec, create=True).result())
 
     def write(self, start: Sequence[int], array: np.ndarray) -> str:
-        """Write the block that begins there; return its file's path within the step's folder."""
+        """Write the block that begins at `start`; return its file's path in the params folder."""
         slices = tuple(slice(i, i + n) for i, n in zip(start, array.shape, strict=True))
         _call(lambda: self._store[slices].write(array).result())
         number = (str(i // n) for i, n in zip(start, self._block, strict=True))

@@ -1,7 +1,7 @@
-"""The weights that a run starts from: those of a model folder, or of a checkpoint of ours.
+"""Load the weights that a run starts from: a model folder or a jax_sft checkpoint.
 
-Both are checked against the weight rows by what is known without reading them, and each process
-then reads only what its devices hold.
+Headers or manifests are checked against the parameter specs before any weight is read. Each process
+then reads only the shards of its own devices.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ Load = Callable[[Mapping[str, NamedSharding], Any, bool], dict[str, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Weights that were found and fit.
+    """Weights whose names and shapes were checked.
 
     Attributes:
         dtypes: {HF name: safetensors dtype}.
-        load: ({our path: sharding}, dtype, progress) -> {our path: array} of these paths.
-        blocks: our path -> reader of the array's blocks.
+        load: ({parameter path: sharding}, dtype, progress) -> {parameter path: array}.
+        blocks: parameter path -> reader of the array's blocks.
     """
 
     dtypes: Mapping[str, str]
@@ -51,12 +51,12 @@ def find(
     """Return the weights of a folder that `hf_folder.resolve` returned, reading only headers.
 
     Args:
-        dims: of the model, without padding.
-        step: of a checkpoint folder; None = the newest.
-        vocab_shards: `load` pads the vocabulary to a multiple.
+        dims: dimensions of the model, without padding.
+        step: step of a checkpoint folder; None = the newest.
+        vocab_shards: `load` pads the vocabulary to a multiple of this.
 
     Raises:
-        ValueError: they do not fit the rows: everything that is wrong at once.
+        ValueError: the weights do not fit the rows; the message lists all problems.
     """
     rows = tuple(rows)
     if model_files.is_kept(folder):
@@ -64,8 +64,8 @@ def find(
     tensors = hf_reader.check(folder, rows, dims, tied)
 
     def load(shardings, dtype, progress=True) -> dict[str, jax.Array]:
-        wanted = [row for row in rows if row.path in shardings]
-        return hf_reader.load(tensors, wanted, dims, shardings, dtype, progress, vocab_shards)
+        loaded_rows = [row for row in rows if row.path in shardings]
+        return hf_reader.load(tensors, loaded_rows, dims, shardings, dtype, progress, vocab_shards)
 
     def blocks(path: str) -> hf_reader.Blocks:
         return hf_reader.Blocks(tensors, next(row for row in rows if row.path == path), dims)
@@ -84,27 +84,28 @@ def read(
     """Read pretrained weights into their shards.
 
     Args:
-        paths: ours, of the rows that are read.
-        dtype: of what trains; what is frozen has its own.
+        paths: parameter paths to read.
+        dtype: dtype of trainable weights; frozen ones have their own, see `ModelDef.frozen`.
 
     Returns:
-        {our path: array}, of packed ones the parts.
+        {parameter path: array}; a quantized kernel is replaced by its parts (codes, scales, ...).
     """
-    paths, found = list(paths), {}
+    paths, arrays = list(paths), {}
     shardings = placement.shardings(model_def.rows, mesh)
-    # One after another, so that none stays whole; on all processes in the same order.
-    packed = [path for path in paths if path in model_def.packed]
-    for path in tqdm(packed, "packing weights", unit="array", disable=not (progress and packed)):
-        dtype_there = weights.blocks(path).dtype
-        kernel = weights.load({path: shardings[path]}, dtype_there, False).pop(path)
-        found |= nf4.packed_arrays(model_def, path, kernel, mesh)
+    # Quantize one kernel at a time, so that only one is in memory unquantized. All processes use
+    # the same order.
+    kernels = [path for path in paths if path in model_def.packed]
+    for path in tqdm(kernels, "packing weights", unit="array", disable=not (progress and kernels)):
+        source_dtype = weights.blocks(path).dtype
+        kernel = weights.load({path: shardings[path]}, source_dtype, False).pop(path)
+        arrays |= nf4.packed_arrays(model_def, path, kernel, mesh)
         del kernel
     rest = [path for path in paths if path not in model_def.packed]
     dtypes = {path: np.dtype(model_def.frozen.get(path, dtype)) for path in rest}
-    for one in sorted(set(dtypes.values()), key=str):
-        wanted = {path: shardings[path] for path in dtypes if dtypes[path] == one}
-        found |= weights.load(wanted, one, progress)
-    return found
+    for group_dtype in sorted(set(dtypes.values()), key=str):
+        group = {path: shardings[path] for path in dtypes if dtypes[path] == group_dtype}
+        arrays |= weights.load(group, group_dtype, progress)
+    return arrays
 
 
 def _of_checkpoint(
@@ -114,7 +115,7 @@ def _of_checkpoint(
     step: int | None,
     vocab_shards: int,
 ) -> Weights:
-    """The parameters of a step."""
+    """Return the weights of a checkpoint step."""
     model_files.verify(folder)
     step = step_folders.choose(folder, step)
     stored = step_folders.params(folder, step)
@@ -125,24 +126,24 @@ def _of_checkpoint(
 
     def load(shardings, dtype, progress=True) -> dict[str, jax.Array]:
         params = {}
-        wanted = [row for row in rows if row.path in shardings]
-        for row in tqdm(wanted, "reading weights", unit="array", disable=not progress):
+        loaded_rows = [row for row in rows if row.path in shardings]
+        for row in tqdm(loaded_rows, "reading weights", unit="array", disable=not progress):
             path, array = row.path, stored[row.path]
             as_stored = vocabulary.as_stored(
                 array["shape"], np.dtype(array["dtype"]), shardings[path]
             )
             try:
                 part = {"params": {path: as_stored}}
-                found = orbax_io.load(folder / str(step), part, some=True)["params"][path]
+                values = orbax_io.load(folder / str(step), part, some=True)["params"][path]
             except orbax_io.Failed as error:
                 raise ValueError(f"{folder / str(step)} cannot be read: {error}") from error
-            sums = array_checksums.read([path], array_checksums.start({path: found}))
+            sums = array_checksums.read([path], array_checksums.start({path: values}))
             if problem := array_checksums.problem(path, sums[path], array["sum"]):
                 raise ValueError(f"{folder / str(step)}: {problem}")
             shape = row.shape(vocabulary.padded(dims, vocab_shards))
-            if found.shape != shape:
-                found = vocabulary.resized(found, shape, shardings[path])
-            params[path] = found.astype(dtype)
+            if values.shape != shape:
+                values = vocabulary.resized(values, shape, shardings[path])
+            params[path] = values.astype(dtype)
         return params
 
     def blocks(path: str) -> orbax_io.Stored:

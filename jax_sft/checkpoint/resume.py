@@ -1,6 +1,6 @@
-"""Going on from a stored step: the newest one whose files and arrays are as they were written.
+"""Resume from the newest step whose files and arrays pass verification.
 
-A step that is not is named, moved aside and never loaded, and the one before it is used.
+A damaged step is reported, moved aside and never loaded, and the step before it is used.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Found:
     """A stored step.
 
     Attributes:
-        metadata: what was stored beside the arrays: `config`, `metrics`, `extra`, ...
+        metadata: data stored next to the arrays: `config`, `metrics`, `extra`, ...
         arrays: {"params/PATH" or "optimizer/PATH": {"shape", "dtype", "sum"}}.
     """
 
@@ -42,14 +42,14 @@ class Found:
 
     @property
     def extra(self) -> dict[str, Any]:
-        """What the training gave to `save`."""
+        """The `extra` argument of `Checkpoints.save`."""
         return self.metadata.get("extra") or {}
 
 
 class Resume:
-    """Looks for the step to go on from. Every process has one and calls the same methods.
+    """Find and load the step to resume from. Every process has one and calls the same methods.
 
-    Args: as of saving.Checkpoints.
+    Args: see saving.Checkpoints.
     """
 
     def __init__(
@@ -71,36 +71,36 @@ class Resume:
         self._replaces_files = False
 
     def start(self, today: dict[str, Any]) -> Found | None:
-        """Clean up, and find the newest good step. Reads no arrays.
+        """Clean up, and find the newest step whose files pass verification. Reads no arrays.
 
         Args:
-            today: the resolved config.
+            today: the resolved config of this start.
 
         Raises:
-            ValueError: the folder cannot be used, no step in it is good, or the config or the data
-                have changed in a way that is not allowed.
+            ValueError: the folder cannot be used, every step in it is damaged, or the config or the
+                data have changed in a way that is not allowed.
         """
         listing = consensus.from_first("checkpoint folder", self._prepare_folder)
         for line in listing["said"]:
             self._say(line)
         self._untried, self._bad = listing["steps"], listing["aside"]
-        found = self._next_good()
-        if found:
-            self._check_drift(found, today)
-        return found
+        newest = self._next_good()
+        if newest:
+            self._check_drift(newest, today)
+        return newest
 
     def restore(
         self, found: Found, abstract: Mapping[str, jax.ShapeDtypeStruct]
     ) -> tuple[dict[str, jax.Array], Found]:
-        """Return the arrays of the step that was found; of an older one if these are damaged.
+        """Return the arrays of the step in `found`, or of an older one if these are damaged.
 
         Args:
             abstract: {name: shape, dtype and sharding to restore to}, see `TrainState.named`.
-                Stored arrays of other dtypes, or with a vocabulary that was padded for another
-                mesh, are converted after they were checked.
+                Stored arrays of other dtypes, or with a vocabulary padded for another mesh, are
+                converted after their checksums were compared.
 
         Raises:
-            ValueError: the step is of another model or optimizer, or no step is good.
+            ValueError: the step is of another model or optimizer, or every step is damaged.
         """
         while True:
             arrays, problems = self._load(found, abstract)
@@ -108,41 +108,41 @@ class Resume:
                 return arrays, found
             self._set_aside(found.step, problems)
             older = self._next_good()
-            assert older  # or _next_good has raised
-            # What the config may change was decided at the start, for a step of the same run.
+            assert older  # _next_good raises if there is none
+            # `start` has already checked the config against a step of the same run.
             found = older
 
     def keep_model_files(self) -> None:
-        """Keep today's files of the model where they differ and may: exports get them from here on.
+        """Replace stored model files by changed ones, if allowed; later exports use these.
 
-        Called once it is certain that the run trains on.
+        Called once it is certain that the run continues to train.
         """
         if self._model and self._replaces_files:
             keep = functools.partial(model_files.keep, self._folder, self._model, anew=True)
             consensus.from_first("model files", keep)
 
     def _prepare_folder(self) -> dict[str, Any]:
-        """What the first process does and finds at the start."""
+        """Clean up the folder and list its steps, on the first process."""
         probe_folder(self._folder)
         step_folders.refuse_older_format(self._folder)
-        said = [
+        lines = [
             f"clean   {name}: left by a run that was killed, removed"
             for name in step_folders.remove_leftovers(self._folder)
         ]
         present, aside = step_folders.present(self._folder), step_folders.set_aside(self._folder)
         if (self._folder / model_files.NAME).exists():
             model_files.verify(self._folder)
-            # Of a start that ended before its first save.
+            # The files are from a start that ended before its first save, so no step needs them.
             if self._model and not present and model_files.changed(self._folder, self._model):
                 model_files.keep(self._folder, self._model, anew=True)
         elif self._model:
             if present:
-                said.append(f"WARNING {self._folder} lacks {model_files.NAME}: written anew")
+                lines.append(f"WARNING {self._folder} lacks {model_files.NAME}: written anew")
             model_files.keep(self._folder, self._model)
-        return {"said": said, "steps": present, "aside": aside}
+        return {"said": lines, "steps": present, "aside": aside}
 
     def _next_good(self) -> Found | None:
-        """The newest step that is not known to be bad; those that are found to be go aside."""
+        """Return the newest step whose files pass verification; move damaged ones aside."""
         while self._untried:
             step = self._untried[0]
             hashes = self._options.verify == "hashes"
@@ -175,7 +175,7 @@ class Resume:
             )
 
     def _set_aside(self, step: int, problems: Sequence[str]) -> None:
-        """Rename a bad step and say what is wrong with it."""
+        """Rename a damaged step and print what is wrong with it."""
         self._untried.remove(step)
         aside = consensus.from_first(
             "checkpoint aside", lambda: step_folders.move_aside(self._folder, step).name
@@ -188,18 +188,18 @@ class Resume:
             self._say(f"WARNING trying the step before it, {self._untried[0]}")
 
     def _check_drift(self, found: Found, today: dict[str, Any]) -> None:
-        """Refuse to go on with another training than the checkpoint's."""
+        """Refuse to resume if config, data or model files differ in a way that is not allowed."""
         changes = config.drift(found.metadata.get("config") or {}, today, self._bound)
         for key in [key for key in changes if self._is_moved(key, found)]:
             self._say(f"moved   {changes.pop(key)}: the tokens are the same")
         files = model_files.changed(self._folder, self._model) if self._model else []
-        # No process compares while they are replaced.
+        # Wait until all processes have compared the files, as the first one may then replace them.
         files = consensus.gather("model files", files)
         if files:
             key, line = self._changed_files(files, found.metadata)
             changes.setdefault(key, line)
-        of_data = [key for key in changes if config.covered(key, ("data", "model"))]
-        if self._data != found.metadata.get("data", self._data) and not of_data:
+        data_changes = [key for key in changes if config.covered(key, ("data", "model"))]
+        if self._data != found.metadata.get("data", self._data) and not data_changes:
             changes["data"] = "data: the files are not those of the checkpoint, though their names"
             changes["data"] += " and the config are the same"
         allowed = [key for key in changes if config.covered(key, self._options.allow_changes)]
@@ -217,7 +217,7 @@ class Resume:
         self._replaces_files = bool(files)
 
     def _changed_files(self, files: Sequence[str], stored: Mapping[str, Any]) -> tuple[str, str]:
-        """Return which key the files of the model that differ belong to, and what to say."""
+        """Return the config key that the changed model files belong to, and a line about them."""
         assert self._model
         before = ((stored.get("config") or {}).get("data") or {}).get("chat_template")
         of_template = all(name.partition("/")[0] in chat_templates.FILES for name in files)
@@ -227,7 +227,7 @@ class Resume:
         return "model.path", f"model.path: its files {list(files)} were changed"
 
     def _is_moved(self, key: str, found: Found) -> bool:
-        """Whether a key only says where the same tokens come from."""
+        """Whether a changed key only moves the source of data whose tokens are the same."""
         data, kind, name, *field = [*key.split("."), "", "", ""][:4]
         if (data, kind) == ("data", "train") and field[0] not in ("", "epochs", "weight"):
             return bool(self._data) and self._data == found.metadata.get("data")
@@ -236,20 +236,20 @@ class Resume:
         return bool(is_eval and stored) and stored == self._eval_data.get(name)
 
     def _named_files(self, step: int) -> list[str]:
-        """Read all files of a step that is bad, to say which it is."""
+        """Hash every file of a damaged step to find the damaged ones."""
         part = (cluster.process_id(), cluster.num_processes())
         bar = f"looking for what is damaged in step {step}" if part[0] == 0 else ""
-        found = step_folders.check(self._folder, step, True, part, bar)
-        return consensus.gather("checkpoint files, all", found.problems)
+        check = step_folders.check(self._folder, step, True, part, bar)
+        return consensus.gather("checkpoint files, all", check.problems)
 
     def _load(
         self, found: Found, abstract: Mapping[str, jax.ShapeDtypeStruct]
     ) -> tuple[dict[str, jax.Array] | None, list[str]]:
-        """Return (the arrays under the names of `abstract`, []) or (None, the step's problems)."""
-        wanted = under_stored_names(abstract, found.arrays)
-        self._check_shapes(found, wanted)
+        """Return (arrays under the names of `abstract`, []) or (None, problems of the step)."""
+        renamed = under_stored_names(abstract, found.arrays)
+        self._check_shapes(found, renamed)
         stored = {}
-        for name, array in wanted.items():
+        for name, array in renamed.items():
             shape, dtype = found.arrays[name]["shape"], np.dtype(found.arrays[name]["dtype"])
             stored[name] = vocabulary.as_stored(shape, dtype, array.sharding)
         arrays, problems = {}, []
@@ -263,23 +263,23 @@ class Resume:
         problems = [array_checksums.problem(n, sums[n], found.arrays[n]["sum"]) for n in arrays]
         if problems := [problem for problem in problems if problem]:
             return None, problems + self._named_files(found.step)
-        for name, array in wanted.items():
+        for name, array in renamed.items():
             if arrays[name].shape != array.shape:
                 arrays[name] = vocabulary.resized(arrays[name], array.shape, array.sharding)
             if arrays[name].dtype != array.dtype:
                 arrays[name] = arrays[name].astype(array.dtype)
-        # `wanted` has the names of the step, in the order of `abstract`.
-        return {name: arrays[stored] for name, stored in zip(abstract, wanted, strict=True)}, []
+        # `renamed` has the names of the step, in the order of `abstract`.
+        return {name: arrays[stored] for name, stored in zip(abstract, renamed, strict=True)}, []
 
     def _check_shapes(self, found: Found, wanted: Mapping[str, Any]) -> None:
         """Refuse a step of another model or optimizer.
 
         Raises:
-            ValueError: it is.
+            ValueError: names or shapes of the arrays differ.
         """
         vocab = self._vocabulary
         shapes = {name: vocab.cut(name, array.shape) for name, array in wanted.items()}
-        same = found.metadata.get("vocab") == vocab.size  # else what was stored had no padding
+        same = found.metadata.get("vocab") == vocab.size  # otherwise the stored arrays are unpadded
         cut = (vocab.cut,) if same else ()
         if problems := step_folders.misfits(found.arrays, shapes, *cut):
             raise ValueError(
@@ -291,11 +291,11 @@ class Resume:
 def under_stored_names(
     wanted: Mapping[str, Any], arrays: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return the leaves of a state under the names that a step has for them, in the same order.
+    """Return the leaves of a state under the names that a step stores them as, in the same order.
 
-    optax names them by where they are in a chain, "1.0.mu.PATH": a part without arrays, such as
-    clipping, that comes or goes renames all others. What is equal but for these numbers is the
-    same array, in the order of the chain.
+    optax names leaves by their position in a chain, "1.0.mu.PATH". Adding or removing a part
+    without arrays, such as clipping, renames all others. Names that are equal apart from these
+    numbers are matched in the order of the chain.
     """
 
     def grouped(names: Iterable[str]) -> dict[str, list[str]]:
@@ -303,37 +303,37 @@ def under_stored_names(
         for name in names:
             place, _, rest = _parts(name)
             groups.setdefault(f"{place} {rest}", []).append(name)
-        return {rest: sorted(of_rest, key=_places) for rest, of_rest in groups.items()}
+        return {rest: sorted(group, key=_places) for rest, group in groups.items()}
 
-    here, there = grouped(wanted), grouped(arrays)
+    state_groups, stored_groups = grouped(wanted), grouped(arrays)
     renamed = {
-        name: other
-        for rest, names in here.items()
-        if len(names) == len(there.get(rest, ()))
-        for name, other in zip(names, there[rest], strict=True)
+        name: stored_name
+        for rest, names in state_groups.items()
+        if len(names) == len(stored_groups.get(rest, ()))
+        for name, stored_name in zip(names, stored_groups[rest], strict=True)
     }
     return {renamed.get(name, name): leaf for name, leaf in wanted.items()}
 
 
 def _places(name: str) -> list[int]:
-    """Return the numbers in front of a name of the optimizer's state."""
+    """Return the chain positions at the start of an optimizer leaf's name."""
     return [int(number) for number in _parts(name)[1].split(".") if number]
 
 
 def _parts(name: str) -> tuple[str, str, str]:
-    """Split a name into its kind, its places in the chain, and the rest."""
+    """Split a name into its kind, its chain positions, and the rest."""
     match = _PLACE.fullmatch(name)
     assert match, name  # every text matches
     return match[1], match[2], match[3]
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return {"params": {path: leaf}, "optimizer": {path: leaf}} of what `named` returns."""
-    found: dict[str, dict[str, Any]] = {"params": {}, "optimizer": {}}
+    """Return {"params": {path: leaf}, "optimizer": {path: leaf}} for `TrainState.named` leaves."""
+    tree: dict[str, dict[str, Any]] = {"params": {}, "optimizer": {}}
     for name, leaf in leaves.items():
         kind, _, path = name.partition("/")
-        found[kind][path] = leaf
-    return found
+        tree[kind][path] = leaf
+    return tree
 
 
 def _flat(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""The checkpoints of a run: what to resume, saves that go on beside the training, and which stay.
+"""Asynchronous checkpointing of a run: saving, retention and resume.
 
-A save is written to `STEP.incomplete` by Orbax, listed with sizes and checksums in manifests, and
-renamed to `STEP` by the first process after all have said that their part is done. Whatever goes
-wrong on one process fails the save on all of them, with a message; the steps before it stay.
+Orbax writes a save to `STEP.incomplete`, and manifests list its files with sizes and checksums.
+After all processes have reported success, the first one renames the folder to `STEP`. A failure on
+one process fails the save on all of them, with a message, and earlier steps are kept.
 """
 
 import dataclasses
@@ -25,28 +25,28 @@ from jax_sft.runtime import exit_codes
 from jax_sft.runtime.text import at_most
 from jax_sft.weights.vocabulary import Vocabulary
 
-PAUSES_S = (0, 2, 5)  # before each try of a save that is waited for
-LEAST_BOUND_S = 120  # that a save may take, and at least 5 times what the slowest one took
-SLOWEST_BYTES_PER_S = 20e6  # for the bound of the first save
-BROKEN_S = 5  # for a save to end after a collective has failed
-_LOOK_S = 0.2  # how often a process that waits for Orbax looks whether another has failed
+PAUSES_S = (0, 2, 5)  # before each attempt at a save with `wait`
+LEAST_BOUND_S = 120  # minimum timeout of a save; at least 5 times the slowest save so far
+SLOWEST_BYTES_PER_S = 20e6  # sets the timeout of the first save
+BROKEN_S = 5  # timeout of a running save after a collective has failed
+_LOOK_S = 0.2  # interval at which a process waiting for Orbax checks the others for failure
 _GIVEN_UP = "given up, as another process failed"
 
 
 class NotSaved(RuntimeError):
-    """The training is done, but its last state could not be stored."""
+    """Training is done, but its last state could not be saved."""
 
     exit_code = exit_codes.NOT_SAVED
 
 
 @dataclasses.dataclass
 class _Save:
-    """A save that goes on.
+    """A save in progress.
 
     Attributes:
-        response: Orbax's; None if it could not be started here.
-        problem: what went wrong here; "" = nothing.
-        sums: checksums of the arrays that are being computed.
+        response: Orbax's response; None if the save could not be started on this process.
+        problem: error on this process; "" = none.
+        sums: checksums of the arrays, still being computed.
         arrays: {name: {"shape", "dtype"}}, in the order of `sums`.
     """
 
@@ -65,21 +65,21 @@ class Checkpoints:
     """The checkpoints of one run. Every process has one and calls the same methods.
 
     Args:
-        folder: made if missing.
+        folder: the checkpoint folder; created if missing.
         options: `cfg.checkpoint`.
-        model: its files are kept beside the steps.
+        model: the model whose files are stored next to the steps.
         data: fingerprint of the training data.
         eval_data: {name: fingerprint} of the eval sets.
         bound: keys of config.FREE that may not change in this run.
-        adapters: what `lora.*` means, stored with each step.
-        vocabulary: of the model, which each mesh may pad otherwise; None = no mesh does.
-        turn_ends: what ends the trained turns, stored with each step: see stop_tokens.
-        guard: `RunLock.check`, asked on the first process before a step is published.
-        say: prints a line; called on the first process only, also from a thread.
+        adapters: resolved `lora.*` settings, stored with each step.
+        vocabulary: the model's vocabulary, whose padding depends on the mesh; None = no padding.
+        turn_ends: {token id: trained turns it ends}, stored with each step; see stop_tokens.
+        guard: `RunLock.check`, called on the first process before a step is published.
+        say: prints a line; called on the first process only, possibly from a thread.
 
     Attributes:
         saved_step: the newest complete step; None if there is none yet.
-        failures: saves that failed so far.
+        failures: number of failed saves so far.
     """
 
     def __init__(
@@ -120,24 +120,24 @@ class Checkpoints:
 
     def start(self, today: dict[str, Any]) -> Found | None:
         """Clean up and find the newest good step, reading no arrays; see `Resume.start`."""
-        found = self._resume.start(today)
-        self.saved_step = found.step if found else None
-        return found
+        newest = self._resume.start(today)
+        self.saved_step = newest.step if newest else None
+        return newest
 
     def restore(
         self, found: Found, abstract: Mapping[str, jax.ShapeDtypeStruct]
     ) -> tuple[dict[str, jax.Array], Found]:
-        """Return the arrays of the step that was found or an older one; see `Resume.restore`."""
+        """Return the arrays of the step in `found` or an older one; see `Resume.restore`."""
         arrays, found = self._resume.restore(found, abstract)
         self.saved_step = found.step
         return arrays, found
 
     def keep_model_files(self) -> None:
-        """Keep the model's files of today, see `Resume.keep_model_files`."""
+        """Store the current model files; see `Resume.keep_model_files`."""
         self._resume.keep_model_files()
 
     def keep_frozen(self, frozen: Mapping[str, jax.Array], found: Found | None) -> None:
-        """Take note of the weights that no step holds, and compare with those of a resumed run.
+        """Record checksums of the frozen weights, and compare them with those of a resumed run.
 
         Raises:
             ValueError: the model folder has other weights than when the run began.
@@ -150,7 +150,7 @@ class Checkpoints:
             path: {"dtype": str(array.dtype), "sum": sums[path]} for path, array in frozen.items()
         }
         stored = (found.metadata.get("frozen") if found else None) or self._frozen
-        changed = [path for path, noted in self._frozen.items() if stored.get(path) != noted]
+        changed = [path for path, recorded in self._frozen.items() if stored.get(path) != recorded]
         if changed:
             raise ValueError(
                 f"the checkpoints in {self._folder} belong to other weights than model.path has: "
@@ -169,17 +169,17 @@ class Checkpoints:
         extra: Mapping[str, Any] | None = None,
         wait: bool = False,
     ) -> None:
-        """Store a state beside the training; returns once it may be changed.
+        """Save a state asynchronously; returns once its arrays may be changed.
 
-        A failure is said and counted, not raised: see `saved_step`.
+        A failure is printed and counted in `failures`, not raised; see `saved_step`.
 
         Args:
-            step: optimizer steps done.
-            arrays: of the state after that step, see `TrainState.named`.
+            step: number of optimizer steps done.
+            arrays: the state after that step, see `TrainState.named`.
             config: the resolved config, stored with the step.
-            metrics: of an evaluation of this very step, for `keep_best`.
-            extra: anything small that goes through JSON; `Found.extra` of a resumed run.
-            wait: return when the step is stored, or after a few tries.
+            metrics: evaluation metrics of this step, for `keep_best`.
+            extra: small JSON-serializable data; a resumed run reads it from `Found.extra`.
+            wait: return only when the step is stored, or after a few failed attempts.
 
         Raises:
             cluster.Lost, cluster.Stopped: another process is gone.
@@ -188,7 +188,7 @@ class Checkpoints:
             "format_version": FORMAT_VERSION,
             "step": step,
             "data_position": step,  # see data.batches.loader
-            "seed": config.get("seed"),  # with the step, all that is random: see config.seed
+            "seed": config.get("seed"),  # seed and step determine all randomness, see config.seed
             "data": self._data,
             "eval_data": self._eval_data,
             "config": dict(config),
@@ -197,7 +197,7 @@ class Checkpoints:
             "lora": self._adapters,
             "vocab": self._vocabulary.size,
             "turn_ends": self._turn_ends,
-            "frozen": self._frozen,  # dtypes and checksums of what is only in the model folder
+            "frozen": self._frozen,  # dtypes and checksums of weights that no step stores
             "num_processes": cluster.num_processes(),
             "versions": self._versions,
         }
@@ -217,7 +217,7 @@ class Checkpoints:
         """Wait for the running save.
 
         Raises:
-            NotSaved: this step is not stored.
+            NotSaved: the step is not stored.
         """
         self._wait()
         if self.saved_step != step:
@@ -235,14 +235,14 @@ class Checkpoints:
         self.close(BROKEN_S if broken else None)
 
     def close(self, most_s: float | None = None) -> None:
-        """Wait for the running save, at most so long."""
+        """Wait for the running save, at most `most_s` seconds."""
         self._wait(most_s)
 
     def _wait(self, most_s: float | None = None) -> bool:
-        """Wait for the running save; return whether none runs any more.
+        """Wait for the running save, and return whether it has ended.
 
         Raises:
-            cluster.Lost, cluster.Stopped: it found another process gone.
+            cluster.Lost, cluster.Stopped: the save lost another process.
         """
         if self._thread:
             self._thread.join(most_s)
@@ -263,8 +263,10 @@ class Checkpoints:
         if not self._slowest_s:
             bound_s = max(bound_s, num_bytes / SLOWEST_BYTES_PER_S)
         free = self._wait(bound_s)
-        mine = self._obstacle(num_bytes) if free else f"the save before it has run {bound_s:.0f} s"
-        problems = consensus.gather("save prepared", [mine] if mine else [])
+        reason = (
+            self._obstacle(num_bytes) if free else f"the save before it has run {bound_s:.0f} s"
+        )
+        problems = consensus.gather("save prepared", [reason] if reason else [])
         if problems:
             self._fail(step, problems)
             return
@@ -273,8 +275,9 @@ class Checkpoints:
         name = f"{step}{step_folders.INCOMPLETE}" + (f"-{number}" if number > 1 else "")
         response, problem = None, ""
         sums = array_checksums.start(arrays)
-        # Orbax begins with collectives of its own. A CPU would run them beside ours, in any order,
-        # and gloo mix them up; on a GPU they wait for ours, as the copies to the host do.
+        # Orbax starts with its own collectives. On CPU they would run concurrently with the
+        # checksums' collectives, in any order, and gloo would mix them up. On GPU they wait for
+        # the checksums, as the copies to the host do.
         if cluster.num_processes() > 1:
             jax.block_until_ready(sums)
         parts = nested(arrays)
@@ -298,14 +301,14 @@ class Checkpoints:
             response=response,
             problem=problem,
         )
-        # A daemon: a save that hangs must not keep a process that ends.
+        # A daemon thread, so that a save that hangs cannot keep the process from exiting.
         self._thread = threading.Thread(
             target=self._complete, args=(save,), name=f"save of step {step}", daemon=True
         )
         self._thread.start()
 
     def _obstacle(self, num_bytes: int) -> str:
-        """Say why a save would fail here; "" = nothing is known. Mends a folder that is gone."""
+        """Return why a save would fail on this process, or "". Recreates a missing folder."""
         try:
             probe_folder(self._folder)
             if cluster.process_id() == 0 and self._model:
@@ -320,11 +323,11 @@ class Checkpoints:
     # ---- in the thread -------------------------------------------------------------------------
 
     def _complete(self, save: _Save) -> None:
-        """See a save through; all processes come to the same end."""
+        """Complete a save in its thread, with the same outcome on all processes."""
         try:
             problems = self._steps_of(save)
         except (cluster.Lost, cluster.Stopped, jax.errors.JaxRuntimeError) as error:
-            self._lost = error  # the last is what the coordination service says when it is gone
+            self._lost = error  # JaxRuntimeError: the coordination service itself is gone
             return
         if problems:
             if cluster.process_id() == 0:
@@ -338,22 +341,27 @@ class Checkpoints:
         self.saved_step = save.step
 
     def _steps_of(self, save: _Save) -> list[str]:
-        """Do one part after another, each after all processes are done with the one before it."""
+        """Run the phases of a save, each after all processes are done with the one before it.
+
+        1. Wait until Orbax has written the arrays on every process.
+        2. Each process writes the manifest of its own files.
+        3. The first process checks and renames the folder, which publishes the step.
+        """
         problem = save.problem or self._await(save)
-        for what, do in (
+        for phase, do in (
             ("save written", lambda: None),
             ("save listed", lambda: self._write_manifest(save)),
             ("save complete", lambda: self._publish(save)),
         ):
             if not problem:
                 problem = _attempt(do)
-            problems = consensus.gather(what, [problem] if problem else [], save.bound_s + 60)
+            problems = consensus.gather(phase, [problem] if problem else [], save.bound_s + 60)
             if problems:
                 return [p for p in problems if not p.startswith(_GIVEN_UP)] or problems
         return []
 
     def _await(self, save: _Save) -> str:
-        """Wait for Orbax, but no longer than another process has to; return what went wrong."""
+        """Wait for Orbax, and give up once another process has failed; return the error or ""."""
         failed = f"save/{save.number}"
         deadline = time.monotonic() + save.bound_s
         while time.monotonic() < deadline:
@@ -363,7 +371,7 @@ class Checkpoints:
             except orbax_io.Failed as error:
                 cluster.publish(f"{failed}/{cluster.process_id()}", "failed")
                 return str(error)
-            # What has failed there leaves Orbax here in a barrier, for minutes.
+            # A failure on another process leaves Orbax on this one in a barrier for minutes.
             if any(key.startswith(f"{failed}/") for key in cluster.read_all(failed)):
                 return _GIVEN_UP
         return f"it was not written within {save.bound_s:.0f} s"
@@ -376,12 +384,13 @@ class Checkpoints:
     def _publish(self, save: _Save) -> None:
         if cluster.process_id() == 0:
             orbax_io.require_readable(save.path, save.arrays)
+            # Check the lock right before the rename: a run that has lost it publishes nothing.
             if self._guard:
                 self._guard(True)
             step_folders.publish(save.path, save.step)
 
     def _thin_out(self) -> None:
-        """Remove the steps that need not be kept, now that there is a newer one."""
+        """Remove the steps that need not be kept after a newer one was published."""
         scores: dict[int, float] = {}
         present = step_folders.present(self._folder)
         for step in present:
@@ -393,7 +402,7 @@ class Checkpoints:
         step_folders.remove_all(self._folder, {*present} - {*present[: self._options.keep], *best})
 
     def _clean_up(self, path: Path) -> None:
-        """Remove what a failed save has left."""
+        """Remove the leftovers of a failed save."""
         for left in path.parent.glob(f"{path.name}*"):
             problem = _attempt(lambda left=left: step_folders.remove(left))
             if problem:
@@ -413,15 +422,15 @@ class Checkpoints:
 
 
 def check_folder(folder: Path) -> None:
-    """Make the checkpoint folder and write to it, from every process.
+    """Create the checkpoint folder and write to it, from every process.
 
     Raises:
-        ValueError: not possible; which process has what trouble.
+        ValueError: a process cannot; the message names each with its error.
     """
 
     def use() -> None:
         probe_folder(folder)
-        plain_paths.plain(folder)  # where its name cannot be stored under, nothing begins
+        plain_paths.plain(folder)  # fail now if Orbax cannot store under its name
 
     problem = _attempt(use)
     if problems := consensus.gather("checkpoint folder, writing", [problem] if problem else []):
@@ -429,7 +438,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _attempt(do: Callable[[], None]) -> str:
-    """Do something with files; return what went wrong, "" = nothing."""
+    """Run a file operation and return its error, or ""."""
     try:
         do()
     except (OSError, orbax_io.Failed, run_lock.Refused) as error:
@@ -438,7 +447,7 @@ def _attempt(do: Callable[[], None]) -> str:
 
 
 def _text(error: BaseException) -> str:
-    """An error in one line, not too long."""
+    """Return an error as one line of at most about 600 characters."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 600 else text[:600] + " ..."
 
@@ -448,4 +457,4 @@ def _gb(num_bytes: float) -> str:
 
 
 def _silent(_: str) -> None:
-    """What all processes but the first have to say."""
+    """Discard the message (used on every process but the first)."""

@@ -1,8 +1,9 @@
-"""The tokens that end a text: those a model names, those that training teaches, and the export's.
+"""Determine the tokens that end a text: the model's, the trained ones, and the export's.
 
-A model folder names them in generation_config.json, which inference engines read, and in
-config.json. `train` shows both kinds at the start and stores the trained ones with each step;
-`hf_export` writes both. Token ids are counted in {id: trained turns that it ends}.
+A model folder names its stop tokens in generation_config.json, which inference engines read, and in
+config.json. Training adds the tokens that end trained turns, as {id: trained turns that it ends}.
+`train` shows both kinds at the start and stores the trained ones with each step; `hf_export` writes
+both.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from jax_sft.weights import hf_folder
 GENERATION, CONFIG = "generation_config.json", "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 KEY = "eos_token_id"
-# What transformers copies from config.json where there is no generation_config.json.
+# Keys that transformers copies from config.json if there is no generation_config.json.
 _COPIED = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -27,14 +28,14 @@ def named(folder: Path) -> list[int]:
     """Return the token ids at which generation with a model folder stops.
 
     Raises:
-        ValueError: a file is no JSON object.
+        ValueError: a file is not a JSON object.
     """
     files = _both(folder)
     return _ids(files.get(GENERATION)) or _ids(files.get(CONFIG))
 
 
 def trained(report: Mapping[str, Mapping[str, Any]]) -> dict[int, int]:
-    """Add up the ends of trained turns over the sources of `Examples.report`."""
+    """Sum the ends of trained turns over the sources of `Examples.report`, most frequent first."""
     ends: dict[int, int] = {}
     for counts in report.values():
         for end, count in counts["turn_ends"].items():
@@ -43,16 +44,16 @@ def trained(report: Mapping[str, Mapping[str, Any]]) -> dict[int, int]:
 
 
 def stored(metadata: Mapping[str, Any]) -> dict[int, int] | None:
-    """Return the ends of trained turns that a step's metadata hold; None = it is not known."""
+    """Return the ends of trained turns in a step's metadata; None = not recorded."""
     ends = metadata.get("turn_ends")
     return None if ends is None else {int(end): count for end, count in ends.items()}
 
 
 def inherited(folder: Path) -> dict[int, int]:
-    """Return the ends that the run of a checkpoint folder trained, where `model.path` names one.
+    """Return the ends that the run of a checkpoint folder trained; {} for a model folder.
 
     Args:
-        folder: from `hf_folder.resolve`.
+        folder: `model.path` as `hf_folder.resolve` returned it.
     """
     if folder.name != hf_folder.KEPT or not (present := step_folders.present(folder.parent)):
         return {}
@@ -60,7 +61,7 @@ def inherited(folder: Path) -> dict[int, int]:
 
 
 def union(first: Iterable[int], second: Iterable[int]) -> list[int]:
-    """Return the ids of both in order, each once."""
+    """Return the ids of both in order, without duplicates."""
     return list(dict.fromkeys([*first, *second]))
 
 
@@ -81,85 +82,85 @@ def line(
     ends: Mapping[int, int],
     report: Mapping[str, Mapping[str, Any]],
 ) -> str:
-    """Say what ends texts for the model and turns in the data, and where the export will stop.
+    """Return a line about the ends of texts and of trained turns, and where the export will stop.
 
     Args:
-        folder: of the model.
-        before, ends: from `named` and `trained`.
-        report: of the train sources.
+        folder: the model folder.
+        before, ends: results of `named` and `trained`.
+        report: report of the train sources.
     """
-    both, of_tokens = union(before, ends), names(folder)
+    both, token_names = union(before, ends), names(folder)
     has_turns = any(counts["format"] not in worker.NO_TEMPLATE for counts in report.values())
     if not ends:
         return (
             "no example trains a special token at its end: the model learns no end of text; the "
-            f"export stops at {shown(before, of_tokens, {})}"
+            f"export stops at {shown(before, token_names, {})}"
         )
     if all(end in before for end in ends):
-        return f"at {shown(before, of_tokens, ends)}, as the model does"
-    of_both = "both" if len(both) == 2 else "all of them"
+        return f"at {shown(before, token_names, ends)}, as the model does"
+    stops = "both" if len(both) == 2 else "all of them"
     return (
-        f"the model ends texts with {shown(before, of_tokens, {})}, "
+        f"the model ends texts with {shown(before, token_names, {})}, "
         f"{'the template ends turns' if has_turns else 'the data end'} with "
-        f"{shown(ends, of_tokens, ends)}; the export will stop at "
-        f"{of_both if before else 'the latter'}"
+        f"{shown(ends, token_names, ends)}; the export will stop at "
+        f"{stops if before else 'the latter'}"
     )
 
 
 def export_line(
     folder: Path, ends: Mapping[int, int] | None, changed: Mapping[str, Mapping[str, Any]]
 ) -> str:
-    """Say where an export stops, and what was changed for it.
+    """Return a line about the stop tokens of an export, and the files changed for them.
 
     Args:
-        folder: the model's files, before the change.
-        ends, changed: from `stored` and `changes`.
+        folder: folder of the model files, before the change.
+        ends, changed: results of `stored` and `changes`.
     """
     if ends is None:
         return (
             "the checkpoint does not say which tokens end trained turns (it is of no training, or "
             f"older than that): unknown, {GENERATION} is not written"
         )
-    before, of_tokens = named(folder), names(folder)
+    before, token_names = named(folder), names(folder)
     if not changed:
-        return f"stops at {shown(before, of_tokens, ends)}, as the model did"
+        return f"stops at {shown(before, token_names, ends)}, as the model did"
     return (
-        f"stops at {shown(union(before, ends), of_tokens, ends)}: {KEY} of "
+        f"stops at {shown(union(before, ends), token_names, ends)}: {KEY} of "
         f"{' and '.join(changed)} was {before or None}"
     )
 
 
 def changes(folder: Path, ends: Mapping[int, int], vocab: int) -> dict[str, dict[str, Any]]:
-    """Return {file: its new content} of a model folder that shall also stop at trained ends.
+    """Return {file: new content} that makes a model folder also stop at trained ends.
 
-    Each file keeps the ids it names, or takes those of the other where it names none; the trained
-    ones follow. A file that names them all is not changed.
+    Each file keeps the ids that it names, or uses those of the other file if it names none. The
+    trained ids follow. A file that already names all of them is not changed.
 
     Args:
-        vocab: number of token ids; others are left out.
+        vocab: number of token ids; larger ids are left out.
 
     Raises:
-        ValueError: a file is no JSON object.
+        ValueError: a file is not a JSON object.
     """
     files = _both(folder)
-    found = {name: _ids(content) for name, content in files.items()}
+    ids = {name: _ids(content) for name, content in files.items()}
     added = [end for end in ends if end < vocab]
     if not added:
         return {}
     changed = {}
     for name, other in ((GENERATION, CONFIG), (CONFIG, GENERATION)):
-        here = found.get(name) or found.get(other) or []
-        wanted = union((token for token in here if token < vocab), added)
-        if name in files and not set(added) <= set(found[name]):
-            changed[name] = files[name] | {KEY: _compact(wanted)}
-        elif name == GENERATION and name not in files and not set(added) <= set(here):
+        current = ids.get(name) or ids.get(other) or []
+        new_ids = union((token for token in current if token < vocab), added)
+        if name in files and not set(added) <= set(ids[name]):
+            changed[name] = files[name] | {KEY: _compact(new_ids)}
+        elif name == GENERATION and name not in files and not set(added) <= set(current):
             kept = {key: files[CONFIG][key] for key in _COPIED if key in files.get(CONFIG, {})}
-            changed[name] = kept | {KEY: _compact(wanted)}
+            changed[name] = kept | {KEY: _compact(new_ids)}
     return changed
 
 
 def write(folder: Path, changed: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write what `changes` returned."""
+    """Write the files that `changes` returned."""
     for name, content in changed.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
@@ -169,9 +170,10 @@ def names(folder: Path) -> dict[int, str]:
     """Return {id: text} of the special and added tokens of a model folder.
 
     Raises:
-        ValueError: a file is no JSON object.
+        ValueError: a file is not a JSON object.
     """
-    # Small, and has them for most models; tokenizer.json may have 11 MB.
+    # tokenizer_config.json is small and has the tokens for most models; tokenizer.json may have
+    # 11 MB.
     config = _read(folder, TOKENIZER_CONFIG).get("added_tokens_decoder")
     if isinstance(config, dict) and config:
         added = list(config.items())
@@ -189,7 +191,10 @@ def names(folder: Path) -> dict[int, str]:
 
 
 def _added_tokens(file: Path) -> Any:
-    """Return the added tokens of a tokenizer.json without parsing its vocabulary, 1 s for 11 MB."""
+    """Return the added tokens of a tokenizer.json.
+
+    Skips its vocabulary where it can, as parsing that takes 1 s for 11 MB.
+    """
     if not file.is_file():
         return []
     before, _, rest = file.read_text(encoding="utf-8").partition('"added_tokens":')
@@ -200,18 +205,18 @@ def _added_tokens(file: Path) -> Any:
 
 
 def eos_text(folder: Path, ends: Mapping[int, int] | None) -> str:
-    """Return the token that ends most trained turns, as a text.
+    """Return the text of the token that ends most trained turns.
 
     Raises:
-        ValueError: it is not known.
+        ValueError: the token is not known.
     """
-    of_tokens = names(folder)
-    if not ends or (end := max(ends, key=ends.__getitem__)) not in of_tokens:
+    token_names = names(folder)
+    if not ends or (end := max(ends, key=ends.__getitem__)) not in token_names:
         raise ValueError(
             "the token that ends trained turns is not known, so that it cannot become the "
             "tokenizer's eos_token: leave out --tokenizer-eos (train.export_tokenizer_eos)"
         )
-    return of_tokens[end]
+    return token_names[end]
 
 
 def set_tokenizer_eos(folder: Path, text: str) -> None:
@@ -234,7 +239,7 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _ids(content: Mapping[str, Any] | None) -> list[int]:
-    """The token ids that a file's eos_token_id names: one, a list or none."""
+    """Return the token ids of a file's eos_token_id, which may be an id, a list or missing."""
     value = (content or {}).get(KEY)
     ids = value if isinstance(value, list) else [value]
     return [token for token in ids if type(token) is int and 0 <= token < 2**31]

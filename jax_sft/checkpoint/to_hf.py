@@ -1,6 +1,6 @@
-"""From a checkpoint to a Hugging Face folder, in blocks of a tensor and verified.
+"""Export a checkpoint to a Hugging Face folder, block by block and with verified checksums.
 
-Of a run with adapters: to a folder of PEFT, or merged into the model that they belong to.
+A run with adapters is exported to a PEFT folder, or merged into its base model.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from jax_sft.weights.blocks import BlockReader
 from jax_sft.weights.param_spec import Weight
 
 SHARD_BYTES = 5_000_000_000
-OF_RUN = "export"  # in the folder of a run
+OF_RUN = "export"  # the export's folder in the folder of a run
 
 
 def export(
@@ -42,34 +42,34 @@ def export(
     tokenizer_eos: bool = False,
     say: Callable[[str], object] = print,
 ) -> Path:
-    """Write a checkpoint as a Hugging Face folder that transformers loads; adapters for PEFT.
+    """Write a checkpoint as a Hugging Face folder for transformers, or its adapters for PEFT.
 
-    Generation with it also stops at the tokens that end the trained turns: eos_token_id in
-    generation_config.json and config.json names them behind those that were there. The folder of
-    adapters gets such a generation_config.json, which engines take where they are given it.
+    Generation with the export also stops at the tokens that end the trained turns. They are
+    appended to eos_token_id in generation_config.json and config.json. An adapter folder gets only
+    the generation_config.json, which engines use if it is passed to them.
 
     Args:
-        checkpoint: a run, its checkpoint folder, or a step in that; or what `hf_convert` made.
-        out: the folder to write; it appears only when complete, with the sha256 of each file in
+        checkpoint: a run, its checkpoint folder, a step folder, or a folder from `hf_convert`.
+        out: the folder to write. It appears only when complete, with the sha256 of each file in
             SHA256SUMS.
-        step: which step; None = the newest.
-        shard_bytes: largest safetensors file.
+        step: the step to export; None = the newest.
+        shard_bytes: size limit of a safetensors file.
         dtype: "float32", "bfloat16" or "float16" for all tensors; "" = each tensor's own dtype in
-            the model that was fine-tuned. Adapters are float32.
-        merge: add adapters to the weights of their model, and write that. Of weights in 4 bits
-            these are the values that they were trained with.
-        base: where the weights are that did not train; "" = where they were, model.path.
+            the base model. Adapters are float32.
+        merge: add adapters to the weights of their base model, and write the merged model. For
+            4-bit weights, these are the dequantized values that the adapters were trained with.
+        base: folder of the frozen weights; "" = the run's model.path.
         overwrite: replace an older export in `out` if nobody changed it.
         tokenizer_eos: also make the token that ends most trained turns the tokenizer's eos_token.
-        say: is given a line about what ends a text, and about what a killed export left.
+        say: called with lines about the stop tokens and the leftovers of killed exports.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: no such checkpoint or step, a damaged one, an unknown dtype, other weights than
-            those that did not train, or `out` is no place for an export or has no room.
-        OSError: the file system refused something; an older export is as it was.
+        ValueError: the checkpoint or step is missing or damaged, the dtype is unknown, the frozen
+            weights differ from those of the run, or `out` may not be written or lacks space.
+        OSError: a file operation failed; an older export is unchanged.
     """
     folder, step = step_folders.locate(paths.local(checkpoint, "--checkpoint"), step)
 
@@ -90,7 +90,7 @@ def _export(
     tokenizer_eos: bool,
     say: Callable[[str], object],
 ) -> Path:
-    """Write what is planned; the arguments are those of `export`."""
+    """Write the planned export; see `export` for the arguments."""
     place = outputs.check(out, outputs.EXPORT, overwrite=overwrite, reads=planned.reads)
     outputs.check_room(place.out, planned.layout.nbytes)
     eos = stop_tokens.eos_text(planned.kept, planned.turn_ends) if tokenizer_eos else ""
@@ -115,6 +115,7 @@ def _export(
             elif dtype:
                 _set_dtype(folder / "config.json", dtype)
             about = planned.about(tokenizer_eos)
+            # SHA256SUMS is written last, as it hashes all other files.
             sums.write(folder, outputs.EXPORT, about, hashes)
             outputs.put_in_place(folder, place)
         say(planned.stop_line)
@@ -126,11 +127,11 @@ def _export(
 
 
 def check_of_run(workdir: Path, say: Callable[[str], object] = print) -> None:
-    """Look whether a run may write its export at its end, and remove what a killed start left.
+    """Check that a run may write its export at its end, and remove leftovers of killed runs.
 
     Raises:
-        ValueError: its place holds something else.
-        OSError: the file system refused something.
+        ValueError: the export folder of the run holds something else.
+        OSError: a file operation failed.
     """
     folder = workdir / OF_RUN
     place = outputs.check(
@@ -146,13 +147,13 @@ def check_of_run(workdir: Path, say: Callable[[str], object] = print) -> None:
 def of_run(
     workdir: Path, *, tokenizer_eos: bool = False, say: Callable[[str], object] = print
 ) -> Path:
-    """Export the newest step of a run into the run's folder, unless it is there already.
+    """Export the newest step of a run into the run's folder, unless it is exported already.
 
     Args:
-        tokenizer_eos, say: as of `export`.
+        tokenizer_eos, say: see `export`.
 
     Raises:
-        ValueError, OSError: as `export`.
+        ValueError, OSError: see `export`.
     """
     out = workdir / OF_RUN
     planned = plan(workdir / "checkpoints")
@@ -176,20 +177,20 @@ def of_run(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What an export reads and writes, known without reading an array.
+    """An export's inputs and outputs, determined without reading any array.
 
     Attributes:
         folder: the checkpoint folder.
-        metadata: what is stored with the step.
-        arrays: {our path: {"shape", "dtype", "sum"}} of what is stored.
+        metadata: metadata of the step.
+        arrays: {parameter path: {"shape", "dtype", "sum"}} of the stored parameters.
         model_def: the model as it was trained.
-        settings: of its adapters; None = it has none.
-        weights: those that did not train, where they are needed.
-        rows: of what is written.
+        settings: settings of the adapters; None = no adapters.
+        weights: the frozen weights; None = not needed.
+        rows: the weights that are written.
         dtypes: {HF name: safetensors dtype}.
-        base: the folder of `weights`, or of the model that the adapters belong to; None = on the
-            hub, or there is none.
-        kept_files: {side file of the model: (bytes, sha256)}.
+        base: `base` of `export` or the run's model.path, as an absolute path; None = neither is
+            set. A hub id gives a path that does not exist.
+        kept_files: {file stored in model_files: (bytes, sha256)}.
     """
 
     folder: Path
@@ -207,11 +208,11 @@ class Plan:
 
     @property
     def reads(self) -> list[Path]:
-        """Folders that an export must not touch."""
+        """Folders that the export reads and must not overwrite."""
         return [self.folder, *([self.base] if self.base else [])]
 
     def about(self, tokenizer_eos: bool) -> dict[str, Any]:
-        """Return what tells this export from others, of this run or another one."""
+        """Return a record that identifies this export: step, content digest, number of files."""
         content = [self.arrays, self.metadata.get("frozen"), self.dtypes, self.kept_files]
         content += [self.stops, tokenizer_eos]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -223,17 +224,17 @@ class Plan:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether adapters are written, alone."""
+        """Whether only adapters are written."""
         return any(row.path.endswith(".lora.a.kernel") for row in self.rows)
 
     @property
     def single(self) -> str:
-        """Name of the file of weights, if it is one."""
+        """Name of the weights file when one file holds all weights."""
         return peft.WEIGHTS if self.is_adapter else hf_folder.SINGLE
 
     @property
     def kept(self) -> Path:
-        """The files of the model."""
+        """Folder of the stored model files."""
         return self.folder / model_files.NAME
 
     @property
@@ -243,9 +244,9 @@ class Plan:
 
     @functools.cached_property
     def stops(self) -> dict[str, dict[str, Any]]:
-        """The files, with content, that change for the export to stop at trained ends."""
+        """{file: new content} of the files that change to stop at the ends of trained turns."""
         changed = stop_tokens.changes(self.kept, self.turn_ends or {}, self.dims["vocab"])
-        if self.is_adapter:  # its folder has no config.json
+        if self.is_adapter:  # an adapter folder has no config.json
             changed.pop(stop_tokens.CONFIG, None)
         return changed
 
@@ -264,7 +265,7 @@ class Plan:
         """Read one array of the step.
 
         Raises:
-            Failed: it is damaged.
+            Failed: the array is damaged.
         """
         stored = self.stored(path)
         array = stored[tuple(slice(0, size) for size in stored.shape)]
@@ -280,7 +281,7 @@ class Plan:
         )
 
     def lines(self) -> Iterator[str]:
-        """Say for every tensor where it comes from, what it is and which file gets it."""
+        """Yield a line per tensor (source, dtype, shape, file), then totals and stop tokens."""
         for row in self.rows:
             for index, name in row.hf_tensors(self.dims):
                 if place := self.layout.tensors.get(name):
@@ -312,10 +313,10 @@ def plan(
     merge: bool = False,
     base: str = "",
 ) -> Plan:
-    """Check a checkpoint and plan its export. The arguments are those of `export`.
+    """Check a checkpoint and plan its export. See `export` for the arguments.
 
     Raises:
-        ValueError: no such checkpoint or step, a damaged one, or an unknown dtype.
+        ValueError: the checkpoint or step is missing or damaged, or the dtype is unknown.
     """
     folder, step = step_folders.locate(paths.local(checkpoint, "--checkpoint"), step)
     return step_folders.newest_again(
@@ -326,7 +327,7 @@ def plan(
 def _plan(
     folder: Path, step: int | None, shard_bytes: int, dtype: str, merge: bool, base: str
 ) -> Plan:
-    """The plan of a step; the other arguments are those of `export`."""
+    """Return the plan of a step; see `export` for the other arguments."""
     kept = model_files.verify(folder).manifest
     assert kept
     if dtype and dtype not in hf_reader.NAMES:
@@ -340,8 +341,8 @@ def _plan(
         settings = lora.Settings(**described | {"targets": tuple(described["targets"])})
     if merge and not settings:
         raise ValueError(f"{folder} has no adapters: there is nothing to merge")
-    of_run = metadata.get("config") or {}
-    frozen = of_run.get("train", {}).get("freeze", ())
+    run_config = metadata.get("config") or {}
+    frozen = run_config.get("train", {}).get("freeze", ())
     model_def = freeze.choose(model_def, settings, frozen)
     rows = {row.path: row for row in model_def.moving}
     shapes = {path: row.shape(model_def.dims) for path, row in rows.items()}
@@ -357,9 +358,9 @@ def _plan(
         if dtype:
             dtypes = dict.fromkeys(dtypes, hf_reader.NAMES[dtype])
         if model_def.frozen:
-            weights = _weights(of_run, base, model_rows, model_def)
+            weights = _weights(run_config, base, model_rows, model_def)
     layout = hf_writer.layout(written, model_def.dims, dtypes, shard_bytes, single)
-    base_folder = base or of_run.get("model", {}).get("path", "")
+    base_folder = base or run_config.get("model", {}).get("path", "")
     return Plan(
         *(folder, step, metadata, arrays, model_def, settings, weights, written, dtypes, layout),
         base=Path(os.path.abspath(os.path.expanduser(base_folder))) if base_folder else None,
@@ -370,10 +371,10 @@ def _plan(
 def _weights(
     of_run: Mapping[str, Any], base: str, rows: tuple[Weight, ...], model_def: ModelDef
 ) -> pretrained.Weights:
-    """Find the weights that did not train.
+    """Open the frozen weights, which the checkpoint does not store.
 
     Raises:
-        ValueError: they are not there, or of another model.
+        ValueError: the weights are missing, or belong to another model.
     """
     path, revision = (base, "") if base else (of_run["model"][n] for n in ("path", "revision"))
     try:
@@ -394,7 +395,7 @@ def _set_dtype(config_file: Path, dtype: str) -> None:
 
 
 def _describe_adapter(planned: Plan, out: Path) -> None:
-    """Make a folder of adapters, not of a model, of what is there."""
+    """Remove unchanged model configs from an export, and write the adapter's config."""
     for name in {stop_tokens.CONFIG, stop_tokens.GENERATION} - {*planned.stops}:
         (out / name).unlink(missing_ok=True)
     model = planned.metadata["config"]["model"]
@@ -403,7 +404,7 @@ def _describe_adapter(planned: Plan, out: Path) -> None:
 
 
 class _Params(Mapping[str, BlockReader | np.ndarray]):
-    """What is written, by our paths: each opened when it is asked for."""
+    """Mapping from parameter path to the array to write, opened on access."""
 
     def __init__(self, planned: Plan):
         self._planned = planned
@@ -414,23 +415,24 @@ class _Params(Mapping[str, BlockReader | np.ndarray]):
         if peft.joined(row) != row:
             return peft.widened(planned.read(path), row)
         if path in planned.arrays:
-            # Of adapters of some layers only these are written: the others would never be read.
+            # With adapters on some layers only, a reader would never get the blocks of the other
+            # layers, and its `finish` requires all blocks. So the whole array is read at once.
             is_partly_written = planned.is_adapter and path in planned.model_def.trained
             return planned.read(path) if is_partly_written else planned.stored(path)
         assert planned.weights
-        blocks, noted = planned.weights.blocks(path), planned.metadata["frozen"]
+        blocks, recorded = planned.weights.blocks(path), planned.metadata["frozen"]
         if path in planned.model_def.packed:
-            still = block_readers.Packed(blocks, planned.model_def, path, noted)
+            frozen = block_readers.Packed(blocks, planned.model_def, path, recorded)
         else:
-            still = block_readers.Checked(blocks, noted[path], path)
+            frozen = block_readers.Checked(blocks, recorded[path], path)
         stem = path.removesuffix(".kernel") + ".lora"
         if f"{stem}.a.kernel" not in planned.arrays:
-            return still
+            return frozen
         parts = [planned.read(f"{stem}.{part}.kernel") for part in "ab"]
-        of_dora = f"{stem}.magnitude"
-        magnitude = planned.read(of_dora) if of_dora in planned.arrays else None
+        magnitude_path = f"{stem}.magnitude"
+        magnitude = planned.read(magnitude_path) if magnitude_path in planned.arrays else None
         assert planned.settings
-        return block_readers.Merged(still, row, (*parts, magnitude), planned.settings)
+        return block_readers.Merged(frozen, row, (*parts, magnitude), planned.settings)
 
     def __iter__(self) -> Iterator[str]:
         return (row.path for row in self._planned.rows)
