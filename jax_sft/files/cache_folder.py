@@ -1,4 +1,4 @@
-"""Folders of the caches of this user, and a check that nobody else can write to them."""
+"""Locate the cache folders of this user, and check that nobody else can write to them."""
 
 import grp
 import os
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from jax_sft.files import paths
 
-_UNMAPPED = 65534  # owner of a folder that a container sees and whose user it does not know
+_UNMAPPED = 65534  # how a container sees the owner of a folder if it does not know the user
 
 
 def of(cache_dir: str | os.PathLike) -> Path:
-    """Return the folder that `data.cache_dir` names, or the default one where it names none.
+    """Return the folder of `data.cache_dir`, or the default folder if it is empty.
 
     Raises:
-        ValueError: as `paths.local` and `default`.
+        ValueError: see `paths.local` and `default`.
     """
     return paths.local(cache_dir, "data.cache_dir") if os.fspath(cache_dir) else default()
 
@@ -24,14 +24,14 @@ def of(cache_dir: str | os.PathLike) -> Path:
 def default() -> Path:
     """Return $XDG_CACHE_HOME/jax_sft, or ~/.cache/jax_sft.
 
-    A user without a home folder (a container started with any user id) has a private folder beside
-    the other temporary files.
+    A user without a home folder (a container started with an arbitrary user id) gets a private
+    folder in the folder for temporary files.
 
     Raises:
-        ValueError: that folder is another user's.
+        ValueError: that folder is not a private folder of this user.
     """
     given = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(given):  # the XDG specification: a relative path is to be ignored
+    if os.path.isabs(given):  # the XDG specification says to ignore a relative path
         return Path(given) / "jax_sft"
     try:
         return Path("~/.cache/jax_sft").expanduser()
@@ -40,7 +40,7 @@ def default() -> Path:
 
 
 def _private(folder: Path) -> Path:
-    """Make a folder that only this user may enter, in one that everybody writes to."""
+    """Create a folder that only this user may enter, in a folder that all users can write to."""
     folder.mkdir(mode=0o700, exist_ok=True)
     info = folder.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
@@ -52,14 +52,14 @@ def _private(folder: Path) -> Path:
 
 
 def untrusted(folder: Path) -> str:
-    """Say why somebody else could put files into a folder, as sshd does before it reads keys.
+    """Return why another user could put files into a folder, or "". sshd checks keys like this.
 
-    The folder must belong to this user or root, and each folder above to one of them; none may be
-    writable by others, but for folders with the sticky bit such as /tmp. A group that holds this
-    user alone counts as the user.
+    The folder and every folder above it must belong to this user or root (or, above it, to an
+    unmapped user). None may be writable by others, except parents with the sticky bit such as
+    /tmp. A group with this user as its only member counts as the user.
 
     Returns:
-        The reason with the remedy; "" = nobody else could.
+        The reason with the remedy; "" = no other user could.
 
     Raises:
         OSError: a folder cannot be examined.
@@ -86,13 +86,13 @@ def _user(uid: int) -> str:
 
 
 def _is_private(gid: int) -> bool:
-    """Whether a group has no member but this user: its own group, or root's."""
+    """Whether a group is root's, or this user's own group without other members."""
     if gid == 0:
         return True
     try:
-        ours, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
     except KeyError:
         return False
     return (
-        ours.pw_gid == gid and group.gr_name == ours.pw_name and {*group.gr_mem} <= {ours.pw_name}
+        user.pw_gid == gid and group.gr_name == user.pw_name and {*group.gr_mem} <= {user.pw_name}
     )

@@ -11,18 +11,18 @@ from typing import BinaryIO
 
 def sync(path: Path) -> None:
     """Wait until a file or a folder's entries are on disk."""
-    opened = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 def write_all(stream: BinaryIO, content: bytes) -> None:
-    """Write all bytes to an unbuffered stream: one call may write less than it is given.
+    """Write all bytes to an unbuffered stream, whose `write` may write only a part.
 
     Raises:
-        OSError: the file system refused something.
+        OSError: a file operation failed.
     """
     left = memoryview(content)
     while left:
@@ -30,10 +30,10 @@ def write_all(stream: BinaryIO, content: bytes) -> None:
 
 
 def write_at(descriptor: int, content: memoryview, offset: int) -> None:
-    """Write all bytes into a file, from an offset on.
+    """Write all bytes into a file, starting at an offset.
 
     Raises:
-        OSError: the file system refused something.
+        OSError: a file operation failed.
     """
     left = content
     while left:
@@ -42,10 +42,10 @@ def write_at(descriptor: int, content: memoryview, offset: int) -> None:
 
 
 def probe_folder(folder: Path) -> None:
-    """Make the folder if it is missing, and write, sync and remove a small file in it.
+    """Create the folder if it is missing, and write, sync and remove a small file in it.
 
     Raises:
-        OSError: something of this is not possible.
+        OSError: one of these operations failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f".{uuid.uuid4().hex}.probe"

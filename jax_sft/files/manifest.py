@@ -1,7 +1,7 @@
-"""Sizes and checksums of the files of a folder, kept in the folder itself, and compared with it.
+"""Write sizes and checksums of a folder's files into the folder, and compare them later.
 
-Each process of a run writes `manifest.PROCESS.json` for the files that it wrote. Read back, they
-name every damaged, missing or foreign file; nothing foreign is ever opened but for its first bytes.
+Each process of a run writes `manifest.PROCESS.json` for its own files. A check names every damaged,
+missing or foreign file. It reads only the first bytes of a foreign file.
 """
 
 import concurrent.futures
@@ -21,7 +21,7 @@ from jax_sft.files.disk import sync
 
 SMALL = 1 << 20  # bytes; smaller files are always read whole when checked
 _NAME = re.compile(r"manifest\.(0|[1-9]\d*)\.json")
-# Orbax puts what process N writes of an array's data into ocdbt.process_N.
+# Orbax puts the array data that process N writes into ocdbt.process_N.
 _OF_PROCESS = re.compile(r"ocdbt\.process_(\d+)")
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".dill")
 _PICKLE_STARTS = (*(bytes([0x80, protocol]) for protocol in range(2, 6)), b"PK\x03\x04")
@@ -30,7 +30,7 @@ _HASHING_THREADS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What `manifest.0.json` says beside the files, and all files of all processes.
+    """Content of `manifest.0.json`, and the files of all processes.
 
     Attributes:
         arrays: {name: {"shape", "dtype", "sum"}} of a step; empty for other folders.
@@ -46,11 +46,11 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What a look at a folder found.
+    """Result of checking a folder.
 
     Attributes:
-        problems: a line for each; the folder must not be used if there is one.
-        warnings: foreign files that do no harm.
+        problems: a line for each problem; if there is any, the folder must not be used.
+        warnings: a line for each harmless foreign file.
         manifest: None if it cannot be read.
     """
 
@@ -71,23 +71,24 @@ def write(
     arrays: Mapping[str, Any] | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> int:
-    """Write the manifest of the files that are a process's own, and make both durable.
+    """Write the manifest of the files that a process owns, and make files and manifest durable.
 
-    Of the first process are all files but those in `ocdbt.process_N` of another N.
+    Process 0 owns every file except those under another process's `ocdbt.process_N`.
 
     Args:
         hashes: {path: sha256} of files that were hashed when they were written.
 
     Returns:
-        Bytes of these files.
+        Total bytes of these files.
 
     Raises:
-        OSError: the file system refused something.
+        OSError: a file operation failed.
     """
     sizes, problems = scan(folder)
     if problems:
         raise OSError(f"{folder} changed while it was written: {problems[0]}")
     own = [path for path in sizes if owner(path) == process and not _NAME.fullmatch(path)]
+    # Sync the files first, so that a manifest on disk lists only files that are on disk.
     for path in own:
         sync(folder / path)
     known = dict(hashes or {})
@@ -108,13 +109,13 @@ def write(
 
 
 def owner(path: str) -> int:
-    """Return the process that lists a file of a step."""
-    found = next(filter(None, map(_OF_PROCESS.fullmatch, PurePosixPath(path).parts)), None)
-    return int(found[1]) if found else 0
+    """Return the process that owns a file of a step, and lists it in its manifest."""
+    match = next(filter(None, map(_OF_PROCESS.fullmatch, PurePosixPath(path).parts)), None)
+    return int(match[1]) if match else 0
 
 
 def scan(folder: Path) -> tuple[dict[str, int], list[str]]:
-    """Return ({path of each regular file: bytes}, what is no file or folder)."""
+    """Return ({path of each regular file: bytes}, a line per entry that is no file or folder)."""
     sizes, problems = {}, []
     folders = [folder]
     while folders:
@@ -125,8 +126,8 @@ def scan(folder: Path) -> tuple[dict[str, int], list[str]]:
                     problems.append(f"{path} is a symbolic link to {os.readlink(entry.path)}")
                 elif entry.is_dir():
                     folders.append(Path(entry.path))
-                elif stat.S_ISREG((found := entry.stat(follow_symlinks=False)).st_mode):
-                    sizes[path] = found.st_size
+                elif stat.S_ISREG((status := entry.stat(follow_symlinks=False)).st_mode):
+                    sizes[path] = status.st_size
                 else:
                     problems.append(f"{path} is neither a file nor a folder")
     return sizes, problems
@@ -136,7 +137,7 @@ def read(folder: Path) -> Manifest:
     """Read the manifests of all processes of a folder.
 
     Raises:
-        ValueError: one is missing, damaged, or says what it must not.
+        ValueError: a manifest is missing, damaged or invalid.
     """
     first, process = _read_one(folder, 0), 0
     files, file_of = {}, {}
@@ -180,8 +181,8 @@ def check(
     """Compare a folder with its manifests.
 
     Args:
-        hashes: read every file; otherwise sizes, and only files below SMALL bytes are read.
-        part: (i, n): read every n-th of the files, from the i-th on.
+        hashes: read every file; otherwise compare sizes, and read only files below SMALL bytes.
+        part: (i, n): read every n-th file, starting with the i-th.
         progress: name of a progress bar; "" = none.
     """
     try:
@@ -203,24 +204,24 @@ def check(
     problems += changed
     read_whole = [path for path in same_size if hashes or sizes[path] < SMALL]
     try:
-        found = sha256_of(folder, read_whole[part[0] :: part[1]], progress)
+        hashed = sha256_of(folder, read_whole[part[0] :: part[1]], progress)
     except OSError as error:
         return Check((*problems, f"a file cannot be read: {error}"), tuple(warnings), manifest)
     problems += [
         f"{path} is damaged: its sha256 is not that in {manifest.file_of[path]}"
-        for path, sha256 in found.items()
+        for path, sha256 in hashed.items()
         if sha256 != manifest.files[path][1]
     ]
     return Check(tuple(problems), tuple(warnings), manifest)
 
 
 def _is_manifest(path: str, num_processes: int) -> bool:
-    found = _NAME.fullmatch(path)
-    return bool(found) and int(found[1]) < num_processes
+    match = _NAME.fullmatch(path)
+    return bool(match) and int(match[1]) < num_processes
 
 
 def _pickle(file: Path) -> str:
-    """Say why a file may be one that runs code when it is unpickled; "" = it is none."""
+    """Return why a file may be a pickle, which could run code when read, or ""."""
     if file.name.endswith(_PICKLES):
         return "it has the name of a pickle file, which can run code when read"
     with open(file, "rb") as stream:
@@ -233,38 +234,38 @@ def _pickle(file: Path) -> str:
 def compare_sizes(
     wanted: Mapping[str, tuple[int, str]], sizes: Mapping[str, int]
 ) -> tuple[list[str], list[str]]:
-    """Compare files with a list of them; return (those of the right size, problems).
+    """Compare file sizes with a manifest; return (paths with the right size, problems).
 
     Args:
         wanted: {path: (bytes, sha256)}.
         sizes: {path: bytes} of the files that exist.
     """
-    same, problems = [], []
+    same_size, problems = [], []
     for path, (size, _) in wanted.items():
         if path not in sizes:
             problems.append(f"{path} is missing ({size} bytes)")
         elif sizes[path] != size:
-            what = "truncated" if sizes[path] < size else "longer than it was"
-            problems.append(f"{path} is {what}: {sizes[path]} bytes, not {size}")
+            description = "truncated" if sizes[path] < size else "longer than it was"
+            problems.append(f"{path} is {description}: {sizes[path]} bytes, not {size}")
         else:
-            same.append(path)
-    return same, problems
+            same_size.append(path)
+    return same_size, problems
 
 
 def sha256_of(folder: Path, paths: Iterable[str], progress: str = "") -> dict[str, str]:
-    """Return {path: sha256} of files of a folder, several at a time.
+    """Return {path: sha256} of files of a folder, hashed in several threads.
 
     Raises:
-        OSError: one cannot be read.
+        OSError: a file cannot be read.
     """
     paths = list(paths)
     bar = tqdm(total=len(paths), desc=progress, unit="file", delay=1, disable=not progress)
-    found = {}
+    hashes = {}
     with bar, concurrent.futures.ThreadPoolExecutor(_HASHING_THREADS) as pool:
         for path, sha256 in zip(paths, pool.map(_sha256, (folder / p for p in paths)), strict=True):
-            found[path] = sha256
+            hashes[path] = sha256
             bar.update()
-    return found
+    return hashes
 
 
 def _sha256(file: Path) -> str:

@@ -1,8 +1,9 @@
-"""Folders and files that a user asks for: where they may be, and what they may replace.
+"""Check and write output folders and files: where they may be, and what they may replace.
 
-Every program that takes an output path asks here. Nothing is removed but what our programs wrote
-and nobody changed, known by its SHA256SUMS (`sums`); a new folder is complete before an old one
-goes. A killed program's unfinished folder is removed by the next one that writes to the same place.
+Every program that accepts an output path calls this. It removes only unchanged outputs of jax_sft
+programs, recognized by their SHA256SUMS (`sums`). A new folder is complete before it replaces an
+old one. The next program that writes to the same path removes the unfinished folder of a killed
+one.
 """
 
 import contextlib
@@ -24,13 +25,13 @@ from jax_sft.files.disk import sync
 from jax_sft.runtime.text import at_most
 
 EXPORT, CONVERSION = "export", "conversion"
-_OWNER = "owner.json"  # in the folder that an unfinished output is written in
+_OWNER = "owner.json"  # in the staging folder of an unfinished output
 _NEW, _OLD = "new", "old"
 _RUN = "the folder of a run"
-_RUN_FILES = ("run.lock", "metrics.jsonl", "data_report.json")  # the first as soon as it starts
+_RUN_FILES = ("run.lock", "metrics.jsonl", "data_report.json")  # a starting run has run.lock
 _SHOWN = 5  # files named in a message
 _MOST_NAME_BYTES = 200
-_SPARE_BYTES = 100_000_000  # for tokenizer files and headers
+_SPARE_BYTES = 100_000_000  # reserve for tokenizer files and headers
 _MOST_CONFIG_BYTES = 16 << 20
 _MODEL_FILES = (
     *("model.safetensors", "model.safetensors.index.json"),
@@ -40,11 +41,11 @@ _MODEL_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A folder that may be written.
+    """An output folder that may be written.
 
     Attributes:
-        out: all links resolved.
-        stamps: of the files of an older output that is to be replaced: they change with them.
+        out: path with all links resolved.
+        stamps: stamps of the files of an older output to be replaced, see `_stamps`.
     """
 
     out: Path
@@ -65,20 +66,20 @@ def check(
     quick: bool = False,
     remedy: str = "Choose another folder",
 ) -> Place:
-    """Decide whether a folder may be written.
+    """Check that an output folder may be written.
 
-    It may be if it is new or empty, or, with `overwrite`, if all that it holds was written by the
-    same kind of program and is unchanged.
+    The folder may be new or empty. With `overwrite`, it may also hold an unchanged output of the
+    same kind and nothing else.
 
     Args:
         kind: EXPORT or CONVERSION.
-        reads: folders that are read for it, such as the checkpoints and the base model.
-        key: the option that named it.
-        quick: compare names and sizes of an older output, and leave the contents for later.
-        remedy: for a folder that holds something else.
+        reads: folders that are read for the output, such as the checkpoints and the base model.
+        key: the option that named the folder.
+        quick: compare only names and sizes of an older output, and check the contents later.
+        remedy: advice in the message about a folder that holds something else.
 
     Raises:
-        ValueError: it may not; why, and what to do.
+        ValueError: the folder may not be written; the message says why and what to do.
     """
     path = paths.local(path, key)
     out = Path(os.path.realpath(path))
@@ -86,7 +87,7 @@ def check(
     try:
         if os.path.lexists(out) and not out.is_dir():
             raise ValueError(f"{shown} is a file: choose another name for the folder")
-        _refuse_place(out, shown, [Path(os.path.realpath(each)) for each in reads])
+        _refuse_place(out, shown, [Path(os.path.realpath(folder)) for folder in reads])
         if not out.is_dir() or not _entries(out):
             return Place(out, kind)
         stamps = _stamps(out)
@@ -104,14 +105,14 @@ def check(
 
 
 def claim(path: str | Path, mark: str, key: str) -> Path:
-    """Make a folder for a program's own use, in which it may remove what it likes.
+    """Create a folder for a program's own use, in which it may remove any file.
 
     Args:
-        mark: the file that tells such a folder from others.
-        key: the option that named it.
+        mark: name of the file that marks such a folder.
+        key: the option that named the folder.
 
     Raises:
-        ValueError: the folder holds something else, or cannot be made.
+        ValueError: the folder holds something else, or cannot be created.
     """
     folder = paths.local(path, key)
     try:
@@ -128,10 +129,10 @@ def claim(path: str | Path, mark: str, key: str) -> Path:
 
 
 def check_room(out: Path, nbytes: int) -> None:
-    """Make the folder that an output is to be in, and compare its size with the free space.
+    """Create the parent folder of an output, and check that the output fits in the free space.
 
     Raises:
-        ValueError: the folder cannot be made, or there is no room.
+        ValueError: the folder cannot be created, or has too little free space.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -145,14 +146,14 @@ def check_room(out: Path, nbytes: int) -> None:
 
 
 def check_file(path: str | Path, is_ours: Callable[[bytes], bool], key: str) -> Path:
-    """Decide whether a file may be written; return it, with all links resolved.
+    """Check that an output file may be written; return its path with all links resolved.
 
     Args:
-        is_ours: whether a file that begins so was written by the same program.
-        key: the option that named it.
+        is_ours: whether a file with these first bytes was written by the same program.
+        key: the option that named the file.
 
     Raises:
-        ValueError: it may not; why.
+        ValueError: the file may not be written; the message says why.
     """
     path = paths.local(path, key)
     out = Path(os.path.realpath(path))
@@ -176,13 +177,13 @@ def check_file(path: str | Path, is_ours: Callable[[bytes], bool], key: str) -> 
 
 
 def write_file(file: Path, parts: Iterable[str]) -> None:
-    """Write a text file that appears when it is complete.
+    """Write a text file that appears only when it is complete.
 
     Args:
-        file: what `check_file` returned.
+        file: path that `check_file` returned.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: the file cannot be written.
     """
     unfinished = file.with_name(f"{_prefix(file)}{secrets.token_hex(4)}")
     try:
@@ -197,15 +198,15 @@ def write_file(file: Path, parts: Iterable[str]) -> None:
 
 
 def is_page(start: bytes) -> bool:
-    """Whether a file that begins so is an HTML page of a program of ours."""
+    """Whether a file with these first bytes is an HTML page of a jax_sft program."""
     return b'<meta name="generator" content="jax_sft">' in start
 
 
 def _refuse_place(out: Path, shown: str, reads: Iterable[Path]) -> None:
-    """Refuse a place that is, holds or lies in something that must stay as it is.
+    """Refuse an output path that is, contains or is in something that must not change.
 
     Raises:
-        ValueError: it is.
+        ValueError: the path is refused; the message says why.
     """
     home = os.path.expanduser("~")
     is_home = os.path.isabs(home) and Path(os.path.realpath(home)).is_relative_to(out)
@@ -217,18 +218,20 @@ def _refuse_place(out: Path, shown: str, reads: Iterable[Path]) -> None:
         if folder.is_relative_to(out):
             verb = "is" if folder == out else "holds"
             raise ValueError(f"{shown} {verb} {folder}, which is read: choose another folder")
-    if (what := _describe(out)) and not sums.read(out):
-        raise ValueError(f"{shown} is {what}: choose another folder")
+    if (description := _describe(out)) and not sums.read(out):
+        raise ValueError(f"{shown} is {description}: choose another folder")
     for parent in out.parents:
-        what = _describe(parent)
-        if what == _RUN:
-            return  # exports may be there; what the run itself is in does not matter
-        if what:
-            raise ValueError(f"{shown} is in {what}, {parent}: choose a folder outside of it")
+        description = _describe(parent)
+        if description == _RUN:
+            return  # a run may contain exports; the parents of the run do not matter
+        if description:
+            raise ValueError(
+                f"{shown} is in {description}, {parent}: choose a folder outside of it"
+            )
 
 
 def _describe(folder: Path) -> str:
-    """Say what a folder is that is a run's, or that nothing else belongs into; "" = neither."""
+    """Return what a folder that belongs to a run, model or output is; "" = none of these."""
     if _is_run(folder):
         return _RUN
     if _is_checkpoints(folder):
@@ -272,10 +275,10 @@ def _is_model(folder: Path) -> bool:
 
 
 def _unlike_ours(folder: Path, kind: str, quick: bool) -> str:
-    """Say why a folder that is not empty cannot be replaced; "" = it can.
+    """Return why a folder that is not empty cannot be replaced, or "" if it can.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the folder cannot be read.
     """
     old = sums.read(folder)
     if old and old.kind != kind:
@@ -301,22 +304,25 @@ def _listed(lines: Sequence[str]) -> str:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """List a folder, without unfinished outputs of ours."""
+    """List a folder without unfinished jax_sft outputs."""
     return sorted(path for path in folder.iterdir() if not _is_unfinished(path))
 
 
 def _stamps(folder: Path) -> frozenset[tuple[Any, ...]]:
-    """Return of each file what changes when the file does, and cannot be set by its owner."""
+    """Return (path, inode, size and ctime) of each file.
+
+    Unlike mtime, ctime changes with the file and cannot be set by its owner.
+    """
     stamps = []
     for root, folders, files in os.walk(folder):
         if root == str(folder):
             folders[:] = [name for name in folders if not _is_unfinished(folder / name)]
         for name in (*folders, *files):
             path = os.path.join(root, name)
-            found = os.lstat(path)
-            is_folder = stat.S_ISDIR(found.st_mode)
+            status = os.lstat(path)
+            is_folder = stat.S_ISDIR(status.st_mode)
             stamps.append(
-                (path, found.st_ino, not is_folder and (found.st_size, found.st_ctime_ns))
+                (path, status.st_ino, not is_folder and (status.st_size, status.st_ctime_ns))
             )
     return frozenset(stamps)
 
@@ -329,11 +335,11 @@ def unfinished(out: Path, say: Callable[[str], object] = print) -> Iterator[Path
     """Yield a new folder to write an output in, for `put_in_place`; it is removed at the end.
 
     Args:
-        out: of a Place.
-        say: takes a line about what a killed program left.
+        out: `Place.out`.
+        say: called with a line about the leftovers of killed programs.
 
     Raises:
-        OSError: the file system refused something.
+        OSError: a file operation failed.
     """
     remove_leftovers(out, say)
     staging = _beside(out) / f"{_prefix(out)}{secrets.token_hex(4)}"
@@ -347,14 +353,14 @@ def unfinished(out: Path, say: Callable[[str], object] = print) -> Iterator[Path
 
 
 def put_in_place(new: Path, place: Place) -> None:
-    """Give a complete folder its name, in the place of an older output that is as it was written.
+    """Rename a complete folder to its final name, replacing an unchanged older output.
 
     Args:
-        new: what `unfinished` gave, with its SHA256SUMS.
+        new: the folder that `unfinished` yielded, with its SHA256SUMS.
 
     Raises:
-        ValueError: somebody changed the older output, or took the name, since `check`.
-        OSError: the file system refused something; what had the name still has it.
+        ValueError: since `check`, the older output was changed, or the name was taken.
+        OSError: a file operation failed; the older output still has the name.
     """
     out, staging = place.out, new.parent
     is_inside = staging.parent == out
@@ -366,11 +372,13 @@ def put_in_place(new: Path, place: Place) -> None:
     if is_inside:
         _move_inside(new, out)
         return
+    # A program killed between the two renames leaves the old output in its staging folder, from
+    # which the next program's `remove_leftovers` puts it back.
     old = staging / _OLD
     if place.stamps and out.is_dir():
         os.rename(out, old)
     try:
-        os.rename(new, out)  # also over an empty folder
+        os.rename(new, out)  # also replaces an empty folder
     except OSError as error:
         if old.exists() and not out.exists():
             os.rename(old, out)
@@ -381,27 +389,30 @@ def put_in_place(new: Path, place: Place) -> None:
 
 
 def _move_inside(new: Path, out: Path) -> None:
-    """Move the files of an output into a folder that cannot be renamed itself: a mount point."""
+    """Move the files of an output into a folder that cannot be replaced by renaming.
+
+    Such a folder is a mount point, or its parent is not writable.
+    """
     old = new.parent / _OLD
     old.mkdir()
-    names = sorted(new.iterdir(), key=lambda path: path.name == sums.NAME)  # the last of all
-    with contextlib.ExitStack() as undo:  # whatever ends this early, a request to stop included
-        for path, to in [*((p, old) for p in _entries(out)), *((p, out) for p in names)]:
-            os.rename(path, to / path.name)
-            undo.callback(os.rename, to / path.name, path)
+    names = sorted(new.iterdir(), key=lambda path: path.name == sums.NAME)  # SHA256SUMS last
+    with contextlib.ExitStack() as undo:  # after any exception, also from a request to stop
+        for path, target in [*((p, old) for p in _entries(out)), *((p, out) for p in names)]:
+            os.rename(path, target / path.name)
+            undo.callback(os.rename, target / path.name, path)
         undo.pop_all()
     sync(out)
 
 
 def remove_leftovers(out: Path, say: Callable[[str], object] = print) -> None:
-    """Remove what killed programs left of the outputs that they were writing to this place.
+    """Remove the unfinished outputs that killed programs were writing to this path.
 
     Args:
-        out: of a Place.
-        say: takes a line for each.
+        out: `Place.out`.
+        say: called with a line about each.
 
     Raises:
-        OSError: the file system refused something.
+        OSError: a file operation failed.
     """
     for folder in (out.parent, out):
         names = os.listdir(folder) if folder.is_dir() and os.access(folder, os.R_OK) else []
@@ -423,10 +434,10 @@ def _remove_staging(staging: Path, out: Path) -> bool:
         restored = True
     elif old.is_dir():
         if not sums.read(out):
-            return False  # `_move_inside` was killed: parts of the old output are in both
+            return False  # `_move_inside` was killed: `old` and `out` both have a part
         _remove_listed(old)
     shutil.rmtree(staging / _NEW, ignore_errors=True)
-    with contextlib.suppress(OSError):  # what is in it that we did not write stays
+    with contextlib.suppress(OSError):  # foreign files in it stay
         if os.listdir(staging) == [_OWNER]:
             (staging / _OWNER).unlink()
         staging.rmdir()
@@ -434,20 +445,20 @@ def _remove_staging(staging: Path, out: Path) -> bool:
 
 
 def _remove_listed(folder: Path) -> None:
-    """Remove the files of an old output that its SHA256SUMS lists; others stay."""
-    found = sums.read(folder)
-    inner = {folder}
+    """Remove the files that the SHA256SUMS of an old output lists; other files stay."""
+    listing = sums.read(folder)
+    folders = {folder}
     with contextlib.suppress(OSError):
-        for path in found.files if found else ():
+        for path in listing.files if listing else ():
             (folder / path).unlink(missing_ok=True)
-            inner |= {folder / parent for parent in Path(path).parents}
+            folders |= {folder / parent for parent in Path(path).parents}
         (folder / sums.NAME).unlink(missing_ok=True)
-        for path in sorted(inner, reverse=True):
+        for path in sorted(folders, reverse=True):
             path.rmdir()
 
 
 def _beside(out: Path) -> Path:
-    """Return the folder to write an unfinished output in: on the same file system, writable."""
+    """Return a writable folder on the same file system, to write an unfinished output in."""
     if out.is_dir() and (_is_mount(out) or not os.access(out.parent, os.W_OK)):
         return out
     return out.parent
@@ -459,17 +470,18 @@ def _is_mount(folder: Path) -> bool:
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:  # no /proc
         return os.path.ismount(folder)
-    # Bind mounts, as containers have them, are on the same device as what they are in.
+    # os.path.ismount misses bind mounts, which containers use: they are on the device of their
+    # parent folder.
     return any(line.split()[4] == str(folder) for line in mounts.splitlines())
 
 
 def _prefix(out: Path) -> str:
-    """Return how the names of unfinished outputs of a place begin."""
+    """Return the prefix of the names of unfinished outputs of a path."""
     return f".{os.fsdecode(os.fsencode(out.name)[:_MOST_NAME_BYTES])}.jax_sft-"
 
 
 def _is_unfinished(path: Path) -> bool:
-    """Whether a folder is what `unfinished` makes."""
+    """Whether a folder is a staging folder that `unfinished` created."""
     is_named = re.fullmatch(r"\..*\.jax_sft-[0-9a-f]{8}", path.name, re.DOTALL)
     return bool(is_named) and not path.is_symlink() and os.path.isfile(path / _OWNER)
 
@@ -477,12 +489,12 @@ def _is_unfinished(path: Path) -> bool:
 def _is_dead(staging: Path, out: Path) -> bool:
     """Whether the program that wrote an unfinished output has ended."""
     try:
-        found = json.loads((staging / _OWNER).read_bytes())
+        description = json.loads((staging / _OWNER).read_bytes())
     except (ValueError, OSError, RecursionError):
         return False
-    if not isinstance(found, dict) or found.get("out") != out.name:
+    if not isinstance(description, dict) or description.get("out") != out.name:
         return False
-    running = owner.is_running(found)
+    running = owner.is_running(description)
     if running is None:  # on another host, or in another container
         files = (staging / _OWNER, *(staging / _NEW).rglob("*"))
         newest = max(path.lstat().st_mtime for path in files)

@@ -1,7 +1,7 @@
-"""Which process something belongs to, and whether that process still runs.
+"""Describe the process that owns a file, and check whether that process still runs.
 
-`outputs` keeps a description as JSON beside an unfinished output; `run_lock` judges the holder of a
-workdir.
+`outputs` stores a description as JSON next to an unfinished output. `run_lock` checks the holder of
+a workdir.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ DAY_S = 86_400
 
 
 def this_process() -> dict[str, Any]:
-    """Describe this process so that another one can tell whether it still runs."""
+    """Describe this process so that another one can check whether it still runs."""
     pid = os.getpid()
     return {
         "host": socket.gethostname(),
@@ -28,7 +28,7 @@ def this_process() -> dict[str, Any]:
 
 
 def is_running(owner: dict[str, Any]) -> bool | None:
-    """Whether the process of a description runs; None = it cannot be seen from here."""
+    """Whether the process of a description runs; None = not visible from this process."""
     if owner.get("host") != socket.gethostname() or owner.get("where") != _where():
         return None
     return runs(owner.get("pid"), owner.get("started"))
@@ -43,12 +43,12 @@ def runs(pid: Any, start: Any) -> bool | None:
     """Whether a process of this machine runs; None = not known.
 
     Args:
-        start: when it was started, see `started`: process ids are used again.
+        start: its start time, see `started`; distinguishes reused process ids.
     """
     if not isinstance(pid, int) or not 0 < pid < 1 << 31:
         return False
     try:
-        with contextlib.suppress(PermissionError):  # another user's
+        with contextlib.suppress(PermissionError):  # the process of another user
             os.kill(pid, 0)
     except ProcessLookupError:
         return False
@@ -57,19 +57,19 @@ def runs(pid: Any, start: Any) -> bool | None:
 
 
 def started(pid: int) -> str | None:
-    """When a process was started, in ticks since the boot; "" = it has ended; None = not known."""
+    """Return when a process started, in ticks since boot; "" = it has ended; None = not known."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:  # no /proc
         return None
-    state, *fields = text.rpartition(")")[2].split()  # the name before it may hold anything
+    state, *fields = stat.rpartition(")")[2].split()  # the name before ")" may contain anything
     return "" if state in "ZX" else fields[18]
 
 
 def machine() -> str:
     """Return an id of this boot of the machine and of the namespace of its process ids.
 
-    Process ids mean nothing outside of these. "" = not known.
+    Process ids are only valid within both. "" = not known.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -79,5 +79,5 @@ def machine() -> str:
 
 
 def _where() -> str:
-    """`machine` as it is written in descriptions."""
+    """Return `machine()` in the form that is stored in descriptions."""
     return re.sub(r" \D*(\d*)\D*", r"-\1", machine())

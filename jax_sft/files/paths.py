@@ -1,27 +1,27 @@
-"""Paths that a user gave: in a config key or an option of any program.
+"""Convert paths given by a user, in a config key or an option of any program.
 
-`local` is the one place that expands `~`, resolves relative paths and refuses what is no path of
-this machine. It is called where a text becomes a path, before any work.
+Only `local` expands `~`, resolves relative paths and refuses texts that are not local paths. It is
+called where a text becomes a path, before any work.
 """
 
 import os
 import re
 from pathlib import Path
 
-# A URL, also after `Path` has made one slash of two; a folder of such a name is ./NAME:/...
+# A URL, even after `Path` has collapsed its two slashes. A folder with such a name is ./NAME:/...
 _URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+:/")
-_MOST_BYTES = 255  # of one name, on every file system of Linux
-_MOST_PATH_BYTES = 3800  # Linux takes 4095, and what is written below a folder has to fit
+_MOST_BYTES = 255  # longest file name, on every Linux file system
+_MOST_PATH_BYTES = 3800  # Linux allows 4095; leaves room for the files below a folder
 
 
 def local(text: str | os.PathLike, key: str) -> Path:
     """Return the absolute path of a file or folder that a user named.
 
-    `~` and `~user` are expanded, a relative path is one below the working folder; links and `..`
-    stay as they are. Nothing is looked up: the path need not exist, and may be a glob.
+    `~` and `~user` are expanded, and a relative path is resolved against the working folder. Links
+    and `..` are kept. The path is not looked up: it need not exist, and may be a glob.
 
     Args:
-        key: of the config, or the option, as the user writes it: `--workdir`, `model.path`.
+        key: the config key or option as the user writes it: `model.path`, `--workdir`.
 
     Raises:
         ValueError: an empty text, a URL, a NUL byte, a name or a path that is too long, or a home
@@ -44,7 +44,7 @@ def local(text: str | os.PathLike, key: str) -> Path:
         )
     try:
         path = Path(text).expanduser().absolute()
-    except RuntimeError as error:  # pathlib's, where there is no such user or no HOME
+    except RuntimeError as error:  # from pathlib if there is no such user or no HOME
         name = text.partition("/")[0]
         raise ValueError(
             f"{given}: the home folder {name} is not known here: "

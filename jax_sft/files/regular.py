@@ -1,6 +1,6 @@
-"""Open regular files only: reading a FIFO, a device or a socket may never end.
+"""Open regular files only, as reading a FIFO, a device or a socket may never end.
 
-Called wherever a file that somebody else made is read.
+Called wherever a file from another source is read.
 """
 
 import errno
@@ -21,8 +21,8 @@ def open_regular(file: str | os.PathLike, *, follow: bool = True) -> io.Buffered
         follow: whether the file may be a link.
 
     Raises:
-        ValueError: it is not a regular file.
-        OSError: it cannot be opened.
+        ValueError: the file is not a regular file.
+        OSError: the file cannot be opened.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
@@ -30,7 +30,7 @@ def open_regular(file: str | os.PathLike, *, follow: bool = True) -> io.Buffered
     except OSError as error:
         if error.errno == errno.ELOOP and not follow:
             raise ValueError(f"{file} is a link, not a regular file") from error
-        if error.errno == errno.ENXIO:  # Linux's answer for a socket
+        if error.errno == errno.ENXIO:  # how Linux reports a socket
             raise ValueError(f"{file} is a socket, not a regular file") from error
         raise
     try:

@@ -1,5 +1,6 @@
-"""The small files of a workdir: whole or not there, never written through a link, never the end of
-a run. What cannot be written is said once, kept, and tried again.
+"""Write the small files of a workdir: completely or not at all, and never through a link.
+
+A failed write never ends the run. It is reported once, and the content is kept and written later.
 """
 
 import json
@@ -12,21 +13,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-MOST_WAITING = 10_000  # lines of metrics that are kept while they cannot be written
+MOST_WAITING = 10_000  # lines of metrics that are kept while the file cannot be written
 
 Say = Callable[[str], object]
 
 
 def replace(file: Path, content: bytes) -> None:
-    """Put a whole file in the place of what has its name; a link is replaced, not followed.
+    """Write a file and rename it over an existing one; a link is replaced, not followed.
 
     Raises:
-        OSError: the file system refused something; what was there stays.
+        OSError: a file operation failed; the existing file is unchanged.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(unfinished, "xb") as stream:  # never one that exists, nor a link
+        with open(unfinished, "xb") as stream:  # fails for an existing file or link
             stream.write(content)
         os.replace(unfinished, file)
     finally:
@@ -34,7 +35,7 @@ def replace(file: Path, content: bytes) -> None:
 
 
 class Record:
-    """config.json and data_report.json of a run, which are written whole.
+    """The files config.json and data_report.json of a run.
 
     Args:
         folder: the workdir.
@@ -47,12 +48,12 @@ class Record:
         self._failed: set[str] = set()
 
     def write(self, name: str, found: Mapping[str, Any]) -> None:
-        """Write a file as JSON, now or, if that fails, with a later `mend`."""
+        """Write a file as JSON now; if that fails, a later `mend` writes it."""
         self._files[name] = (json.dumps(found, indent=2) + "\n").encode()
         self._try(name)
 
     def mend(self) -> None:
-        """Write again what could not be written, or is gone."""
+        """Write the files again that could not be written or were removed."""
         gone = [n for n in self._files if not os.path.lexists(self._folder / n)]
         if removed := [name for name in gone if name not in self._failed]:
             self._say(f"WARNING {', '.join(removed)} in {self._folder} were removed: written again")
@@ -73,10 +74,10 @@ class Record:
 
 
 class Jsonl:
-    """metrics.jsonl: one JSON object per logged step, on disk before the next one.
+    """The file metrics.jsonl: one JSON object per logged step, written before the next step.
 
-    Lines of lost steps (past `start_step`) are removed when it is opened, lines that cannot be read
-    are set aside in FILE.damaged, and so is what is no file.
+    Opening it removes the lines of lost steps (past `start_step`) and moves damaged lines to
+    FILE.damaged. Anything that is not a regular file is renamed to FILE.damaged.
     """
 
     def __init__(self, file: Path, start_step: int, say: Say = print):
@@ -84,12 +85,12 @@ class Jsonl:
         self._opened = -1
         self._is_clean = self._is_troubled = False
         self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
-        self._written = 0  # bytes of the first of them
+        self._written = 0  # bytes of the first waiting line that are written
         self._flush()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one line, on disk before the next step."""
-        # JSON has no NaN: a window of steps of which none was applied has no loss.
+        """Write one line before the next step."""
+        # JSON has no NaN. The loss is NaN if no step since the last line was applied.
         finite = {key: v if math.isfinite(v) else None for key, v in metrics.items()}
         if len(self._waiting) == MOST_WAITING:
             self._written = 0
@@ -97,7 +98,7 @@ class Jsonl:
         self._flush()
 
     def close(self) -> None:
-        """Write what could not be written before, and close the file."""
+        """Write the waiting lines, and close the file."""
         self._flush()
         if self._waiting:
             self._say(f"WARNING {len(self._waiting)} lines of {self._file} could not be written")
@@ -127,17 +128,17 @@ class Jsonl:
         self._is_troubled = False
 
     def _prepare(self) -> None:
-        """Have the file open that has the name: another one if it was removed or replaced."""
+        """Open the file; open it again if the open file was removed or replaced."""
         if not self._is_clean:
             _clean(self._file, self._start, self._say)
             self._is_clean = True
         if self._opened >= 0:
-            here = os.fstat(self._opened)
+            opened = os.fstat(self._opened)
             try:
-                there = os.lstat(self._file)
+                current = os.lstat(self._file)
             except FileNotFoundError:
-                there = None
-            if there and (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
+                current = None
+            if current and (current.st_dev, current.st_ino) == (opened.st_dev, opened.st_ino):
                 return
             self._say(f"WARNING {self._file} was removed or replaced: a new one begins here")
             os.close(self._opened)
@@ -148,7 +149,7 @@ class Jsonl:
 
 
 def _clean(file: Path, start_step: int, say: Say) -> None:
-    """Leave the lines of the steps up to `start_step`, and nothing else.
+    """Keep only the lines of steps up to `start_step`.
 
     Raises:
         OSError: the file cannot be read or written.
@@ -188,10 +189,10 @@ def _free_name(path: Path) -> Path:
 
 
 def _step_of(line: bytes) -> float | None:
-    """The step of a line; None if it has none, or is not whole."""
+    """Return the step of a line; None if it has none, or is not complete JSON."""
     try:
-        found = json.loads(line.decode())
+        record = json.loads(line.decode())
     except (ValueError, RecursionError):  # not UTF-8, or not JSON
         return None
-    step = found.get("step") if isinstance(found, dict) else None
+    step = record.get("step") if isinstance(record, dict) else None
     return step if isinstance(step, int | float) and not isinstance(step, bool) else None

@@ -1,8 +1,8 @@
-"""One run per workdir at a time: `run.lock` there names its holder and shows that it is alive.
+"""Allow one run per workdir at a time: `run.lock` names its holder and shows that it is alive.
 
-Process 0 of a run takes it and refreshes it. It is stale when its process is gone from this machine
-or, where that cannot be seen (another host, another container), when it was not refreshed while a
-newcomer watched. No clocks are compared, and no locks of the file system are needed.
+Process 0 of a run takes the lock and refreshes it. The lock is stale if its process is gone from
+this machine. If that cannot be seen (another host or container), it is stale if it was not
+refreshed while a newcomer watched. No clocks are compared, and no file system locks are needed.
 """
 
 import dataclasses
@@ -21,19 +21,20 @@ from jax_sft.files import owner
 
 NAME = "run.lock"
 BEAT_S = 5.0
-WATCH_S = 30.0  # a holder that was not heard of for so long has lost the lock
-# For a holder to end by itself: one whose launcher was killed, or, where the launcher has started
-# this run again, its predecessor on another host that was cut off.
+WATCH_S = 30.0  # a holder that does not refresh the lock for this long has lost it
+# Time for a live holder to end by itself. GRACE_S is for a holder whose launcher was killed.
+# RESTART_S applies if the launcher has restarted this run: the holder may be the previous attempt,
+# on another host that was cut off.
 GRACE_S, RESTART_S = 2.0, 120.0
-_MOST_S = 300.0  # for a newcomer among others that take over from each other
-_SIZE = 4096  # read of a lock file at most
+_MOST_S = 300.0  # limit of a newcomer's wait while others take over from each other
+_SIZE = 4096  # bytes of a lock file that are read at most
 
 
-_held: list["RunLock"] = []  # of this process
+_held: list["RunLock"] = []  # locks that this process holds
 
 
 class Refused(ValueError):
-    """Another run has the workdir."""
+    """Another run holds the lock of the workdir."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +42,10 @@ class Holder:
     """The process that holds a lock.
 
     Attributes:
-        started: of the process, in ticks since the machine started; tells reused ids apart.
-        machine: id of this start of the machine and of its process ids; "" = not known.
+        started: start time of the process in ticks since boot; distinguishes reused process ids.
+        machine: id of the boot and of the namespace of process ids; "" = not known.
         time: when the lock was taken, for people to read.
-        token: of this lock alone.
+        token: unique id of this lock.
     """
 
     host: str
@@ -62,12 +63,12 @@ class RunLock:
     """The lock of a workdir; a context manager that takes and releases it.
 
     Args:
-        folder: the workdir; it exists.
+        folder: the workdir, which must exist.
         say: prints a line.
 
     Raises:
-        Refused: on entering, another run holds it.
-        OSError: on entering, it cannot be written.
+        Refused: on entering, if another run holds the lock.
+        OSError: on entering, if the lock cannot be written.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], object] = print):
@@ -88,7 +89,7 @@ class RunLock:
         self.release()
 
     def release(self) -> None:
-        """Remove the lock if it is still this run's."""
+        """Remove the lock if this run still holds it."""
         self._closing.set()
         if self in _held:
             _held.remove(self)
@@ -101,13 +102,13 @@ class RunLock:
             self._say(f"WARNING {self._path} could not be removed: {error}")
 
     def check(self, look: bool = False) -> None:
-        """Refuse to go on once another run has taken over, while this process was suspended.
+        """Refuse to continue if another run took over while this process was suspended.
 
         Args:
-            look: read the lock now; otherwise what was seen at most BEAT_S ago counts.
+            look: read the lock now; otherwise use the result of the last refresh, up to BEAT_S old.
 
         Raises:
-            Refused: it has.
+            Refused: another run has taken over.
         """
         if look:
             self._beat()
@@ -146,7 +147,7 @@ class RunLock:
         raise Refused(f"{self._path} changes all the time: other runs are starting there")
 
     def _create(self) -> bool:
-        """Make the lock file; return whether this process did."""
+        """Create the lock file; return whether this process created it."""
         try:
             _write_new(self._path, self._text())
         except FileExistsError:
@@ -156,26 +157,27 @@ class RunLock:
     def _is_refreshed(self, seen: bytes, holder: Holder | None) -> bool:
         """Watch the lock; return whether it changed."""
         began, pause = time.monotonic(), 0.05
-        said = False
+        is_announced = False
         while (waited := time.monotonic() - began) < WATCH_S:
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
             if _read(self._path) != seen:
                 return True
-            if waited > 0.5 and not said:
+            if waited > 0.5 and not is_announced:
                 who = f"of {holder} " if holder else ""
                 self._say(
                     f"lock    {self._path} {who}is there: watching for {WATCH_S:.0f} s whether it "
                     "is refreshed"
                 )
-                said = True
+                is_announced = True
         return False
 
     def _take_over(self, seen: bytes) -> bool:
-        """Replace a stale lock; return whether this process did. Of several, one does.
+        """Replace a stale lock; return whether this process did. Only one newcomer succeeds.
 
-        1. A claim, whose name follows from the stale lock, is made by one newcomer only.
-        2. It looks again: once the lock was replaced, nobody replaces the stale one again.
+        1. Create a claim file, whose name is a hash of the stale lock. Only one newcomer can.
+        2. Read the lock again, as another newcomer may have replaced it before step 1.
+        3. Replace the lock by renaming.
         """
         claim = self._path.with_name(f"{NAME}.{hashlib.sha256(seen).hexdigest()[:16]}")
         try:
@@ -191,12 +193,12 @@ class RunLock:
             os.replace(unfinished, self._path)
         finally:
             claim.unlink(missing_ok=True)
-        for left in self._folder.glob(f"{NAME}.*"):  # of newcomers that were killed
+        for left in self._folder.glob(f"{NAME}.*"):  # left by killed newcomers
             left.unlink(missing_ok=True)
         return self._is_mine(_read(self._path))
 
     def _wait_for(self, claim: Path) -> None:
-        """Wait for another newcomer to take over; remove its claim where it does not."""
+        """Wait for another newcomer to take over; remove its claim if it is gone or too slow."""
         claimed = _read(claim)
         other = _parse(claimed or b"")
         began = time.monotonic()
@@ -213,22 +215,23 @@ class RunLock:
             self._beat()
 
     def _beat(self) -> None:
-        """Refresh the lock, or find it in other hands. Trouble with the files is passed over: the
-        next time may be better, and nobody but a newcomer needs to see it.
+        """Refresh the lock, or note that another run has taken it over.
+
+        File errors are ignored: the next refresh may succeed, and only newcomers need to see it.
         """
         try:
-            opened = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except FileNotFoundError:  # removed by somebody, perhaps with the whole workdir
+            descriptor = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:  # removed, perhaps with the whole workdir
             self._restore()
             return
         except OSError:
             return
         try:
-            found = os.read(opened, _SIZE)
-            if self._is_mine(found):
+            content = os.read(descriptor, _SIZE)
+            if self._is_mine(content):
                 self._beats += 1
-                os.pwrite(opened, self._text(), 0)
-            elif other := _parse(found):
+                os.pwrite(descriptor, self._text(), 0)
+            elif other := _parse(content):
                 self._lost = (
                     f"{self._folder} was taken over by {other}, while this run was suspended or "
                     "could not be seen: it stops, and writes nothing more"
@@ -236,7 +239,7 @@ class RunLock:
         except OSError:
             return
         finally:
-            os.close(opened)
+            os.close(descriptor)
 
     def _restore(self) -> None:
         if self._closing.is_set():
@@ -248,7 +251,7 @@ class RunLock:
             return
 
     def _text(self) -> bytes:
-        """The lock: always of the same length, as it is written over itself."""
+        """Return the content of the lock. Its length is constant, so that it can be overwritten."""
         return f"{json.dumps(dataclasses.asdict(self._me))}\n{self._beats:020}\n".encode()
 
     def _is_mine(self, found: bytes | None) -> bool:
@@ -257,49 +260,49 @@ class RunLock:
 
 
 def end_process(code: int) -> None:
-    """End this process at once, as os._exit does, but without its locks."""
+    """End this process at once like os._exit, but release its locks first."""
     for lock in [*_held]:
         lock.release()
     os._exit(code)
 
 
 def _write_new(path: Path, text: bytes) -> None:
-    """Write a file that does not exist yet, durably.
+    """Write a new file durably.
 
     Raises:
-        FileExistsError: it does.
+        FileExistsError: the file exists.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    opened = os.open(path, flags, 0o644)
+    descriptor = os.open(path, flags, 0o644)
     try:
-        os.write(opened, text)
-        os.fsync(opened)
+        os.write(descriptor, text)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 def _read(path: Path) -> bytes | None:
-    """Return what a lock file holds; None if there is none.
+    """Return the content of a lock file; None if there is no file.
 
     Raises:
-        Refused: it is no regular file, or cannot be read.
+        Refused: the file is not a regular file, or cannot be read.
     """
     try:
-        opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
-    except OSError as error:  # a link, or another user's
+    except OSError as error:  # a link, or a file of another user
         raise Refused(f"{path} cannot be read ({error.strerror}): remove it") from error
     try:
-        if not stat.S_ISREG(os.fstat(opened).st_mode):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise Refused(f"{path} is not a file: remove it, or choose another workdir")
-        return os.read(opened, _SIZE)
+        return os.read(descriptor, _SIZE)
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 def _parse(found: bytes) -> Holder | None:
-    """Return the holder that a lock names; None if it names none."""
+    """Return the holder that a lock names; None if the content is invalid."""
     try:
         fields = json.loads(found.partition(b"\n")[0])
         names = {field.name: field.type for field in dataclasses.fields(Holder)}
@@ -326,12 +329,12 @@ def _this_process() -> Holder:
 
 
 def _is_alive(holder: Holder) -> bool | None:
-    """Whether the process of a lock lives; None = it cannot be seen from here."""
+    """Whether the process of a lock is alive; None = not visible from this process."""
     if not holder.machine or holder.machine != owner.machine() or not 0 < holder.pid < 1 << 31:
         return None
     return owner.runs(holder.pid, holder.started)
 
 
 def _is_restart() -> bool:
-    """Whether the launcher has started this run before."""
+    """Whether the launcher has restarted this run."""
     return os.environ.get("JAX_SFT_ATTEMPT", "0") not in ("", "0")

@@ -1,7 +1,7 @@
-"""The folders of a checkpoint folder: which steps there are, and how one comes, goes or is kept.
+"""List, publish, quarantine and delete the step folders of a checkpoint folder.
 
-A step counts when its folder is a plain number: it gets that name when it is complete. Only the
-first process changes anything here.
+A step exists if its folder name is a plain number, which it gets when it is complete. Only the
+first process of a run changes these folders.
 """
 
 import dataclasses
@@ -21,62 +21,62 @@ from jax_sft.runtime.text import at_most
 INCOMPLETE = ".incomplete"
 CORRUPT = ".corrupt"
 DELETED = ".deleted"
-KEPT = "model_files"  # what a checkpoint folder keeps of its model, see model_files
-IN_RUN = "checkpoints"  # the checkpoint folder, in the folder of a run
+KEPT = "model_files"  # folder of the stored model files, see model_files
+IN_RUN = "checkpoints"  # the checkpoint folder in the folder of a run
 T = TypeVar("T")
-_TRIES = 5  # of reading the newest step of a run that goes on
+_TRIES = 5  # attempts to read the newest step of a run that is still training
 LAST_OF_FORMAT_1 = "41753b1"
-PARAMS = "params/"  # names of the arrays that are parameters begin with it
+PARAMS = "params/"  # prefix of the names of arrays that are parameters
 _STEP = re.compile(r"0|[1-9]\d*")
-# Exactly the names that are given here, by Orbax and by `disk.probe_folder`: a copy that somebody
-# keeps has another one.
+# Matches only names from this module, `model_files`, Orbax and `disk.probe_folder`, so that a copy
+# that a user keeps under another name is never removed.
 _LEFTOVER = re.compile(
     r"\d+\.incomplete(-\d+)?|\d+\.deleted-[0-9a-f]+|\d+.*\.orbax-checkpoint-tmp.*"
     r"|\.model_files(-[0-9a-f]{8}|[a-z0-9_]{8})|\.[0-9a-f]+\.probe"
 )
-_METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's, with what we add to it
+_METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's file, which includes our metadata
 
 
 def locate(path: Path, step: int | None = None) -> tuple[Path, int | None]:
-    """Return the checkpoint folder that a path means, and the step that it names.
+    """Return the checkpoint folder of a path, and the step that path or `step` names.
 
     Args:
-        path: a run, its checkpoint folder, or a step in that. Any other path is returned as it is.
-        step: another way to name one.
+        path: a run, its checkpoint folder, or a step folder. Any other path is returned as it is.
+        step: the step, if the path does not name it.
 
     Raises:
-        ValueError: two different steps are named.
+        ValueError: path and `step` name different steps.
     """
-    for each in (path, Path(os.path.realpath(path))):
-        if _STEP.fullmatch(each.name) and (each.parent / KEPT).is_dir():
-            named = int(each.name)
-            if step not in (None, named):
-                raise ValueError(f"{path} is step {named}, and --step={step} names another")
-            return each.parent, named
+    for candidate in (path, Path(os.path.realpath(path))):
+        if _STEP.fullmatch(candidate.name) and (candidate.parent / KEPT).is_dir():
+            path_step = int(candidate.name)
+            if step not in (None, path_step):
+                raise ValueError(f"{path} is step {path_step}, and --step={step} names another")
+            return candidate.parent, path_step
     inner = path / IN_RUN
     is_run = not (path / KEPT).is_dir() and (inner / KEPT).is_dir()
     return (inner if is_run else path), step
 
 
 def present(folder: Path) -> list[int]:
-    """Return the steps that were completed, the newest first."""
+    """Return the complete steps, newest first."""
     if not folder.is_dir():
         return []
     return sorted((int(p.name) for p in folder.iterdir() if _STEP.fullmatch(p.name)), reverse=True)
 
 
 def set_aside(folder: Path) -> list[str]:
-    """Return the names of steps that an earlier start found to be damaged."""
+    """Return the folder names of the damaged steps that were moved aside."""
     return sorted(p.name for p in folder.iterdir() if CORRUPT in p.name)
 
 
 def is_leftover(name: str) -> bool:
-    """Whether something was left by a save or a removal that did not end."""
+    """Whether a name is that of a leftover of an unfinished save or removal."""
     return bool(_LEFTOVER.fullmatch(name))
 
 
 def remove_leftovers(folder: Path) -> list[str]:
-    """Remove what killed saves and removals left; return the names."""
+    """Remove leftovers of killed saves and removals; return their names."""
     names = sorted(p.name for p in folder.iterdir() if is_leftover(p.name))
     for name in names:
         remove(folder / name)
@@ -84,7 +84,7 @@ def remove_leftovers(folder: Path) -> list[str]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder; a link itself, never what it points to."""
+    """Remove a file or a folder; of a link, remove only the link."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     elif path.exists():
@@ -92,7 +92,7 @@ def remove(path: Path) -> None:
 
 
 def publish(incomplete: Path, step: int) -> Path:
-    """Give a complete step its name, durably, in the place of an older one of the same step."""
+    """Rename a complete step to its number, durably, replacing an older save of that step."""
     folder, final = incomplete.parent, incomplete.parent / str(step)
     if final.exists() or final.is_symlink():
         os.rename(final, folder / f"{step}{DELETED}-{uuid.uuid4().hex[:8]}")
@@ -102,7 +102,7 @@ def publish(incomplete: Path, step: int) -> Path:
 
 
 def move_aside(folder: Path, step: int) -> Path:
-    """Rename a damaged step, so that it is never loaded; return the new path."""
+    """Rename a damaged step so that it is never loaded; return the new path."""
     aside = folder / f"{step}{CORRUPT}"
     number = 1
     while aside.exists() or aside.is_symlink():
@@ -114,7 +114,10 @@ def move_aside(folder: Path, step: int) -> Path:
 
 
 def remove_all(folder: Path, unwanted: Iterable[int]) -> None:
-    """Remove steps, and what an earlier removal left: renamed first, so that none is half there."""
+    """Remove steps, and leftovers of earlier removals.
+
+    A step is renamed before its files are removed, so that no incomplete step is ever listed.
+    """
     for step in unwanted:
         os.rename(folder / str(step), folder / f"{step}{DELETED}-{uuid.uuid4().hex[:8]}")
     for path in filter(lambda path: is_leftover(path.name), folder.glob(f"*{DELETED}-*")):
@@ -128,19 +131,19 @@ def check(
     part: tuple[int, int] = (0, 1),
     progress: str = "",
 ) -> manifest.Check:
-    """Check the files of a step; the arguments are those of `manifest.check`."""
-    found = manifest.check(folder / str(step), hashes, part, progress)
-    if not found.problems and (named := metadata(folder / str(step)).get("step")) != step:
-        problem = f"its metadata are of step {named}, not {step}"
-        return dataclasses.replace(found, problems=(problem,))
-    return found
+    """Check the files of a step; see `manifest.check` for the arguments."""
+    result = manifest.check(folder / str(step), hashes, part, progress)
+    if not result.problems and (stored_step := metadata(folder / str(step)).get("step")) != step:
+        problem = f"its metadata are of step {stored_step}, not {step}"
+        return dataclasses.replace(result, problems=(problem,))
+    return result
 
 
 def refuse_older_format(folder: Path) -> None:
-    """Refuse steps of a format that is not read any more; they are not damaged.
+    """Refuse a checkpoint folder in the old format 1, with advice instead of a damage report.
 
     Raises:
-        ValueError: the newest step is of one.
+        ValueError: the newest step has format 1.
     """
     for step in present(folder)[:1]:
         version = metadata(folder / str(step)).get("format_version")
@@ -154,17 +157,17 @@ def refuse_older_format(folder: Path) -> None:
 
 
 def choose(folder: Path, step: int | None = None) -> int:
-    """Return a step that is there, by default the newest.
+    """Return `step`, or the newest step if None.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the step does not exist.
     """
-    found = present(folder)
-    if not found or (step is not None and step not in found):
+    steps = present(folder)
+    if not steps or (step is not None and step not in steps):
         raise ValueError(
-            f"{folder} has no step {'' if step is None else step}: it has {found[::-1]}"
+            f"{folder} has no step {'' if step is None else step}: it has {steps[::-1]}"
         )
-    return found[0] if step is None else step
+    return steps[0] if step is None else step
 
 
 def newest_again(
@@ -173,12 +176,13 @@ def newest_again(
     use: Callable[[int | None], T],
     say: Callable[[str], object] = print,
 ) -> T:
-    """Return what `use` returns for a step; for the newest one where none is named.
+    """Return `use(step)`; if `step` is None, use the newest step.
 
-    A run beside it may remove a step while it is read: then it is done again, a few times.
+    A training run may remove the newest step while it is read. Then `use` is called again with the
+    step that is now the newest, a few times.
 
     Raises:
-        ValueError, OSError: `use` raised it for a step that was named, or is still there.
+        ValueError, OSError: `use` raised it for a named step, or for a step that still exists.
     """
     for _ in range(_TRIES):
         newest = next(iter(present(folder)), None) if step is None else step
@@ -192,18 +196,18 @@ def newest_again(
 
 
 def params(folder: Path, step: int) -> dict[str, dict[str, Any]]:
-    """Return {our path: {"shape", "dtype", "sum"}} of the parameters of a step.
+    """Return {parameter path: {"shape", "dtype", "sum"}} of a step.
 
     Raises:
-        ValueError: its files are damaged.
+        ValueError: files of the step are damaged.
     """
-    found = check(folder, step)
-    if found.problems:
-        raise ValueError(damaged(folder, step, found.problems))
-    assert found.manifest
+    result = check(folder, step)
+    if result.problems:
+        raise ValueError(damaged(folder, step, result.problems))
+    assert result.manifest
     return {
         name.removeprefix(PARAMS): array
-        for name, array in found.manifest.arrays.items()
+        for name, array in result.manifest.arrays.items()
         if name.startswith(PARAMS)
     }
 
@@ -213,7 +217,7 @@ def misfits(
     wanted: Mapping[str, Sequence[int]],
     cut: Callable[[str, Sequence[int]], tuple[int, ...]] = lambda _, shape: tuple(shape),
 ) -> str:
-    """Say which stored arrays are missing, too many or of another shape; "" = none.
+    """Return which stored arrays are missing, unexpected or of another shape, or "".
 
     Args:
         cut: (name, stored shape) -> the shape that is compared.
@@ -229,16 +233,16 @@ def misfits(
 
 
 def damaged(folder: Path, step: int, problems: Sequence[str]) -> str:
-    """Say what is wrong with a step, and which others there are."""
+    """Return a message about a damaged step and the other steps."""
     lines = "\n  ".join(at_most(problems))
     others = present(folder)[::-1]
     return f"{folder / str(step)} is damaged:\n  {lines}\nThe steps are {others}: choose --step"
 
 
 def metadata(step_folder: Path) -> dict[str, Any]:
-    """Return what we stored with a step; {} if it cannot be read."""
+    """Return the metadata that was stored with a step; {} if it cannot be read."""
     try:
-        found = json.loads((step_folder / _METADATA_FILE).read_text())["custom_metadata"]
+        content = json.loads((step_folder / _METADATA_FILE).read_text())["custom_metadata"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

@@ -1,7 +1,7 @@
-"""SHA256SUMS of a folder that a program of ours wrote: the last file written.
+"""Write, read and check SHA256SUMS, the last file that is written to an output folder.
 
-The format is that of `sha256sum -c`. Its first line, a comment, says what the folder is. A folder
-counts as ours, and may be replaced, while its files are exactly those that are listed.
+The format is that of `sha256sum -c`. The first line is a comment that says what the folder is. A
+folder may be replaced while it contains exactly the listed files.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ NAME = "SHA256SUMS"
 _ABOUT = "# jax_sft "
 _LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *](.+)")
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}  # those of GNU's sha256sum
-_MOST_BYTES = 64 << 20  # a larger file is none of ours
+_MOST_BYTES = 64 << 20  # a larger file was not written by `write`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Sums:
 
     Attributes:
         kind: what the folder is: "export" or "conversion".
-        about: more of it, e.g. {"step": 3}.
+        about: further details, e.g. {"step": 3}.
         files: {path inside the folder: (bytes, sha256)}.
     """
 
@@ -47,7 +47,7 @@ def write(
         known: {path: sha256} of files that were hashed while they were written.
 
     Raises:
-        OSError: the file system refused something.
+        OSError: a file operation failed.
     """
     files, folders, problems = _scan(folder)
     files.pop(NAME, None)
@@ -67,11 +67,11 @@ def write(
 
 
 def read(folder: Path) -> Sums | None:
-    """Read a folder's SHA256SUMS; None = it has none, or not one of ours."""
+    """Read a folder's SHA256SUMS; None = the file is missing or not from `write`."""
     file = folder / NAME
     try:
-        found = file.lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
+        status = file.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
             return None
         content = file.read_bytes()
     except OSError:
@@ -97,7 +97,7 @@ def check(
     Args:
         progress: name of a progress bar; "" = none.
         hashes: read every file; otherwise only names and sizes are compared.
-        skip: names in the folder that are not looked at.
+        skip: paths in the folder that are ignored.
 
     Raises:
         OSError: a file cannot be read.
@@ -109,19 +109,19 @@ def check(
     problems += [f"{path} is foreign: {NAME} does not list it" for path in sorted(foreign)]
     same_size, changed = manifest.compare_sizes(sums.files, files)
     problems += changed
-    found = manifest.sha256_of(folder, same_size, progress) if hashes else {}
+    hashed = manifest.sha256_of(folder, same_size, progress) if hashes else {}
     return problems + [
         f"{path} was changed: its sha256 is not that in {NAME}"
-        for path, sha256 in found.items()
+        for path, sha256 in hashed.items()
         if sha256 != sums.files[path][1]
     ]
 
 
 def _parse(line: str, sizes: Mapping[str, int]) -> tuple[str, tuple[int, str]]:
-    """Read a line of a file.
+    """Return (path, (bytes, sha256)) of a line of SHA256SUMS.
 
     Raises:
-        ValueError, KeyError: it is not one that `write` writes.
+        ValueError, KeyError: the line is not from `write`.
     """
     match = _LINE.fullmatch(line)
     if not match:
@@ -136,21 +136,21 @@ def _parse(line: str, sizes: Mapping[str, int]) -> tuple[str, tuple[int, str]]:
 
 
 def _scan(folder: Path, skip: Collection[str] = ()) -> tuple[dict[str, int], list[str], list[str]]:
-    """Return ({path of each file: bytes}, paths of folders, a line for whatever is neither)."""
+    """Return ({path of each file: bytes}, paths of folders, a line per entry that is neither)."""
     files, folders, problems = {}, [], []
-    left = [folder]
-    while left:
-        with os.scandir(left.pop()) as entries:
+    unvisited = [folder]
+    while unvisited:
+        with os.scandir(unvisited.pop()) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 path = Path(entry.path).relative_to(folder).as_posix()
                 if path in skip:
                     continue
-                found = entry.stat(follow_symlinks=False)
-                if stat.S_ISDIR(found.st_mode):
+                status = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(status.st_mode):
                     folders.append(path)
-                    left.append(Path(entry.path))
-                elif stat.S_ISREG(found.st_mode):
-                    files[path] = found.st_size
+                    unvisited.append(Path(entry.path))
+                elif stat.S_ISREG(status.st_mode):
+                    files[path] = status.st_size
                 else:
                     problems.append(f"{path} is foreign: neither a file nor a folder")
     return files, folders, problems
