@@ -1,1 +1,1 @@
-"""Parameters and Hugging Face folders: the name of each tensor, and the way in and out."""
+"""Parameters and Hugging Face folders: tensor names, reading and writing."""

@@ -1,7 +1,7 @@
-"""Arrays that are read in blocks, so that none is in memory as a whole.
+"""Read arrays in blocks, so that none is in memory as a whole.
 
-Files and checkpoints give readers (`hf_reader.Blocks`, `orbax_io.Stored`), the export composes
-them, and `hf_writer` writes what they give.
+Files and checkpoints provide readers (`hf_reader.Blocks`, `orbax_io.Stored`), the export composes
+them, and `hf_writer` writes their blocks.
 """
 
 from typing import Any, Protocol
@@ -14,10 +14,11 @@ BLOCK_BYTES = 1 << 24
 
 
 class BlockReader(Protocol):
-    """One array, read in blocks that together are all of it, each once, by any threads.
+    """One array, read completely in blocks, each block once, from any threads.
 
     Attributes:
-        chunk: shape of what is read whole if a part of it is needed; blocks are best multiples.
+        chunk: shape of a chunk, which is read whole even if only a part is needed. Blocks should
+            be multiples of it.
     """
 
     @property
@@ -30,14 +31,14 @@ class BlockReader(Protocol):
     def chunk(self) -> tuple[int, ...]: ...
 
     def __getitem__(self, slices: tuple[slice, ...], /) -> np.ndarray:
-        """Read a block: a slice of each dimension, of a stacked dimension one index."""
+        """Read a block, given a slice per dimension; that of a stacked dimension has one index."""
         ...
 
     def finish(self) -> None:
-        """Check the array, now that every element was read once.
+        """Check the array, after every element was read once.
 
         Raises:
-            orbax_io.Failed: it is not what was stored.
+            orbax_io.Failed: the array differs from what was stored.
         """
         ...
 
@@ -46,7 +47,7 @@ class InMemory:
     """A `BlockReader` of an array that this process can read whole.
 
     Args:
-        array: NumPy's or JAX's, any shape.
+        array: a NumPy or JAX array of any shape.
     """
 
     def __init__(self, array: Any):
@@ -58,4 +59,4 @@ class InMemory:
         return self._array[slices]
 
     def finish(self) -> None:
-        """Do nothing: there is nothing to compare with."""
+        """Do nothing: an array in memory has no stored checksum."""

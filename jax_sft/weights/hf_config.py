@@ -1,4 +1,4 @@
-"""Reads config.json of a Hugging Face model: which fields it may have, and in which ranges.
+"""Read config.json of a Hugging Face model, and check its fields and their ranges.
 
 A family's `Config.from_hf` asks for the fields that it implements; `Fields.done` refuses every
 other one whose value could change what transformers computes.
@@ -8,10 +8,10 @@ import reprlib
 from typing import Any
 
 LAYER_TYPES = ("full_attention", "sliding_attention")  # of config.json
-MAX_PARAMETERS = 2**50  # of a model; its bytes, and those of its moments, stay far below 2**63
+MAX_PARAMETERS = 2**50  # keeps the bytes of a model and its moments far below 2**63
 
-# Lowest and highest value of each size. Far above every model there is, and so low that neither
-# lists of layers nor shapes of arrays get out of hand before they meet the tensors' headers.
+# Lowest and highest value of each size. The limits are far above every existing model, and low
+# enough that lists of layers and shapes stay small until they are checked against the headers.
 SIZES: dict[str, tuple[int, int]] = {
     "vocab_size": (1, 2**24),
     "hidden_size": (1, 2**20),
@@ -29,7 +29,7 @@ SIZES: dict[str, tuple[int, int]] = {
     "sliding_window": (1, 2**31 - 1),
     "sliding_window_pattern": (1, 2**12),
 }
-# The same of numbers. Outside of them float32 overflows, or nothing of the input is left.
+# Lowest and highest value of each number. Outside of these, float32 overflows or the input is lost.
 NUMBERS: dict[str, tuple[float, float]] = {
     "rms_norm_eps": (1e-20, 1.0),
     "initializer_range": (0.0, 1.0),
@@ -53,8 +53,8 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "long_factor": (1e-6, 1e6),
 }
 
-# Fields that describe files, tokens, training, generation or how something is computed: whatever
-# their value, the same logits come out.
+# Fields that describe files, tokens, training, generation or implementation details. No value of
+# them changes the logits.
 _IGNORED = {
     *("architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "is_llama_config"),
@@ -69,8 +69,8 @@ _IGNORED = {
     *("cache_implementation", "max_seq_len", "max_seq_length", "initializer_std", "torch_compile"),
     *("unk_token_id", "mask_token_id", "padding_idx", "padding_side", "add_bos_token", "bos_token"),
     *("eos_token", "license", "language", "revision", "trust_remote_code", "custom_pipelines"),
-    "dual_chunk_attention_config",  # of Qwen2.5-1M: how vLLM may serve it; transformers has no such
-    # Parameters of generation, which transformers takes out of config.json.
+    "dual_chunk_attention_config",  # Qwen2.5-1M: an option of vLLM that transformers does not have
+    # Generation parameters, which transformers removes from config.json.
     *("max_new_tokens", "renormalize_logits", "num_logits_to_keep"),
     *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature"),
     *("top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
@@ -84,11 +84,11 @@ _IGNORED = {
 }
 _OFF = (False, None)
 _NO_DROPOUT = (0.0, None)
-# Fields that change the computation unless they have one of these values. Of a field that is in
-# neither table null and what is empty pass, false does not: nobody knows whether it is neutral.
+# Fields that change the computation unless they have one of these values. A field in neither table
+# may be null or empty, but not false: nobody knows whether false is neutral.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),  # transformers from 5.2: anything else is bidirectional attention
-    "activation": ("swiglu", "silu", None),  # of Falcon3, beside hidden_act
+    "activation": ("swiglu", "silu", None),  # Falcon3 has it in addition to hidden_act
     **dict.fromkeys(("no_bias", "causal", "use_rope", "use_rotary", "use_rms_norm"), (True, None)),
     **dict.fromkeys(
         (
@@ -124,17 +124,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number, which true and false are not."""
+    """Whether a JSON value is a number; true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def same(value: Any, other: Any) -> bool:
-    """Whether two values of JSON are equal; 0 is 0.0, and neither is false."""
+    """Whether two JSON values are equal. 0 equals 0.0, but not false."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def shown(value: Any) -> str:
-    """Return a value for a message, cut where it is long or deep."""
+    """Return a value for a message, abbreviated if it is long or deep."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 60
     short.maxdict = short.maxlist = 6
@@ -145,7 +145,7 @@ def size(name: str, value: Any) -> int:
     """Return the value of a field that must be an integer within SIZES.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the value is not.
     """
     low, high = SIZES[name]
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -159,7 +159,7 @@ def number(name: str, value: Any) -> float:
     """Return the value of a field that must be a number within NUMBERS.
 
     Raises:
-        ValueError: it is not, or is not finite.
+        ValueError: the value is not, or is not finite.
     """
     low, high = NUMBERS[name]
     if not is_number(value) or not low <= value <= high:
@@ -170,7 +170,7 @@ def number(name: str, value: Any) -> float:
 
 
 class Fields:
-    """Reads config.json so that no field is overlooked: `done` refuses what nobody asked for."""
+    """Reader of config.json that overlooks no field: `done` refuses fields that were not read."""
 
     def __init__(self, config: dict[str, Any]):
         self._config = config
@@ -183,23 +183,23 @@ class Fields:
         return default if value is None else value
 
     def known(self, *names: str) -> None:
-        """Take note of fields that are read elsewhere, or change nothing in this family."""
+        """Mark fields as read that are read elsewhere or change nothing in this family."""
         self._read.update(names)
 
     def unused(self, *names: str) -> None:
-        """Take note of integers that change nothing in this family; transformers wants integers."""
+        """Mark fields as read that change nothing here, but must be integers for transformers."""
         for name in names:
             value = self.get(name, 0)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"config.json: {name} = {shown(value)} must be an integer")
 
     def only(self, name: str, value: Any) -> None:
-        """Refuse a field that has another value than this one, the default."""
+        """Refuse a field with any other value than `value`, which is the default."""
         if not same(given := self.get(name, value), value):
             raise ValueError(f"config.json: {name} = {shown(given)} is not supported: use {value}")
 
     def size(self, name: str, default: int | None = None) -> int:
-        """Return an integer within SIZES; without a default it must be there."""
+        """Return an integer within SIZES; without a default, the field is required."""
         value = self.get(name, default)
         if value is None:
             raise ValueError(f"config.json has no {name!r}, which {self.model_type} needs")
@@ -224,22 +224,22 @@ class Fields:
         return self.number(name, default)
 
     def windows(self, layer_types: list[str], window: int) -> tuple[tuple[bool, ...], int | None]:
-        """Return (for each layer, has it a sliding window; the window, None if no layer has one).
+        """Return (whether each layer uses the sliding window, its size or None if no layer does).
 
         Args:
-            layer_types, window: where config.json has no layer_types or sliding_window.
+            layer_types, window: defaults of layer_types and sliding_window.
         """
-        kinds, num_layers = self.get("layer_types", layer_types), self.size("num_hidden_layers")
-        if not isinstance(kinds, list) or any(kind not in LAYER_TYPES for kind in kinds):
+        types, num_layers = self.get("layer_types", layer_types), self.size("num_hidden_layers")
+        if not isinstance(types, list) or any(kind not in LAYER_TYPES for kind in types):
             raise ValueError(
-                f"config.json: layer_types = {shown(kinds)} must be a list of {LAYER_TYPES}"
+                f"config.json: layer_types = {shown(types)} must be a list of {LAYER_TYPES}"
             )
-        if len(kinds) != num_layers:
+        if len(types) != num_layers:
             raise ValueError(
-                f"config.json: layer_types has {len(kinds)} entries for num_hidden_layers = "
+                f"config.json: layer_types has {len(types)} entries for num_hidden_layers = "
                 f"{num_layers}"
             )
-        windowed = tuple(kind == "sliding_attention" for kind in kinds)
+        windowed = tuple(kind == "sliding_attention" for kind in types)
         if any(windowed) and self._config.get("sliding_window", window) is None:
             raise ValueError("config.json: sliding_window is null, yet some layer_types have one")
         size = self.size("sliding_window", window)
@@ -249,7 +249,7 @@ class Fields:
         """Return (heads, kv heads, head dim), checked against each other.
 
         Args:
-            head_dim: where config.json has none; None = hidden_size / num_attention_heads.
+            head_dim: default of head_dim; None = hidden_size / num_attention_heads.
         """
         heads = self.size("num_attention_heads")
         kv_heads = self.size("num_key_value_heads", heads)
@@ -276,7 +276,7 @@ class Fields:
             ValueError: a field that this family does not implement has a value that could change
                 the computation. Neutral values and private names (leading underscore) pass.
         """
-        self.number("initializer_range", 0.02)  # of no weight here, but transformers refuses it
+        self.number("initializer_range", 0.02)  # unused, but transformers refuses invalid values
         unknown = [
             f"{shown(name).strip(chr(39))} = {shown(value)}"
             for name, value in self._config.items()
@@ -293,7 +293,7 @@ class Fields:
 
 
 def _changes_nothing(name: str, value: Any) -> bool:
-    """Whether a field that no code of the family reads leaves the computation as it is."""
+    """Whether a field that the family does not read leaves the computation unchanged."""
     if name in _IGNORED or name.startswith("_") or name == "transformers.js_config":
         return True
     if name in _NEUTRAL:

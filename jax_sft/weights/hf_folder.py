@@ -1,4 +1,4 @@
-"""A Hugging Face model folder: finding or downloading it, refusing unsafe entries, its side files.
+"""Find or download a Hugging Face model folder, refuse unsafe entries, and copy its side files.
 
 Called by every command that names a model. `hf_reader` reads the weights of a folder, `hf_writer`
 writes a folder.
@@ -15,8 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from jax_sft.files import paths, regular, step_folders, strict_json
 
-# What belongs to a model folder beside its weights. Carried over unchanged, but for eos_token_id
-# (`stop_tokens`) and the template that `data.chat_template` names.
+# Files of a model folder in addition to its weights. They are copied unchanged, except for
+# eos_token_id (`stop_tokens`) and the template that `data.chat_template` names.
 SIDE_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -39,15 +39,15 @@ _PICKLES = ("bin", "pt", "pth", "pkl", "ckpt")
 def resolve(path: str, revision: str = "", weights: bool = True) -> Path:
     """Return the local folder of a model: `path` itself, or a download of the hub id `path`.
 
-    Of a run, its checkpoint folder or a step, and of what `convert` makes, it is what
-    that keeps of the model; see `pretrained` and `step_of` for the weights.
+    For a run, its checkpoint folder, a step, or a folder from `convert`, return the folder of the
+    model files stored there; see `pretrained` and `step_of` for the weights.
 
     Args:
         weights: download the weights too, not only config and tokenizer.
 
     Raises:
-        ValueError: neither a folder nor a hub id that can be had; or a file of the folder is a
-            link out of it.
+        ValueError: the path is neither a folder nor a hub id that can be downloaded, or the folder
+            has an unsafe entry, see `check_entries`.
     """
     folder = paths.local(path, "model.path")
     if folder.is_dir():
@@ -62,61 +62,61 @@ def resolve(path: str, revision: str = "", weights: bool = True) -> Path:
     if weights:
         patterns += ["*.safetensors", INDEX]
     try:
-        found = huggingface_hub.snapshot_download(
+        downloaded = huggingface_hub.snapshot_download(
             path, revision=revision or None, allow_patterns=patterns
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"model.path = {path!r} is neither a folder here nor a model the hub gave: {error}"
         ) from error
-    return Path(found)
+    return Path(downloaded)
 
 
 def step_of(path: str, step: int | None = None) -> int | None:
-    """Return the step that a path for `resolve` names; None = none, the newest is meant.
+    """Return the step that a path for `resolve` or `step` names; None = the newest.
 
     Args:
-        step: another way to name one.
+        step: the step, if the path does not name it.
 
     Raises:
-        ValueError: two different steps are named.
+        ValueError: path and `step` name different steps.
     """
     folder = paths.local(path, "model.path")
     return step_folders.locate(folder, step)[1] if folder.is_dir() else step
 
 
 def _has_model_type(folder: Path) -> bool:
-    """Whether a folder has the config.json of a model; that of a run is another."""
+    """Whether a folder has the config.json of a model, not that of a run."""
     if not (folder / "config.json").is_file():
         return False
     try:
         return "model_type" in read_json(folder / "config.json")
     except ValueError:
-        return True  # the caller reads it too, and says what is wrong
+        return True  # the caller reads it too, and reports what is wrong
 
 
 def check_entries(folder: Path) -> None:
-    """Refuse what would hang or crash a library that reads the folder, and links out of it.
+    """Refuse entries that would hang or crash a library that reads the folder, and links out of it.
 
-    Linked files would be read, and copied into every export. JSON that transformers reads by itself
-    is bounded here; tokenizer.json is bounded by its own library.
+    Linked files would be read, and copied into every export. This function also limits size and
+    depth of the JSON files that transformers reads; the tokenizers library limits tokenizer.json.
 
     Raises:
-        ValueError: naming each.
+        ValueError: the folder has such entries; the message names them.
     """
-    home = folder.resolve()
-    if home.parent.name == "snapshots":  # the hub's cache: its files are links into ../../blobs
-        home = home.parent.parent
-    links, others = [], []
+    root = folder.resolve()
+    if root.parent.name == "snapshots":  # the hub's cache: its files are links into ../../blobs
+        root = root.parent.parent
+    links, irregular = [], []
     for pattern in ("*", "additional_chat_templates/*"):
         for file in sorted(folder.glob(pattern)):
-            if file.is_symlink() and not file.resolve().is_relative_to(home):
+            if file.is_symlink() and not file.resolve().is_relative_to(root):
                 links.append(f"{file.relative_to(folder)} -> {file.resolve()}")
             elif file.suffix in _READ and file.exists() and not file.is_file():
                 kind = regular.KINDS.get(stat.S_IFMT(file.stat().st_mode), "of another kind")
-                others.append(f"{file.relative_to(folder)} is {kind}")
-    if others:
-        raise ValueError(f"{folder} has no model: {', '.join(others)}, not a regular file")
+                irregular.append(f"{file.relative_to(folder)} is {kind}")
+    if irregular:
+        raise ValueError(f"{folder} has no model: {', '.join(irregular)}, not a regular file")
     if links:
         raise ValueError(
             f"{folder} has links out of the folder: {', '.join(links)}. Put the files "
@@ -128,14 +128,14 @@ def check_entries(folder: Path) -> None:
 
 
 def pickles(folder: Path) -> list[str]:
-    """Name the pickle files of a model folder; they could run code, and are never read."""
+    """Return the names of a model folder's pickle files; they could run code and are never read."""
     return sorted(file.name for kind in _PICKLES for file in folder.glob(f"*.{kind}"))
 
 
 def side_files(folder: Path) -> list[str]:
-    """Return what a folder has of SIDE_FILES, and its further chat templates."""
-    found = [name for name in SIDE_FILES if (folder / name).is_file()]
-    return found + sorted(str(file.relative_to(folder)) for file in folder.glob(TEMPLATES))
+    """Return the SIDE_FILES that a folder has, and its additional chat templates."""
+    names = [name for name in SIDE_FILES if (folder / name).is_file()]
+    return names + sorted(str(file.relative_to(folder)) for file in folder.glob(TEMPLATES))
 
 
 def copy_side_files(folder: Path, out: Path) -> list[str]:
@@ -151,7 +151,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file of a model folder.
 
     Raises:
-        ValueError: no such file, or what `strict_json.read` refuses.
+        ValueError: the file is missing, or `strict_json.read` refuses it.
     """
     try:
         return strict_json.read(file, max_bytes=64 * 2**20 if file.name == INDEX else 16 * 2**20)

@@ -1,7 +1,7 @@
-"""The weights of a Hugging Face folder: check the headers, stream the tensors to their shards.
+"""Read the weights of a Hugging Face folder: check the headers, stream tensors to their shards.
 
-Reads safetensors only. The weight rows of a family (`weights.param_spec`) say what every tensor
-is called, what shape it has and how it is laid out; nothing here knows a family.
+Reads safetensors only. The weight rows of a family (`weights.param_spec`) describe name, shape and
+layout of every tensor; this module is independent of the families.
 """
 
 import dataclasses
@@ -33,15 +33,15 @@ DTYPES: dict[str, Any] = {
 }
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
-MOST_MISSING = 20_000  # tensors that `check` looks for one by one
+MOST_MISSING = 20_000  # limit of missing tensors that `check` names individually
 
-# Buffers that old exports contain and the architecture computes.
+# Buffers that old exports contain, and that the architecture computes.
 _COMPUTED = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where one tensor of a folder is."""
+    """Location of one tensor of a folder."""
 
     file: Path
     dtype: str  # safetensors' name, a key of DTYPES
@@ -72,9 +72,9 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if files := sorted(folder.glob("*.safetensors")):
         return files
-    if found := pickles(folder):
+    if pickle_files := pickles(folder):
         raise ValueError(
-            f"{folder} holds weights only as pickle files {found}, which can run code "
+            f"{folder} holds weights only as pickle files {pickle_files}, which can run code "
             "when read: convert them with transformers' save_pretrained(safe_serialization=True)"
         )
     raise ValueError(f"{folder} has no *.safetensors file")
@@ -106,49 +106,51 @@ def check(
         {HF name: Tensor} of exactly the tensors of the rows.
 
     Raises:
-        ValueError: every unknown, missing, duplicate, misshapen or non-floating tensor at once,
-            with file, name and both shapes.
+        ValueError: a tensor is unknown, missing, duplicate, misshapen or not floating-point. The
+            message lists all of them, with file, name and both shapes.
     """
     rows = list(rows)
-    found, problems = read_headers(folder)
-    # Before names are made of sizes that may be anything.
-    num_wanted = sum(math.prod(dims[axis] for axis in row.stacked) for row in rows)
-    if num_wanted > len(found) + MOST_MISSING:
+    tensors, problems = read_headers(folder)
+    # Check the number first: the sizes may be anything, and each tensor gets a name below.
+    num_tensors = sum(math.prod(dims[axis] for axis in row.stacked) for row in rows)
+    if num_tensors > len(tensors) + MOST_MISSING:
         sizes = {
             axis: dims[axis] for axis in sorted({axis for row in rows for axis in row.stacked})
         }
         raise ValueError(
-            f"{folder} does not fit its config.json: {sizes} need {num_wanted:,} tensors, its "
-            f"files have {len(found):,}" + "".join(f"; {problem}" for problem in problems[:3])
+            f"{folder} does not fit its config.json: {sizes} need {num_tensors:,} tensors, its "
+            f"files have {len(tensors):,}" + "".join(f"; {problem}" for problem in problems[:3])
         )
-    wanted = {name: row.hf_shape(dims) for row in rows for _, name in row.hf_tensors(dims)}
-    for name, tensor in found.items():
-        where = f"{tensor.file.name}: {name}"
-        if name not in wanted:
+    shapes = {name: row.hf_shape(dims) for row in rows for _, name in row.hf_tensors(dims)}
+    for name, tensor in tensors.items():
+        location = f"{tensor.file.name}: {name}"
+        if name not in shapes:
             if tied and name == "lm_head.weight":
-                problems += _tied_copy_problems(found)
+                problems += _tied_copy_problems(tensors)
             elif not _COMPUTED.match(name):
-                problems.append(f"{where} {tensor.shape} is not part of this architecture")
-        elif tensor.shape != wanted[name]:
-            problems.append(f"{where} has shape {tensor.shape}, config.json needs {wanted[name]}")
+                problems.append(f"{location} {tensor.shape} is not part of this architecture")
+        elif tensor.shape != shapes[name]:
+            problems.append(
+                f"{location} has shape {tensor.shape}, config.json needs {shapes[name]}"
+            )
         elif tensor.dtype not in DTYPES:
-            problems.append(f"{where} has dtype {tensor.dtype}, which is not one of {[*DTYPES]}")
-    for name in sorted(wanted.keys() - found.keys()):
+            problems.append(f"{location} has dtype {tensor.dtype}, which is not one of {[*DTYPES]}")
+    for name in sorted(shapes.keys() - tensors.keys()):
         hint = " (set tie_word_embeddings in config.json if it is tied)"
         problems.append(
-            f"{name} {wanted[name]} is missing{hint if name == 'lm_head.weight' else ''}"
+            f"{name} {shapes[name]} is missing{hint if name == 'lm_head.weight' else ''}"
         )
     if problems:
         lines = "\n  ".join(at_most(problems, 50))
         raise ValueError(f"{folder} does not fit its config.json:\n  {lines}")
-    return {name: found[name] for name in wanted}
+    return {name: tensors[name] for name in shapes}
 
 
 def _tied_copy_problems(found: dict[str, Tensor]) -> list[str]:
-    """A tied model may store its head too, but only as an exact copy of the embedding."""
+    """Return a problem if a tied model stores a head that is not a copy of the embedding."""
     head, embedding = found["lm_head.weight"], found.get("model.embed_tokens.weight")
     if embedding is None or embedding.dtype not in DTYPES:
-        return []  # reported
+        return []  # `check` reports it
     comparable = head.dtype in DTYPES and head.shape == embedding.shape and len(head.shape) == 2
     if comparable and _are_equal(head, embedding):
         return []
@@ -159,12 +161,12 @@ def _tied_copy_problems(found: dict[str, Tensor]) -> list[str]:
 
 
 def _are_equal(head: Tensor, embedding: Tensor) -> bool:
-    """Compare a few rows at a time: both may be large."""
+    """Whether two tensors are equal. Compares 4096 rows at a time, as both may be large."""
     with safe_open(head.file, "numpy") as a, safe_open(embedding.file, "numpy") as b:
-        theirs, ours = a.get_slice("lm_head.weight"), b.get_slice("model.embed_tokens.weight")
+        head_rows, table = a.get_slice("lm_head.weight"), b.get_slice("model.embed_tokens.weight")
         for start in range(0, head.shape[0], 4096):
             rows = slice(start, min(start + 4096, head.shape[0]))
-            if not np.array_equal(theirs[rows], ours[rows]):
+            if not np.array_equal(head_rows[rows], table[rows]):
                 return False
     return True
 
@@ -180,17 +182,17 @@ def load(
 ) -> dict[str, jax.Array]:
     """Read every weight straight into its shards.
 
-    Each process reads only the blocks its devices hold, one HF tensor at a time: host memory
+    Each process reads only the blocks that its devices hold, one HF tensor at a time. Host memory
     peaks at this process's shards of one parameter.
 
     Args:
-        tensors: as returned by `check`.
-        shardings: {our path: sharding}.
-        dtype: of the returned arrays.
-        vocab_shards: the vocabulary is padded to a multiple.
+        tensors: result of `check`.
+        shardings: {parameter path: sharding}.
+        dtype: dtype of the returned arrays.
+        vocab_shards: the vocabulary is padded to a multiple of this.
 
     Returns:
-        {our path: array}.
+        {parameter path: array}.
     """
     rows, padded = list(rows), vocabulary.padded(dims, vocab_shards)
     opened = {
@@ -208,23 +210,24 @@ def load(
             arrays: dict[rules.Block, np.ndarray] = {}
             shards = []
             for device, block in rules.local_blocks(sharding, shape).items():
-                if block not in arrays:  # devices that hold copies share one read
+                if block not in arrays:  # devices with the same block share one read
                     array = np.empty([stop - start for start, stop in block], dtype)
-                    there = tuple(
+                    stored = tuple(
                         (min(start, end), min(stop, end))
                         for (start, stop), end in zip(block, ends, strict=True)
                     )
-                    filled = tuple(slice(0, stop - start) for start, stop in there)[num_stacked:]
-                    if there != block:
+                    filled = tuple(slice(0, stop - start) for start, stop in stored)[num_stacked:]
+                    if stored != block:
                         array[...] = 0
-                    is_padding = any(start == stop for start, stop in there)
-                    hf_block = row.hf_index(there[num_stacked:], dims)
+                    is_padding = any(start == stop for start, stop in stored)
+                    hf_block = row.hf_index(stored[num_stacked:], dims)
                     for stack_index, name in () if is_padding else names.items():
                         part = opened[tensors[name].file].get_slice(name)[hf_block]
                         array[*stack_index, *filled] = row.from_hf(part, dims).astype(dtype)
                     arrays[block] = array
                 shards.append(jax.device_put(arrays[block], device))
-            # A copy to a device goes on by itself, and holds its block until it is done.
+            # device_put is asynchronous and holds its block until it is done, so wait here to bound
+            # host memory.
             jax.block_until_ready(shards)
             params[row.path] = jax.make_array_from_single_device_arrays(shape, sharding, shards)
             bar.update(len(names))
@@ -232,16 +235,16 @@ def load(
 
 
 class Blocks:
-    """A `BlockReader` of one of our arrays, from the tensors of a folder."""
+    """A `BlockReader` of one parameter, from the tensors of a folder."""
 
     def __init__(self, tensors: Mapping[str, Tensor], row: Weight, dims: dict[str, int]):
         self._row, self._dims = row, dims
         self.shape = row.shape(dims)
         self.chunk = (1,) * len(self.shape)
         self._names = dict(row.hf_tensors(dims))
-        found = {tensors[name] for name in self._names.values()}
-        self.dtype = np.dtype(jnp.result_type(*(DTYPES[tensor.dtype] for tensor in found)))
-        opened = {file: safe_open(file, "numpy") for file in {tensor.file for tensor in found}}
+        parts = {tensors[name] for name in self._names.values()}
+        self.dtype = np.dtype(jnp.result_type(*(DTYPES[tensor.dtype] for tensor in parts)))
+        opened = {file: safe_open(file, "numpy") for file in {tensor.file for tensor in parts}}
         self._slices = {
             name: opened[tensors[name].file].get_slice(name) for name in self._names.values()
         }
@@ -250,8 +253,8 @@ class Blocks:
         block = [part.indices(n)[:2] for part, n in zip(slices, self.shape, strict=True)]
         num_stacked = len(self._row.stacked)
         index = tuple(start for start, _ in block[:num_stacked])
-        of_one = tuple(block[num_stacked:])
-        part = self._slices[self._names[index]][self._row.hf_index(of_one, self._dims)]
+        inner = tuple(block[num_stacked:])
+        part = self._slices[self._names[index]][self._row.hf_index(inner, self._dims)]
         return self._row.from_hf(part, self._dims).reshape([stop - start for start, stop in block])
 
     def finish(self) -> None:

@@ -1,7 +1,7 @@
-"""Safetensors files of Hugging Face folders, written in blocks of a tensor.
+"""Write the safetensors files of a Hugging Face folder block by block.
 
-A folder is laid out first (`layout`), so that its size is known and its tensors can be written in
-any order, several at a time.
+`layout` first assigns each tensor a file and an offset. The size is then known in advance, and
+tensors can be written in any order, several at a time.
 """
 
 import concurrent.futures
@@ -28,17 +28,17 @@ from jax_sft.weights.hf_folder import INDEX, SINGLE
 from jax_sft.weights.hf_reader import DTYPES
 from jax_sft.weights.param_spec import Weight
 
-_HASHED_BYTES = 1 << 20  # at a time
-_MOST_THREADS = 4  # some wait for the disk
-_BLOCKS_BYTES = 1 << 29  # worked on at a time
+_HASHED_BYTES = 1 << 20  # read and hashed at a time
+_MOST_THREADS = 4  # some threads wait for the disk
+_BLOCKS_BYTES = 1 << 29  # limit of all blocks in progress
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a tensor of a folder that is written goes.
+    """Target location of a tensor.
 
     Attributes:
-        offset: of its first byte in the file.
+        offset: position of its first byte in the file.
     """
 
     file: str
@@ -53,11 +53,11 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A folder's weights before they are written.
+    """Layout of a folder's weight files.
 
     Attributes:
         tensors: {HF name: Place}, in the order of the files.
-        headers: {file: what it begins with}.
+        headers: {file: its header}.
     """
 
     tensors: dict[str, Place]
@@ -65,7 +65,7 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """Size of all tensors."""
         return sum(place.nbytes for place in self.tensors.values())
 
 
@@ -76,12 +76,12 @@ def layout(
     shard_bytes: int,
     single: str = SINGLE,
 ) -> Layout:
-    """Deal tensors of the rows out to one file, or several.
+    """Distribute the tensors of the rows over one or several files.
 
     Args:
-        dtypes: {HF name: safetensors dtype} of those tensors that are written.
-        shard_bytes: tensor bytes of a file at most, unless one tensor alone has more.
-        single: name of the file if it is one.
+        dtypes: {HF name: safetensors dtype} of the tensors that are written.
+        shard_bytes: limit of tensor bytes per file; a larger tensor gets a file of its own.
+        single: file name if there is only one file.
     """
     shapes = {
         name: row.hf_shape(dims)
@@ -110,10 +110,10 @@ def layout(
 
 
 def _header(shard: Mapping[str, Place]) -> bytes:
-    """A safetensors header: its length as little-endian u64, then JSON padded to 8 bytes.
+    """Return a safetensors header: its length as little-endian u64, then JSON padded to 8 bytes.
 
     Args:
-        shard: offsets count from the end of the header.
+        shard: places whose offsets count from the end of the header.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, place in shard.items():
@@ -137,15 +137,16 @@ def save(
     progress: bool = True,
     single: str = SINGLE,
 ) -> dict[str, str]:
-    """Write the weights as safetensors files, in blocks of a tensor.
+    """Write the weights as safetensors files, block by block.
 
     Args:
-        params: {our path: reader of its blocks, or an array that this process can read whole}.
+        params: {parameter path: reader of its blocks, or an array that this process can read
+            whole}.
         out: an existing folder.
         dtypes, shard_bytes, single: see `layout`.
 
     Returns:
-        {name of each file: its sha256}: of one, or of several and their index.
+        {file name: sha256} of the only file, or of all files and their index.
 
     Raises:
         orbax_io.Failed: a stored array is damaged.
@@ -170,15 +171,15 @@ def save(
         for descriptor in descriptors.values():
             os.fsync(descriptor)
     written = {name: hashes[name].result() for name in plan.headers}
-    rest = manifest.sha256_of(out, [name for name in names if not written.get(name)])
-    return {name: written.get(name) or rest[name] for name in names}
+    other_hashes = manifest.sha256_of(out, [name for name in names if not written.get(name)])
+    return {name: written.get(name) or other_hashes[name] for name in names}
 
 
 class _Hash:
-    """The sha256 of a file, as long as it is written from its beginning to its end, in blocks.
+    """Incremental sha256 of a file whose blocks are written in order.
 
-    Blocks are read back while others are written, when they are still in the page cache. Tensors
-    that hold several parameters (phi3) are written in parts, out of order.
+    Blocks are read back while others are written and they are still in the page cache. The parts of
+    a tensor that holds several parameters (phi3) are written out of order, which gives no sha256.
     """
 
     def __init__(self, descriptor: int, header: bytes):
@@ -186,7 +187,7 @@ class _Hash:
         self._sha256, self._in_order = hashlib.sha256(header), True
 
     def add(self, offset: int, nbytes: int) -> None:
-        """Take a block that was written."""
+        """Hash a block that was written."""
         self._in_order = self._in_order and offset == self._end
         if not self._in_order:
             return
@@ -204,10 +205,10 @@ class _Hash:
 
 
 def begin(plan: Layout, out: Path) -> list[str]:
-    """Write files that lack nothing but what the tensors hold, which takes no room yet.
+    """Write all headers and the index, and extend files to their size without allocating space.
 
     Returns:
-        Names of the files: one, or several and their index.
+        Name of the only file, or names of all files and their index.
     """
     for name, header in plan.headers.items():
         ends = [p.offset + p.nbytes for p in plan.tensors.values() if p.file == name]
@@ -231,13 +232,13 @@ def _save_row(
     plan: Layout,
     descriptors: Mapping[str, int],
 ) -> Iterator[tuple[str, int, int]]:
-    """Write all tensors of a row, several blocks at a time; yield (file, offset, bytes) of each."""
+    """Write a row's tensors, several blocks at a time; yield (file, offset, bytes) per block."""
     reader = InMemory(array) if isinstance(array, np.ndarray | jax.Array) else array
     multiple = reader.chunk[len(row.stacked) + row.cut]
 
     def write(index: tuple[int, ...], place: Place, block: rules.Block):
-        ours = (*((i, i + 1) for i in index), *block)
-        part = reader[tuple(slice(*ends) for ends in ours)]
+        ranges = (*((i, i + 1) for i in index), *block)
+        part = reader[tuple(slice(*ends) for ends in ranges)]
         part = row.to_hf(part.reshape(part.shape[len(index) :]), dims)
         content = part.astype(DTYPES[place.dtype], copy=False).reshape(-1).view(np.uint8)
         first, *rest = row.hf_index(block, dims)
@@ -261,5 +262,5 @@ def _save_row(
 
 
 def threads(block_bytes: int) -> int:
-    """Return how many blocks to work on at a time: each is in memory about three times."""
+    """Return the number of blocks to process at a time. Each is in memory about three times."""
     return max(1, min(_MOST_THREADS, _BLOCKS_BYTES // block_bytes))

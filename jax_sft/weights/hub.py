@@ -9,18 +9,19 @@ from huggingface_hub.utils import validate_repo_id
 
 
 class Failed(RuntimeError):
-    """The hub did not take it."""
+    """The upload to the hub failed."""
 
 
 def check(repo: str, api: Any = None) -> None:
-    """Look whether an upload may succeed, before expensive work.
+    """Check that an upload can succeed, before expensive work.
 
     Args:
         repo: "NAMESPACE/NAME".
-        api: of huggingface_hub; None = a new one, with the token that the hub's own tools use.
+        api: a huggingface_hub.HfApi; None = a new one, with the token that the hub's tools use.
 
     Raises:
-        ValueError: no name of a repository, not logged in, or another's namespace.
+        ValueError: the repository name is invalid, the user is not logged in, or the namespace is
+            not one of the user's.
     """
     validate_repo_id(repo)
     namespace, slash, _ = repo.partition("/")
@@ -38,16 +39,16 @@ def check(repo: str, api: Any = None) -> None:
 
 
 def push(folder: Path, repo: str, private: bool = True, api: Any = None) -> str:
-    """Upload a folder as one commit, to a new repository or on top of what there is.
+    """Upload a folder as one commit, to a new or an existing repository.
 
     Args:
-        private: of a repository that is new; another stays as it is.
+        private: whether a new repository is private; an existing one is not changed.
 
     Returns:
-        Where it is.
+        URL of the upload.
 
     Raises:
-        Failed: the hub, or the way to it, refused it; the folder is untouched.
+        Failed: the hub refused the upload or cannot be reached; the folder is unchanged.
     """
     api = api or huggingface_hub.HfApi()
     try:

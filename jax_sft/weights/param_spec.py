@@ -1,7 +1,8 @@
-"""Weight rows: one row describes one parameter, and everything about it follows from the row.
+"""Weight rows: a row describes one parameter, and everything about the parameter follows from it.
 
-Shape here and in the Hugging Face file, the way in and its exact inverse, sharding, and whether it
-is a matrix (decayed, cast to the compute dtype) or not. Model families return a tuple of rows.
+A row gives the shape in the model and in the Hugging Face file, the conversion and its exact
+inverse, the sharding, and whether the parameter is a matrix (decayed, cast to the compute dtype).
+Model families return a tuple of rows.
 """
 
 import dataclasses
@@ -15,17 +16,17 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One parameter: ours, Hugging Face's, and the layout between them.
+    """One parameter: its path in the model, its HF name, and the layout of both.
 
     Attributes:
         path: dotted attribute path in the NNX model.
-        hf: name in the safetensors files. A logical axis in braces stands for its index and means
-            that our array stacks one such tensor per index along a leading axis.
-        layout: `"hf dims -> our dims"` over logical axes, parentheses joining the factors of one
-            HF dimension: `"(heads head_dim) embed -> embed heads head_dim"`.
-        fused: where the HF tensor holds several parameters one after the other: the factors of the
-            first HF dimension of each, e.g. ("heads head_dim", "kv_heads head_dim", ...).
-        place: of this one among them.
+        hf: name in the safetensors files. A logical axis in braces is replaced by its index. The
+            parameter then stacks one HF tensor per index along a leading axis.
+        layout: `"hf dims -> model dims"` over logical axes. Parentheses join the factors of one HF
+            dimension: `"(heads head_dim) embed -> embed heads head_dim"`.
+        fused: if the HF tensor concatenates several parameters: the factors of the first HF
+            dimension of each, e.g. ("heads head_dim", "kv_heads head_dim", ...).
+        place: index of this parameter in `fused`.
     """
 
     path: str
@@ -36,12 +37,12 @@ class Weight:
 
     @property
     def stacked(self) -> tuple[str, ...]:
-        """Leading logical axes of our array that are indices in the HF name."""
+        """Leading logical axes of the parameter that are indices in the HF name."""
         return tuple(re.findall(r"{(\w+)}", self.hf))
 
     @property
     def factors(self) -> list[list[str]]:
-        """Logical axes that make up each dimension of one HF tensor."""
+        """Logical axes that make up each dimension of an HF tensor."""
         left = self.layout.split("->")[0]
         groups = re.findall(r"\(([^)]*)\)|(\S+)", left)
         return [(inner or single).split() for inner, single in groups]
@@ -56,25 +57,25 @@ class Weight:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Logical axis of each dimension of our array."""
+        """Logical axis of each dimension of the parameter."""
         return self.stacked + tuple(self._ours)
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it multiplies activations: a matrix decays and takes the compute dtype."""
+        """Whether it multiplies activations. Matrices decay and are cast to the compute dtype."""
         return len(self.factors) > 1
 
     def shape(self, dims: dict[str, int]) -> tuple[int, ...]:
-        """Shape of our array, stacked."""
+        """Return the shape of the parameter, including stacked axes."""
         return tuple(dims[axis] for axis in self.axes)
 
     def active_size(self, dims: dict[str, int]) -> float:
-        """Elements that a token meets: of one matrix per expert, those that it takes."""
+        """Return the number of elements that a token uses; of experts, those of the chosen ones."""
         size = math.prod(self.shape(dims))
         return size * dims["chosen"] / dims["experts"] if "experts" in self.stacked else size
 
     def hf_shape(self, dims: dict[str, int]) -> tuple[int, ...]:
-        """Shape of one tensor in the HF file, with all parameters that it holds."""
+        """Return the shape of a tensor in the HF file, with all parameters fused in it."""
         first, *rest = (math.prod(dims[axis] for axis in group) for group in self.factors)
         return sum(self._fused_sizes(dims)) or first, *rest
 
@@ -89,20 +90,20 @@ class Weight:
     def hf_index(
         self, block: tuple[tuple[int, int], ...], dims: dict[str, int]
     ) -> tuple[slice, ...]:
-        """Return the part of the HF tensor that holds a block of our unstacked array.
+        """Return the slices of the HF tensor that hold a block of the unstacked parameter.
+
+        Within a joined dimension, only the first factor may be partial; the others must be whole.
 
         Args:
-            block: (start, stop) of each of our dimensions.
-
-        Within a joined dimension only the first factor may be a part; the others must be whole.
+            block: (start, stop) of each dimension of the unstacked parameter.
         """
-        ours = dict(zip(self._ours, block, strict=True))
+        ranges = dict(zip(self._ours, block, strict=True))
         parts = []
         for first, *rest in self.factors:
-            if any(ours[axis] != (0, dims[axis]) for axis in rest):
+            if any(ranges[axis] != (0, dims[axis]) for axis in rest):
                 raise ValueError(f"{self.path}: cannot read a part of {rest} from {self.hf}")
             unit = math.prod(dims[axis] for axis in rest)
-            start, stop = ours[first]
+            start, stop = ranges[first]
             before = 0 if parts else sum(self._fused_sizes(dims)[: self.place])
             parts.append(slice(before + start * unit, before + stop * unit))
         return tuple(parts)
@@ -110,30 +111,31 @@ class Weight:
     def parts(
         self, dims: dict[str, int], most: int, multiple: int = 1
     ) -> Iterator[tuple[tuple[int, int], ...]]:
-        """Cut our unstacked array into blocks, each a contiguous part of the HF tensor.
+        """Split the unstacked parameter into blocks, each a contiguous part of the HF tensor.
 
         Args:
-            most: elements of a block, unless one index of the dimension that is cut has more.
-            multiple: of indices of that dimension, in all blocks but the last.
+            most: limit of elements per block; a block has at least `multiple` indices, though.
+            multiple: each block except the last has a multiple of this many indices in the split
+                dimension.
 
         Yields:
-            (start, stop) of each of our dimensions.
+            (start, stop) of each dimension of the unstacked parameter.
         """
         whole = {axis: (0, dims[axis]) for axis in self._ours}
         cut = self._ours[self.cut]
-        each = math.prod(dims[axis] for axis in self._ours if axis != cut)
-        step = max(most // each // multiple, 1) * multiple
+        index_size = math.prod(dims[axis] for axis in self._ours if axis != cut)
+        step = max(most // index_size // multiple, 1) * multiple
         for start in range(0, dims[cut], step):
             block = whole | {cut: (start, min(start + step, dims[cut]))}
             yield tuple(block.values())
 
     @property
     def cut(self) -> int:
-        """Our unstacked dimension that makes the first HF one: where `parts` cuts."""
+        """Unstacked dimension that leads the first HF dimension; `parts` splits it."""
         return self._ours.index(self.factors[0][0])
 
     def from_hf(self, block: np.ndarray, dims: dict[str, int]) -> np.ndarray:
-        """Turn a block of an HF tensor into the same block of our unstacked array (a view)."""
+        """Convert a block of an HF tensor to that block of the unstacked parameter (a view)."""
         factors: list[int] = []
         for size, (_, *rest) in zip(block.shape, self.factors, strict=True):
             inner = [dims[axis] for axis in rest]
@@ -141,17 +143,17 @@ class Weight:
         return block.reshape(factors).transpose([self._theirs.index(axis) for axis in self._ours])
 
     def to_hf(self, array: np.ndarray, dims: dict[str, int]) -> np.ndarray:
-        """Turn a block of our unstacked array into that of the HF tensor: undoes `from_hf`."""
-        theirs = contiguous(array.transpose([self._ours.index(axis) for axis in self._theirs]))
-        sizes = iter(theirs.shape)
-        return theirs.reshape([math.prod(next(sizes) for _ in group) for group in self.factors])
+        """Convert a block of the unstacked parameter to one of the HF tensor; inverts `from_hf`."""
+        factored = contiguous(array.transpose([self._ours.index(axis) for axis in self._theirs]))
+        sizes = iter(factored.shape)
+        return factored.reshape([math.prod(next(sizes) for _ in group) for group in self.factors])
 
 
 def contiguous(view: np.ndarray) -> np.ndarray:
-    """Do what np.ascontiguousarray does, for transposed matrices 5 times as fast.
+    """Return np.ascontiguousarray(view), 5 times as fast for transposed matrices.
 
-    NumPy copies them row by row, and waits for memory at each element; so many columns at a time
-    share what is fetched.
+    NumPy copies these row by row, and waits for memory at each element. Copying 32 columns at a
+    time shares each fetched cache line between them.
     """
     columns = 32
     first = next(
@@ -172,5 +174,5 @@ def contiguous(view: np.ndarray) -> np.ndarray:
 
 
 def _rotated(view: np.ndarray, first: int) -> list[int]:
-    """The dimensions from `first` on, then those before it."""
+    """Return the dimensions from `first` on, then those before it."""
     return [*range(first, view.ndim), *range(first)]

@@ -1,4 +1,4 @@
-"""Where parameters are on a mesh. Apart from their description, which needs no JAX."""
+"""Shard parameters over a mesh. Separate from `param_spec`, which needs no JAX."""
 
 from collections.abc import Iterable
 
@@ -9,5 +9,5 @@ from jax_sft.weights.param_spec import Weight
 
 
 def shardings(rows: Iterable[Weight], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Return {our path: sharding}, by the logical axes of each row."""
+    """Return {parameter path: sharding}, from the logical axes of each row."""
     return {row.path: rules.sharding(mesh, *row.axes) for row in rows}

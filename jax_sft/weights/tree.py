@@ -1,4 +1,4 @@
-"""One tree, flat: parameters are a dict from dotted path to array.
+"""Convert between an NNX model and a flat dict from dotted path to array.
 
 The paths are the attribute paths of the NNX model (`layers.attn.q.kernel`) and the keys of weight
 rows, shardings, moments and checkpoints alike.

@@ -1,7 +1,7 @@
-"""Padding where `mesh.tensor` does not divide the vocabulary: zeros at the end of its tables.
+"""Pad the vocabulary with zeros at the end of its tables if `mesh.tensor` does not divide it.
 
-They are in arrays and in what a run stores of them, never in a model folder. The loss leaves their
-logits out, so they get no gradient: they stay zero, and so do their moments.
+Arrays and checkpoints have the padding; model folders never do. The loss ignores the logits of
+padding, so it gets no gradient: padding and its moments stay zero.
 """
 
 import dataclasses
@@ -19,17 +19,17 @@ AXIS = "vocab"
 
 
 def padded(dims: Mapping[str, int], shards: int) -> dict[str, int]:
-    """Return the sizes of the logical axes, the vocabulary's rounded up to a multiple."""
+    """Return the sizes of the logical axes, with the vocabulary a multiple of `shards`."""
     return {**dims, AXIS: -(-dims[AXIS] // shards) * shards}
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """How many token ids a model has, and where.
+    """Number of token ids of a model, and their dimension in each parameter.
 
     Attributes:
-        size: without padding.
-        dims: {our path: dimension of the ids} of the arrays that have one.
+        size: number of token ids, without padding.
+        dims: {parameter path: dimension of the ids} of the arrays that have one.
     """
 
     size: int
@@ -37,21 +37,24 @@ class Vocabulary:
 
     @classmethod
     def of(cls, rows: Iterable[Weight], size: int) -> "Vocabulary":
-        """Find it in the weight rows."""
+        """Return the vocabulary of a model with these weight rows."""
         return cls(size, {row.path: row.axes.index(AXIS) for row in rows if AXIS in row.axes})
 
     def cut(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape without padding.
 
         Args:
-            name: ends with our path; those of moments do too.
+            name: name of an array, ending with the parameter path, as those of moments also do.
         """
         dim = next((self.dims[path] for path in self.dims if name.endswith(path)), None)
         return tuple(min(n, self.size) if i == dim else n for i, n in enumerate(shape))
 
 
 def as_stored(shape: Sequence[int], dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    """Return what to read of an array that was padded for another mesh: whole where it must be."""
+    """Return the description to read an array with that was padded for another mesh.
+
+    A dimension that the mesh does not divide is read whole.
+    """
 
     def shards(axes: Any) -> int:
         names = (axes,) if isinstance(axes, str) else axes or ()
@@ -65,7 +68,7 @@ def as_stored(shape: Sequence[int], dtype: Any, sharding: NamedSharding) -> jax.
 
 
 def resized(array: jax.Array, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
-    """Return an array with as much padding as `shape` has."""
+    """Return an array with its padding cut or extended to `shape`."""
 
     def resize(array: jax.Array) -> jax.Array:
         kept = array[tuple(slice(0, size) for size in shape)]
