@@ -1,10 +1,9 @@
-"""Model families: one file each, found by the `model_type` of config.json.
+"""Model families: one file each, selected by the `model_type` of config.json.
 
-A family file defines `Config` (with `from_hf`, `dims`, `window`, the sliding window of those layers
-that have one, and `attention_soft_cap` and `logit_soft_cap`, 0 = none), `weights(cfg)` and
-`Model(cfg, key)`. One with experts has their numbers in `dims`, "experts" and "chosen" (those that
-a token takes), the weight of their balance in `Config.router_aux`, and a `Model` with `routed` (see
-`decoder.Decoder`).
+A family file defines `Config`, `weights(cfg)` and `Model(cfg, key)`. `Config` has `from_hf`,
+`dims`, `window` (that of windowed layers), `attention_soft_cap` and `logit_soft_cap` (0 = none). A
+family with experts has "experts" and "chosen" (experts per token) in `dims`, the weight of the
+load-balancing loss in `Config.router_aux`, and a `Model` with `routed` (see `decoder.Decoder`).
 """
 
 import importlib
@@ -14,12 +13,12 @@ from typing import Any
 
 from jax_sft.weights.hf_config import shown
 
-_TEXT_ONLY = {"gemma3": "gemma3_text"}  # a model of several kinds of input: its language model
+_TEXT_ONLY = {"gemma3": "gemma3_text"}  # {multimodal model: its language model}
 _PRIMITIVES = {"decoder_specs", "sizes"}
 
 
 def families() -> list[str]:
-    """Return the model types that have a file here."""
+    """Return the supported model types."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _PRIMITIVES)
 
 
@@ -27,7 +26,7 @@ def find(model_type: str) -> ModuleType:
     """Return the module of a family.
 
     Raises:
-        ValueError: no such family; the message names those there are.
+        ValueError: no such family; the message names the supported ones.
     """
     if model_type not in families():
         remedy = f"use one of {families()}"
@@ -44,7 +43,7 @@ def read(config: dict[str, Any]) -> tuple[ModuleType, Any]:
     """Return (the module of a family, its Config) of a config.json.
 
     Raises:
-        ValueError: no such family, or a field that it does not implement or that is out of range.
+        ValueError: no such family, or a field is not implemented or out of range.
     """
     family = find(str(config.get("model_type")))
     return family, family.Config.from_hf(config)

@@ -1,6 +1,6 @@
-"""Weight rows of decoders: the parts of which a family builds its `weights`.
+"""Build the weight rows of decoders from parts that the families' `weights` share.
 
-A family names its norms and layers here; `weights.param_spec` describes one parameter.
+A family combines rows of norms and layers; `weights.param_spec` describes a row.
 """
 
 import dataclasses
@@ -21,24 +21,24 @@ def linear(path: str, hf: str, layout: str, bias: bool = False) -> list[Weight]:
     """Return the rows of a linear layer: its kernel and, if it has one, its bias.
 
     Args:
-        path, hf: of the layer, without ".kernel" and ".weight".
-        layout: of the kernel. The bias has its first HF dimension, that of the outputs.
+        path, hf: path and HF name of the layer, without ".kernel" and ".weight".
+        layout: layout of the kernel. The bias has its first HF dimension, which is the output.
     """
     rows = [Weight(f"{path}.kernel", f"{hf}.weight", layout)]
     if bias:
         # The model dimension of a vector is called "norm".
         outputs = ["norm" if axis == "embed" else axis for axis in rows[0].factors[0]]
-        ours = " ".join(outputs)
-        rows.append(Weight(f"{path}.bias", f"{hf}.bias", f"({ours}) -> {ours}"))
+        axes = " ".join(outputs)
+        rows.append(Weight(f"{path}.bias", f"{hf}.bias", f"({axes}) -> {axes}"))
     return rows
 
 
 def fused(hf: str, layouts: dict[str, str]) -> list[Weight]:
-    """Return the rows of linear layers whose kernels lie one after the other in one HF tensor.
+    """Return the rows of linear layers whose kernels are concatenated in one HF tensor.
 
     Args:
-        hf: of the tensor, without ".weight".
-        layouts: {path of a layer: layout of its kernel}, in their order there.
+        hf: name of the tensor, without ".weight".
+        layouts: {path of a layer: layout of its kernel}, in the order of the tensor.
     """
     rows = [Weight(f"{path}.kernel", f"{hf}.weight", layout) for path, layout in layouts.items()]
     firsts = tuple(" ".join(row.factors[0]) for row in rows)
@@ -46,11 +46,11 @@ def fused(hf: str, layouts: dict[str, str]) -> list[Weight]:
 
 
 def decoder(rows: Iterable[Weight], tied: bool, norm: str = "scale") -> tuple[Weight, ...]:
-    """Return the rows of a decoder: of its layers, and of embedding, final norm and, if any, head.
+    """Return the rows of a decoder: embedding, final norm, layers and, unless tied, the head.
 
     Args:
-        rows: of the layers.
-        norm: the parameter of norms.
+        rows: rows of the layers.
+        norm: name of the parameter of norms.
     """
     head = Weight("head.table", "lm_head.weight", "vocab embed -> embed vocab")
     return (
@@ -64,8 +64,8 @@ def decoder(rows: Iterable[Weight], tied: bool, norm: str = "scale") -> tuple[We
 def norms(names: dict[str, str], norm: str = "scale", layout: str = "norm -> norm") -> list[Weight]:
     """Return the rows of norms {path in a layer: name in a Hugging Face layer}."""
     return [
-        Weight(f"layers.{ours}.{norm}", f"{LAYER}{theirs}.weight", layout)
-        for ours, theirs in names.items()
+        Weight(f"layers.{path}.{norm}", f"{LAYER}{name}.weight", layout)
+        for path, name in names.items()
     ]
 
 
@@ -84,11 +84,11 @@ def mlp(
     within: str = "mlp.",
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 ) -> list[Weight]:
-    """Return the rows of a gated MLP, or of one per expert.
+    """Return the rows of a gated MLP, or of an MLP per expert.
 
     Args:
-        within: its place in a Hugging Face layer.
-        names: of gate, up and down there.
+        within: prefix of the MLP in a Hugging Face layer.
+        names: Hugging Face names of gate, up and down.
     """
     gate, up, down = (f"{LAYER}{within}{name}" for name in names)
     return [

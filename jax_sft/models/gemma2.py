@@ -1,5 +1,8 @@
-"""Gemma 2 (arXiv:2408.00118): layers with and without a sliding window, norms on both sides of
-attention and MLP, soft caps on attention scores and logits."""
+"""Gemma 2 (arXiv:2408.00118).
+
+Layers with and without a sliding window, norms before and after attention and MLP, soft caps on
+attention scores and logits.
+"""
 
 import dataclasses
 from typing import Any
@@ -19,8 +22,8 @@ class Config(Sizes):
     """Sizes and constants of one model, read from its config.json."""
 
     attention_bias: bool  # on q, k, v and out
-    windowed: tuple[bool, ...]  # for each layer: has it the window?
-    window: int | None  # tokens that a token sees there, itself included; None = no layer has it
+    windowed: tuple[bool, ...]  # whether each layer uses the sliding window
+    window: int | None  # tokens visible to a token, including itself; None = no windowed layer
     query_scale: float  # factor on the attention scores
     attention_soft_cap: float
     logit_soft_cap: float
@@ -34,11 +37,11 @@ class Config(Sizes):
         fields.only("hidden_activation", gelu)
         fields.known(*Rope.FIELDS)
         windowed, window = fields.windows(
-            # Every second layer sees whole segments.
+            # Every second layer attends to whole segments.
             [LAYER_TYPES[(n + 1) % 2] for n in range(common["num_layers"])],
             window=4096,
         )
-        # Published ones have this older name too.
+        # Published config.json files also have this older name.
         fields.only("sliding_window_size", fields.get("sliding_window", 4096))
         cfg = cls(
             **common,
@@ -55,7 +58,7 @@ class Config(Sizes):
 
     @property
     def ropes(self) -> tuple[Rope]:
-        """The rotation of all layers."""
+        """Rotation of all layers, as a tuple of one."""
         return (self.rope,)
 
 
@@ -87,5 +90,5 @@ def Layer(cfg: Config, key) -> decoder.PrePostNorm:
 
 
 def Model(cfg: Config, key) -> decoder.GemmaDecoder:
-    """Return the model, its weights made from scratch."""
+    """Return the model with newly initialized weights."""
     return decoder.GemmaDecoder(Layer, cfg, key)

@@ -1,5 +1,8 @@
-"""Gemma 3's language model (arXiv:2503.19786): like Gemma 2, but each head of q and k is normed,
-layers with the sliding window rotate by frequencies of their own, and scores are not capped."""
+"""Gemma 3's language model (arXiv:2503.19786): like Gemma 2, with three differences.
+
+Each head of q and k has a norm, layers with the sliding window have their own RoPE frequencies, and
+attention scores are not capped.
+"""
 
 import dataclasses
 import functools
@@ -21,9 +24,9 @@ class Config(Sizes):
     """Sizes and constants of one model, read from its config.json."""
 
     attention_bias: bool  # on q, k, v and out
-    window_rope: Rope  # of layers with the window; `rope` of those that see whole segments
-    windowed: tuple[bool, ...]  # for each layer: has it the window?
-    window: int | None  # tokens that a token sees there, itself included; None = no layer has it
+    window_rope: Rope  # rotation of windowed layers; `rope` is that of the other layers
+    windowed: tuple[bool, ...]  # whether each layer uses the sliding window
+    window: int | None  # tokens visible to a token, including itself; None = no windowed layer
     query_scale: float  # factor on the attention scores
     logit_soft_cap: float
 
@@ -34,7 +37,8 @@ class Config(Sizes):
         gelu = "gelu_pytorch_tanh"
         common = sizes.read(fields, head_dim=256, tied=True, act=gelu)
         fields.only("hidden_activation", gelu)
-        pattern = fields.size("sliding_window_pattern", 6)  # its last layer sees whole segments
+        # Only the last layer of the pattern attends to whole segments.
+        pattern = fields.size("sliding_window_pattern", 6)
         windowed, window = fields.windows(
             [LAYER_TYPES[(n + 1) % pattern > 0] for n in range(common["num_layers"])], window=4096
         )
@@ -54,18 +58,18 @@ class Config(Sizes):
 
     @property
     def ropes(self) -> tuple[Rope, Rope]:
-        """The rotations of layers without and with the window."""
+        """Rotations of layers without and with the window."""
         return self.rope, self.window_rope
 
 
 def _ropes(fields: Fields, head_dim: int) -> tuple[Rope, Rope]:
     """Read the rotations of layers without and with the window.
 
-    Either rope_parameters has one object per layer type (transformers 5), or rope_theta and
-    rope_scaling are of the layers without, and rope_local_base_freq is of those with it (older).
+    In transformers 5, rope_parameters has one object per layer type. In older versions, rope_theta
+    and rope_scaling apply to layers without the window, rope_local_base_freq to those with it.
 
     Raises:
-        ValueError: one flat object of rope_parameters, or what `Rope.from_hf` refuses.
+        ValueError: rope_parameters is one flat object, or `Rope.from_hf` refuses the fields.
     """
     newer = fields.get("rope_parameters", {})
     if not isinstance(newer, dict) or newer.keys() - set(LAYER_TYPES):
@@ -77,7 +81,7 @@ def _ropes(fields: Fields, head_dim: int) -> tuple[Rope, Rope]:
     def rope(kind: str, **older) -> Rope:
         older["max_position_embeddings"] = fields.size("max_position_embeddings")
         rope = Rope.from_hf(older | {"rope_parameters": newer.get(kind)}, head_dim)
-        # Gemma 3 has a scaling by 8, and max_position_embeddings is the length behind it.
+        # Gemma 3 scales by 8, and max_position_embeddings already is the scaled length.
         return dataclasses.replace(rope, reach=0)
 
     scaling, theta = fields.get("rope_scaling"), fields.number("rope_theta", 1e6)
@@ -107,7 +111,7 @@ def weights(cfg: Config) -> tuple[Weight, ...]:
 
 
 class Layer(decoder.PrePostNorm):
-    """Attention, rotated as the kind of the layer wants it, then GeGLU."""
+    """Attention, with the rotation of the layer's type, then GeGLU."""
 
     def __init__(self, cfg: Config, key):
         attn, mlp = jax.random.split(key)
@@ -125,5 +129,5 @@ class Layer(decoder.PrePostNorm):
 
 
 def Model(cfg: Config, key) -> decoder.GemmaDecoder:
-    """Return the model, its weights made from scratch."""
+    """Return the model with newly initialized weights."""
     return decoder.GemmaDecoder(Layer, cfg, key)

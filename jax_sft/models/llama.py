@@ -1,4 +1,4 @@
-"""Llama 2, Llama 3.x, SmolLM2, Yi and other models of type llama: biases only where asked for."""
+"""Llama 2, Llama 3.x, SmolLM2, Yi and other models of type llama: biases are optional."""
 
 import dataclasses
 from typing import Any
@@ -27,7 +27,7 @@ class Config(Sizes):
         common = sizes.read(fields)
         fields.known(*Rope.FIELDS)
         rope = Rope.from_hf(config, common["head_dim"])
-        # In how many parts older versions of transformers multiplied: the same sums.
+        # Number of slices of each matmul in older versions of transformers, with the same result.
         fields.unused("pretraining_tp")
         attention_bias, mlp_bias = fields.flag("attention_bias"), fields.flag("mlp_bias")
         cfg = cls(**common, rope=rope, attention_bias=attention_bias, mlp_bias=mlp_bias)
@@ -56,5 +56,5 @@ def Layer(cfg: Config, key) -> decoder.PreNorm:
 
 
 def Model(cfg: Config, key) -> decoder.Decoder:
-    """Return the model, its weights made from scratch."""
+    """Return the model with newly initialized weights."""
     return decoder.Decoder(Layer, cfg, key)

@@ -1,4 +1,4 @@
-"""Mistral 7B, Nemo and Small: no biases; the first ones see a sliding window only."""
+"""Mistral 7B, Nemo and Small: no biases; the first versions have a sliding window."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ from jax_sft.weights.param_spec import Weight
 class Config(Sizes):
     """Sizes and constants of one model, read from its config.json."""
 
-    window: int | None  # tokens that a token sees, itself included; None = its whole segment
+    window: int | None  # tokens visible to a token, including itself; None = its whole segment
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Config":
@@ -32,12 +32,12 @@ class Config(Sizes):
 
 
 def _window(fields: Fields, config: dict[str, Any]) -> int | None:
-    """Read sliding_window as transformers does: absent it is 4096, null means none."""
+    """Read sliding_window as transformers does: the default is 4096, null means no window."""
     none = "sliding_window" in config and config["sliding_window"] is None
     window = None if none else fields.size("sliding_window", 4096)
     kind = "full_attention" if none else "sliding_attention"
     kinds = fields.get("layer_types", [])
-    if not isinstance(kinds, list) or any(one != kind for one in kinds):
+    if not isinstance(kinds, list) or any(entry != kind for entry in kinds):
         raise ValueError(
             f"config.json: layer_types = {shown(kinds)} does not go with sliding_window = "
             f"{window}, which alone decides in mistral: leave it out, or write {kind!r} for every "
@@ -67,5 +67,5 @@ def Layer(cfg: Config, key) -> decoder.PreNorm:
 
 
 def Model(cfg: Config, key) -> decoder.Decoder:
-    """Return the model, its weights made from scratch."""
+    """Return the model with newly initialized weights."""
     return decoder.Decoder(Layer, cfg, key)

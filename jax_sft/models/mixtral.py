@@ -1,4 +1,4 @@
-"""Mixtral: the attention of Mistral, and in every layer experts instead of the MLP."""
+"""Mixtral: the attention of Mistral, with experts instead of the MLP in every layer."""
 
 import dataclasses
 from typing import Any
@@ -20,9 +20,9 @@ class Config(Sizes):
     """Sizes and constants of one model, read from its config.json."""
 
     num_experts: int
-    num_chosen: int  # experts that a token takes
+    num_chosen: int  # experts per token
     router_aux: float  # weight of the load-balancing loss
-    window: int | None  # tokens that a token sees, itself included; None = its whole segment
+    window: int | None  # tokens visible to a token, including itself; None = its whole segment
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Config":
@@ -75,5 +75,5 @@ def Layer(cfg: Config, key) -> experts.Layer:
 
 
 def Model(cfg: Config, key) -> decoder.Decoder:
-    """Return the model, its weights made from scratch."""
+    """Return the model with newly initialized weights."""
     return decoder.Decoder(Layer, cfg, key)

@@ -1,4 +1,4 @@
-"""OLMo 2 (arXiv:2501.00656): norms follow attention and MLP; all heads of q are normed as one."""
+"""OLMo 2 (arXiv:2501.00656): norms after attention and MLP, one norm over all heads of q."""
 
 import dataclasses
 from typing import Any
@@ -53,7 +53,7 @@ def weights(cfg: Config) -> tuple[Weight, ...]:
 
 
 class Layer(nnx.Module):
-    """Residual block: attention, then SwiGLU, the output of each normed."""
+    """Residual block: attention, then SwiGLU, each with a norm on its output."""
 
     def __init__(self, cfg: Config, key):
         attn, mlp = jax.random.split(key)
@@ -73,5 +73,5 @@ class Layer(nnx.Module):
 
 
 def Model(cfg: Config, key) -> decoder.Decoder:
-    """Return the model, its weights made from scratch."""
+    """Return the model with newly initialized weights."""
     return decoder.Decoder(Layer, cfg, key)

@@ -1,5 +1,7 @@
-"""Phi-3, Phi-3.5 and Phi-4 (arXiv:2404.14219): LongRoPE; q, k, v and gate, up are one tensor each
-in the files, but stay apart here."""
+"""Phi-3, Phi-3.5 and Phi-4 (arXiv:2404.14219): LongRoPE.
+
+The files fuse q, k, v into one tensor and gate, up into another; the model keeps them separate.
+"""
 
 import dataclasses
 from typing import Any
@@ -18,7 +20,7 @@ from jax_sft.weights.param_spec import Weight
 class Config(Sizes):
     """Sizes and constants of one model, read from its config.json."""
 
-    window: int | None  # tokens that a token sees, itself included; None = its whole segment
+    window: int | None  # tokens visible to a token, including itself; None = its whole segment
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Config":
@@ -27,7 +29,7 @@ class Config(Sizes):
         common = sizes.read(fields, norm_eps=1e-5)
         for dropout in ("resid_pdrop", "embd_pdrop"):
             fields.only(dropout, 0.0)
-        for neutral in ("full_attn_mod", "interpolate_factor"):  # of Phi-4-mini, read by nobody
+        for neutral in ("full_attn_mod", "interpolate_factor"):  # unused fields of Phi-4-mini
             fields.only(neutral, 1)
         cfg = cls(
             **common,
@@ -39,7 +41,7 @@ class Config(Sizes):
 
 
 def _rope(fields: Fields, config: dict[str, Any], head_dim: int) -> Rope:
-    """Read the rotation as transformers does, by whose default the original length is 4096."""
+    """Read the rotation as transformers does, with 4096 as default of the original length."""
     fields.known(*Rope.FIELDS)
     original = fields.size("original_max_position_embeddings", 4096)
     return Rope.from_hf(
@@ -80,5 +82,5 @@ def Layer(cfg: Config, key) -> decoder.PreNorm:
 
 
 def Model(cfg: Config, key) -> decoder.Decoder:
-    """Return the model, its weights made from scratch."""
+    """Return the model with newly initialized weights."""
     return decoder.Decoder(Layer, cfg, key)

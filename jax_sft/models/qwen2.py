@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5 and their Coder and Math versions: biased q, k, v; no bias elsewhere."""
+"""Qwen2, Qwen2.5 and their Coder and Math versions: biases on q, k, v only."""
 
 import dataclasses
 from typing import Any
@@ -24,7 +24,7 @@ class Config(Sizes):
         common = sizes.read(fields)
         fields.known(*Rope.FIELDS)
         rope = Rope.from_hf(config, common["head_dim"])
-        fields.unused("sliding_window", "max_window_layers")  # used with use_sliding_window only
+        fields.unused("sliding_window", "max_window_layers")  # used only with use_sliding_window
         cfg = cls(**common, rope=rope)
         fields.done()
         return cfg
@@ -51,5 +51,5 @@ def Layer(cfg: Config, key) -> decoder.PreNorm:
 
 
 def Model(cfg: Config, key) -> decoder.Decoder:
-    """Return the model, its weights made from scratch."""
+    """Return the model with newly initialized weights."""
     return decoder.Decoder(Layer, cfg, key)

@@ -1,4 +1,4 @@
-"""Qwen3 (dense): like Qwen2, but each head of q and k is normed, and q, k, v have no bias."""
+"""Qwen3 (dense): like Qwen2, but with a norm per head of q and k, and no bias on q, k, v."""
 
 import dataclasses
 from typing import Any
@@ -26,8 +26,8 @@ class Config(Sizes):
         common = sizes.read(fields, head_dim=128)
         fields.known(*Rope.FIELDS)
         rope = Rope.from_hf(config, common["head_dim"])
-        fields.only("use_qk_norm", True)  # of Qwen3-Coder
-        fields.unused("sliding_window", "max_window_layers")  # used with use_sliding_window only
+        fields.only("use_qk_norm", True)  # Qwen3-Coder has this field
+        fields.unused("sliding_window", "max_window_layers")  # used only with use_sliding_window
         cfg = cls(**common, rope=rope, attention_bias=fields.flag("attention_bias"))
         fields.done()
         return cfg
@@ -58,5 +58,5 @@ def Layer(cfg: Config, key) -> decoder.PreNorm:
 
 
 def Model(cfg: Config, key) -> decoder.Decoder:
-    """Return the model, its weights made from scratch."""
+    """Return the model with newly initialized weights."""
     return decoder.Decoder(Layer, cfg, key)

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: the attention of Qwen3, and in every layer experts instead of the MLP."""
+"""Qwen3-MoE: the attention of Qwen3, with experts instead of the MLP in every layer."""
 
 import dataclasses
 from typing import Any
@@ -19,9 +19,9 @@ class Config(Sizes):
 
     attention_bias: bool  # on q, k, v and out
     num_experts: int
-    num_chosen: int  # experts that a token takes
+    num_chosen: int  # experts per token
     router_aux: float  # weight of the load-balancing loss
-    normalise: bool  # the weights of the chosen add up to 1
+    normalise: bool  # whether the weights of the chosen experts sum to 1
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Config":
@@ -29,9 +29,9 @@ class Config(Sizes):
         fields = Fields(config)
         common = sizes.read(fields, mlp=("moe_intermediate_size", 768))
         fields.known(*Rope.FIELDS)
-        fields.only("use_qk_norm", True)  # of Qwen3-Coder
-        fields.unused("sliding_window", "max_window_layers")  # used with use_sliding_window only
-        # A mix of sparse and dense layers, whose inner size is intermediate_size.
+        fields.only("use_qk_norm", True)  # Qwen3-Coder has this field
+        fields.unused("sliding_window", "max_window_layers")  # used only with use_sliding_window
+        # Other values mix sparse and dense layers; only dense layers use intermediate_size.
         fields.only("decoder_sparse_step", 1)
         fields.only("mlp_only_layers", [])
         fields.unused("intermediate_size")
@@ -83,5 +83,5 @@ def Layer(cfg: Config, key) -> experts.Layer:
 
 
 def Model(cfg: Config, key) -> decoder.Decoder:
-    """Return the model, its weights made from scratch."""
+    """Return the model with newly initialized weights."""
     return decoder.Decoder(Layer, cfg, key)

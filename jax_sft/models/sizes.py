@@ -1,4 +1,4 @@
-"""What every family's Config has: the sizes of a decoder, read from config.json."""
+"""Sizes of a decoder, which every family's Config has, read from config.json."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -12,8 +12,8 @@ class Sizes:
     """Sizes and constants of one model; a family's Config adds its own.
 
     Attributes:
-        window: tokens that a token sees, itself included, in those layers that have a sliding
-            window; None = every layer sees whole segments.
+        window: tokens visible to a token, including itself, in layers with a sliding window; None
+            = every layer attends to whole segments.
         attention_soft_cap, logit_soft_cap: bounds of attention scores and logits; 0 = none.
     """
 
@@ -35,8 +35,8 @@ class Sizes:
     def __post_init__(self):
         dims = self.dims
         heads = 2 * (dims["heads"] + dims["kv_heads"]) * dims["head_dim"]
-        of_layer = heads + 3 * dims["mlp"] * dims.get("experts", 1)
-        total = dims["embed"] * (dims["layers"] * of_layer + 2 * dims["vocab"])
+        layer_size = heads + 3 * dims["mlp"] * dims.get("experts", 1)
+        total = dims["embed"] * (dims["layers"] * layer_size + 2 * dims["vocab"])
         if total > MAX_PARAMETERS:
             raise ValueError(
                 f"config.json: its sizes make {total:.1e} parameters, over {MAX_PARAMETERS:.1e}"
@@ -44,7 +44,7 @@ class Sizes:
 
     @property
     def longest(self) -> int:
-        """Tokens that one example may have: its positions, or what their scaling reaches."""
+        """Maximum tokens of an example: max_positions, or the longer reach of RoPE scaling."""
         return self.rope.reach or self.max_positions
 
     @property
@@ -71,12 +71,12 @@ def read(
     act: str = "silu",
     mlp: tuple[str, int | None] = ("intermediate_size", None),
 ) -> dict[str, Any]:
-    """Return the arguments of `Sizes`, but for `rope`.
+    """Return the arguments of `Sizes` except `rope`.
 
     Args:
-        head_dim, norm_eps, tied: where config.json has none, as transformers has them.
-        act: the activation of the MLP; another one is refused.
-        mlp: field of its inner size, and the value where config.json has none.
+        head_dim, norm_eps, tied: defaults of transformers if config.json lacks the field.
+        act: activation of the MLP; any other is refused.
+        mlp: (field of the MLP's inner size, its default).
     """
     fields.only("hidden_act", act)
     num_heads, num_kv_heads, head_dim = fields.heads(head_dim)
