@@ -1,1 +1,1 @@
-"""What trains besides the model's own weights, or in their place: LoRA, DoRA, QLoRA, freezing."""
+"""Choose what trains: LoRA, DoRA and QLoRA adapters, or a part of the model's own weights."""

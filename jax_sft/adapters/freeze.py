@@ -1,6 +1,6 @@
-"""Which parameters train: all, those that `train.freeze` leaves, or adapters alone.
+"""Choose the trainable parameters: all, all but those of `train.freeze`, or only adapters.
 
-And what the weights are when training begins.
+Also creates or loads the adapters before training.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from jax_sft.runtime import patterns
 def choose(
     model_def: ModelDef, adapters: lora.Settings | None, frozen: Sequence[str] = ()
 ) -> ModelDef:
-    """Return the model with what is frozen, and its adapters if it has any.
+    """Return the model with its frozen parameters and its adapters, if any.
 
     Args:
-        adapters: what `lora.*` means; None = there are none.
+        adapters: settings from `lora.*`; None = no adapters.
         frozen: `train.freeze`.
 
     Raises:
-        ValueError: a pattern names nothing, or nothing is left to train.
+        ValueError: a pattern matches nothing, or no trainable parameter is left.
     """
     if not adapters:
         return freeze(model_def, frozen)
@@ -37,44 +37,44 @@ def choose(
 
 
 def freeze(model_def: ModelDef, expressions: Sequence[str]) -> ModelDef:
-    """Freeze the tensors in whose Hugging Face names a pattern is found, e.g. "embed_tokens".
+    """Freeze the tensors whose Hugging Face names match any pattern, e.g. "embed_tokens".
 
-    Parameters stack layers: one of which only some layers are frozen keeps its master weights and
-    moments, and the frozen layers do not move.
+    A parameter is a stack of layers. If only some of its layers are frozen, it keeps its master
+    weights and moments, and the frozen layers are not updated.
 
     Raises:
-        ValueError: a pattern is found in no name, or every tensor is frozen.
+        ValueError: a pattern matches no name, or every tensor is frozen.
     """
     names = {
         row.path: [name for _, name in row.hf_tensors(model_def.dims)] for row in model_def.rows
     }
-    every = [name for of_row in names.values() for name in of_row]
-    found = np.zeros(len(every), bool)
-    answers = patterns.matches("train.freeze", expressions, every, "search")
+    all_names = [name for tensors in names.values() for name in tensors]
+    is_frozen = np.zeros(len(all_names), bool)
+    answers = patterns.matches("train.freeze", expressions, all_names, "search")
     for pattern, answer in zip(expressions, answers, strict=True):
-        found |= answer
+        is_frozen |= answer
         if not any(answer):
             raise ValueError(
                 f"train.freeze: {pattern!r} is found in no name of a tensor. There are "
-                f"{', '.join(of_row[0] for of_row in names.values())}, and those of other layers"
+                f"{', '.join(tensors[0] for tensors in names.values())}, and those of other layers"
             )
-    still, trained = [], {}
-    ends = np.cumsum([len(of_row) for of_row in names.values()])
-    for row, frozen in zip(model_def.rows, np.split(found, ends[:-1]), strict=True):
+    frozen_paths, trained = [], {}
+    ends = np.cumsum([len(tensors) for tensors in names.values()])
+    for row, frozen in zip(model_def.rows, np.split(is_frozen, ends[:-1]), strict=True):
         if frozen.all():
-            still.append(row.path)
+            frozen_paths.append(row.path)
         elif frozen.any():
             trained[row.path] = ~frozen.reshape([model_def.dims[axis] for axis in row.stacked])
-    if len(still) == len(model_def.rows):
+    if len(frozen_paths) == len(model_def.rows):
         raise ValueError(
             f"train.freeze = {list(expressions)} freezes every tensor: nothing is left"
         )
-    frozen = model_def.without_masters(still)
+    frozen = model_def.without_masters(frozen_paths)
     return dataclasses.replace(model_def, frozen=frozen, trained=trained)
 
 
 def count(model_def: ModelDef) -> int:
-    """Return how many parameters train."""
+    """Return the number of trainable parameters."""
     total = 0
     for row in model_def.moving:
         shape = model_def.vocabulary.cut(row.path, row.shape(model_def.dims))
@@ -86,11 +86,11 @@ def count(model_def: ModelDef) -> int:
 def adapters(
     cfg, settings: lora.Settings, model_def: ModelDef, weights: Mapping[str, jax.Array], mesh: Mesh
 ) -> dict[str, jax.Array]:
-    """Return new adapters, or those of `lora.path`.
+    """Return new adapters, or those loaded from `lora.path`.
 
     Args:
-        settings: what `lora.*` means.
-        weights: those of the model.
+        settings: settings from `lora.*`.
+        weights: the weights of the model.
 
     Raises:
         ValueError: the stored adapters do not fit the model.

@@ -1,9 +1,9 @@
-"""LoRA: low-rank updates beside the linear layers of a model whose own weights do not train.
+"""LoRA: low-rank updates of the linear layers of a model with frozen weights.
 
 y = W x + s B A x (Hu et al. 2021, arXiv:2106.09685), A [rank, inputs], B [outputs, rank], with
-s = alpha / rank or, rank-stabilised, alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
+s = alpha / rank or, rank-stabilized, alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
 DoRA (Liu et al. 2024, arXiv:2402.09353) also learns the length of each output's weights. Names and
-numbers are those of PEFT, so that what is trained here loads there.
+numbers follow PEFT, so that PEFT can load the trained adapters.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ from jax_sft.weights import tree
 from jax_sft.weights.param_spec import Weight
 
 ALL_LINEAR = "all-linear"
-_HF = "base_model.model."  # what PEFT puts before the names of a model's modules
+_HF = "base_model.model."  # PEFT's prefix of the names of a model's modules
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What adapters there are: see the keys `lora.*` of the config.
+    """Settings of the adapters, see the keys `lora.*` of the config.
 
     Attributes:
-        targets: "all-linear", or regular expressions for the names of linear layers in the
-            Hugging Face model, or for what follows any of their dots: "q_proj".
+        targets: "all-linear", or regular expressions that match the names of linear layers in the
+            Hugging Face model, or an ending of a name after any dot: "q_proj".
     """
 
     rank: int
@@ -55,8 +55,8 @@ class Settings:
 def _rank_axes(outputs: Iterable[str]) -> tuple[str, str]:
     """Return the logical axis of the rank in A and in B.
 
-    Over `tensor` it is split in the one that has the model dimension, so that what each shard makes
-    is a part of a sum, as what the layer itself makes is, and both are reduced as one.
+    The rank is sharded over `tensor` in whichever of A and B touches the model dimension. The
+    adapter's output is then a partial sum like the layer's own, and one reduction serves both.
     """
     return ("whole_rank", "rank") if "embed" in outputs else ("rank", "whole_rank")
 
@@ -65,11 +65,11 @@ def _rank_axes(outputs: Iterable[str]) -> tuple[str, str]:
 
 
 class Adapter(nnx.Module):
-    """What a `Linear` adds to its product: called with its input, that product and its kernel.
+    """The adapter of a `Linear`, called with the layer's input, product and kernel.
 
     Args:
         inputs, outputs: {logical axis: size} of the linear layer.
-        drops: whether it has a random key and drops values of its input.
+        drops: whether the adapter has a random key and applies dropout to its input.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class Adapter(nnx.Module):
     ):
         self.axes, self.scale = (tuple(inputs), tuple(outputs)), settings.scale
         self.dropout = settings.dropout
-        of_a, of_b = ({axis: settings.rank} for axis in _rank_axes(outputs))
-        self.a = Linear(inputs, of_a, key)
-        self.b = Linear(of_b, outputs, key)
+        a_outputs, b_inputs = ({axis: settings.rank} for axis in _rank_axes(outputs))
+        self.a = Linear(inputs, a_outputs, key)
+        self.b = Linear(b_inputs, outputs, key)
         if settings.dora:
             self.magnitude = nnx.Param(jnp.ones(tuple(outputs.values())))
         if drops:
@@ -96,14 +96,15 @@ class Adapter(nnx.Module):
         if not hasattr(self, "magnitude"):
             return y + update
         a, b = self.a.kernel[...], self.b.kernel[...]
-        # As the paper proposes (section 4.3), no gradient goes through the length.
+        # As the paper proposes (section 4.3), no gradient flows through the length.
         length = jax.lax.stop_gradient(lengths(kernel, a, b, self.scale, self.axes))
         return ((y + update) * (self.magnitude[...] / length)).astype(y.dtype)
 
     def _drop(self, x: jax.Array) -> jax.Array:
         """Zero a share of the values of x [B, T, ...] and scale the others up."""
         keep = 1 - self.dropout
-        # Drawn in the order of the rows, then dealt out as they are: the same on every mesh.
+        # Drawn in row order, then interleaved like the tokens, so the result is the same on every
+        # mesh.
         kept = collectives.interleave(jax.random.bernoulli(self.key[...], keep, x.shape))
         return jnp.where(kept, x / keep, 0).astype(x.dtype)
 
@@ -114,7 +115,7 @@ def lengths(kernel, a, b, scale: float, axes) -> jax.Array:
     Args:
         kernel, a, b: the kernels of a Linear with these (inputs, outputs), and of its adapter.
 
-    |w + s u|^2 = |w|^2 + 2 s w.u + s^2 |u|^2 with u = A' b: the sum of both is never formed.
+    |w + s u|^2 = |w|^2 + 2 s w.u + s^2 |u|^2 with u = A' b, so W + scale B A is never formed.
     """
     inputs, outputs = axes
     letter = dict(zip((*inputs, *outputs), "ijklmn", strict=False))
@@ -127,50 +128,50 @@ def lengths(kernel, a, b, scale: float, axes) -> jax.Array:
     b_order = outs + "r" if "embed" in outputs else "r" + outs
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     kernel, a, b = (x.astype(jnp.float32) for x in (kernel, a, b))
-    of_kernel = einsum(f"{w_order},{w_order}->{outs}", kernel, kernel)
+    kernel_squares = einsum(f"{w_order},{w_order}->{outs}", kernel, kernel)
     projected = einsum(f"{w_order},{ins}r->{b_order}", kernel, a)
     mixed = einsum(f"{b_order},{b_order}->{outs}", projected, b)
     gram = einsum(f"{ins}r,{ins}q->rq", a, a)
-    of_update = einsum(f"{b_order},rq,{b_order.replace('r', 'q')}->{outs}", b, gram, b)
-    return jnp.sqrt(of_kernel + 2 * scale * mixed + scale**2 * of_update)
+    update_squares = einsum(f"{b_order},rq,{b_order.replace('r', 'q')}->{outs}", b, gram, b)
+    return jnp.sqrt(kernel_squares + 2 * scale * mixed + scale**2 * update_squares)
 
 
 def merged(kernel, a, b, magnitude, settings: Settings, outputs_first: bool) -> np.ndarray:
-    """Return the kernel that computes what it does with its adapter, float32 (NumPy).
+    """Return the kernel with its adapter merged into it, float32 (NumPy).
 
     Args:
-        kernel: [inputs, outputs] or, with `outputs_first`, [outputs, inputs]: all of its inputs.
+        kernel: [inputs, outputs] or, with `outputs_first`, [outputs, inputs], with all inputs.
         a: [inputs, rank].
         b: [rank, outputs] or, with `outputs_first`, [outputs, rank].
         magnitude: [outputs]; None = no DoRA.
     """
     kernel, a, b = (np.asarray(array, np.float32) for array in (kernel, a, b))
     update = b @ a.T if outputs_first else a @ b
-    found = kernel + np.float32(settings.scale) * update
+    updated = kernel + np.float32(settings.scale) * update
     if magnitude is None:
-        return found
+        return updated
     axis = 1 if outputs_first else 0
-    factor = np.asarray(magnitude, np.float32) / np.sqrt(np.square(found).sum(axis))
-    return found * np.expand_dims(factor, axis)
+    factor = np.asarray(magnitude, np.float32) / np.sqrt(np.square(updated).sum(axis))
+    return updated * np.expand_dims(factor, axis)
 
 
 # ---- a model with adapters -----------------------------------------------------------------------
 
 
 def add(model_def: ModelDef, settings: Settings) -> ModelDef:
-    """Return the model with adapters, everything else frozen; nothing is allocated.
+    """Return the model with adapters and all other weights frozen. Allocates no arrays.
 
     Raises:
-        ValueError: a target names no linear layer of the model; the message has those there are.
+        ValueError: a target matches no linear layer of the model; the message lists the layers.
     """
     chosen = _chosen(model_def, settings)
     rows, trained = list(model_def.rows), {}
     for row in model_def.rows:
         if row.path in chosen:
-            of_adapter = adapter_rows(row, settings)
-            rows += of_adapter
+            new_rows = adapter_rows(row, settings)
+            rows += new_rows
             if not chosen[row.path].all():
-                trained |= {one.path: chosen[row.path] for one in of_adapter}
+                trained |= {new_row.path: chosen[row.path] for new_row in new_rows}
     dims = model_def.dims | {"rank": settings.rank, "whole_rank": settings.rank}
     dims |= {f"ranks_of_{n}": n * settings.rank for n in {len(row.fused) for row in rows}}
     compute = dataclasses.replace(
@@ -195,12 +196,12 @@ def modules(model_def: ModelDef) -> dict[str, list[str]]:
         for row in model_def.rows
         if isinstance(tree.module_at(model_def.abstract, row.path), Linear)
         and row.path.endswith(".kernel")
-        and "experts" not in row.axes  # PEFT has no adapters for routers
+        and "experts" not in row.axes  # PEFT does not support adapters for routers
     }
 
 
 def module_of(hf_name: str) -> str:
-    """Return the name of the module that has a tensor of the Hugging Face model."""
+    """Return the name of the module that a tensor of the Hugging Face model belongs to."""
     return hf_name.rpartition(".")[0]
 
 
@@ -210,27 +211,27 @@ def target_of(hf_name: str) -> str:
 
 
 def adapter_rows(row: Weight, settings: Settings) -> list[Weight]:
-    """Return the rows of the adapter of a linear layer, from the row of its kernel.
+    """Return the parameter specs of a linear layer's adapter, from the spec of its kernel.
 
-    Where a tensor of the files holds several kernels, each has an A and a B of its own. In files
-    the A stand one below the other, and the B, see `peft.joined`, along the diagonal.
+    If a tensor of the files holds several kernels, each has its own A and B. In adapter files, the
+    A's are stacked along the rank and the B's are block-diagonal, see `peft.joined`.
     """
     (outputs, inputs), stem = row.factors, row.path.removesuffix(".kernel") + ".lora"
     hf = _HF + module_of(row.hf)
     ins, outs = " ".join(inputs), " ".join(outputs)
     r_a, r_b = _rank_axes(outputs)
-    of_b = f"{outs} {r_b}" if "embed" in outputs else f"{r_b} {outs}"
-    each = tuple(r_a for _ in row.fused)
+    b_layout = f"{outs} {r_b}" if "embed" in outputs else f"{r_b} {outs}"
+    a_axes = tuple(r_a for _ in row.fused)
 
     def part(path: str, name: str, layout: str, fused: tuple[str, ...] = row.fused) -> Weight:
         return Weight(f"{stem}.{path}", f"{hf}.{name}", layout, fused, row.place)
 
     rows = [
-        part("a.kernel", "lora_A.weight", f"{r_a} ({ins}) -> {ins} {r_a}", each),
-        part("b.kernel", "lora_B.weight", f"({outs}) {r_b} -> {of_b}"),
+        part("a.kernel", "lora_A.weight", f"{r_a} ({ins}) -> {ins} {r_a}", a_axes),
+        part("b.kernel", "lora_B.weight", f"({outs}) {r_b} -> {b_layout}"),
     ]
     if settings.dora:
-        outs = outs.replace("embed", "norm")  # as of a bias
+        outs = outs.replace("embed", "norm")  # the axis of a bias
         rows.append(part("magnitude", "lora_magnitude_vector", f"({outs}) -> {outs}"))
     return rows
 
@@ -238,35 +239,37 @@ def adapter_rows(row: Weight, settings: Settings) -> list[Weight]:
 def init(
     model_def: ModelDef, settings: Settings, frozen: Mapping[str, jax.Array], mesh, seed: int, dtype
 ) -> dict[str, jax.Array]:
-    """Return new adapters, born sharded: the model computes what it did without them.
+    """Return new sharded adapters with which the model computes the same as without them.
 
-    A is uniform within 1 / sqrt(inputs), B is zero, as in PEFT.
+    A is uniform within +-1 / sqrt(inputs) and B is zero, as in PEFT.
 
     Args:
-        frozen: the weights of the model, by our paths.
-        dtype: of the adapters.
+        frozen: {path: weight} of the model.
+        dtype: dtype of the adapters.
     """
     key = jax.random.key(seed)
     rows = {row.path: row for row in model_def.moving}
     shapes = {path: row.shape(model_def.dims) for path, row in rows.items()}
 
     def make(frozen):
-        found = {path: jnp.zeros(shape, dtype) for path, shape in shapes.items()}
+        arrays = {path: jnp.zeros(shape, dtype) for path, shape in shapes.items()}
         for path, row in rows.items():
             if path.endswith(".a.kernel"):
                 bound = 1 / math.sqrt(math.prod(shapes[path][len(row.stacked) : -1]))
-                of_row = jax.random.fold_in(key, zlib.crc32(path.encode()))
-                found[path] = jax.random.uniform(of_row, shapes[path], dtype, -bound, bound)
+                row_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+                arrays[path] = jax.random.uniform(row_key, shapes[path], dtype, -bound, bound)
         if settings.dora:
-            model = model_def.bind(dict(frozen) | found)
+            model = model_def.bind(dict(frozen) | arrays)
             for path, row in rows.items():
                 if path.endswith(".magnitude"):
-                    of_layer = _lengths
+                    layer_lengths = _lengths
                     for _ in row.stacked:
-                        of_layer = jax.vmap(of_layer)
+                        layer_lengths = jax.vmap(layer_lengths)
                     stem = path.removesuffix(".lora.magnitude")
-                    found[path] = of_layer(tree.module_at(model, f"{stem}.kernel")).astype(dtype)
-        return found
+                    arrays[path] = layer_lengths(tree.module_at(model, f"{stem}.kernel")).astype(
+                        dtype
+                    )
+        return arrays
 
     shardings = {path: rules.sharding(mesh, *row.axes) for path, row in rows.items()}
     with jax.set_mesh(mesh):
@@ -274,26 +277,26 @@ def init(
 
 
 def _lengths(linear: Linear) -> jax.Array:
-    """`lengths` of a layer with an adapter."""
+    """Return the `lengths` of a layer with an adapter."""
     adapter: Any = linear.lora
     a, b = adapter.a.kernel[...], adapter.b.kernel[...]
     return lengths(linear.kernel[...], a, b, adapter.scale, linear.axes)
 
 
 def _chosen(model_def: ModelDef, settings: Settings) -> dict[str, np.ndarray]:
-    """{path of a kernel: which of its layers get an adapter}, of those with at least one."""
+    """Return {path of a kernel: which layers get an adapter} for kernels with at least one."""
     known = modules(model_def)
     rows = {row.path: row for row in model_def.rows}
-    every = [name for names in known.values() for name in names]
+    all_names = [name for names in known.values() for name in names]
     expressions = [target for target in settings.targets if target != ALL_LINEAR]
-    answers = patterns.matches("lora.targets", expressions, every, "ending")
+    answers = patterns.matches("lora.targets", expressions, all_names, "ending")
     unused = [
         target for target, answer in zip(expressions, answers, strict=True) if not any(answer)
     ]
-    all_linear = [[True] * len(every)] * (ALL_LINEAR in settings.targets)
-    found = np.array([[False] * len(every), *answers, *all_linear]).any(0)
+    all_linear = [[True] * len(all_names)] * (ALL_LINEAR in settings.targets)
+    is_chosen = np.array([[False] * len(all_names), *answers, *all_linear]).any(0)
     ends, chosen = np.cumsum([len(names) for names in known.values()]), {}
-    for path, layers in zip(known, np.split(found, ends[:-1]), strict=True):
+    for path, layers in zip(known, np.split(is_chosen, ends[:-1]), strict=True):
         if layers.any():
             chosen[path] = layers.reshape([model_def.dims[axis] for axis in rows[path].stacked])
     if unused or not chosen:
@@ -310,7 +313,7 @@ def _chosen(model_def: ModelDef, settings: Settings) -> dict[str, np.ndarray]:
 def _attached(
     model_def: ModelDef, chosen: Mapping[str, np.ndarray], settings: Settings, drops: bool = False
 ):
-    """The abstract model with an adapter in each chosen linear layer."""
+    """Return the abstract model with an adapter in each chosen linear layer."""
     model = tree.from_dict(model_def.abstract, tree.to_dict(model_def.abstract))  # a copy
     for path, layers in chosen.items():
         linear = tree.module_at(model, path)

@@ -1,10 +1,10 @@
-"""4-bit weights of linear layers that do not train: NF4 with double quantisation, as in QLoRA.
+"""4-bit weights of frozen linear layers: NF4 with double quantization, as in QLoRA.
 
-Dettmers et al. 2023, arXiv:2305.14314. A block of BLOCK weights, consecutive inputs of one output
-as in bitsandbytes, is divided by its largest magnitude and each rounded to the nearest of 16 CODES.
-The magnitudes are stored in 8 bits: their distance from the mean of the layer, linear, one float32
-scale per output (bitsandbytes has a table of 256 values, and a scale per 256 magnitudes). A weight
-takes 4.13 to 4.6 bits. A layer is only unpacked where it multiplies.
+Dettmers et al. 2023, arXiv:2305.14314. A block is BLOCK consecutive inputs of one output, as in
+bitsandbytes. Its weights are divided by their largest magnitude and rounded to the nearest of 16
+CODES. The magnitudes are stored linearly in 8 bits, as distances from the mean of the layer with
+one float32 scale per output (bitsandbytes has a table of 256 values and a scale per 256
+magnitudes). A weight takes 4.13 to 4.6 bits. A layer is dequantized only for its products.
 """
 
 import dataclasses
@@ -25,16 +25,16 @@ from jax_sft.sharding import rules
 from jax_sft.weights import tree
 from jax_sft.weights.param_spec import Weight
 
-BLOCK = 64  # weights that share a magnitude
-# Quantiles of a normal distribution, 8 below zero and 7 above, the outermost -1 and 1: the values
-# that bitsandbytes publishes (functional.py, get_4bit_type).
+BLOCK = 64  # weights per magnitude
+# Quantiles of a normal distribution: 7 below zero, zero and 8 above, scaled to -1 and 1. The values
+# are those of bitsandbytes (functional.py, get_4bit_type).
 CODES = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-_STEPS = 127  # of a magnitude, on either side of the mean
+_STEPS = 127  # steps of a magnitude on either side of the mean
 PARTS = ("codes", "magnitudes", "scale", "mean")
 DTYPES = {"codes": np.uint8, "magnitudes": np.int8, "scale": np.float32, "mean": np.float32}
 
@@ -45,7 +45,7 @@ DTYPES = {"codes": np.uint8, "magnitudes": np.int8, "scale": np.float32, "mean":
 def quantise(kernel: jax.Array, inputs_last: bool) -> dict[str, jax.Array]:
     """Return the PARTS of a kernel [inputs, *outputs] or, with `inputs_last`, [*outputs, inputs].
 
-    codes: uint8, two of them in a byte, the first in its upper half; [inputs / 2, *outputs].
+    codes: uint8 [inputs / 2, *outputs], two codes per byte, the first in the upper half.
     magnitudes: int8 [inputs / BLOCK, *outputs]. scale: float32 [*outputs]. mean: float32 scalar.
     """
     axis = kernel.ndim - 1 if inputs_last else 0
@@ -70,7 +70,7 @@ def quantise(kernel: jax.Array, inputs_last: bool) -> dict[str, jax.Array]:
 
 
 def dequantise(parts: Mapping[str, jax.Array], inputs_last: bool, dtype=jnp.float32) -> jax.Array:
-    """Return the kernel that `quantise` has stored; arithmetic is float32."""
+    """Return the kernel stored by `quantise`, computed in float32."""
     axis = parts["codes"].ndim - 1 if inputs_last else 0
     largest = parts["magnitudes"] * jnp.expand_dims(parts["scale"], axis) + parts["mean"]
     codes = jnp.stack([parts["codes"] >> 4, parts["codes"] & 15], axis + 1)
@@ -88,16 +88,16 @@ def _joined(x: jax.Array, axis: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-# ---- a model with such weights -------------------------------------------------------------------
+# ---- a model with quantized weights --------------------------------------------------------------
 
 
 class Packed(nnx.Module):
-    """Stands in for the kernel of a `Linear`: `packed[...]` unpacks it.
+    """Replacement for the kernel of a `Linear`: `packed[...]` dequantizes it.
 
     Args:
-        shape: of the kernel.
-        num_inputs: how many of its dimensions are inputs.
-        dtype: of what it unpacks to.
+        shape: shape of the kernel.
+        num_inputs: number of dimensions that are inputs.
+        dtype: dtype of the dequantized kernel.
     """
 
     def __init__(self, shape: Sequence[int], num_inputs: int, inputs_last: bool, dtype):
@@ -114,7 +114,7 @@ class Packed(nnx.Module):
 
 
 def _flat(shape: Sequence[int], num_inputs: int, inputs_last: bool) -> tuple[int, ...]:
-    """The shape of a kernel with its inputs as one dimension."""
+    """Return the shape of a kernel with its inputs flattened into one dimension."""
     if inputs_last:
         outputs = shape[: len(shape) - num_inputs]
         return *outputs, math.prod(shape[len(outputs) :])
@@ -122,10 +122,10 @@ def _flat(shape: Sequence[int], num_inputs: int, inputs_last: bool) -> tuple[int
 
 
 def pack(model_def: ModelDef) -> ModelDef:
-    """Return the model with the kernels of its linear layers, all frozen, in 4 bits.
+    """Return the model with the frozen kernels of its linear layers quantized to 4 bits.
 
     Raises:
-        ValueError: a layer has a number of inputs that is no multiple of BLOCK.
+        ValueError: the number of inputs of a layer is not a multiple of BLOCK.
     """
     model = tree.from_dict(model_def.abstract, tree.to_dict(model_def.abstract))  # a copy
     dropping = model_def.dropping
@@ -135,7 +135,9 @@ def pack(model_def: ModelDef) -> ModelDef:
     for row in model_def.rows:
         linear = tree.module_at(model, row.path)
         is_kernel = isinstance(linear, Linear) and row.path.endswith(".kernel")
-        if not is_kernel or row.path not in frozen or "experts" in row.axes:  # a router is small
+        if (
+            not is_kernel or row.path not in frozen or "experts" in row.axes
+        ):  # routers are small and stay as they are
             continue
         inputs, outputs = linear.axes
         num_inputs = math.prod(dims[axis] for axis in inputs)
@@ -155,9 +157,9 @@ def pack(model_def: ModelDef) -> ModelDef:
         )
         for size in reversed(shape[:num_stacked]):
             make = functools.partial(_stacked, make, size)
-        for one in (model, dropping):
-            if one is not None:
-                tree.module_at(one, row.path).kernel = jax.eval_shape(make)
+        for abstract in (model, dropping):
+            if abstract is not None:
+                tree.module_at(abstract, row.path).kernel = jax.eval_shape(make)
     axes = dict(model_def.compute.axes)
     for path, rows in packed.items():
         del axes[path]
@@ -178,7 +180,7 @@ def _stacked(make, size: int):
 
 
 def _rows(row: Weight, inputs: Sequence[str], outputs: Sequence[str]) -> tuple[Weight, ...]:
-    """The rows of the PARTS of a kernel. They have no tensor in the files."""
+    """Return the specs of the PARTS of a kernel, which have no tensors in the files."""
     outs = " ".join(outputs)
 
     def part(name: str, axes: str) -> Weight:
@@ -199,12 +201,12 @@ def _rows(row: Weight, inputs: Sequence[str], outputs: Sequence[str]) -> tuple[W
 def packed_arrays(
     model_def: ModelDef, path: str, kernel: jax.Array, mesh: Mesh
 ) -> dict[str, jax.Array]:
-    """Return {path of a part: array} of a whole kernel, sharded; one layer at a time."""
+    """Quantize a whole kernel, one layer at a time. Return {path of a part: sharded array}."""
     rows = model_def.packed[path]
-    of_layer = functools.partial(_packed_layer, **_form(model_def, path))
+    pack_layer = functools.partial(_packed_layer, **_form(model_def, path))
 
     def of_all(kernel: jax.Array) -> dict[str, jax.Array]:
-        do: Callable[[Any], Any] = of_layer
+        do: Callable[[Any], Any] = pack_layer
         for _ in rows[0].stacked:
             do = functools.partial(jax.lax.map, do)
         return {f"{path}.{name}": part for name, part in do(kernel).items()}
@@ -214,7 +216,7 @@ def packed_arrays(
 
 
 def both_ways(model_def: ModelDef, path: str, kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (codes, what they unpack to in float32) of the kernel of one layer."""
+    """Quantize the kernel of one layer. Return (codes, dequantized kernel in float32)."""
     codes, unpacked = _both_ways(kernel, **_form(model_def, path))
     return np.asarray(codes), np.asarray(unpacked)
 
@@ -230,7 +232,7 @@ def _packed_layer(kernel, num_inputs: int, inputs_last: bool) -> dict[str, jax.A
 
 
 def _form(model_def: ModelDef, path: str) -> dict[str, Any]:
-    """How many dimensions of a layer's kernel are inputs, and whether these are the last."""
+    """Return the number of input dimensions of a layer's kernel and whether they come last."""
     linear = tree.module_at(model_def.abstract, path)
     inputs, outputs = linear.axes
     return {"num_inputs": len(inputs), "inputs_last": "embed" in outputs}

@@ -1,4 +1,4 @@
-"""Adapters as files, in the format of PEFT: `adapter_config.json`, `adapter_model.safetensors`."""
+"""Read and write adapters as PEFT files: `adapter_config.json`, `adapter_model.safetensors`."""
 
 import dataclasses
 import json
@@ -23,23 +23,23 @@ from jax_sft.weights.param_spec import Weight
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Fields that describe where an adapter comes from and how PEFT applies it, not what it computes.
+# Fields for the origin of an adapter and how PEFT applies it, which do not change what it computes.
 _IGNORED = {
     *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision"),
     *("inference_mode", "auto_mapping", "megatron_core", "qalora_group_size"),
     *("ensure_weight_tying", "runtime_config", "eva_config"),
     "fan_in_fan_out",  # PEFT itself sets it to false for linear layers
 }
-# Of init_lora_weights: those that leave the weights of the model as they were.
+# Values of init_lora_weights that do not change the weights of the model.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def read_settings(folder: Path) -> lora.Settings:
-    """Read what adapters a folder holds.
+    """Read the settings of the adapters in a folder.
 
     Raises:
-        ValueError: it is no LoRA adapter, uses something that is not implemented here, or has a
-            link out of it.
+        ValueError: the folder has no LoRA adapter, the adapter uses an unsupported feature, or the
+            folder has a link that leads out of it.
     """
     hf_folder.check_entries(folder)
     config = hf_folder.read_json(folder / CONFIG)
@@ -85,14 +85,14 @@ def read_settings(folder: Path) -> lora.Settings:
     )
 
 
-# ---- which layers an adapter is for -------------------------------------------------------------
+# ---- the layers of an adapter --------------------------------------------------------------------
 
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _A = ".lora_A.weight"
 
 
 def _selection_problems(config: Mapping[str, Any]) -> list[str]:
-    """Say which of the fields that choose modules have another form than PEFT writes."""
+    """Return the fields that select modules but differ in form from what PEFT writes."""
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
     problems = []
     if not targets or not _are_names(targets):
@@ -123,7 +123,7 @@ def _are_names(value: Any) -> bool:
 
 
 def _modules(folder: Path) -> dict[str, int]:
-    """Return {name of a module that has tensors in a folder: rank of these}."""
+    """Return {module with tensors in the folder: their rank}."""
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / WEIGHTS).with_suffix(".bin")
         reason = "it is not a PEFT adapter"
@@ -143,31 +143,32 @@ def _modules(folder: Path) -> dict[str, int]:
 
 
 def _rank(folder: Path, config: Mapping[str, Any], stored: Mapping[str, int]) -> tuple[int, float]:
-    """Return the rank and alpha that all modules have; patterns of both may change them.
+    """Return the common rank and alpha of all modules, after rank_pattern and alpha_pattern.
 
     Raises:
-        ValueError: modules differ in their rank or scale.
+        ValueError: modules differ in rank or scale.
     """
-    modules, of_module = [*stored], {}
+    modules, module_values = [*stored], {}
     for field, default in (("rank_pattern", config["r"]), ("alpha_pattern", config["lora_alpha"])):
         given = config.get(field) or {}
-        # As PEFT's get_pattern_key: the first that matches.
+        # The first matching pattern decides, as in PEFT's get_pattern_key.
         expressions = [rf"(.*\.)?({key})$" for key in given]
         answers = patterns.matches(f"{folder / CONFIG}: {field}", expressions, modules, "match")
-        of_module[field] = [
+        module_values[field] = [
             next(
                 (value for value, hits in zip(given.values(), answers, strict=True) if hits[n]),
                 default,
             )
             for n in range(len(modules))
         ]
-    pairs = {*zip(of_module["rank_pattern"], of_module["alpha_pattern"], strict=True)}
+    pairs = {*zip(module_values["rank_pattern"], module_values["alpha_pattern"], strict=True)}
     if len(pairs) == 1:
         return pairs.pop()
-    # As `write_config` has them: tensors for several kernels have more ranks, at the same scale.
+    # As `write_config` writes them: a tensor of several kernels has a multiple of the rank, but the
+    # same scale.
     power = 0.5 if config.get("use_rslora") else 1.0
     scale = config["lora_alpha"] / config["r"] ** power
-    fits = of_module["rank_pattern"] == [*stored.values()]
+    fits = module_values["rank_pattern"] == [*stored.values()]
     if fits and all(math.isclose(alpha / rank**power, scale) for rank, alpha in pairs):
         return config["r"], config["lora_alpha"]
     raise ValueError(
@@ -178,8 +179,10 @@ def _rank(folder: Path, config: Mapping[str, Any], stored: Mapping[str, int]) ->
 
 
 def _targets(config: Mapping[str, Any], modules: Iterable[str]) -> tuple[str, ...]:
-    """Return `Settings.targets`: the names as they are given where these say all, otherwise those
-    of the modules with tensors, which `check` compares with what PEFT would choose.
+    """Return `Settings.targets`.
+
+    These are the given names if they determine the selection. Otherwise they are the names of the
+    modules with tensors, which `check` compares with PEFT's selection.
     """
     targets = config["target_modules"]
     if any(config.get(field) not in (None, [], "") for field in _SELECTION[1:]):
@@ -187,7 +190,7 @@ def _targets(config: Mapping[str, Any], modules: Iterable[str]) -> tuple[str, ..
     if isinstance(targets, str):
         is_all = targets.lower() == lora.ALL_LINEAR
         return (lora.ALL_LINEAR,) if is_all else tuple(modules) or (targets,)
-    # PEFT passes over names that no module has.
+    # PEFT ignores names that match no module.
     named = [name for name in targets if any(_is_ending(name, module) for module in modules)]
     return tuple(named or targets)
 
@@ -197,49 +200,53 @@ def _is_ending(name: str, module: str) -> bool:
 
 
 def chosen(config: Mapping[str, Any], modules: Sequence[str], where: str) -> list[bool]:
-    """Whether PEFT would give each linear layer an adapter, by its check_target_module_exists.
+    """Return for each module whether PEFT would adapt it, as in check_target_module_exists.
 
     Args:
-        where: file of the config, in messages.
+        where: file name of the config, for messages.
     """
     targets, excluded = config["target_modules"], config.get("exclude_modules") or []
     if isinstance(targets, str):
         is_all = targets.lower() == lora.ALL_LINEAR
-        found = [True] * len(modules)
+        is_target = [True] * len(modules)
         if not is_all:
-            (found,) = patterns.matches(f"{where}: target_modules", [targets], modules, "fullmatch")
+            (is_target,) = patterns.matches(
+                f"{where}: target_modules", [targets], modules, "fullmatch"
+            )
     else:
-        found = [
+        is_target = [
             module in targets
             or (any(_is_ending(name, module) for name in targets) and _is_in_layers(config, module))
             for module in modules
         ]
     if isinstance(excluded, str) and excluded:
-        (left,) = patterns.matches(f"{where}: exclude_modules", [excluded], modules, "fullmatch")
+        (is_excluded,) = patterns.matches(
+            f"{where}: exclude_modules", [excluded], modules, "fullmatch"
+        )
     else:
-        left = [any(_is_ending(name, module) for name in excluded) for module in modules]
-    return [yes and not no for yes, no in zip(found, left, strict=True)]
+        is_excluded = [any(_is_ending(name, module) for name in excluded) for module in modules]
+    return [yes and not no for yes, no in zip(is_target, is_excluded, strict=True)]
 
 
 def _is_in_layers(config: Mapping[str, Any], module: str) -> bool:
-    """Whether `layers_to_transform` has the layer of a module."""
+    """Return whether `layers_to_transform` includes the layer of a module."""
     layers, named = config.get("layers_to_transform"), config.get("layers_pattern") or []
     if layers is None or layers == []:
         return True
     named = [named] if isinstance(named, str) else named
     expressions = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in named] or [r".*?\.[^.]*\.(\d+)\."]
-    match = next((m for one in expressions if (m := re.match(one, module))), None)
+    match = next((m for expression in expressions if (m := re.match(expression, module))), None)
     return match is not None and int(match[1]) in (layers if isinstance(layers, list) else [layers])
 
 
 def _selection_differences(folder: Path, model_def: ModelDef) -> list[str]:
-    """Compare the layers that PEFT would choose with those of a model that has adapters."""
+    """Return the differences between PEFT's selection of layers and the adapters of the model."""
     known = [module for modules in lora.modules(model_def).values() for module in modules]
     config = hf_folder.read_json(folder / CONFIG)
     by_peft = {
         m for m, yes in zip(known, chosen(config, known, str(folder / CONFIG)), strict=True) if yes
     }
-    here = {
+    with_tensors = {
         lora.target_of(name)
         for row in model_def.moving
         if row.path.endswith(".lora.a.kernel")
@@ -247,8 +254,11 @@ def _selection_differences(folder: Path, model_def: ModelDef) -> list[str]:
     }
     fields = " with ".join(name for name in _SELECTION if config.get(name) not in (None, [], ""))
     return [
-        *(f"{name} has no tensors, but {fields} chooses it" for name in by_peft - here),
-        *(f"{name} has tensors, but {fields} does not choose it" for name in here - by_peft),
+        *(f"{name} has no tensors, but {fields} chooses it" for name in by_peft - with_tensors),
+        *(
+            f"{name} has tensors, but {fields} does not choose it"
+            for name in with_tensors - by_peft
+        ),
     ]
 
 
@@ -256,14 +266,14 @@ def load(folder: Path, model_def: ModelDef, mesh: Mesh, dtype) -> dict[str, jax.
     """Read adapters into their shards.
 
     Args:
-        model_def: with adapters as `read_settings` describes them.
-        dtype: of the returned arrays.
+        model_def: model with adapters as `read_settings` returns them.
+        dtype: dtype of the returned arrays.
 
     Returns:
-        {our path: array}.
+        {path: array}.
 
     Raises:
-        ValueError: tensors that are missing, unknown or misshapen; each is named.
+        ValueError: tensors are missing, unknown or have a wrong shape; the message lists them.
     """
     check(folder, model_def)
     params = {}
@@ -281,27 +291,27 @@ def load(folder: Path, model_def: ModelDef, mesh: Mesh, dtype) -> dict[str, jax.
 
 
 def check(folder: Path, model_def: ModelDef) -> None:
-    """Compare the tensors of a folder with a model that has adapters, reading only headers.
+    """Check the tensors of a folder against a model with adapters, reading only headers.
 
     Raises:
-        ValueError: every unknown, missing or misshapen tensor at once.
+        ValueError: tensors are unknown, missing or have a wrong shape; the message lists them all.
     """
-    found, problems = hf_reader.read_headers(folder)
-    wanted = {
+    headers, problems = hf_reader.read_headers(folder)
+    expected = {
         name: _shapes(row, model_def.dims)
         for row in model_def.moving
         for _, name in tensors(row, model_def)
     }
     problems += _selection_differences(folder, model_def)
-    problems += [f"{name} belongs to no adapter" for name in found.keys() - wanted.keys()]
-    for name, shapes in wanted.items():
-        if name not in found:
+    problems += [f"{name} belongs to no adapter" for name in headers.keys() - expected.keys()]
+    for name, shapes in expected.items():
+        if name not in headers:
             problems.append(f"{name} {shapes[0]} is missing")
-        elif found[name].shape not in shapes:
-            problems.append(f"{name} has shape {found[name].shape}, not {shapes[0]}")
-        elif found[name].dtype not in hf_reader.DTYPES:
+        elif headers[name].shape not in shapes:
+            problems.append(f"{name} has shape {headers[name].shape}, not {shapes[0]}")
+        elif headers[name].dtype not in hf_reader.DTYPES:
             problems.append(
-                f"{name} has dtype {found[name].dtype}: not one of {[*hf_reader.DTYPES]}"
+                f"{name} has dtype {headers[name].dtype}: not one of {[*hf_reader.DTYPES]}"
             )
     if problems:
         if ranks := hf_folder.read_json(folder / CONFIG).get("rank_pattern"):
@@ -311,7 +321,7 @@ def check(folder: Path, model_def: ModelDef) -> None:
 
 
 def tensors(row: Weight, model_def: ModelDef) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Yield (index along the stacked axes, HF name) of the layers that have this adapter."""
+    """Yield (index along the stacked axes, HF name) for each layer with this adapter."""
     chosen = model_def.trained.get(row.path)
     for index, name in row.hf_tensors(model_def.dims):
         if chosen is None or chosen[index]:
@@ -322,10 +332,10 @@ def tensors(row: Weight, model_def: ModelDef) -> Iterator[tuple[tuple[int, ...],
 
 
 def joined(row: Weight) -> Weight:
-    """Return the row of the tensor that a file has for an adapter.
+    """Return the spec of the tensor in a file for a parameter of an adapter.
 
-    It is the same, but for the B of one of several kernels in a tensor: there it stands in the
-    columns of its own A, with zeros beside it.
+    It is the same spec, except for B of a fused tensor. The file stores that B block-diagonally: it
+    is zero outside the columns of its own A.
     """
     if not row.fused or not row.path.endswith(".b.kernel"):
         return row
@@ -335,7 +345,7 @@ def joined(row: Weight) -> Weight:
 
 
 def widened(array: np.ndarray, row: Weight) -> np.ndarray:
-    """Return the array of a row as one of `joined(row)`, with the zeros."""
+    """Pad the array of `row` with zeros to an array of `joined(row)`."""
     (axis,) = [n for n, name in enumerate(row.axes) if name in ("rank", "whole_rank")]
     rank = array.shape[axis]
     padding = [(0, 0)] * array.ndim
@@ -344,19 +354,19 @@ def widened(array: np.ndarray, row: Weight) -> np.ndarray:
 
 
 def _shapes(row: Weight, dims: dict[str, int]) -> list[tuple[int, ...]]:
-    """The shapes that a file's tensor may have; the first is what we write."""
-    found = [joined(row).hf_shape(dims)]
+    """Return the shapes that a tensor in a file may have; the first is the one we write."""
+    shapes = [joined(row).hf_shape(dims)]
     if row.path.endswith(".a.kernel") and row.fused:
-        found.append((dims["rank"], found[0][1]))
+        shapes.append((dims["rank"], shapes[0][1]))
     elif row.fused:
-        found.append(row.hf_shape(dims))
-    return found
+        shapes.append(row.hf_shape(dims))
+    return shapes
 
 
 def _part(tensor: np.ndarray, row: Weight, name: str, dims: dict[str, int]) -> np.ndarray:
-    """What a tensor of a file holds of a row.
+    """Return the part of a file's tensor that belongs to a parameter.
 
-    Adapters of PEFT have one A for all kernels of a tensor: each here gets a copy.
+    PEFT has one A for all kernels of a tensor, so each kernel's adapter gets a copy.
     """
     whole = [(0, size) for size in row.shape(dims)[len(row.stacked) :]]
     rank = dims["rank"]
@@ -366,23 +376,23 @@ def _part(tensor: np.ndarray, row: Weight, name: str, dims: dict[str, int]) -> n
     first, *rest = row.hf_index(tuple(whole), dims)
     part = tensor[first]
     if rest and part.shape[1] != rest[0].stop:
-        mine = slice(rank * row.place, rank * (row.place + 1))
-        if np.any(np.delete(part, mine, axis=1)):
+        own_columns = slice(rank * row.place, rank * (row.place + 1))
+        if np.any(np.delete(part, own_columns, axis=1)):
             raise ValueError(
                 f"{name} has other values than zero beside its diagonal of {len(row.fused)} parts: "
                 f"its rank is not {rank} for each"
             )
-        return part[:, mine]
+        return part[:, own_columns]
     return part
 
 
 def write_config(
     out: Path, model_def: ModelDef, settings: lora.Settings, base: str, revision: str = ""
 ) -> None:
-    """Write what PEFT needs to know of adapters, beside their tensors.
+    """Write PEFT's config of the adapters.
 
     Args:
-        base: path or hub id of the model that they belong to, and its revision.
+        base, revision: path or hub id of the base model, and its revision.
     """
     chosen = [
         lora.target_of(name)
@@ -421,7 +431,7 @@ def write_config(
 
 
 def _shortest(chosen: list[str], known: Mapping[str, list[str]]) -> list[str]:
-    """Name modules by their endings where that chooses these and no others."""
+    """Return the endings of the chosen names if they select no other module, else the names."""
     endings = {name.rpartition(".")[2] for name in chosen}
     every = [name for names in known.values() for name in names]
     same = {name for name in every if name.rpartition(".")[2] in endings}
