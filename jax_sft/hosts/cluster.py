@@ -112,8 +112,8 @@ def bind_address(coordinator: str) -> str:
     host = host.removeprefix("[").removesuffix("]")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(f"JAX_SFT_COORDINATOR = {coordinator!r} is not host:port")
-    if given := os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
-        return given
+    if override := os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
+        return override
     try:
         addresses = {info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     except OSError:  # JAX reports the error when the other processes cannot reach the host
@@ -177,8 +177,8 @@ def hosts() -> tuple[str, ...]:
 
 def name(process: int) -> str:
     """Return the name of a process in messages; it includes the host once `hosts` was called."""
-    known = hosts() if hosts.cache_info().currsize else ()
-    return f"process {process} (host {known[process]})" if known else f"process {process}"
+    host_names = hosts() if hosts.cache_info().currsize else ()
+    return f"process {process} (host {host_names[process]})" if host_names else f"process {process}"
 
 
 def names(processes: Sequence[int]) -> str:

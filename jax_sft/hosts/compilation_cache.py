@@ -42,9 +42,9 @@ def use(wanted: str, workdir: Path, say: Callable[[str], None]) -> None:
         say: prints a line.
     """
     # 1. The environment variable takes precedence over the config.
-    if given := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        if problem := _untrusted(Path(given)):
-            say(f"WARNING compiled programs are not kept in {given}: {problem}")
+    if configured := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        if problem := _untrusted(Path(configured)):
+            say(f"WARNING compiled programs are not kept in {configured}: {problem}")
             _set(None)
         return
     if wanted == OFF:

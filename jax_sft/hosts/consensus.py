@@ -34,11 +34,11 @@ def gather(what: str, problems: Sequence[str], timeout_s: float = TIMEOUT_S) -> 
     """Return the problems of all processes, each once; name the processes if not all have it."""
     mine = json.dumps(at_most(problems, 50))
     everyone = [json.loads(text) for text in cluster.exchange(what, mine, timeout_s)]
-    who: dict[str, list[int]] = {}
+    processes: dict[str, list[int]] = {}  # by problem
     for process, reported in enumerate(everyone):
         for problem in reported:
-            who.setdefault(problem, []).append(process)
+            processes.setdefault(problem, []).append(process)
     return [
-        problem if len(which) == len(everyone) else f"{problem} [{cluster.names(which)}]"
-        for problem, which in who.items()
+        problem if len(numbers) == len(everyone) else f"{problem} [{cluster.names(numbers)}]"
+        for problem, numbers in processes.items()
     ]

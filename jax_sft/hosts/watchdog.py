@@ -285,8 +285,8 @@ def _explain(error: Exception) -> None:
             cluster.check_others()
         except cluster.Stopped as stopped:
             raise stopped from error
-        except jax.errors.JaxRuntimeError as broken:
-            print(f"the coordinator does not answer: {broken}", file=sys.stderr, flush=True)
+        except jax.errors.JaxRuntimeError as no_answer:
+            print(f"the coordinator does not answer: {no_answer}", file=sys.stderr, flush=True)
             return
         time.sleep(0.2)
 
