@@ -30,10 +30,10 @@ def peak_flops(devices: Iterable[Any]) -> float | None:
     """Return the summed bfloat16 peak of the devices in FLOP/s, or None if any is unknown."""
     peaks = []
     for device in devices:
-        known = [peak for name, peak in PEAK_FLOPS.items() if name in device.device_kind]
-        if not known:
+        matches = [peak for name, peak in PEAK_FLOPS.items() if name in device.device_kind]
+        if not matches:
             return None
-        peaks.append(known[0])
+        peaks.append(matches[0])
     return sum(peaks)
 
 
@@ -176,7 +176,7 @@ class Meter:
 
     def line(self, metrics: Mapping[str, float]) -> str:
         """Return the metrics as one line for the screen."""
-        left = (self._num_steps - metrics["step"]) * metrics["step_time_s"]
+        left_s = (self._num_steps - metrics["step"]) * metrics["step_time_s"]
         parts = [
             f"step {metrics['step']}/{self._num_steps}",
             f"epoch {metrics['epoch']:.2f}",
@@ -194,7 +194,7 @@ class Meter:
                 else []
             ),
             *([f"MFU {metrics['mfu']:.1%}"] if "mfu" in metrics else []),
-            f"ETA {duration(left)}",
+            f"ETA {duration(left_s)}",
         ]
         return " | ".join(parts)
 

@@ -106,8 +106,8 @@ def restore_or_load(
     model_def, rows = program.model_def, run.model.rows
     adapters = run.resolved.adapters
     if model_def.frozen or model_def.trained:
-        what = "adapters" if adapters else "what train.freeze leaves"
-        run.say(f"trains  {what}: {metrics.count(freeze.count(model_def))} parameters")
+        trained = "adapters" if adapters else "what train.freeze leaves"
+        run.say(f"trains  {trained}: {metrics.count(freeze.count(model_def))} parameters")
     read = functools.partial(
         pretrained.read,
         run.model.weights,
