@@ -78,8 +78,8 @@ def check_address(address: str) -> None:
 def _by_hand(environ: Mapping[str, str], nproc: int) -> Coordinates:
     missing = [name for name in BY_HAND if not environ.get(name)]
     if missing:
-        given = [name for name in BY_HAND if name not in missing]
-        raise ValueError(f"{given} set, but not {missing}: set all three, or none")
+        present = [name for name in BY_HAND if name not in missing]
+        raise ValueError(f"{present} set, but not {missing}: set all three, or none")
     count, first = (_number(environ, name) for name in BY_HAND[1:])
     if first + nproc > count:
         raise ValueError(

@@ -31,8 +31,9 @@ def settings(environ: Mapping[str, str], address: str | None) -> dict[str, str]:
     """
     added = {name: value for name, value in SETTINGS.items() if name not in environ}
     if address and _NO_PROXY not in environ and any(environ.get(name) for name in _PROXIES):
-        known = [part for part in environ.get("no_proxy", "").split(",") if part]
-        added[_NO_PROXY] = ",".join([address.rpartition(":")[0], *known])
+        # This variable replaces no_proxy for gRPC, so keep the hosts of no_proxy in it.
+        no_proxy = [part for part in environ.get("no_proxy", "").split(",") if part]
+        added[_NO_PROXY] = ",".join([address.rpartition(":")[0], *no_proxy])
     return added
 
 
@@ -48,11 +49,11 @@ def given(environ: Mapping[str, str]) -> dict[str, str]:
 def describe(environ: Mapping[str, str], address: str | None) -> list[str]:
     """Return lines that list the variables set by the launcher and those that were set before."""
     lines = []
-    for what, variables in (
+    for label, variables in (
         ("set here", settings(environ, address)),
         ("set before", given(environ)),
     ):
         if variables:
             texts = " ".join(f"{name}={value}" for name, value in variables.items())
-            lines.append(f"environment {what}: {texts}")
+            lines.append(f"environment {label}: {texts}")
     return lines

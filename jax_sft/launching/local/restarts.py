@@ -33,7 +33,7 @@ def first_error(ends: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
     Args:
         ends: (process, code) in the order in which the processes ended, within moments of each
             other and before any was asked to stop. A process that reports a reason precedes those
-            that only noticed its end.
+            that only noticed that it had ended.
     """
     # 1. A code that is passed on, in the order of _HANDED_ON.
     for handed_on in _HANDED_ON:

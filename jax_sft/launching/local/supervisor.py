@@ -164,6 +164,7 @@ class _Attempt:
         self._decided = restarts.first_error(self._ends)
         if self._decided is None:
             return
+        # Time for the other processes to end, by what they may still have to do.
         code = self._decided[1]
         if code == exit_codes.REQUEUE:
             self._stop_at, self._kill_at = now + FAREWELL_S, now + self._options.grace_s
