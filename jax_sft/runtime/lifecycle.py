@@ -193,8 +193,8 @@ def _unexpected(error: BaseException) -> str:
         text = text[:LONGEST_LINE] + " ..."
     try:
         where = f"traceback in {_keep_traceback(error)}"
-    except OSError as full:
-        where = f"its traceback could not be kept ({full})"
+    except OSError as write_error:
+        where = f"its traceback could not be kept ({write_error})"
     return (
         f"unexpected {type(error).__name__}: {text} ({where}; JAX_SFT_TRACEBACK=1 shows it; it is "
         "a bug of this program, or of a library with a file that it was given)"

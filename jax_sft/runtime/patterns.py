@@ -122,9 +122,9 @@ def _serve() -> None:
     """
     patterns, names, method, seconds = json.load(sys.stdin)
     limits = {resource.RLIMIT_CPU: seconds, resource.RLIMIT_AS: MEMORY, resource.RLIMIT_CORE: 0}
-    for kind, most in limits.items():
+    for kind, limit in limits.items():
         with contextlib.suppress(ValueError, OSError):  # macOS does not limit the address space
-            resource.setrlimit(kind, (most, most))
+            resource.setrlimit(kind, (limit, limit))
     for pattern in patterns:
         answer = _answer(pattern, names, method)
         print(json.dumps([answer] if isinstance(answer, str) else answer), flush=True)
