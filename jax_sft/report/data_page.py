@@ -1,7 +1,7 @@
-"""A data set's report and examples, for a terminal and as a page of HTML; what trains is marked.
+"""Show a data set's report and examples on a terminal or as an HTML page, with trained text marked.
 
-Called by `inspect`. What the data says cannot imitate a mark: control characters, and the
-characters of the marks themselves, are shown by their numbers.
+Called by `inspect`. Text of the data cannot imitate a mark: control characters and the mark
+characters themselves are shown as code points.
 """
 
 import dataclasses
@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-LEFT, RIGHT = "⟦", "⟧"  # around what trains, where there are no colours
-BETWEEN = "▏"  # between tokens, when asked for
+LEFT, RIGHT = "⟦", "⟧"  # around trained text, without colors
+BETWEEN = "▏"  # between tokens, if `boundaries` is set
 NEWLINE = "⏎"
 RESET = "\x1b[0m"
-# ANSI styles of (trains, special). Foreground and background are both set: any theme can be read.
+# ANSI styles of (trains, special). Setting foreground and background is readable on any theme.
 STYLES = {
     (True, False): "\x1b[30;42m",  # black on green
     (True, True): "\x1b[1;4;30;42m",  # the same, bold and underlined
@@ -23,14 +23,14 @@ STYLES = {
     (False, False): "",
 }
 BOUNDARY_STYLE = "\x1b[2m"
-LEFT_OUT_ON_SCREEN = 10  # rows per list; the page shows all that the overview has
-# Shown as ⟨U+...⟩: they move the cursor, hide text or change its order. Newline and tab stay.
+LEFT_OUT_ON_SCREEN = 10  # rows per list; the HTML page shows all rows of the overview
+# Shown as ⟨U+...⟩, as they move the cursor, hide text or reorder it. Newline and tab are kept.
 _HIDDEN = (
     *(code for code in range(0xA0) if (code < 0x20 or code >= 0x7F) and chr(code) not in "\n\t"),
     *(0x061C, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF),
     *range(0x2028, 0x202F),
     *range(0x2066, 0x206A),
-    *range(0xD800, 0xE000),  # halves of characters: they cannot be written at all
+    *range(0xD800, 0xE000),  # surrogates, which cannot be encoded
 )
 _VISIBLE = {code: f"⟨U+{code:04X}⟩" for code in _HIDDEN}
 _VISIBLE_AMONG_MARKS = _VISIBLE | {ord(mark): f"⟨U+{ord(mark):04X}⟩" for mark in LEFT + RIGHT}
@@ -38,11 +38,11 @@ _VISIBLE_AMONG_MARKS = _VISIBLE | {ord(mark): f"⟨U+{ord(mark):04X}⟩" for mar
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """The fewest tokens, all of one weight, that decode to whole characters.
+    """The shortest run of tokens of one weight that decodes to whole characters.
 
     Attributes:
-        weight: of these tokens in the loss; 0 = they do not train.
-        special: a token that text is not made of, such as <|im_end|>; always alone.
+        weight: weight of the tokens in the loss; 0 = not trained.
+        special: whether this is a single token that is not text, such as <|im_end|>.
     """
 
     text: str
@@ -52,7 +52,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """One example, with a line about it."""
+    """One example, with a line that describes it."""
 
     label: str
     pieces: Sequence[Piece]
@@ -68,20 +68,20 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Overview:
-    """All that is shown of a config's data.
+    """The content of the report on a config's data.
 
     Attributes:
         title: one line.
-        table: of the sources, as lines of columns.
+        table: the sources, as lines of columns.
         packing: lines about the packed rows.
         charts: (title, values, unit) of each histogram.
-        examples: to be shown one by one.
+        examples: examples shown one by one.
         rows: packed rows, as the model gets them.
-        left_out: (heading, number of rows, the first of them with the reason) of each list of rows
-            that do not train.
+        left_out: (heading, number of rows, first rows with the reason) of each list of rows that
+            are not trained.
         verdict: the last lines.
-        is_refused: training would not start.
-        is_lossy: training would leave out more than a user expects, see `losses`.
+        is_refused: whether training would refuse to start.
+        is_lossy: whether training would leave out more than a user expects, see `losses`.
     """
 
     title: str
@@ -97,14 +97,14 @@ class Overview:
 
 
 def pieces(tokenizer, ids: Sequence[int], weights: Sequence[float]) -> list[Piece]:
-    """Decode token by token; tokens that hold parts of one character come together.
+    """Decode an example token by token; tokens that share a character form one piece.
 
-    U+FFFD appears only where the text has it, where the tokens are not UTF-8, or where a
-    character's own tokens differ in weight.
+    U+FFFD appears only if the text contains it, if the tokens are not UTF-8, or if the tokens of a
+    character differ in weight.
 
     Args:
         tokenizer: a fast tokenizer.
-        ids, weights: of one example, not shifted.
+        ids, weights: token ids and loss weights of one example, not shifted.
     """
     backend = tokenizer.backend_tokenizer
     added = set(tokenizer.added_tokens_decoder)
@@ -115,45 +115,45 @@ def pieces(tokenizer, ids: Sequence[int], weights: Sequence[float]) -> list[Piec
     def decode(part: Sequence[int]) -> str:
         return backend.decode(list(part), skip_special_tokens=False)
 
-    found: list[Piece] = []
+    decoded: list[Piece] = []
     weighted = zip(ids, weights, strict=True)
-    context: list[int] = []  # decoders drop the space of the first word: each needs one before it
+    context: list[int] = []  # previous tokens: decoders drop the space of a first word
     for (special, weight), run in itertools.groupby(
         weighted, key=lambda pair: (is_alone(int(pair[0])), float(pair[1]))
     ):
         left = [int(token) for token, _ in run]
         while left:
             take, text = _whole_characters(decode, context, left, 1 if special else len(left))
-            if backend.id_to_token(left[0]) is None:  # it would be left out without a word
+            if backend.id_to_token(left[0]) is None:  # decoding would silently drop it
                 text = f"⟨token {left[0]}⟩"
-            found.append(Piece(text, weight, special))
+            decoded.append(Piece(text, weight, special))
             context, left = left[:take], left[take:]
-    return found
+    return decoded
 
 
 def _whole_characters(
     decode: Callable[[Sequence[int]], str], context: list[int], left: list[int], most: int
 ) -> tuple[int, str]:
-    """How many tokens of `left` to take, `most` at most, and their text after `context`."""
+    """Return the number of tokens of `left` to take, at most `most`, and their text."""
     before = decode(context) if context else ""
     take = 1
     while True:
         take = min(take, most)
         text = decode(context + left[:take])
-        # A character split between context and here would change the context's own text.
+        # A character split between context and `left` would change the text of the context.
         text = text.removeprefix(before) if text.startswith(before) else decode(left[:take])
         if take == most or not text.endswith("\ufffd"):
             return take, text
-        # One by one as far as a character can need it; then in leaps, lest a long text of U+FFFD
-        # take quadratic time.
+        # Add tokens one by one as long as a character may need them. Then double, so that a long
+        # text of U+FFFD does not take quadratic time.
         take = take + 1 if take < 8 else 2 * take
 
 
 def visible(text: str, among_marks: bool = False) -> str:
-    """Replace the characters that would move, hide or reorder others by ⟨U+...⟩.
+    """Replace the characters that would move, hide or reorder others with ⟨U+...⟩.
 
     Args:
-        among_marks: also the characters that mark what trains.
+        among_marks: whether to replace the mark characters LEFT and RIGHT too.
     """
     return text.translate(_VISIBLE_AMONG_MARKS if among_marks else _VISIBLE)
 
@@ -179,7 +179,7 @@ def screen(overview: Overview, color: bool, boundaries: bool) -> Iterator[str]:
 
 
 def legend(color: bool, boundaries: bool) -> str:
-    """One line that says what the marks of `to_text` mean."""
+    """Return one line that explains the marks of `to_text`."""
     trained = _styled("trains", (True, False), color) if color else f"{LEFT}trains{RIGHT}"
     special = _styled("special token", (False, True), color)
     parts = [trained, *([special] if color else []), f"{NEWLINE} newline"]
@@ -187,18 +187,18 @@ def legend(color: bool, boundaries: bool) -> str:
 
 
 def to_text(block: Block, color: bool, boundaries: bool) -> str:
-    """Lines for a terminal: the block's title, then each segment's label and text."""
+    """Return a block for a terminal: its title, then the label and text of each segment."""
     lines = [_heading(block.title, "━", color)]
     for segment in block.segments:
         if segment.label:
             lines.append(_heading(segment.label, "─", color))
-        # The newlines at the end are shown already.
+        # Newlines at the end already appear as NEWLINE marks.
         lines.append(segment_text(segment.pieces, color, boundaries).rstrip("\n"))
     return "\n".join(lines) + "\n"
 
 
 def segment_text(found: Sequence[Piece], color: bool, boundaries: bool) -> str:
-    """The text of the pieces with what trains coloured, or between marks."""
+    """Return the text of the pieces, with trained text colored or between marks."""
     parts = []
     for weight, run in itertools.groupby(found, key=lambda piece: piece.weight):
         trains = weight != 0
@@ -215,7 +215,7 @@ def segment_text(found: Sequence[Piece], color: bool, boundaries: bool) -> str:
 
 
 def _styled(text: str, style: tuple[bool, bool], color: bool) -> str:
-    """Newlines made visible; each line styled by itself, so that no colour runs to the margin."""
+    """Style each line separately, so that no color runs to the margin; newlines are visible."""
     lines = text.split("\n")
     lines = [line + NEWLINE for line in lines[:-1]] + lines[-1:]
     if color and STYLES[style]:
@@ -255,7 +255,7 @@ svg rect{fill:var(--bar)}figcaption,small{font-size:12px;color:var(--soft)}
 
 
 def segment_html(found: Sequence[Piece], boundaries: bool) -> str:
-    """The text of the pieces; what trains is in <mark>, special tokens in <b>."""
+    """Return the text of the pieces, with trained text in <mark> and special tokens in <b>."""
     between = "<i></i>" if boundaries else ""
     parts = []
     for weight, run in itertools.groupby(found, key=lambda piece: piece.weight):
@@ -273,7 +273,7 @@ def segment_html(found: Sequence[Piece], boundaries: bool) -> str:
 
 
 def block_html(block: Block, boundaries: bool) -> str:
-    """A block with its heading and the labels of its segments."""
+    """Return a block with its heading and the labels of its segments."""
     parts = [f"<h3>{_escaped(block.title)}</h3>"]
     for segment in block.segments:
         if segment.label:
@@ -283,7 +283,7 @@ def block_html(block: Block, boundaries: bool) -> str:
 
 
 def chart_html(title: str, values: np.ndarray, unit: str, bins: int = 32) -> str:
-    """A histogram as inline SVG; each bar tells its range and count when pointed at."""
+    """Return a histogram as inline SVG; the tooltip of each bar has its range and count."""
     if not len(values):
         return ""
     counts, edges = np.histogram(values, bins=bins, range=(0, max(float(values.max()), 1e-9)))
@@ -293,7 +293,7 @@ def chart_html(title: str, values: np.ndarray, unit: str, bins: int = 32) -> str
     for number, count in enumerate(counts.tolist()):
         if not count:
             continue
-        tall = max(height * count / counts.max(), 1.0)  # one among a million can be seen
+        tall = max(height * count / counts.max(), 1.0)  # a count of 1 in a million stays visible
         low, high = (f"{edge:.4g}" for edge in edges[number : number + 2])
         bars.append(
             f'<rect x="{number * step:.1f}" y="{height - tall:.1f}" width="{step - 1:.1f}" '
@@ -308,7 +308,7 @@ def chart_html(title: str, values: np.ndarray, unit: str, bins: int = 32) -> str
 
 
 def page(overview: Overview, boundaries: bool) -> str:
-    """The overview as a whole page that needs nothing from elsewhere."""
+    """Return the overview as a self-contained HTML page."""
     kind = "bad" if overview.is_refused else "amber" if overview.is_lossy else "good"
     verdict = "".join(f"<div>{_plain(line)}</div>" for line in overview.verdict)
     parts = [f'<div class="verdict {kind}">{verdict}</div>']
@@ -331,24 +331,24 @@ def page(overview: Overview, boundaries: bool) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="generator" content="jax_sft">'  # tells `outputs` that the page is ours
+        '<meta name="generator" content="jax_sft">'  # `outputs` recognizes our pages by this
         f"<title>{title}</title><style>{CSS}</style></head>\n"
         f"<body><h1>{title}</h1>\n{body}\n</body></html>\n"
     )
 
 
 def legend_html(boundaries: bool) -> str:
-    """One line that says what the marks mean."""
+    """Return one line that explains the marks of the page."""
     shown = '<p class="legend"><mark>trains</mark> &nbsp; <mark class="part">trains with another '
     shown += "weight than 1</mark> &nbsp; <b>special token</b> &nbsp; ⏎ newline"
     return shown + (" &nbsp; <i></i>token boundary</p>" if boundaries else "</p>")
 
 
 def _plain(text: str) -> str:
-    """Text of ours for HTML, with newlines as they are."""
+    """Escape our own text for HTML; newlines are kept."""
     return html.escape(visible(text))
 
 
 def _escaped(text: str) -> str:
-    """Text of the data for HTML; newlines are shown and kept."""
+    """Escape text of the data for HTML; newlines are kept and made visible."""
     return _plain(text).replace("\n", '<span class="nl">\n</span>')

@@ -1,6 +1,6 @@
-"""A plan as text for a terminal and as one HTML page that needs nothing from elsewhere.
+"""Render a plan as text for a terminal and as a self-contained HTML page.
 
-In: the dict that plan.json holds, see `plan_tables.Plan`. Called by `plan`.
+In: the dict of plan.json, see `plan_tables.Plan`. Called by `plan`.
 """
 
 import html
@@ -16,7 +16,7 @@ WIDTH = 99  # columns of the text
 
 
 def as_text(plan: Plan) -> str:
-    """Return the plan as lines of at most WIDTH columns, the verdict first and last."""
+    """Return the plan as lines of at most WIDTH columns, with the verdict first and last."""
     first, _ = verdict(plan)
     blocks = [_wrapped(first)]
     blocks.append("\n".join(_wrapped(text, f"{name:<9} ") for name, text in facts(plan)))
@@ -45,7 +45,7 @@ def _wrapped(text: str, before: str = "") -> str:
 
 
 def _line(text: str) -> str:
-    """Text of others on one line, without what moves the cursor."""
+    """Return external text on one line, without characters that move the cursor."""
     return data_page.visible(" ".join(text.split()))
 
 
@@ -91,7 +91,7 @@ _COLOURS = 6
 
 
 def render(plan: Plan) -> str:
-    """Return the plan as a whole page, the verdict on top."""
+    """Return the plan as a whole page with the verdict on top."""
     first, fits = verdict(plan)
     head, _, rest = first.partition(":")
     kind = "good" if fits else "bad"
@@ -113,15 +113,16 @@ def render(plan: Plan) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="generator" content="jax_sft">'  # tells `outputs` that the page is ours
+        '<meta name="generator" content="jax_sft">'  # `outputs` recognizes our pages by this
         f"<title>{title}</title><style>{data_page.CSS}{CSS}</style></head>\n"
         f"<body><h1>{title}</h1>\n{body}\n</body></html>\n"
     )
 
 
 def _bar_html(bar: Bar) -> str:
-    """A stacked bar; every part is told in words below it too. What is over the whole is squeezed
-    in, so that the bar is full.
+    """Return a stacked bar with a legend of its parts below.
+
+    If the parts exceed the whole, they are scaled down to fill the bar.
     """
     scale = max(bar.whole, sum(size for _, size, _ in bar.parts)) or 1.0
     blocks, keys = [], []

@@ -1,6 +1,6 @@
-"""What plan.json holds, and what of it is shown: the verdict, tables and bars, as words.
+"""The content of plan.json, and its verdict, tables and bars as text.
 
-Called by `page`. Everything that was not measured is called predicted.
+Called by `plan_page`. Every figure that was not measured is labeled as predicted.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ TERA = 1e12
 
 
 class Memory(TypedDict):
-    """Bytes of one device. `headroom_bytes` of the card must stay free for `fits`."""
+    """Bytes of one device. `fits` means that `headroom_bytes` of the card stay free."""
 
     parameters: int
     moments: int
@@ -28,10 +28,10 @@ class Memory(TypedDict):
 
 
 class Communication(TypedDict):
-    """A collective, as one device sees it.
+    """A collective, as seen by one device.
 
-    `bytes` are of the array in one execution; `fast_bytes` and `slow_bytes` are sent within and
-    between hosts by all `count` executions of a step. `overlaps` is None where it is not known.
+    `bytes` is the size of the array in one execution. `fast_bytes` and `slow_bytes` are sent within
+    and between hosts by all `count` executions of a step. `overlaps` is None if unknown.
     """
 
     kind: str
@@ -59,7 +59,7 @@ class Predicted(TypedDict):
 
 
 class Plan(TypedDict):
-    """plan.json. Without the CUDA plugin there is no memory, no prediction and no verdict."""
+    """The content of plan.json. Without the CUDA plugin, memory and prediction are missing."""
 
     target: dict[str, Any]  # chip, hosts, gpus_per_host, num_devices
     versions: dict[str, str]
@@ -69,24 +69,25 @@ class Plan(TypedDict):
     memory: NotRequired[Memory]
     communication: list[Communication]
     communication_total: dict[str, float]  # fast_bytes, slow_bytes
-    row: NotRequired[dict[str, Any]]  # what a row of the data holds, see step_cost.RowWork
-    opaque_kernels: NotRequired[dict[str, float]]  # kernels whose FLOPs the program does not tell
-    arithmetic: dict[str, Any]  # of all devices: model_flops by part, hardware_flops, ...
+    row: NotRequired[dict[str, Any]]  # mean row of the data, see step_cost.RowWork
+    opaque_kernels: NotRequired[dict[str, float]]  # kernels with unknown FLOPs
+    arithmetic: dict[str, Any]  # all devices: model_flops by part, hardware_flops, ...
     predicted: NotRequired[Predicted]
     warnings: list[str]
     advice: list[str]
     search: NotRequired[list[dict[str, Any]]]  # mesh, micro_rows, remat, peak_bytes, fits, ...
 
 
-# ---- what is shown -------------------------------------------------------------------------------
+# ---- verdict, tables and bars --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; the columns named in `text` are words, the others numbers.
+    """Rows of cells.
 
     Attributes:
-        flexible: the column that is cut where a line would be too long.
+        text: indices of the columns that hold text; the others hold numbers.
+        flexible: index of the column that is shortened if a line is too long.
     """
 
     title: str
@@ -99,7 +100,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Bar:
-    """Parts of a whole, in order; what is left of the whole is `rest`."""
+    """Parts of a whole in order. `rest` describes the remainder in words."""
 
     title: str
     parts: Sequence[tuple[str, float, str]]  # name, size, size in words
@@ -108,7 +109,7 @@ class Bar:
 
 
 def verdict(plan: Plan) -> tuple[str, bool | None]:
-    """Return the first line, and whether it fits: None if that is not known."""
+    """Return the first line and whether the run fits, None if that is unknown."""
     target = plan["target"]
     devices = f"{target['num_devices']} x {target['chip']}"
     memory = plan.get("memory")
@@ -124,7 +125,7 @@ def verdict(plan: Plan) -> tuple[str, bool | None]:
 
 
 def tables(plan: Plan) -> Iterator[Table]:
-    """Yield the tables of a plan, in the order in which they are read."""
+    """Yield the tables of a plan in display order."""
     if memory := plan.get("memory"):
         yield _memory_table(memory)
     if predicted := plan.get("predicted"):
@@ -133,8 +134,13 @@ def tables(plan: Plan) -> Iterator[Table]:
     yield _arithmetic_table(plan["arithmetic"])
     if memory and memory["largest"]:
         rows = [
-            [str(one["what"]), str(one["shape"]), f"{one['count']:,}", gib(one["bytes"])]
-            for one in memory["largest"]
+            [
+                str(buffer["what"]),
+                str(buffer["shape"]),
+                f"{buffer['count']:,}",
+                gib(buffer["bytes"]),
+            ]
+            for buffer in memory["largest"]
         ]
         head = ["buffer", "shape", "count", "each"]
         yield Table("Largest buffers of one device", head, rows, text=(0, 1))
@@ -180,17 +186,23 @@ def _time_table(predicted: Predicted) -> Table:
 
 def _communication_tables(plan: Plan) -> Iterator[Table]:
     rows = []
-    for alike in _alike(plan["communication"]):
-        first = alike[0]
-        fast, slow = (sum(one[key] for one in alike) for key in ("fast_bytes", "slow_bytes"))
-        behind = sum(one["fast_bytes"] + one["slow_bytes"] for one in alike if one["overlaps"])
-        known = all(one["overlaps"] is not None for one in alike)
+    for group in _alike(plan["communication"]):
+        first = group[0]
+        fast, slow = (
+            sum(collective[key] for collective in group) for key in ("fast_bytes", "slow_bytes")
+        )
+        hidden = sum(
+            collective["fast_bytes"] + collective["slow_bytes"]
+            for collective in group
+            if collective["overlaps"]
+        )
+        known = all(collective["overlaps"] is not None for collective in group)
         rows.append(
             [
                 *(first["kind"], "+".join(first["axis"]), first["dtype"], _whose(first)),
-                f"{sum(one['count'] for one in alike):,.0f}",
+                f"{sum(collective['count'] for collective in group):,.0f}",
                 *(gib(fast), gib(slow)),
-                f"{behind / ((fast + slow) or 1.0):.0%}" if known else "?",
+                f"{hidden / ((fast + slow) or 1.0):.0%}" if known else "?",
             ]
         )
     total = plan["communication_total"]
@@ -211,19 +223,19 @@ def _communication_tables(plan: Plan) -> Iterator[Table]:
 
 
 def _whose(one: Communication) -> str:
-    """What part of the model a collective serves: "layers.mlp" of "layers.mlp.up.kernel, again"."""
+    """Return the model part of a collective: "layers.mlp" for "layers.mlp.up.kernel, again"."""
     return ".".join(one["what"].split(",")[0].split(".")[:2])
 
 
 def _alike(communication: Sequence[Communication]) -> list[list[Communication]]:
-    """Collectives of one kind, axis, dtype and part of the model; those that send most first."""
+    """Group collectives by kind, axis, dtype and model part, those with the most bytes first."""
     groups: dict[Any, list[Communication]] = {}
-    for one in communication:
-        key = one["kind"], tuple(one["axis"]), one["dtype"], _whose(one)
-        groups.setdefault(key, []).append(one)
+    for collective in communication:
+        key = collective["kind"], tuple(collective["axis"]), collective["dtype"], _whose(collective)
+        groups.setdefault(key, []).append(collective)
 
     def sent(alike: list[Communication]) -> float:
-        return sum(one["fast_bytes"] + one["slow_bytes"] for one in alike)
+        return sum(collective["fast_bytes"] + collective["slow_bytes"] for collective in alike)
 
     return sorted(groups.values(), key=sent, reverse=True)
 
@@ -246,15 +258,15 @@ def _arithmetic_table(arithmetic: Mapping[str, Any]) -> Table:
 def _search_table(found: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         [
-            " ".join(f"{axis}={size}" for axis, size in one["mesh"].items() if size > 1) or "-",
-            str(one["remat"]),
-            f"{one['micro_rows']:,}",
-            gib(one["peak_bytes"]),
-            "yes" if one["fits"] else "NO",
-            f"{one['step_time_s']:,.3f} s",
-            f"{one['mfu']:.1%}",
+            " ".join(f"{axis}={size}" for axis, size in setting["mesh"].items() if size > 1) or "-",
+            str(setting["remat"]),
+            f"{setting['micro_rows']:,}",
+            gib(setting["peak_bytes"]),
+            "yes" if setting["fits"] else "NO",
+            f"{setting['step_time_s']:,.3f} s",
+            f"{setting['mfu']:.1%}",
         ]
-        for one in found
+        for setting in found
     ]
     head = ["mesh", "remat", "micro_rows", "peak", "fits", "step", "MFU"]
     note = "peak, step and MFU are predicted; the fastest that fit come first"
@@ -262,7 +274,7 @@ def _search_table(found: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def bars(plan: Plan) -> Iterator[Bar]:
-    """Yield the pictures of a plan: memory against the card, and where the time goes."""
+    """Yield the bars of a plan: memory of the card, and time of a step by activity."""
     if memory := plan.get("memory"):
         parts = [(name, size, gib(size)) for name, size in _memory_parts(memory)]
         free = memory["card_bytes"] - memory["peak_bytes"]
@@ -278,7 +290,7 @@ def bars(plan: Plan) -> Iterator[Bar]:
 
 
 def facts(plan: Plan) -> list[tuple[str, str]]:
-    """Return (name, text) of what was compiled, for what, and in what time."""
+    """Return (name, text) of the config, the target and the compilation."""
     target, compiled = plan["target"], plan["compile"]
     settings = " ".join(f"{key}={_value(value)}" for key, value in plan["config"].items())
     versions = " ".join(f"{name} {version}" for name, version in plan["versions"].items())
