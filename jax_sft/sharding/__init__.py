@@ -1,1 +1,1 @@
-"""The device mesh, and how arrays are split over it."""
+"""The device mesh and the sharding of arrays over it."""

@@ -1,4 +1,4 @@
-"""Collectives inside a jitted step: gathers, sums over devices, and `shard_map` under the mesh.
+"""Collectives inside a jitted step: gathers, sums over devices, and `shard_map` regions.
 
 Called by layers, losses and the step, under the mesh set by `jax.set_mesh`.
 """
@@ -18,16 +18,16 @@ def platform() -> str:
     return jax.sharding.get_abstract_mesh().abstract_device.platform
 
 
-INTERLEAVED_TOKENS = 512  # per chunk of a row that is split over `sequence`
+INTERLEAVED_TOKENS = 512  # per chunk of a row that is sharded over `sequence`
 
 
 def interleave(x_BT: jax.Array) -> jax.Array:
     """Interleave chunks of tokens over `sequence` instead of splitting rows into contiguous parts.
 
-    Shard r of R gets chunks r, r + R, r + 2R, ... of INTERLEAVED_TOKENS tokens (fewer where rows
-    are short), so that each has early and late tokens of the long segments: causal attention is
-    work that grows with the position. Called inside jit on every array of a batch [B, T]; further
-    dimensions stay as they are.
+    Shard r of R gets chunks r, r + R, r + 2R, ... of INTERLEAVED_TOKENS tokens (fewer if rows are
+    short). Each shard then has early and late tokens of long segments, which balances the work of
+    causal attention, as it grows with the position. Called inside jit on every array [B, T, ...] of
+    a batch.
     """
     shards = jax.sharding.get_abstract_mesh().shape["sequence"]
     if shards == 1:
@@ -43,8 +43,8 @@ def gather(weight: jax.Array, logical_axes: Sequence[str]) -> jax.Array:
     dim = tuple(logical_axes).index("embed") if "embed" in logical_axes else 0
     if dim == 0:
         return constrain(weight, *gathered(logical_axes))
-    # The shards go first, and behind the gather to their place, by a copy of this layer. Gathered
-    # over `dim` itself, the parameter would need another layout, and XLA copy all layers of it.
+    # The shard dimension is moved first, and back after the gather, which copies this layer. A
+    # gather over `dim` itself would need another layout, and XLA would copy all layers.
     shards = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in RULES["embed"])
     parts = jnp.moveaxis(_split(weight, dim, shards), dim, 0)
     parts = constrain(parts, "embed", *gathered(logical_axes))
@@ -53,10 +53,10 @@ def gather(weight: jax.Array, logical_axes: Sequence[str]) -> jax.Array:
 
 
 def all_gather(local: jax.Array, axes: str | Sequence[str], **options: Any) -> jax.Array:
-    """`jax.lax.all_gather`, inside `shard_map`, that leaves alone what is whole already.
+    """Call `jax.lax.all_gather` inside `shard_map`, but skip it for one shard.
 
-    With one shard there is nothing to gather, yet XLA copies the array on CPUs, and wants its
-    memory in order for it: a second copy of a transposed head.
+    For one shard XLA on CPUs would still copy the array, and first make it contiguous: a second
+    copy of a transposed head.
     """
     shards = jax.lax.axis_size(axes)
     if shards > 1:
@@ -67,9 +67,9 @@ def all_gather(local: jax.Array, axes: str | Sequence[str], **options: Any) -> j
 def shard_map_region(
     local: Callable[..., Any], in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """`jax.shard_map` over the mesh set by `jax.set_mesh`.
+    """Call `jax.shard_map` over the mesh set by `jax.set_mesh`.
 
-    Its check of replication is off on one device, where `psum` is skipped.
+    Replication checking is off on one device, where `psum` is skipped.
     """
     is_checked = not is_one_device()
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=is_checked)
@@ -81,15 +81,15 @@ def is_one_device() -> bool:
 
 
 def psum(local: Any, axes: str | Sequence[str]) -> Any:
-    """`jax.lax.psum`, inside `shard_map_region`, that leaves alone what one device has.
+    """Call `jax.lax.psum` inside `shard_map_region`, but skip it on one device.
 
-    XLA on CPUs copies what it adds up, on one device too: all gradients of a step.
+    XLA on CPUs copies the operands of a psum even on one device: all gradients of a step.
     """
     return local if is_one_device() else jax.lax.psum(local, axes)
 
 
 def psum_scatter(local: jax.Array, axes: str | Sequence[str], **options: Any) -> jax.Array:
-    """`jax.lax.psum_scatter`, inside `shard_map`, that leaves alone what one shard has."""
+    """Call `jax.lax.psum_scatter` inside `shard_map`, but skip it for one shard."""
     if jax.lax.axis_size(axes) > 1:
         return jax.lax.psum_scatter(local, axes, **options)
     if options.get("tiled"):
@@ -103,14 +103,14 @@ def _split(array: jax.Array, dim: int, parts: int) -> jax.Array:
 
 
 def sum_over_tokens(local: jax.Array, logical_axes: Sequence[str]) -> jax.Array:
-    """Add up what each device has for its own tokens: a gradient of a weight, inside `shard_map`.
+    """Sum a weight's gradient over the tokens of all devices, inside `shard_map`.
 
-    Reduce-scattered to the sharding of the weight; only the scattered part is all-reduced, over
-    the axes that split tokens but not weights.
+    The sum is reduce-scattered to the sharding of the weight. Only the scattered part is then
+    all-reduced, over the axes that shard tokens but not weights.
 
     Args:
-        local: this device's sum over its tokens; its `embed` dimension is whole.
-        logical_axes: of the weight's dimensions.
+        local: this device's sum over its tokens, with a whole `embed` dimension.
+        logical_axes: logical axes of the weight's dimensions.
     """
     scattered = RULES["embed"] if "embed" in logical_axes else ()
     if scattered:
@@ -118,7 +118,7 @@ def sum_over_tokens(local: jax.Array, logical_axes: Sequence[str]) -> jax.Array:
         if dim == 0:
             local = psum_scatter(local, scattered, scatter_dimension=0, tiled=True)
         else:
-            # As in `gather`: else all layers' gradient would be copied.
+            # As in `gather`; otherwise XLA would copy the gradient of all layers.
             shards = math.prod(jax.lax.axis_size(axis) for axis in scattered)
             parts = jnp.moveaxis(_split(local, dim, shards), dim, 0)
             local = psum_scatter(parts, scattered, scatter_dimension=0)

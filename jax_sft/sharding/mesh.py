@@ -1,6 +1,6 @@
-"""The device mesh: its sizes from the config, its order of devices, and what JAX needs before it.
+"""Build the device mesh from the config, and set up devices before JAX starts.
 
-Called by the commands and by whatever builds arrays; inside jit, `rules` names the axes.
+Called by the commands and by code that creates arrays. Inside jit, `rules` names the axes.
 """
 
 import math
@@ -14,8 +14,8 @@ from jax.sharding import AxisType, Mesh
 
 from jax_sft.sharding.rules import AXES
 
-# Share of a GPU's memory that arrays may take; the rest is for the CUDA context, NCCL's buffers
-# and cuBLAS's workspace.
+# Share of a GPU's memory for arrays. The rest is for the CUDA context, NCCL's buffers and cuBLAS's
+# workspace.
 GPU_MEMORY = 0.92
 
 
@@ -23,7 +23,7 @@ def mesh_shape(cfg_mesh, num_devices: int) -> dict[str, int]:
     """Resolve the four sizes of `cfg.mesh` against the number of devices.
 
     Raises:
-        ValueError: sizes that do not multiply to the number of devices, with the remedy.
+        ValueError: the sizes do not multiply to the number of devices. The message has the remedy.
     """
     sizes = {axis: int(getattr(cfg_mesh, axis)) for axis in AXES}
     given = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
@@ -42,10 +42,10 @@ def mesh_shape(cfg_mesh, num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Build a mesh of these sizes over `devices`, by default all of them, host after host.
+    """Build a mesh of these sizes over `devices`, by default all devices ordered by host.
 
-    `tensor` neighbours are next to each other, then `sequence`, `fsdp` and `data`: the axes that
-    send most stay on the fast links within a host, and `data` crosses hosts first.
+    `tensor` varies fastest, then `sequence`, `fsdp` and `data`. So the axes that send the most data
+    stay on the fast links within a host, and `data` is the first to cross hosts.
 
     Args:
         sizes: {axis: size}; an axis that is missing has size 1.
@@ -64,9 +64,9 @@ def single_device_mesh() -> Mesh:
 
 
 def use_gpu_memory() -> None:
-    """Let JAX have GPU_MEMORY of each GPU, unless the environment says how much; 75% otherwise.
+    """Let JAX use GPU_MEMORY of each GPU instead of 75%, unless the environment sets a share.
 
-    Called before the first device is asked for.
+    Call this before JAX initializes its devices.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY))
 
@@ -74,7 +74,8 @@ def use_gpu_memory() -> None:
 def simulate_cpu_devices(total: int) -> None:
     """Split the CPU into `total` simulated devices over all processes, before JAX starts.
 
-    A process whose devices already exist keeps them: `mesh_shape` then says what does not fit.
+    A process that has already initialized its devices keeps them. `mesh_shape` then reports a
+    mismatch.
     """
     processes = int(os.environ.get("JAX_SFT_NUM_PROCESSES", 1))
     if total % processes:
@@ -82,5 +83,5 @@ def simulate_cpu_devices(total: int) -> None:
     if total:
         try:
             jax.config.update("jax_num_cpu_devices", total // processes)
-        except RuntimeError:  # JAX already runs in this process, with the devices it has
+        except RuntimeError:  # JAX has already initialized its devices
             return

@@ -1,6 +1,6 @@
-"""The one table from logical axes to mesh axes.
+"""Map logical axes to mesh axes.
 
-Every array's sharding follows from the names of its dimensions and `RULES`. An unknown name raises.
+The names of an array's dimensions and the table `RULES` decide its sharding. Unknown names raise.
 """
 
 import math
@@ -15,7 +15,7 @@ Block = tuple[tuple[int, int], ...]  # (start, stop) of each dimension
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 
-# logical axis -> mesh axes it is split over; () = not split.
+# logical axis -> mesh axes that it is sharded over; () = not sharded.
 RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp"),
@@ -33,31 +33,31 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "rank": ("tensor",),  # of adapters
-    "whole_rank": (),  # where another axis is split over `tensor`
+    "whole_rank": (),  # of adapters, if another axis is sharded over `tensor`
     "experts": (),
-    "chosen": (),  # the experts that a token takes
+    "chosen": (),  # the experts that a token is sent to
 }
 
 
 def rule(name: str) -> tuple[str, ...]:
-    """Return the mesh axes of a logical axis; "NAME/64", parts of 64 of it, goes as NAME does.
+    """Return the mesh axes of a logical axis. "NAME/64", parts of 64 of NAME, is sharded like NAME.
 
     Raises:
-        ValueError: a name that is not in RULES.
+        ValueError: the name is not in RULES.
     """
-    found = RULES.get(name.partition("/")[0])
-    if found is None:
+    axes = RULES.get(name.partition("/")[0])
+    if axes is None:
         raise ValueError(
             f"logical axis {name!r} has no rule: add it to rules.RULES ({sorted(RULES)})"
         )
-    return found
+    return axes
 
 
 def spec(*logical_axes: str) -> PartitionSpec:
     """Return the PartitionSpec of an array whose dimensions have these logical names.
 
     Raises:
-        ValueError: a name that is not in RULES.
+        ValueError: a name is not in RULES.
     """
     mesh_axes = [rule(name) for name in logical_axes]
     return PartitionSpec(*(axes[0] if len(axes) == 1 else (axes or None) for axes in mesh_axes))
@@ -69,7 +69,7 @@ def sharding(mesh: Mesh, *logical_axes: str) -> NamedSharding:
 
 
 def local_blocks(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[Any, Block]:
-    """Return {device of this process: its block of an array of this shape}."""
+    """Return {device of this process: block of an array of this shape that it holds}."""
     indices = sharding.addressable_devices_indices_map(shape)
     return {
         device: tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
@@ -78,17 +78,17 @@ def local_blocks(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[Any, B
 
 
 def constrain(x: jax.Array, *logical_axes: str) -> jax.Array:
-    """Pin the sharding of `x` inside a jitted function, under the mesh set by `jax.set_mesh`."""
+    """Constrain the sharding of `x` inside jit, under the mesh set by `jax.set_mesh`."""
     return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
 
 
 def gathered(logical_axes: Sequence[str]) -> tuple[str, ...]:
-    """Return the logical axes of a weight once `embed` is gathered for use."""
+    """Return the logical axes of a weight after `embed` is gathered for use."""
     return tuple("features" if axis.partition("/")[0] == "embed" else axis for axis in logical_axes)
 
 
 def size_problems(arrays: dict[str, tuple[tuple[str, ...], tuple[int, ...]]], sizes) -> list[str]:
-    """List the dimensions that the mesh does not divide; a vocabulary is padded instead.
+    """List the dimensions that the mesh does not divide, except vocabularies, which are padded.
 
     Args:
         arrays: {name: (logical axes, shape)}.
