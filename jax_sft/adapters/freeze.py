@@ -32,6 +32,7 @@ def choose(
     """
     if not adapters:
         return freeze(model_def, frozen)
+    # `add` freezes all other weights, and `pack` quantizes only frozen kernels: the order matters.
     adapted = lora.add(model_def, adapters)
     return nf4.pack(adapted) if adapters.quantize == "nf4" else adapted
 

@@ -92,7 +92,7 @@ _A = ".lora_A.weight"
 
 
 def _selection_problems(config: Mapping[str, Any]) -> list[str]:
-    """Return the fields that select modules but differ in form from what PEFT writes."""
+    """Return a problem for each field that selects modules in a form that PEFT does not write."""
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
     problems = []
     if not targets or not _are_names(targets):

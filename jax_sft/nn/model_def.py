@@ -124,7 +124,7 @@ class ModelDef:
         return bytes_per_element
 
     def without_masters(self, paths: Iterable[str]) -> dict[str, np.dtype]:
-        """Return {path: dtype} to store frozen parameters: matrices in the compute dtype."""
+        """Return {path: dtype} for frozen parameters: compute dtype for matrices, else float32."""
         matrices = {row.path for row in self.rows if row.is_matrix}
         return {
             path: np.dtype(self.compute.dtype if path in matrices else np.float32) for path in paths

@@ -63,8 +63,8 @@ def cross_entropy(
     Each device computes its own tokens and, over `tensor`, its part of the vocabulary (Shoeybi et
     al. 2019, arXiv:1909.08053, section 3). The softmax is float32. Matrix products multiply in the
     dtype of `hidden_BTD` and accumulate in float32. Only tokens with a weight are computed, in
-    chunks. Gradients are computed in the forward pass, so that logits are computed once, the head
-    is gathered once and its gradient is reduce-scattered once.
+    chunks. Gradients, if needed, are computed in the forward pass. So logits are computed once, the
+    head is gathered once and its gradient is reduce-scattered once.
 
     Only the first sum has a gradient, with respect to `hidden_BTD` and `head_VD`; weights are data.
     Only first derivatives in reverse mode are supported.
@@ -81,14 +81,14 @@ def cross_entropy(
         num_sources: if above 0, return two more results: the first two sums per source, float32
             [num_sources].
     """
-    of_tokens = (targets_BT, weights_BT)
+    token_arrays = (targets_BT, weights_BT)
     if num_sources:
         assert sources_BT is not None, "num_sources needs sources_BT"
-        of_tokens += (sources_BT,)
+        token_arrays += (sources_BT,)
     num_ids = num_ids or head_VD.shape[0]
     objective = Objective(z_loss, label_smoothing, soft_cap, head_trains, num_ids)
     with jax.named_scope("part.head"):
-        return _sums(objective, num_sources, hidden_BTD, head_VD, of_tokens)
+        return _sums(objective, num_sources, hidden_BTD, head_VD, token_arrays)
 
 
 # ---- custom derivative, so that nothing differentiates through the region or its loop ------------
@@ -125,14 +125,14 @@ def _shard_map_region(
 ) -> Any:
     hidden_spec = rules.spec("batch", "residual", "features")
     head_spec = rules.spec("vocab", "embed")
-    of_sums = (jax.P(),) * (5 if num_sources else 3)
+    sum_specs = (jax.P(),) * (5 if num_sources else 3)
     grad_specs = (hidden_spec, head_spec) if objective.head_trains else (hidden_spec,)
     return collectives.shard_map_region(
         functools.partial(
             _local, objective=objective, num_sources=num_sources, gradients=gradients
         ),
         in_specs=(hidden_spec, head_spec, (rules.spec("batch", "token"),) * len(of_tokens)),
-        out_specs=(of_sums, *grad_specs) if gradients else of_sums,
+        out_specs=(sum_specs, *grad_specs) if gradients else sum_specs,
     )(hidden_BTD, head_VD, of_tokens)
 
 
@@ -152,14 +152,14 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
     hidden_SBTD = collectives.all_gather(hidden_BTD, "tensor")
     hidden_ND = hidden_SBTD.reshape(-1, hidden_BTD.shape[-1])
     shards = hidden_SBTD.shape[0]
-    of_tokens_N = [
+    token_arrays_N = [
         x_BT.reshape(len(x_BT), shards, -1).swapaxes(0, 1).reshape(-1) for x_BT in of_tokens
     ]
-    weights_N = of_tokens_N[1]
+    weights_N = token_arrays_N[1]
     sizes = chunk_sizes(num_local, len(weights_N), collectives.platform())
     index_M = trained_first(weights_N, sizes[-1])
     targets_M, weights_M, *sources_M = (
-        x_N.at[index_M].get(mode="fill", fill_value=0) for x_N in of_tokens_N
+        x_N.at[index_M].get(mode="fill", fill_value=0) for x_N in token_arrays_N
     )
     none_M = jnp.zeros(len(index_M), jnp.float32), jnp.zeros(len(index_M), bool)
     no_grads = [jnp.zeros(hidden_ND.shape, hidden_ND.dtype)]
@@ -199,25 +199,27 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
 
     # The devices of one `tensor` group have the same tokens, hence the same number of chunks, so
     # the collectives over `tensor` inside the loops match. The loops contain no other collectives.
-    found, first = start, 0
+    carry, first = start, 0
     for size, count in zip(sizes, num_chunks(jnp.count_nonzero(weights_N), sizes), strict=True):
 
         def add_next(number, found, first=first, size=size):
             return add_chunk(first + number * size, size, found)
 
         with jax.named_scope(f"{LOOP}_{size}"):
-            found = jax.lax.fori_loop(0, count, add_next, found)
+            carry = jax.lax.fori_loop(0, count, add_next, carry)
         first += count * size
-    losses_M, correct_M, grads = found
+    losses_M, correct_M, grads = carry
     sums = losses_M * weights_M, weights_M, correct_M * weights_M
     by_source = _sums_by_source(sums[:2], sources_M[0], num_sources) if num_sources else ()
-    sums = collectives.psum((*(of_M.sum() for of_M in sums), *by_source), token_axes)
+    sums = collectives.psum((*(amounts_M.sum() for amounts_M in sums), *by_source), token_axes)
     if not gradients:
         return sums
-    grad_hidden_ND, *of_head = grads
+    grad_hidden_ND, *head_grads = grads
     grad_hidden_BTD = collectives.psum_scatter(grad_hidden_ND.reshape(hidden_SBTD.shape), "tensor")
-    of_head = [collectives.sum_over_tokens(grad_DV, ("embed", "vocab")) for grad_DV in of_head]
-    return sums, grad_hidden_BTD, *(grad_DV.T.astype(head_VD.dtype) for grad_DV in of_head)
+    head_grads = [
+        collectives.sum_over_tokens(grad_DV, ("embed", "vocab")) for grad_DV in head_grads
+    ]
+    return sums, grad_hidden_BTD, *(grad_DV.T.astype(head_VD.dtype) for grad_DV in head_grads)
 
 
 def trained_first(weights_N: jax.Array, chunk: int) -> jax.Array:
@@ -308,4 +310,4 @@ def _add_gradients(grads, index_C, hidden_DC, head_DV, grad_CV):
 def _sums_by_source(amounts: Sums, sources_M, num_sources: int) -> Sums:
     # Masked sums, since scatter-adds add in a nondeterministic order on a GPU.
     is_from_SM = sources_M == jnp.arange(num_sources)[:, None]
-    return tuple(jnp.where(is_from_SM, of_M, 0.0).sum(axis=1) for of_M in amounts)
+    return tuple(jnp.where(is_from_SM, amounts_M, 0.0).sum(axis=1) for amounts_M in amounts)

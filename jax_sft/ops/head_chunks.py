@@ -24,8 +24,8 @@ def chunk_sizes(num_ids: int, num_tokens: int, platform: str) -> tuple[int, ...]
         num_ids, num_tokens: vocabulary ids and tokens per device.
         platform: "gpu" or "cpu".
     """
-    of_memory = MAX_LOGITS_BYTES // (4 * num_ids) // MIN_CHUNK * MIN_CHUNK
-    most = min(max(of_memory, MIN_CHUNK), num_tokens)
+    memory_limit = MAX_LOGITS_BYTES // (4 * num_ids) // MIN_CHUNK * MIN_CHUNK
+    most = min(max(memory_limit, MIN_CHUNK), num_tokens)
     return tuple(size for size in CHUNKS[platform] if size <= most) or (most,)
 
 

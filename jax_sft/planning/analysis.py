@@ -166,6 +166,7 @@ def _label(op_name: str) -> str:
     scopes = re.findall(r"part\.([\w.]+)", op_name)
     if not scopes:
         return op_name.rsplit("/", 1)[-1]
+    # Checked first: the op_names of recomputed values contain "transpose(" too.
     if "rematted_computation" in op_name:
         return f"{scopes[-1]}, again"
     return f"{scopes[-1]}, backward" if "transpose(" in op_name else scopes[-1]

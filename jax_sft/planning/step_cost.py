@@ -22,7 +22,7 @@ HEAD_CHUNK, *_, LAST_HEAD_CHUNK = CHUNKS["gpu"]
 LARGEST_GROUP = 2.0
 
 
-# ---- what a row holds --------------------------------------------------------------------------
+# ---- the mean row ------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Describe absent GPUs to compile for, and check what that needs installed. Called by `plan`.
+"""Describe absent GPUs to compile for, and check the packages that it needs. Called by `plan`.
 
 JAX's CUDA plugin compiles for a described chip without a GPU and without a driver.
 """
@@ -96,7 +96,7 @@ def target_config(chip: Chip) -> str:
     """
 
 
-# ---- what must be installed ------------------------------------------------------------------
+# ---- installation ----------------------------------------------------------------------------
 
 
 def plugin_problem() -> str | None:

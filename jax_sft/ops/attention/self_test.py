@@ -109,8 +109,8 @@ def self_test(
 ) -> None:
     """Compare values and gradients of `packed_attention` with NumPy on a small packed batch.
 
-    Every process of `mesh` must call it. Each group of devices that shares rows gets the same two
-    rows. There are two kv heads per device of `tensor`. A sharded row is interleaved.
+    Every process of `mesh` must call it. Each shard of the batch gets the same two rows. There are
+    two kv heads per device of `tensor`. A row that is sharded over `sequence` is interleaved.
 
     Args:
         has_window: test with a short sliding window, regardless of the model's window.
@@ -154,8 +154,8 @@ def _problem(backend, batch, scale, window, soft_cap, mesh) -> tuple[str, str]:
         errors, problem = _attempt(lambda: _errors(run, batch, options))
     if problems := consensus.gather("attention, run", [problem] if problem else []):
         return "fails", "; ".join(problems)
-    everyone = cluster.exchange("attention, errors", json.dumps(errors))
-    largest = np.array([json.loads(text) for text in everyone]).max(axis=0)  # max propagates nan
+    exchanged = cluster.exchange("attention, errors", json.dumps(errors))
+    largest = np.array([json.loads(text) for text in exchanged]).max(axis=0)  # max propagates nan
     allowed = TOLERANCE[batch[0].dtype.name]
     wrong = [
         f"{name} by {error:.2g} of its largest value"

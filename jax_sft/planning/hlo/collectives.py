@@ -212,11 +212,11 @@ def _groups(module: Module, instruction: Instruction) -> Groups:
     """
     attributes = instruction.attributes
     groups = replica_groups(attributes.get("replica_groups", "{}"), module.num_devices)
-    everyone = (tuple(range(module.num_devices)),)
+    all_devices = (tuple(range(module.num_devices)),)
     if instruction.base in _BY_ATTRIBUTES and attributes.get("use_global_device_ids") != "true":
         if "channel_id" not in attributes:
-            return tuple((device,) for device in everyone[0])
-        return everyone
+            return tuple((device,) for device in all_devices[0])
+        return all_devices
     sizes = {len(group) for group in groups}
     if len(sizes) != 1 or any(d >= module.num_devices for group in groups for d in group):
         raise ValueError(

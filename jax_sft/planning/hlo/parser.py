@@ -58,7 +58,7 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Logical size: no tile padding; types narrower than a byte count as packed."""
+        """Logical size: no tile padding; types narrower than a byte share bytes."""
         return -(-self.elements * _bits(self.dtype) // 8)
 
     @property
