@@ -1,6 +1,6 @@
 """Supervised fine-tuning of Hugging Face language models in JAX.
 
-Three functions, the same that the commands run:
+Has the three functions that the commands run:
 
     jax_sft.train(config, workdir)         # fine-tune; returns the last metrics
     jax_sft.export(checkpoint, out)        # a run's checkpoint -> a Hugging Face folder
@@ -16,17 +16,17 @@ from typing import Any
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
-BEGAN_S = time.perf_counter()  # about when the process began, where one of our programs is run
+BEGAN_S = time.perf_counter()  # approximate start of the process, if it runs one of our programs
 
 _PROGRAM = os.path.basename(sys.argv[0]) if sys.argv else ""
 if _PROGRAM in ("-m", "jax-sft") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # One of our programs is about to be loaded: until `lifecycle.begin`, Ctrl-C prints nothing.
+    # One of our programs is about to be imported. Ctrl-C prints nothing until `lifecycle.begin`.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-# transformers is used for its tokenizers, which do not need the PyTorch that it would ask for.
+# Silence transformers' advice to install PyTorch, which its tokenizers do not need.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-# Loaded on first use: config files and tokenizing processes must not wait for JAX.
+# Imported on first use, so that config files and tokenizing processes do not wait for JAX.
 _HOMES = {"load": "jax_sft.inference", "export": "jax_sft.export", "train": "jax_sft.train"}
 
 
@@ -34,5 +34,5 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'jax_sft' has no attribute {name!r}")
     home = importlib.import_module(_HOMES[name])
-    # Submodules of these names are callable: importing them binds their names to the modules.
+    # Modules `export` and `train` are callable, since importing them binds these names to them.
     return home if _HOMES[name] == f"jax_sft.{name}" else getattr(home, name)

@@ -1,9 +1,9 @@
 """Check an export: its files, its logits under transformers, and whether its answers end.
 
-Both models compute in float32, one after the other: 4 bytes of memory per parameter. Our weights
-are rounded to the dtypes of the export first, so that what is left is the order of sums alone,
-whatever dtypes are exported. One answer is generated as transformers does it by default, with the
-export's own generation config.
+Both models compute in float32, one after the other, with 4 bytes of memory per parameter. The
+weights of the checkpoint are first rounded to the dtypes of the export. The logits then differ only
+by the order of sums, whatever the dtypes. One answer is generated with transformers' defaults and
+the export's own generation config.
 """
 
 import dataclasses
@@ -26,12 +26,13 @@ from jax_sft.weights import hf_reader
 
 EXIT_CHANGED = 1
 SHAPE = (2, 48)  # rows and tokens
-TOLERANCE = 1e-4  # of the largest logit; float32 sums in other orders differ by under 1e-5 of it
-# With adapters, whose sums with their weights are rounded, and not only the weights.
+# Fraction of the largest logit. float32 sums in another order differ by less than 1e-5 of it.
+TOLERANCE = 1e-4
+# The same for merged adapters: the sum of adapter and weight is rounded, not only the weight.
 MERGED_TOLERANCE = 0.05
 PROMPT = "Name a color."
-MOST_NEW_TOKENS = 64  # of the answer: a minute for a model of 7B parameters
-# What transformers raises for a folder without a tokenizer, or a template that refuses the prompt.
+MOST_NEW_TOKENS = 64  # tokens of the answer; a minute for a model of 7B parameters
+# Errors of transformers for a folder without a tokenizer, or a template that refuses the prompt.
 NOT_GENERATED = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError),
     jinja2.TemplateError,
@@ -43,11 +44,11 @@ class Answer:
     """One generated answer.
 
     Attributes:
-        text: with its special tokens.
+        text: text with its special tokens.
         new_ids: the generated tokens.
-        stop_ids: at which transformers' `generate` stops with the export.
-        runs_on: ends of trained turns at which it does not stop; "" = it stops at all.
-        problem: why there is no answer; "" = there is.
+        stop_ids: tokens at which transformers' `generate` stops for this export.
+        runs_on: tokens that end trained turns but do not stop `generate`; "" = none.
+        problem: why there is no answer; "" = there is an answer.
     """
 
     text: str = ""
@@ -58,7 +59,7 @@ class Answer:
 
     @property
     def line(self) -> str:
-        """Say whether the answer ended."""
+        """Describe whether the answer ended."""
         if self.runs_on:
             return (
                 f"answers DO NOT END: generation runs on behind {self.runs_on}, which the trained "
@@ -77,10 +78,10 @@ class Answer:
 
 
 def check_files(folder: Path) -> int:
-    """Compare a folder with its SHA256SUMS, print what differs; return the exit code.
+    """Compare a folder with its SHA256SUMS, print the differences and return the exit code.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the folder has no SHA256SUMS.
         OSError: a file cannot be read.
     """
     if not (folder / sums.NAME).exists():
@@ -92,14 +93,14 @@ def check_files(folder: Path) -> int:
     for problem in problems:
         print(problem)
     size = sum(nbytes for nbytes, _ in listed.files.values()) / 1e9
-    what = f"{listed.kind} of step {listed.about.get('step')}, {len(listed.files)} files"
+    contents = f"{listed.kind} of step {listed.about.get('step')}, {len(listed.files)} files"
     verdict = f"{len(problems)} DIFFER" if problems else "as they were written"
-    print(f"{folder}: {what}, {size:.3f} GB: {verdict}")
+    print(f"{folder}: {contents}, {size:.3f} GB: {verdict}")
     return EXIT_CHANGED if problems else exit_codes.DONE
 
 
 def missing(planned: Plan) -> str:
-    """Say what stands in the way of a comparison; "" = nothing."""
+    """Return why the logits cannot be compared; "" = they can."""
     if planned.is_adapter:
         return "--verify compares whole models: add --merge"
     if importlib.util.find_spec("torch"):
@@ -108,21 +109,21 @@ def missing(planned: Plan) -> str:
 
 
 def compare(planned: Plan, out: Path) -> tuple[float, float, Answer]:
-    """Return (largest difference of two logits, the most that is allowed, a generated answer)."""
+    """Return (largest difference of two logits, largest allowed difference, generated answer)."""
     vocab = planned.dims["vocab"]
     tokens = np.random.default_rng(0).integers(0, vocab, SHAPE)
-    ours = our_logits(planned, tokens)
-    theirs, answer = their_logits(out, tokens, planned.turn_ends or {})
-    difference = float(np.max(np.abs(ours - theirs)))
+    logits = our_logits(planned, tokens)
+    hf_logits, answer = their_logits(out, tokens, planned.turn_ends or {})
+    difference = float(np.max(np.abs(logits - hf_logits)))
     is_rounded = any(
-        np.dtype(hf_reader.DTYPES[one]).itemsize < 4 for one in planned.dtypes.values()
+        np.dtype(hf_reader.DTYPES[dtype]).itemsize < 4 for dtype in planned.dtypes.values()
     )
     tolerance = MERGED_TOLERANCE if planned.settings and is_rounded else TOLERANCE
-    return difference, tolerance * float(np.max(np.abs(ours))), answer
+    return difference, tolerance * float(np.max(np.abs(logits))), answer
 
 
 def our_logits(planned: Plan, tokens: np.ndarray) -> np.ndarray:
-    """Logits of the checkpoint's parameters, float32 [B, T, V]."""
+    """Return the logits of the checkpoint's parameters, float32 [B, T, V]."""
     model_def, mesh = planned.model_def, single_device_mesh()
     params = {path: jnp.asarray(planned.read(path), jnp.float32) for path in planned.arrays}
     if planned.weights:
@@ -141,8 +142,8 @@ def our_logits(planned: Plan, tokens: np.ndarray) -> np.ndarray:
 def their_logits(
     folder: Path, tokens: np.ndarray, turn_ends: Mapping[int, int]
 ) -> tuple[np.ndarray, Answer]:
-    """Logits of transformers' model of a folder, float32 [B, T, V], and an answer of it."""
-    # Not part of what the project needs: a test is all that it is for.
+    """Return the logits of transformers' model of a folder, float32 [B, T, V], and an answer."""
+    # PyTorch is not a dependency of the project; only this check needs it.
     import torch
     import transformers
 
@@ -157,10 +158,13 @@ def their_logits(
 
 
 def generated(model: Any, tokenizer: Any, turn_ends: Mapping[int, int]) -> Answer:
-    """Answer one prompt greedily, by transformers' `generate`.
+    """Return a greedy answer to PROMPT by transformers' `generate`.
 
     Args:
-        turn_ends: what ends the trained turns, see `stop_tokens`.
+        turn_ends: tokens that end the trained turns, see `stop_tokens`.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model.
     """
     import torch
 
@@ -170,19 +174,19 @@ def generated(model: Any, tokenizer: Any, turn_ends: Mapping[int, int]) -> Answe
         )["input_ids"]
     else:
         prompt = tokenizer(PROMPT)["input_ids"]
-    given = model.generation_config.eos_token_id
-    stops = given if isinstance(given, list) else [] if given is None else [given]
+    eos = model.generation_config.eos_token_id
+    stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if max(prompt) >= model.config.vocab_size:
         raise ValueError("the tokenizer has more tokens than the model")
     ids = torch.tensor([prompt])
-    found = model.generate(
+    new_ids = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
         max_new_tokens=MOST_NEW_TOKENS,
-        pad_token_id=0,  # of a batch of one, which has no padding
+        pad_token_id=0,  # not used, as a batch of one prompt has no padding
     )[0, len(prompt) :].tolist()
-    missed = [end for end in turn_ends if end not in stops or end in found[:-1]]
+    missed = [end for end in turn_ends if end not in stops or end in new_ids[:-1]]
     names = dict(zip(missed, tokenizer.convert_ids_to_tokens(missed), strict=True))
     runs_on = stop_tokens.shown(missed, names, {}) if missed else ""
-    return Answer(tokenizer.decode(found), tuple(found), tuple(stops), runs_on)
+    return Answer(tokenizer.decode(new_ids), tuple(new_ids), tuple(stops), runs_on)

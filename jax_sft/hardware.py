@@ -1,6 +1,6 @@
-"""The chips that `plan` knows: what they hold, how fast they are, what a compiler asks about them.
+"""Describe the chips that `plan` supports: memory, speed and the values that the compiler needs.
 
-Numbers only: read by `targets`, `roofline` and `metrics`.
+Contains only numbers, which `targets`, `roofline` and `metrics` read.
 """
 
 import dataclasses
@@ -15,22 +15,22 @@ class Chip:
     """One kind of GPU, in a host whose GPUs are joined by NVLink.
 
     Attributes:
-        name: as given to --target.
-        kind: its name as the driver and JAX tell it.
-        memory_bytes: what the driver gives to programs, less than the card's nominal size.
-        peak_flops: dense bfloat16, FLOP/s.
-        hbm_bytes_per_s: of its memory.
-        nvlink_bytes_per_s: to the other GPUs of its host, in one direction.
-        network_bytes_per_s: to other hosts, in one direction and per GPU. An assumption: the usual
-            network for that chip. The machine at hand may have less.
+        name: value of --target.
+        kind: name that the driver and JAX report.
+        memory_bytes: memory that the driver gives to programs, less than the card's nominal size.
+        peak_flops: peak of dense bfloat16, FLOP/s.
+        hbm_bytes_per_s: bandwidth of its memory.
+        nvlink_bytes_per_s: bandwidth to the other GPUs of its host, in one direction.
+        network_bytes_per_s: bandwidth to other hosts, in one direction and per GPU. This assumes
+            the usual network for the chip; the actual hosts may have less.
         capability: CUDA compute capability, (major, minor).
-        cores: streaming multiprocessors.
-        fpus_per_core: float32 units of each.
-        clock_ghz: highest.
-        l2_bytes: of its cache.
+        cores: number of streaming multiprocessors.
+        fpus_per_core: float32 units per streaming multiprocessor.
+        clock_ghz: highest clock rate.
+        l2_bytes: size of the L2 cache.
         shared_bytes_per_core, shared_bytes_per_block: largest shared memory.
-        pcie_bytes_per_s: to the host's memory.
-        nvlinks: links that are in use.
+        pcie_bytes_per_s: bandwidth to the host's memory.
+        nvlinks: number of NVLink links in use.
     """
 
     name: str
@@ -51,12 +51,12 @@ class Chip:
     nvlinks: int
 
 
-# Peaks, bandwidths and links are of NVIDIA's data sheets (A100 80GB SXM, H100 SXM, H200 SXM, HGX
-# B200), without sparsity. What the compiler wants to know (cores, clocks, caches) and the memory
-# are of the specs in XLA's xla/backends/gpu/target_config/specs/*.txtpb, which were read off such
-# cards, but for the memory of the H200: its spec has 141 GiB, while programs are told 139.72 to
+# Peaks, bandwidths and links are from NVIDIA's data sheets (A100 80GB SXM, H100 SXM, H200 SXM, HGX
+# B200), without sparsity. The compiler's values (cores, clocks, caches) and the memory are from the
+# specs in XLA's xla/backends/gpu/target_config/specs/*.txtpb, which were read from such cards. The
+# memory of the H200 is an exception: its spec has 141 GiB, but the driver gives programs 139.72 to
 # 139.81 GiB (143,155 MiB with driver 580).
-# Network: one 400 Gbit/s adapter per GPU (DGX H100, H200, B200) or 200 Gbit/s (DGX A100).
+# The network is one adapter per GPU, of 400 Gbit/s (DGX H100, H200, B200) or 200 Gbit/s (DGX A100).
 _HOPPER: Mapping[str, Any] = dict(
     peak_flops=989e12,
     nvlink_bytes_per_s=450e9,
@@ -129,10 +129,10 @@ CHIPS = {
 
 
 def find(name: str) -> Chip:
-    """Return a chip by its name.
+    """Return the chip of a name.
 
     Raises:
-        ValueError: no such chip.
+        ValueError: there is no such chip.
     """
     if name not in CHIPS:
         raise ValueError(f"--target={name}: use one of {list(CHIPS)}")

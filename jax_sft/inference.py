@@ -1,7 +1,7 @@
-"""A loaded model: logits for tokens, and greedy answers to look at.
+"""Load a model and compute logits or greedy answers.
 
-Greedy decoding computes every position anew for each token: right for a handful of answers during
-training, not for serving.
+Greedy decoding recomputes every position for each new token. That is fast enough for a few answers
+during training, but not for serving.
 """
 
 import warnings
@@ -30,7 +30,7 @@ class LoadedModel:
     Attributes:
         model_def: the model without its weights.
         params: {path: array}, sharded.
-        mesh: where they are.
+        mesh: the mesh of `params`.
     """
 
     def __init__(self, model_def: ModelDef, params: dict[str, jax.Array], mesh: Mesh):
@@ -58,7 +58,7 @@ class LoadedModel:
                 "BD,VD->BV", hidden_BD, head_VD, preferred_element_type=jnp.float32
             )
             logits_BV = logits_BV[:, : model_def.cfg.vocab]
-            return logits_BV.argmax(axis=-1)  # a soft cap would not change their order
+            return logits_BV.argmax(axis=-1)  # a soft cap does not change the order of logits
 
         replicated = rules.sharding(mesh)
         self._logits = jax.jit(logits, out_shardings=replicated)
@@ -69,13 +69,13 @@ class LoadedModel:
 
         Args:
             tokens: int [B, T] token ids.
-            segment_ids: int [B, T]; tokens see only their own segment, which must be contiguous.
-                None = each row is one segment.
+            segment_ids: int [B, T]; tokens attend only to their own segment, which must be
+                contiguous. None = each row is one segment.
             positions: int [B, T]; None = counted from the start of each segment.
 
         Raises:
-            ValueError: shapes that differ, a token id outside the vocabulary, or more segments in a
-                row than the attention has room for.
+            ValueError: the shapes differ, a token id is outside the vocabulary, or a row has more
+                segments than the attention supports.
         """
         tokens = np.asarray(tokens)
         segment_ids = np.ones_like(tokens) if segment_ids is None else np.asarray(segment_ids)
@@ -93,13 +93,13 @@ class LoadedModel:
             raise ValueError(
                 f"token ids must be in 0..{self._vocab - 1}, not {tokens.min()}..{tokens.max()}"
             )
-        most = max((len(np.unique(row)) for row in segment_ids), default=0)
-        if most > self._max_segments:
-            raise ValueError(f"a row has {most} segments: use at most {self._max_segments}")
+        num_segments = max((len(np.unique(row)) for row in segment_ids), default=0)
+        if num_segments > self._max_segments:
+            raise ValueError(f"a row has {num_segments} segments: use at most {self._max_segments}")
         rows, seq_len = tokens.shape
-        # Ids from 1 on without gaps: 0 is the padding that `_batch` may add.
-        nth = (np.unique(row, return_inverse=True)[1] for row in segment_ids)
-        segment_ids = 1 + np.stack([*nth]).reshape(tokens.shape)
+        # Renumber from 1 without gaps, because 0 is the padding that `_batch` may add.
+        indices = (np.unique(row, return_inverse=True)[1] for row in segment_ids)
+        segment_ids = 1 + np.stack([*indices]).reshape(tokens.shape)
         batch = self._batch(tokens=tokens, segment_ids=segment_ids, positions=positions)
         with jax.set_mesh(self.mesh):
             return self._logits(self.params, batch)[:rows, :seq_len]
@@ -111,13 +111,13 @@ class LoadedModel:
 
         Args:
             prompts: token ids of each prompt.
-            stop_ids: decoding of a prompt ends before any of these.
+            stop_ids: token ids that end the answer to a prompt.
 
         Returns:
             The new tokens of each prompt, without the stop token.
 
         Raises:
-            ValueError: an empty prompt, or a token id outside the vocabulary.
+            ValueError: a prompt is empty, or a token id is outside the vocabulary.
         """
         if not prompts:
             return []
@@ -137,17 +137,17 @@ class LoadedModel:
             )
             last = np.pad(ends - 1, (0, batch["tokens"].shape[0] - len(prompts)))
             with jax.set_mesh(self.mesh):
-                found = np.asarray(self._next_tokens(self.params, batch, last))[: len(prompts)]
-            active &= ~np.isin(found, stop_ids)
+                next_ids = np.asarray(self._next_tokens(self.params, batch, last))[: len(prompts)]
+            active &= ~np.isin(next_ids, stop_ids)
             if not active.any():
                 break
-            tokens[active, ends[active]] = found[active]
+            tokens[active, ends[active]] = next_ids[active]
             ends[active] += 1
         spans = zip(tokens, lengths, ends, strict=True)
         return [row[start:end].tolist() for row, start, end in spans]
 
     def _batch(self, **arrays: np.ndarray) -> dict[str, jax.Array]:
-        """Pad to what the mesh divides (segment 0 is padding) and put on the devices."""
+        """Pad arrays to multiples of the mesh (segment 0 is padding) and put them on devices."""
         sharding = rules.sharding(self.mesh, "batch", "token")
         sizes = self.mesh.shape
         multiples = (sizes["data"] * sizes["fsdp"], sizes["sequence"] * sizes["tensor"])
@@ -183,15 +183,18 @@ def load(
     """Load a Hugging Face model folder (or hub id) onto a mesh.
 
     Args:
-        folder: holds config.json and safetensors files; or a run, its checkpoint folder, or a step
-            in that.
-        mesh: with the axes data, fsdp, tensor, sequence (`make_mesh`); None = one device.
-        dtype: of weights and computation.
+        folder: a folder with config.json and safetensors files, a hub id, a run, its checkpoint
+            folder, or a step in that.
+        mesh: mesh with the axes data, fsdp, tensor and sequence (`make_mesh`); None = one device.
+        dtype: dtype of the weights and the computation.
         adapter: a folder with LoRA adapters in PEFT's format; "" = none.
-        step: of a checkpoint folder; None = the newest.
+        revision: commit or tag of a hub id; "" = its main branch.
+        step: step of a checkpoint folder; None = the newest.
+        attention: "auto" or the name of an attention backend.
+        progress: whether to show a progress bar while the weights are read.
 
     Raises:
-        ValueError: an unsupported model, or tensors that do not fit its config.json.
+        ValueError: the model is not supported, or its tensors do not fit its config.json.
     """
     path = hf_folder.resolve(str(folder), revision)
     step = hf_folder.step_of(str(folder), step)
@@ -201,22 +204,22 @@ def load(
     shards = mesh.shape["tensor"]
     attention = _attention(attention, cfg, jnp.dtype(dtype).name, mesh)
     model_def = ModelDef.of(family, cfg, dtype=dtype, attention=attention, vocab_shards=shards)
-    rows = model_def.rows
-    weights = pretrained.find(path, rows, cfg.dims, cfg.tied, step, vocab_shards=shards)
+    specs = model_def.rows
+    weights = pretrained.find(path, specs, cfg.dims, cfg.tied, step, vocab_shards=shards)
     if adapter:
         model_def = lora.add(model_def, peft.read_settings(Path(adapter)))
         peft.check(Path(adapter), model_def)
     arrays = {row.path: (row.axes, row.shape(model_def.dims)) for row in model_def.rows}
     if problems := rules.size_problems(arrays, mesh.shape):
         raise ValueError("the mesh does not fit the model:\n  " + "\n  ".join(problems))
-    params = weights.load(placement.shardings(rows, mesh), jnp.dtype(dtype), progress)
+    params = weights.load(placement.shardings(specs, mesh), jnp.dtype(dtype), progress)
     if adapter:
         params |= peft.load(Path(adapter), model_def, mesh, jnp.dtype(dtype))
     return LoadedModel(model_def, params, mesh)
 
 
 def _attention(name: str, cfg: Any, dtype: str, mesh: Mesh) -> str:
-    """Return the attention to use; on GPUs "auto" passes over what fails its test, and warns."""
+    """Return the attention to use; on GPUs "auto" skips backends that fail a test, and warns."""
     if name != "auto" or mesh.devices.flat[0].platform != "gpu":
         return name
     return self_test.choose(

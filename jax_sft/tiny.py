@@ -1,7 +1,7 @@
-"""A tiny model folder, tokenizer and data set made from nothing, for the quickstart and the tests.
+"""Make a tiny model folder, tokenizer and data set for the quickstart and the tests.
 
-The task can be seen to be learned: spell a made-up word backwards. The held-out words never occur
-in training, so only the rule can answer them.
+The task is to spell a made-up word backwards, so that learning is visible in the answers. The
+held-out words never occur in training, so a model can only answer them by the rule.
 """
 
 import json
@@ -39,16 +39,16 @@ CONFIG = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
     "bos_token_id": None,
-    "initializer_range": 0.08,  # about 1 / sqrt(hidden_size); 0.02 learns only by luck
+    "initializer_range": 0.08,  # about 1 / sqrt(hidden_size); 0.02 rarely learns the task
     "dtype": "float32",
 }
 
 
 def build(folder: str | Path) -> Path:
-    """Make model/, train.jsonl and heldout.jsonl in `folder`, unless they are there already.
+    """Make `folder` with model/, train.jsonl and heldout.jsonl, unless it exists.
 
-    The result is the same every time; it appears only when complete, so several processes may
-    call this at once.
+    The result is the same every time. The folder appears only when it is complete, so that several
+    processes may call this function at the same time.
     """
     folder = Path(folder)
     if folder.is_dir():
@@ -62,7 +62,7 @@ def build(folder: str | Path) -> Path:
     write_words(unfinished)
     try:
         os.rename(unfinished, folder)
-    except OSError:  # another process was first
+    except OSError:  # another process made the folder first
         shutil.rmtree(unfinished)
     return folder
 
@@ -72,12 +72,12 @@ def write_tokenizer(folder: Path) -> None:
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocab = {token: i for i, token in enumerate(alphabet)}
-    # Any: the setters of pre_tokenizer and decoder are typed as if they took their base classes.
+    # Any, because the setters of pre_tokenizer and decoder are typed to accept only base classes.
     backend: Any = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(special)
-    import transformers  # not for those who only make a model
+    import transformers  # here, as making only a model does not need it
 
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>"
@@ -89,19 +89,20 @@ def write_tokenizer(folder: Path) -> None:
 def write_model(folder: Path, config: dict, seed: int = 0, dtype: str = "F32") -> None:
     """Write config.json, generation_config.json and random weights of any supported family.
 
-    In NumPy, not by the model's own initialisation: a config file calls this before JAX may start.
+    Uses NumPy and not the model's own initialization, because a config file calls this function
+    before JAX may start.
     """
     family = models.find(config["model_type"])
     cfg = family.Config.from_hf(config)
-    rows = family.weights(cfg)
+    specs = family.weights(cfg)
     rng = np.random.default_rng(seed)
     std = config.get("initializer_range", INIT_STD)
     params = {}
-    for row in rows:
-        noise = std * rng.standard_normal(row.shape(cfg.dims))
-        params[row.path] = np.float32(noise + row.path.endswith(".scale"))
-    dtypes = {name: dtype for row in rows for _, name in row.hf_tensors(cfg.dims)}
-    hf_writer.save(params, rows, cfg.dims, dtypes, folder, 5_000_000_000, progress=False)
+    for spec in specs:
+        noise = std * rng.standard_normal(spec.shape(cfg.dims))
+        params[spec.path] = np.float32(noise + spec.path.endswith(".scale"))
+    dtypes = {name: dtype for spec in specs for _, name in spec.hf_tensors(cfg.dims)}
+    hf_writer.save(params, specs, cfg.dims, dtypes, folder, 5_000_000_000, progress=False)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": False}) + "\n")
 
@@ -109,7 +110,7 @@ def write_model(folder: Path, config: dict, seed: int = 0, dtype: str = "F32") -
 def write_words(folder: Path, num_train: int = 20_000, num_heldout: int = 100) -> None:
     """Write train.jsonl and heldout.jsonl: {"prompt": "Spell backwards: abcd", "response": "dcba"}.
 
-    Words are random, 3 to 6 letters long; held-out ones are 5 or 6 letters long and in no
+    Words are random and have 3 to 6 letters. Held-out words have 5 or 6 letters and are in no
     training row.
     """
     rng = random.Random(0)

@@ -1,6 +1,6 @@
-"""One look at the whole config before anything expensive: every problem at once, with its remedy.
+"""Check the whole config before anything expensive, and report every problem with its remedy.
 
-Called by `train` after devices are known and before any data or weight is read.
+Called by `train` after the devices are known and before any data or weights are read.
 """
 
 import dataclasses
@@ -31,16 +31,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """What validation had to find out, so that nobody does it again.
+    """Results of validation, so that no other module derives them again.
 
     Attributes:
-        folder: the local model folder; a hub model's has no weights yet.
-        family: the module of its family.
+        folder: the local model folder; for a hub model it has no weights yet.
+        family: the module of the model's family.
         model_cfg: the family's Config.
         mesh_shape: {axis: size}.
         micro_rows: rows per micro-batch.
-        attention: the backend that model.attention means here.
-        adapters: what lora.* means; None = full fine-tuning.
+        attention: the backend that model.attention selects on these devices.
+        adapters: the settings of lora.*; None = full fine-tuning.
     """
 
     folder: Path
@@ -59,11 +59,11 @@ def validate(cfg, num_devices: int, planned_for: tuple[int, ...] | None = None) 
     """Check a config against itself, the model folder, the data files and the devices.
 
     Args:
-        planned_for: CUDA compute capability of GPUs that need not be at hand, no more than the
-            data; None = the devices and the data that are here.
+        planned_for: CUDA compute capability of the GPUs of a plan, which needs neither the GPUs
+            nor the data; None = check the devices and the data of this machine.
 
     Raises:
-        ValueError: all problems found, each naming its key and what to do.
+        ValueError: the config has problems; the message lists all, each with its key and remedy.
     """
     problems: list[str] = []
 
@@ -81,15 +81,17 @@ def validate(cfg, num_devices: int, planned_for: tuple[int, ...] | None = None) 
     micro_rows = cfg.batch.micro_rows or cfg.batch.rows
     if sizes and cfg.batch.rows > 0 and micro_rows > 0 and cfg.data.seq_len > 0:
         problems += _batch_problems(cfg, micro_rows, sizes)
-    before = len(problems)
+    num_before = len(problems)
     adapters = attempt(_settings, cfg)
     if model_cfg:
-        of_model = family.weights(model_cfg), model_cfg.dims
-        if len(problems) == before:
-            of_model = attempt(_trained, cfg, family, model_cfg, adapters) or of_model
+        specs_and_dims = family.weights(model_cfg), model_cfg.dims
+        # 1. The trainable parameters can only be chosen with valid adapters.
+        if len(problems) == num_before:
+            specs_and_dims = attempt(_trained, cfg, family, model_cfg, adapters) or specs_and_dims
+        # 2. The mesh must divide the arrays, those of the adapters included.
         if sizes:
-            rows, dims = of_model
-            arrays = {row.path: (row.axes, row.shape(dims)) for row in rows}
+            specs, dims = specs_and_dims
+            arrays = {spec.path: (spec.axes, spec.shape(dims)) for spec in specs}
             problems += rules.size_problems(arrays, sizes)
     if model_cfg and cfg.data.seq_len > model_cfg.longest:
         scaled = model_cfg.rope.reach > 0
@@ -116,7 +118,7 @@ def validate(cfg, num_devices: int, planned_for: tuple[int, ...] | None = None) 
 
 
 def _attention(cfg, model_cfg, sizes: dict[str, int], planned_for: tuple[int, ...] | None) -> str:
-    """The attention backend that can be used."""
+    """Return the attention backend that model.attention selects."""
     return resolve(
         cfg.model.attention,
         platform="gpu" if planned_for else jax.default_backend(),
@@ -131,7 +133,7 @@ def _attention(cfg, model_cfg, sizes: dict[str, int], planned_for: tuple[int, ..
 def _trained(
     cfg, family, model_cfg, adapters: lora.Settings | None
 ) -> tuple[tuple[Weight, ...], dict[str, int]]:
-    """(rows, dims) of the model as it is to be trained; stored adapters are checked against it."""
+    """Return (specs, dims) of the model with its adapters; check stored adapters against it."""
     dtype = cfg.model.dtype if cfg.model.dtype in DTYPES else "float32"
     plain = ModelDef.of(family, model_cfg, dtype=dtype)
     chosen = freeze.choose(plain, adapters, () if adapters else cfg.train.freeze)
@@ -141,7 +143,7 @@ def _trained(
 
 
 def _settings(cfg) -> lora.Settings | None:
-    """The adapters that `lora.*` means, or those of `lora.path`."""
+    """Return the adapter settings of `lora.*` or of the folder `lora.path`; None = no adapters."""
     given = lora.Settings(
         **{
             name: cfg.lora[name]
@@ -180,10 +182,10 @@ def _settings(cfg) -> lora.Settings | None:
     stored = peft.read_settings(paths.local(cfg.lora.path, "lora.path"))
     default = config.default().lora
     for name in ("rank", "alpha", "targets", "rslora", "dora"):
-        here, there = getattr(given, name), getattr(stored, name)
-        if here not in (there, default[name]):
+        value, other = getattr(given, name), getattr(stored, name)
+        if value not in (other, default[name]):
             raise ValueError(
-                f"lora.{name} = {here!r}, but the adapter {cfg.lora.path} has {there!r}: leave "
+                f"lora.{name} = {value!r}, but the adapter {cfg.lora.path} has {other!r}: leave "
                 "it at its default"
             )
     dropout = given.dropout or stored.dropout
@@ -191,7 +193,7 @@ def _settings(cfg) -> lora.Settings | None:
 
 
 def _model(cfg, attempt) -> tuple[Path | None, Any, Any]:
-    """The model's folder, family and Config; what cannot be had is reported and None."""
+    """Return the model's folder, family and Config; None for those that cannot be read."""
     if not cfg.model.path:
         attempt(
             _fail, 'model.path is empty: name a model folder or a hub id like "Qwen/Qwen2.5-7B"'
@@ -208,7 +210,7 @@ def _fail(message: str):
 
 
 def _value_problems(cfg) -> list[str]:
-    """Values that are wrong by themselves."""
+    """Return the problems with single values."""
     choices = {
         "model.dtype": DTYPES,
         "model.param_dtype": DTYPES,
@@ -299,7 +301,7 @@ def _value_problems(cfg) -> list[str]:
 
 
 def _tracker_problems(names: Iterable[str]) -> list[str]:
-    """List the trackers that are unknown or whose package is missing."""
+    """Return the problems with trackers that are unknown or whose package is missing."""
     problems = []
     for name in names:
         if name not in config.TRACKERS:
@@ -310,7 +312,7 @@ def _tracker_problems(names: Iterable[str]) -> list[str]:
 
 
 def _batch_problems(cfg, micro_rows: int, sizes: dict[str, int]) -> list[str]:
-    """Rows, micro-batches and tokens that the mesh does not divide."""
+    """Return the problems with rows, micro-batches and tokens that the mesh does not divide."""
     problems = []
     ranks = sizes["data"] * sizes["fsdp"]
     if cfg.batch.rows % micro_rows:
@@ -338,7 +340,7 @@ def _batch_problems(cfg, micro_rows: int, sizes: dict[str, int]) -> list[str]:
 
 
 def _get(cfg, key: str):
-    """Read a dotted key."""
+    """Return the value of a dotted key."""
     for part in key.split("."):
         cfg = cfg[part]
     return cfg
