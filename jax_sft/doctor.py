@@ -3,9 +3,9 @@
     python -m jax_sft.doctor [--workdir=DIR] [--megabytes=64]
     scripts/launch.sh --hosts=h1,h2 --program=doctor --workdir=DIR
 
-Looks at versions, devices and driver, limits, disk space, clocks, whether the hosts see one folder
-and how fast it is, and how fast the devices add up an array together. Exits with 1 if anything is
-wrong; what differs between hosts is named.
+Checks versions, devices and driver, file limits, disk space, clocks, whether all hosts see the same
+folder and how fast it is, and how fast the devices sum an array together. Names the differences
+between hosts. Exits with 1 if anything is wrong.
 """
 
 import argparse
@@ -32,36 +32,40 @@ from jax_sft.hosts import cluster, preflight
 from jax_sft.runtime import exit_codes
 from jax_sft.sharding.mesh import use_gpu_memory
 
-LEAST_OPEN_FILES = 4096  # a sharded save or a data set of many files takes thousands
+LEAST_OPEN_FILES = 4096  # a sharded save or a data set of many files opens thousands
 LEAST_FREE_BYTES = 50e9
 SLOW_FOLDER_BYTES_PER_S = 50e6
 
 
 class Findings:
-    """What was found, one line each; only the first process prints what all have in common."""
+    """Prints the result of each check as a line, on the first process, and collects problems.
+
+    Attributes:
+        problems: names of the checks that failed, once per host.
+    """
 
     def __init__(self):
         self.problems: list[str] = []
 
     def good(self, what: str, found: str) -> None:
-        """Show something that is as it should be."""
+        """Print that a check has passed."""
         if cluster.process_id() == 0:
             print(f"ok    {what}: {found}", flush=True)
 
     def check(self, what: str, problems: list[str], found: str) -> None:
-        """Show what was found on all hosts, or the problems, those of other hosts too."""
+        """Print the result of a check, or the problems of all hosts. All processes call this."""
         texts = cluster.exchange(f"doctor, {what}", "\n".join(problems))
-        odd = {n: text for n, text in enumerate(texts) if text}
-        if not odd:
+        wrong = {n: text for n, text in enumerate(texts) if text}
+        if not wrong:
             self.good(what, found)
-        for number, text in odd.items():
+        for number, text in wrong.items():
             self.problems.append(what)
             if cluster.process_id() == 0:
                 print(f"WRONG {what}, {cluster.name(number)}: {text}", flush=True)
 
 
 def check_same(findings: Findings) -> None:
-    """Versions, environment and devices are the same everywhere."""
+    """Check that versions, environment and devices are the same on all hosts."""
     try:
         preflight.same_programs({})
     except ValueError as error:
@@ -74,7 +78,7 @@ def check_same(findings: Findings) -> None:
 
 
 def check_devices(findings: Findings) -> None:
-    """Each host has the GPUs that its driver has."""
+    """Check that nvidia-smi works and JAX uses GPUs on each host with an NVIDIA driver."""
     kinds = f"{jax.device_count()} x {jax.devices()[0].device_kind} in all"
     if not shutil.which("nvidia-smi"):
         findings.check("devices", [], f"{kinds}; no NVIDIA driver")
@@ -91,14 +95,14 @@ def check_devices(findings: Findings) -> None:
 
 
 def check_limits(findings: Findings) -> None:
-    """There are file handles enough."""
+    """Check that enough files can be open."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     problems = [] if soft >= LEAST_OPEN_FILES else [f"{soft} open files: ulimit -n 65536"]
     findings.check("file limits", problems, f"{soft} open files")
 
 
 def check_folder(findings: Findings, folder: Path, num_bytes: int) -> None:
-    """All hosts see one folder, with room, and it is fast."""
+    """Check that all hosts see the same folder, and that it has room and is fast."""
     try:
         preflight.shared_folder(folder)
     except ValueError as error:
@@ -115,7 +119,7 @@ def check_folder(findings: Findings, folder: Path, num_bytes: int) -> None:
 
 
 def folder_speed(folder: Path, num_bytes: int) -> tuple[float, float]:
-    """Return bytes/s of writing (to the disk) and of reading back (from memory, often)."""
+    """Return bytes/s of writing (to the disk) and of reading back (often from memory)."""
     data = np.random.default_rng(cluster.process_id()).bytes(num_bytes)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".speed-") as file:
         began = time.perf_counter()
@@ -129,7 +133,7 @@ def folder_speed(folder: Path, num_bytes: int) -> tuple[float, float]:
 
 
 def check_collectives(findings: Findings, num_bytes: int) -> None:
-    """All devices add up an array together, rightly, and how fast."""
+    """Check that all devices sum an array together correctly, and measure how fast."""
     if jax.device_count() == 1:
         findings.good("collectives", "one device only")
         return
@@ -142,16 +146,16 @@ def check_collectives(findings: Findings, num_bytes: int) -> None:
     rows = jax.make_array_from_callback(shape, split, lambda index: values[index])
     add_up = jax.jit(lambda x: x.sum(0), out_shardings=whole)
     total = add_up(rows)
-    found = float(jnp.asarray(total.addressable_data(0))[-1])
+    result = float(jnp.asarray(total.addressable_data(0))[-1])
     expected = sum(range(jax.device_count()))
     began = time.perf_counter()
     for _ in range(5):
         total = add_up(rows)
     total.block_until_ready()
     seconds = (time.perf_counter() - began) / 5
-    # Bytes that each device sends and receives in a ring, as NCCL's tests count them.
+    # Bus bandwidth as in NCCL's tests: bytes that each device sends and receives in a ring, per s.
     bus = 2 * (1 - 1 / jax.device_count()) * 4 * columns / seconds
-    problems = [] if found == expected else [f"the sum is {found}, not {expected}"]
+    problems = [] if result == expected else [f"the sum is {result}, not {expected}"]
     shown = f"all-reduce of {4 * columns / 1e6:.0f} MB: {seconds * 1e3:.1f} ms, "
     findings.check("collectives", problems, shown + f"{bus / 1e9:.2f} GB/s per device")
 

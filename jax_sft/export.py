@@ -6,16 +6,19 @@
 --out must be new or empty; with --overwrite it may also be an older export that nobody changed.
 
 The folder holds safetensors, config.json, generation config, tokenizer and chat template, and
-loads with transformers.AutoModelForCausalLM.from_pretrained. Of a run with adapters it holds these,
-for peft.PeftModel.from_pretrained, or with --merge the whole model. No GPU is used, and a few
-blocks of a tensor are in memory at a time: under 4 GiB for a model of 7B parameters. With --verify
-transformers loads the result, its logits are compared with ours, and one answer is generated
-(needs PyTorch, and 4 bytes of memory per parameter); 65 = the logits differ, or generation runs on
-behind the token that ends the trained turns, and nothing is uploaded.
+loads with transformers.AutoModelForCausalLM.from_pretrained. For a run with adapters it holds the
+adapters, which load with peft.PeftModel.from_pretrained, or with --merge the whole model. No GPU is
+used. Only a few blocks of a tensor are in memory at a time, under 4 GiB for a model of 7B
+parameters.
 
-Generation with the export stops at the tokens that the model named and at those that end the
-trained turns: eos_token_id in generation_config.json and config.json. --tokenizer-eos makes the
-latter the tokenizer's eos_token, too.
+With --verify, transformers loads the result, its logits are compared with those of jax_sft, and one
+answer is generated. This needs PyTorch and 4 bytes of memory per parameter. Exit code 65: the
+logits differ, or generation does not stop at the token that ends the trained turns; nothing is
+uploaded then.
+
+Generation with the export stops at the model's own stop tokens and at the tokens that end the
+trained turns. eos_token_id in generation_config.json and config.json lists them. --tokenizer-eos
+also makes the token that ends most trained turns the tokenizer's eos_token.
 """
 
 import argparse
@@ -40,7 +43,7 @@ from jax_sft.weights import hf_reader, hub
 
 
 def parse_bytes(text: str) -> int:
-    """Read a size such as 5GB, 500MB or 1000000 (decimal units, as Hugging Face has them)."""
+    """Parse a size such as 5GB, 500MB or 1000000, with decimal units as in Hugging Face."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     if not match or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
@@ -48,7 +51,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog=lifecycle.program(),
         description=__doc__,
@@ -97,10 +100,10 @@ def parse() -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what was asked for; return the exit code.
+    """Run the export with these options and return the exit code.
 
     Raises:
-        ValueError: something of it cannot be done.
+        ValueError: the options or the checkpoint do not allow the export.
         hub.Failed: the upload failed.
     """
     chosen: dict[str, Any] = dict(
@@ -117,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
     def write(step: int | None) -> tuple[to_hf.Plan, Path | None]:
         chosen["step"] = step
         planned = to_hf.plan(folder, **chosen)
-        chosen["step"] = planned.step  # also if a newer one comes meanwhile
+        chosen["step"] = planned.step  # fixed, in case a newer step appears meanwhile
         if options.dry_run:
             return planned, None
         if options.verify and (problem := export_check.missing(planned)):
@@ -154,7 +157,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 class _CallableModule(types.ModuleType):
-    """Lets `jax_sft.export` be both this module and the function, whichever is asked for first."""
+    """Makes `jax_sft.export` both this module and the function, in any order of access."""
 
     def __call__(self, *args: Any, **options: Any) -> Path:
         return to_hf.export(*args, **options)
@@ -164,7 +167,7 @@ sys.modules[__name__].__class__ = _CallableModule
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     options = parse()
     try:
         return run(options)

@@ -1,7 +1,6 @@
-"""Starts a training on this machine or on many, and starts it again when a process is lost.
+"""Start a training on this machine or on many, and restart it when a process is lost.
 
-scripts/launch.sh runs this; it has no options that it does not tell: what it does not know goes to
-the trainer.
+Run by scripts/launch.sh. Unrecognized options are passed through to the trainer.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from jax_sft.launching.remote import fleet, heartbeat, ray_cluster, ssh
 from jax_sft.runtime import exit_codes
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "scripts" / "launch.sh"  # of a clone; a wheel has none
+SCRIPT = ROOT / "scripts" / "launch.sh"  # exists in a clone, but not in a wheel
 EXAMPLES = """\
   scripts/launch.sh --config=configs/tiny.py                  one process drives all local GPUs
   scripts/launch.sh --nproc=8 --config=...                    several processes share them
@@ -41,7 +40,7 @@ other is a crash or a lost process, after which all is started again and resumes
 
 
 class Parser(argparse.ArgumentParser):
-    """Ends with the exit code that no launcher restarts after."""
+    """A parser whose errors have an exit code after which no launcher restarts."""
 
     def error(self, message: str):
         print(f"error: {message} (--help lists the options)", file=sys.stderr)
@@ -50,14 +49,14 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """Define the launcher's options."""
-    found = Parser(
+    launch_parser = Parser(
         prog=name if (name := lifecycle.program()).startswith("jax-sft") else "scripts/launch.sh",
         description="Starts a training on one or many hosts, and restarts it when one is lost.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = found.add_argument
+    add = launch_parser.add_argument
     add("--nproc", type=positive, default=1, metavar="N", help="processes per host (default 1)")
     add("--hosts", type=names, metavar="H1,H2", help="start on these hosts by ssh, from here")
     add("--ssh", default="ssh", metavar="COMMAND", help="with its options, e.g. 'ssh -p 2222'")
@@ -72,57 +71,57 @@ def parser() -> Parser:
     add("--stall-timeout", type=seconds, default=120.0, metavar="S", help="without a sign (120)")
     add("--program", choices=("train", "doctor"), default="train", help="jax_sft.WHAT to run")
     add("--dry-run", action="store_true", help="print what each host would run, and end")
-    add("--leash", action="store_true", help=argparse.SUPPRESS)  # stdin is the launcher's hand
-    return found
+    add("--leash", action="store_true", help=argparse.SUPPRESS)  # stdin is the heartbeat
+    return launch_parser
 
 
 def positive(text: str) -> int:
-    """Read a whole number above zero."""
+    """Parse a whole number above zero."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return int(text)
 
 
 def not_negative(text: str) -> int:
-    """Read a whole number."""
+    """Parse a whole number from zero up."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is not a number, 0 or more")
     return int(text)
 
 
 def seconds(text: str) -> float:
-    """Read a number of seconds above zero."""
+    """Parse a number of seconds above zero."""
     try:
-        found = float(text)
+        value = float(text)
     except ValueError:
-        found = 0.0
-    if not 0 < found < float("inf"):
+        value = 0.0
+    if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
-    return found
+    return value
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Read names with commas between them."""
-    found = tuple(part.strip() for part in text.split(","))
-    wrong = [name for name in found if not name or name.startswith("-") or " " in name]
-    if wrong:
+    """Parse names separated by commas."""
+    hosts = tuple(part.strip() for part in text.split(","))
+    invalid = [name for name in hosts if not name or name.startswith("-") or " " in name]
+    if invalid:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of hosts like h1,h2")
-    return found
+    return hosts
 
 
 def on_this_host(options: argparse.Namespace, rest: list[str]) -> int:
-    """Run this host's processes; returns the exit code."""
+    """Run the processes of this host and return the exit code."""
     environ = os.environ
-    where = coordinates.find(environ, options.nproc, options.coordinator, options.port)
+    place = coordinates.find(environ, options.nproc, options.coordinator, options.port)
     command = [options.python, "-m", f"jax_sft.{options.program}", *rest]
-    plan = processes.plan(where, options.nproc, command, environ)
-    several_hosts = where.num_processes > options.nproc * where.local_launchers
+    plan = processes.plan(place, options.nproc, command, environ)
+    several_hosts = place.num_processes > options.nproc * place.local_launchers
     host = socket.gethostname().partition(".")[0] if several_hosts else ""
     printer = Printer(host)
-    lines = [f"{where.found_by}: {processes.numbers(plan)} of {where.num_processes}"]
-    if where.address:
-        lines[0] += f", meeting at {where.address}"
-    lines += environment.describe(environ, where.address)
+    lines = [f"{place.found_by}: {processes.numbers(plan)} of {place.num_processes}"]
+    if place.address:
+        lines[0] += f", meeting at {place.address}"
+    lines += environment.describe(environ, place.address)
     if options.dry_run:
         lines += [processes.as_shell(process.command, process.variables) for process in plan]
         print("\n".join(lines))
@@ -130,7 +129,7 @@ def on_this_host(options: argparse.Namespace, rest: list[str]) -> int:
     if options.leash:
         printer.write(STDOUT, f"[{host}] launch: started\n".encode())
         heartbeat.hold(printer)
-    if where.num_processes > 1:
+    if place.num_processes > 1:
         printer.say("\n".join(lines))
     is_training = options.program == "train"
     return Supervisor(
@@ -142,28 +141,28 @@ def on_this_host(options: argparse.Namespace, rest: list[str]) -> int:
             writes_status=is_training,
         ),
         printer,
-        alone=where.num_processes == 1,
+        alone=place.num_processes == 1,
         host=host,
     ).run()
 
 
 def forwarded(options: argparse.Namespace, rest: list[str]) -> list[str]:
-    """Return the options for the launcher on another host."""
+    """Return the command-line options for the launcher on another host."""
     kept = ("nproc", "max_restarts", "grace", "stall_timeout", "program")
     default = parser().parse_args([])
-    found = [
+    changed = [
         f"--{name.replace('_', '-')}={getattr(options, name)}"
         for name in kept
         if getattr(options, name) != getattr(default, name)
     ]
-    return [*found, *rest]
+    return [*changed, *rest]
 
 
 def run(arguments: list[str]) -> int:
-    """Run the command line; returns the exit code.
+    """Run the command line and return the exit code.
 
     Raises:
-        ValueError: something is wrong with the options or the environment.
+        ValueError: an option or the environment is wrong.
     """
     options, rest = parser().parse_known_args(arguments)
     if not rest and options.program == "train":
@@ -179,7 +178,7 @@ def run(arguments: list[str]) -> int:
 
 
 def by_ssh(options: argparse.Namespace, rest: list[str]) -> int:
-    """Run on hosts that are reached by ssh from here; returns the exit code."""
+    """Run on hosts that this machine reaches by ssh, and return the exit code."""
     first, port = ssh.name(options.hosts[0]), options.port or coordinates.DEFAULT_PORT
     address = options.coordinator or f"{first}:{port}"
     coordinates.check_address(address)
@@ -200,7 +199,7 @@ def by_ssh(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def on_ray(options: argparse.Namespace, rest: list[str]) -> int:
-    """Run on a Ray cluster; returns the exit code."""
+    """Run on a Ray cluster and return the exit code."""
     if options.nodes is None:
         raise ValueError("--ray needs --nodes=N: how many nodes of the cluster to use")
     job = ray_cluster.Job(
@@ -222,7 +221,7 @@ def on_ray(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     return run(sys.argv[1:])
 
 

@@ -1,11 +1,11 @@
-"""Tell, without a GPU, whether a run fits, what it sends, what overlaps, and about how fast it is.
+"""Predict, without a GPU, whether a run fits, what it sends, what overlaps, and its rough speed.
 
     python -m jax_sft.plan --config=configs/qwen7b.py --target=h200 --hosts=2 [--search]
 
-Compiles the very step that `train` would run, for GPUs that need not exist, and reads the compiled
-program. Of the model only config.json is needed, of the data nothing: where --workdir (default
+Compiles exactly the step that `train` would run, for GPUs that need not exist, and analyzes the
+compiled program. Needs the model's config.json, but no weights and no data. If --workdir (default
 runs/NAME_OF_CONFIG) holds a run's data_report.json, its lengths and trained share are used. Writes
-plan.json and plan.html there. Exits with 1 if the run does not fit.
+plan.json and plan.html to --workdir. Exits with 1 if the run does not fit.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ FALLBACK = (
     "the step is partitioned for simulated CPU devices, which tells what it sends, but neither "
     "temporaries, peak and verdict, nor what overlaps and how long it takes"
 )
-MOST_ADVICE = 4  # settings that are compiled to find one that fits, 10 to 20 s each
+MOST_ADVICE = 4  # most settings to compile when looking for one that fits, 10 to 20 s each
 
 
 def plan(
@@ -52,18 +52,20 @@ def plan(
     hlo_file: Path | None = None,
     say=lambda line: None,
 ) -> Plan:
-    """Return the plan of a run as the dict of plan.json, see `report.plan_tables.Plan`.
+    """Return the plan of a run, the dict that plan.json holds; see `report.plan_tables.Plan`.
 
     Args:
         cfg: from `jax_sft.config.default()`.
         target: a key of `hardware.CHIPS`.
+        hosts: number of hosts.
+        gpus_per_host: GPUs in each host.
         report: a run's data_report.json; None = rows of one full segment, all trained.
         with_search: also try other meshes, micro-batches and remat policies.
-        hlo_file: where to write the compiled program.
+        hlo_file: file to which the compiled program is written; None = not written.
         say: prints a line of progress.
 
     Raises:
-        ValueError: anything wrong with the config or the arguments.
+        ValueError: the config or an argument is wrong.
     """
     chip = hardware.find(target)
     num_devices = hosts * gpus_per_host
@@ -78,30 +80,30 @@ def plan(
             raise ValueError(f"--search needs the compiler for GPUs: {problem}")
         say(f"WARNING {problem}. Until then: {FALLBACK}")
         devices = cpu_devices(num_devices)
-        resolved = dataclasses.replace(resolved, attention="blockwise")  # what CPUs can lower
+        resolved = dataclasses.replace(resolved, attention="blockwise")  # runs on CPUs
     else:
         devices = targets.topology(chip, hosts, gpus_per_host)
-    where = Target(chip, hosts, gpus_per_host, devices, row)
+    machines = Target(chip, hosts, gpus_per_host, devices, row)
     say(f"compiling for {num_devices} x {chip.kind} ...")
-    found = analyse(cfg, resolved, where, hlo_file=hlo_file)
+    planned = analyse(cfg, resolved, machines, hlo_file=hlo_file)
     if cfg.data.packing == "none":
-        found["warnings"].append(
+        planned["warnings"].append(
             'data.packing = "none" pads rows to the longest of a batch: planned are full rows, the '
             "most work and memory that a batch can take"
         )
     if with_search:
-        found["search"] = search.search(cfg, where, say)
-    elif not fits(found):
+        planned["search"] = search.search(cfg, machines, say)
+    elif not fits(planned):
         say("it does not fit: looking for what would")
-        found["advice"] = search.advice(cfg, where, MOST_ADVICE, say)
-    return found
+        planned["advice"] = search.advice(cfg, machines, MOST_ADVICE, say)
+    return planned
 
 
 def _row_work(report: Path | None, seq_len: int) -> RowWork:
-    """What a row of the data holds, from the report of a run where there is one.
+    """Return the work of a row of the data, from the report of a run if there is one.
 
     Raises:
-        ValueError: a file that is not such a report.
+        ValueError: `report` is not the data report of a run.
     """
     if report is None:
         return segment_pairs(None, seq_len)
@@ -115,15 +117,15 @@ def _row_work(report: Path | None, seq_len: int) -> RowWork:
 
 
 def fits(found: Plan) -> bool:
-    """Whether nothing is known against it: without the plugin there is no verdict."""
+    """Return whether the run fits, and True without the plugin, when it is not known."""
     return "memory" not in found or found["memory"]["fits"]
 
 
 def cpu_devices(num_devices: int) -> list[Any]:
-    """Simulate CPU devices to partition for.
+    """Return simulated CPU devices for which the step is partitioned.
 
     Raises:
-        ValueError: JAX already runs, with fewer of them.
+        ValueError: JAX already runs with fewer devices.
     """
     simulate_cpu_devices(num_devices)
     if jax.device_count() < num_devices:
@@ -132,23 +134,23 @@ def cpu_devices(num_devices: int) -> list[Any]:
 
 
 def _path(option: str) -> Path | None:
-    """Return the path that an option names, or None where it is not given."""
+    """Return the path in an option, or None if the option is not given."""
     text = flags.FLAGS[option].value
     return paths.local(text, f"--{option}") if text else None
 
 
 def is_plan(start: bytes) -> bool:
-    """Whether a file that begins so is a plan.json."""
+    """Return whether a file that begins with `start` is a plan.json."""
     return start.startswith(b'{\n  "target": {')
 
 
 def is_hlo(start: bytes) -> bool:
-    """Whether a file that begins so is a compiled program."""
+    """Return whether a file that begins with `start` is a compiled program."""
     return start.startswith(b"HloModule")
 
 
 def main(_: list[str]) -> None:
-    """The command line."""
+    """Run the command line."""
     logging.set_verbosity(logging.ERROR)
     options = flags.FLAGS
     workdir = paths.local(options.workdir or command_line.default_workdir(), "--workdir")
@@ -161,7 +163,7 @@ def main(_: list[str]) -> None:
         hlo_file = outputs.check_file(hlo_file, is_hlo, "--hlo")
     default_report = workdir / "data_report.json"
     report = _path("data-report") or (default_report if default_report.exists() else None)
-    found = plan(
+    planned = plan(
         options.config,
         options.target,
         options.hosts,
@@ -171,15 +173,15 @@ def main(_: list[str]) -> None:
         hlo_file=hlo_file,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    print(plan_page.as_text(found))
+    print(plan_page.as_text(planned))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        outputs.write_file(plan_json, [json.dumps(found, indent=2) + "\n"])
-        outputs.write_file(plan_html, [plan_page.render(found)])
+        outputs.write_file(plan_json, [json.dumps(planned, indent=2) + "\n"])
+        outputs.write_file(plan_html, [plan_page.render(planned)])
     except OSError as error:
         raise ValueError(f"--workdir={workdir} cannot be written: {error}") from error
     print(f"\nwritten: {workdir / 'plan.json'}, {workdir / 'plan.html'}")
-    sys.exit(0 if fits(found) else EXIT_DOES_NOT_FIT)
+    sys.exit(0 if fits(planned) else EXIT_DOES_NOT_FIT)
 
 
 if __name__ == "__main__":
