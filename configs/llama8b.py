@@ -2,7 +2,7 @@
 
 python -m jax_sft.train --config=configs/llama8b.py --config.data.train.main.path=my.jsonl
 
-Parameters, gradients and moments take 15 GiB of each of 8 GPUs; for the rest, and for other GPUs:
+Parameters, gradients and moments take 15 GiB on each of 8 GPUs. For the total, or for other GPUs:
 
 python -m jax_sft.plan --config=configs/llama8b.py --target=h100
 

@@ -2,7 +2,8 @@
 
 python -m jax_sft.train --config=configs/lora7b.py --config.data.train.main.path=my.jsonl
 
-On an H200 a peak of 17.5 GiB is predicted, with --config.lora.quantize=nf4 8.6 GiB; for yours:
+The predicted peak on an H200 is 17.5 GiB, or 8.6 GiB with --config.lora.quantize=nf4. To predict
+it for another GPU:
 
 python -m jax_sft.plan --config=configs/lora7b.py --target=h200 --gpus-per-host=1
 

@@ -2,7 +2,8 @@
 
 python -m jax_sft.train --config=configs/qwen7b.py --config.data.train.main.path=my.jsonl
 
-On 8 x H100 a peak of 33 of 79 GiB and 3.1 s per step (48% MFU) are predicted; see it for yours:
+The prediction for 8 x H100 is a peak of 33 of 79 GiB and 3.1 s per step (48% MFU). To predict them
+for other GPUs:
 
 python -m jax_sft.plan --config=configs/qwen7b.py --target=h100
 

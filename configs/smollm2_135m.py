@@ -2,8 +2,8 @@
 
 python -m jax_sft.train --config=configs/smollm2_135m.py --config.data.train.main.path=my.json
 
-30 steps of 4 rows of 512 tokens in float32. The default fields are those of instruction data with
-instruction, input and response. Measured figures are in docs/proofs.md.
+Trains 30 steps of 4 rows of 512 tokens in float32. The data file has the fields instruction, input
+and response. Measured figures are in docs/proofs.md.
 """
 
 from jax_sft import config

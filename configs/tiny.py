@@ -1,9 +1,9 @@
-"""A tiny Qwen2 learns to spell backwards, on 8 simulated CPU devices.
+"""Train a tiny Qwen2 to spell backwards, on 8 simulated CPU devices.
 
 python -m jax_sft.train --config=configs/tiny.py
 
-2 CPU cores, 1 GB of memory, 2 minutes; held-out exact match rises to 100%. The model, tokenizer
-and data are made in runs/tiny-parts first.
+Needs 2 CPU cores, 1 GB of memory and 2 minutes. Held-out exact match rises to 100%. The config
+first makes the model, tokenizer and data in runs/tiny-parts.
 """
 
 from jax_sft import config, tiny

@@ -1,4 +1,4 @@
-"""The command `jax-sft VERB ...`: the program `python -m jax_sft.VERB ...` under a shorter name.
+"""Run `jax-sft VERB ...`, a shorter name for the program `python -m jax_sft.VERB ...`.
 
 jax-sft VERB [--help] ...
 """
@@ -25,7 +25,7 @@ VERBS = {
 
 
 def usage() -> str:
-    """Return the help text: the verbs with a line each."""
+    """Return the help text, with one line for each verb."""
     lines = [f"  {verb:8} {line}" for verb, line in VERBS.items()]
     return "\n".join(
         [
@@ -41,7 +41,7 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Become the program of a verb; return an exit code where there is none to become."""
+    """Replace this process by the verb's program, or return an exit code if there is no verb."""
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if verb in ("-h", "--help", "help"):
         print(usage())
@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {wrong}: use one of {', '.join(VERBS)} (jax-sft --help)", file=sys.stderr)
         return exit_codes.USER_ERROR
     os.environ.setdefault("JAX_SFT_TYPED", shlex.join(["jax-sft", verb, *rest]))
-    # The very program, and not a function of it, so that nothing differs: what it does before its
-    # imports, how it is started again, which folders Python looks into.
+    # Execute the program itself instead of calling a function of it, so that nothing differs: its
+    # actions before the imports, its restart, and the folders that Python searches.
     os.execv(sys.executable, [sys.executable, "-m", f"jax_sft.{verb}", *rest])
 
 

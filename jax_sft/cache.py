@@ -3,7 +3,7 @@
     python -m jax_sft.cache [--dir=FOLDER]
     python -m jax_sft.cache --clear [--older-than=DAYS]
 
-A source that a running process uses is not removed. What is removed is made again when needed.
+A source that a running process uses is not removed. Removed entries are made again when needed.
 """
 
 import argparse
@@ -22,7 +22,7 @@ DAY_S = 24 * 3600
 
 
 def main() -> int:
-    """List or clear what is asked for; return the exit code."""
+    """List or clear the caches and return the exit code."""
     parser = argparse.ArgumentParser(
         prog=lifecycle.program(),
         description=__doc__,

@@ -2,10 +2,10 @@
 
     python -m jax_sft.convert --model=FOLDER_OR_HUB_ID --out=DIR [--dry-run]
 
-Training starts from it with --config.model.path=DIR: each process then reads only its own shards,
-which clusters that start often gain from. Weights keep their own dtype unless --dtype is given.
-`python -m jax_sft.export --checkpoint=DIR` makes a model folder of it again. No GPU is used, and
-under 4 GiB of memory, whatever the size of the model.
+Training starts from the checkpoint with --config.model.path=DIR. Each process then reads only its
+own shards, which saves time on clusters that start often. Weights keep their dtype unless --dtype
+is given. `python -m jax_sft.export --checkpoint=DIR` makes a model folder of the checkpoint again.
+No GPU is used, and less than 4 GiB of memory for a model of any size.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from jax_sft.weights import hf_reader
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog=lifecycle.program(),
         description=__doc__,
@@ -50,7 +50,7 @@ def main() -> int:
     options = parser.parse_args()
     if not options.out and not options.dry_run:
         parser.error("--out is needed without --dry-run")
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant
+    logging.set_verbosity(logging.ERROR)  # Orbax warns about intended settings
     try:
         if options.dry_run:
             planned = from_hf.plan(options.model, revision=options.revision, dtype=options.dtype)

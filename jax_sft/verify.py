@@ -1,15 +1,16 @@
-"""Check the files of a run's checkpoints or of an export, and name what is wrong.
+"""Check the files of a run's checkpoints or of an export, and name the damaged ones.
 
     python -m jax_sft.verify --checkpoint=RUN [--step=N] [--full]
     python -m jax_sft.verify --export=DIR
 
-Of checkpoints it compares all sizes, and the sha256 of files below 1 MiB, with the manifests that
-the run wrote. With --full the sha256 of every file, and then the checksum of every array, read in
-blocks. Of what `export` and `convert` wrote, or of a run with an export, it compares every file
-with the SHA256SUMS that was written last (`sha256sum -c` does so too, but names no foreign files).
+--checkpoint compares the sizes of all files, and the sha256 of files below 1 MiB, with the
+manifests that the run wrote. With --full it compares the sha256 of every file and then the checksum
+of every array, read in blocks. --export compares every file with SHA256SUMS, which `export` and
+`convert` write last. DIR may also be a run with an export. (`sha256sum -c` compares too, but does
+not name foreign files.)
 
-Changes nothing. Exit code 0: all good; 1: something is damaged, each file is named; 64: there is
-nothing to check.
+Changes nothing. Exit code 0: all files are good; 1: files are damaged, and each is named; 64: there
+is nothing to check.
 """
 
 import argparse
@@ -33,29 +34,29 @@ from jax_sft.runtime import exit_codes
 
 
 def problems_of(folder: Path, step: int, full: bool) -> tuple[list[str], list[str], str]:
-    """Return (problems, warnings, what it holds) of a step."""
+    """Return (problems, warnings, summary of the contents) of a step."""
     bar = f"step {step}, files" if full else ""
-    found = step_folders.check(folder, step, hashes=full, progress=bar)
-    if found.manifest is None:
-        return [*found.problems], [*found.warnings], ""
-    size = sum(num_bytes for num_bytes, _ in found.manifest.files.values())
-    arrays = found.manifest.arrays
-    holds = f"{len(found.manifest.files)} files, {len(arrays)} arrays, {size / 1e9:.3f} GB"
-    problems = [*found.problems]
-    # Files that are known to be damaged are not given to Orbax.
+    checked = step_folders.check(folder, step, hashes=full, progress=bar)
+    if checked.manifest is None:
+        return [*checked.problems], [*checked.warnings], ""
+    size = sum(num_bytes for num_bytes, _ in checked.manifest.files.values())
+    arrays = checked.manifest.arrays
+    holds = f"{len(checked.manifest.files)} files, {len(arrays)} arrays, {size / 1e9:.3f} GB"
+    problems = [*checked.problems]
+    # Never let Orbax read files that are known to be damaged.
     if full and not problems:
         for name, stored in tqdm(arrays.items(), f"step {step}, arrays", unit="array", delay=1):
             problem = orbax_io.problem(folder / str(step), name, stored)
             problems += [problem] if problem else []
-    return problems, [*found.warnings], holds
+    return problems, [*checked.warnings], holds
 
 
 def verify(folder: Path, step: int | None, full: bool) -> int:
-    """Print a table of steps; return the exit code."""
+    """Print a table of steps and return the exit code."""
     present = step_folders.present(folder)[::-1]
     if not present or (step is not None and step not in present):
-        wanted = "steps" if step is None else f"step {step}"
-        print(f"error: {folder} has no {wanted}; it has {present}", file=sys.stderr)
+        missing = "steps" if step is None else f"step {step}"
+        print(f"error: {folder} has no {missing}; it has {present}", file=sys.stderr)
         return exit_codes.USER_ERROR
     bad = 0
     began = time.monotonic()
@@ -81,14 +82,14 @@ def verify(folder: Path, step: int | None, full: bool) -> int:
 
 
 def verify_export(folder: Path) -> int:
-    """Compare an export, or that of a run, with its SHA256SUMS; return the exit code."""
+    """Compare an export, or the export of a run, with SHA256SUMS and return the exit code."""
     in_run = folder / to_hf.OF_RUN
     is_run = not (folder / sums.NAME).exists() and (in_run / sums.NAME).exists()
     return export_check.check_files(in_run if is_run else folder)
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog=lifecycle.program(),
         description=__doc__,
@@ -102,7 +103,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.export and (options.full or options.step is not None):
         parser.error("--step and --full belong to --checkpoint; of an export all files are read")
-    # An export that cannot be read is the user's to mend; of a run `lifecycle` decides.
+    # The user can repair an export that cannot be read. For a run, `lifecycle` handles OSError.
     expected = (ValueError, OSError) if options.export else ValueError
     try:
         if options.export:

@@ -1,20 +1,21 @@
-"""See what a config would train before it does; needs no weights and no accelerator.
+"""Show which tokens a config would train, before training; needs no weights and no accelerator.
 
     python -m jax_sft.inspect --config=configs/tiny.py [--num=3] [--tokens] [--rows=2]
     python -m jax_sft.inspect --config=... --source=NAME --row=17
     python -m jax_sft.inspect --config=... --html=page.html --dump=tokens.jsonl
 
-On screen: what became of each source, how its examples are packed, and some of them with the
-tokens that train marked. Any key of the config can be set as in training, for instance
+Prints the outcome for each source, the packing of its examples, and some examples in which the
+tokens that train are marked. Any key of the config can be set as in training, for instance
 --config.data.train.main.path=my.jsonl. Eval sets are named eval/NAME. Rows count from 0 within
 their source.
 
---dump writes one JSON object per example: source, row, ids, mask (the loss weight of each id, not
-shifted; the first id of an example is never predicted, whatever its mask) and, where it was cut,
-truncated. What was refused or dropped has an error instead.
+--dump writes one JSON object per example, with the fields source, row, ids, mask and, if the
+example was cut, truncated. mask holds the loss weight of each id, not shifted; the first id of an
+example is never predicted, regardless of its mask. A refused or dropped row has the field error
+instead.
 
-Exit code: 0 if training would take the data as it is, 1 if it would refuse anything, 64 for a
-mistake in the command or the config. Colours: NO_COLOR=1 turns them off, FORCE_COLOR=1 on.
+Exit code: 0 if training would accept the data, 1 if it would refuse anything, 64 for a mistake in
+the command or the config. NO_COLOR=1 turns colors off, FORCE_COLOR=1 turns them on.
 """
 
 import dataclasses
@@ -27,9 +28,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# This file is not jax_sft/inspect.py, and its folder has no __init__.py, so that Python still finds
-# its own module `inspect` where jax_sft/ itself is on sys.path: `python jax_sft/train.py` puts it
-# there, and so does any script in that folder.
+# This file is not jax_sft/inspect.py, and its folder has no __init__.py, so that `import inspect`
+# still imports the standard library's module if jax_sft/ itself is on sys.path.
+# `python jax_sft/train.py`, or any other script in that folder, puts it there.
 from jax_sft.runtime import lifecycle
 
 if __name__ == "__main__":
@@ -54,13 +55,13 @@ from jax_sft.weights import hf_folder
 
 EXIT_REFUSED = 1
 MOST_LEFT_OUT = 500  # refused and dropped rows listed per source; the dump has all
-MOST_STEPS = 50  # of which the balance is measured
-MOST_RANKS = 8  # for which it is shown where the mesh does not tell their number
+MOST_STEPS = 50  # most steps over which the balance is measured
+MOST_RANKS = 8  # most ranks assumed for the balance if the mesh does not give their number
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command's own flags, see their help."""
+    """Flags of this command; their help describes them."""
 
     num: int = 3
     rows: int = 0
@@ -72,13 +73,13 @@ class Options:
 
 
 def inspect(cfg: config.Config, options: Options, color: bool) -> int:
-    """Show what the config would train; the same as the command.
+    """Show what the config would train, as the command does.
 
     Returns:
         0, or EXIT_REFUSED.
 
     Raises:
-        ValueError: a config or a source of which nothing can be shown.
+        ValueError: the config or a source cannot be shown.
     """
     if problems := check.problems(cfg.data):
         raise ValueError(numbered("the config has {} problem(s)", problems))
@@ -112,7 +113,7 @@ def inspect(cfg: config.Config, options: Options, color: bool) -> int:
         outputs.write_file(html, [data_page.page(overview, options.tokens)])
     if dump:
         objects = (entry.to_json(source.name) for source in sources for entry in source.entries())
-        outputs.write_file(dump, (json.dumps(found) + "\n" for found in objects))
+        outputs.write_file(dump, (json.dumps(item) + "\n" for item in objects))
     print_all(data_page.screen(overview, color, options.tokens))
     return EXIT_REFUSED if refused else 0
 
@@ -125,7 +126,9 @@ class Planned:
     """The packed rows of the train sources.
 
     Attributes:
-        ranks: parts of a batch, one per data-parallel rank, for which the balance is shown.
+        rows: rows per step.
+        micro_rows: rows per micro-batch.
+        ranks: number of data-parallel ranks for which the balance is shown.
     """
 
     examples: Examples
@@ -138,14 +141,14 @@ class Planned:
 def plan(
     cfg: config.Config, sources: Sequence[row_report.Source], folder: Path
 ) -> tuple[Planned | None, list[str]]:
-    """Plan the rows of each step as training would, or say why it would not."""
+    """Return the rows of each step as training plans them, or (None, why it would refuse)."""
     used = {s.name: len(s.fit.kept) for s in sources if not s.name.startswith(row_report.EVAL)}
     if not any(used.values()):
         return None, ["to start: data.train has no example left"]
     data = row_report.lenient(cfg.data)
     examples = prepare.prepare(data.train, folder, data, progress=False)
     assert {name: len(ids) for name, ids in examples.sources.items()} == used
-    # Also where they do not fit each other: rows are inspected before a machine is chosen.
+    # Accept settings that do not fit each other, as users inspect before they choose a machine.
     rows = max(cfg.batch.rows, 1)
     micro_rows = cfg.batch.micro_rows
     micro_rows = micro_rows if micro_rows > 0 and rows % micro_rows == 0 else rows
@@ -158,19 +161,19 @@ def plan(
             **{"rows": rows, "micro_rows": micro_rows},
             **{"shuffle": data.shuffle, "seed": cfg.seed},
         )
-    except ValueError as error:  # a source that gives no example per epoch
+    except ValueError as error:  # a source has no examples in an epoch
         return None, [f"to start: {error}"]
     return Planned(examples, schedule, rows, micro_rows, ranks), []
 
 
-# ---- what is shown ------------------------------------------------------------------------------
+# ---- the output ---------------------------------------------------------------------------------
 
 
 def choose(sources: Sequence[row_report.Source], options: Options) -> list[row_report.Source]:
     """Return the sources to show.
 
     Raises:
-        ValueError: --source or --row names nothing that is there.
+        ValueError: --source or --row names no source or row of the config.
     """
     names = [source.name for source in sources]
     if options.source and options.source not in names:
@@ -190,7 +193,7 @@ def choose(sources: Sequence[row_report.Source], options: Options) -> list[row_r
 def example_blocks(
     chosen: Sequence[row_report.Source], options: Options, seed: int, tokenizer: Detokenizer
 ) -> Iterator[data_page.Block]:
-    """Yield one block per example: of the row asked for, or of a sample of each source."""
+    """Yield one block per example of the row `options.row`, or of a sample of each source."""
     for source in chosen:
         if options.row is None:
             entries = [source.example(index) for index in sample(source, options.num, seed)]
@@ -203,7 +206,7 @@ def example_blocks(
 
 
 def sample(source: row_report.Source, num: int, seed: int) -> list[int]:
-    """Choose examples: the first, and one at random from each equal part of the others."""
+    """Return the first example and a random example from each equal part of the others."""
     size = len(source.fit.kept)
     if size <= num:
         return list(range(size))
@@ -223,11 +226,11 @@ def row_blocks(
     for step in range(planned.schedule.steps_in(0)):
         for number, ids in enumerate(planned.schedule.rows_of(step)):
             segments, used = [], 0
-            for place, index in enumerate(ids.tolist(), start=1):
+            for segment, index in enumerate(ids.tolist(), start=1):
                 name = names[planned.examples.source_of[index]]
                 entry = by_name[name].example(index - planned.examples.sources[name].start)
                 where = f"{name}, row {entry.row}, inputs {used} to {used + lengths[index] - 1}"
-                label = f"segment {place}: {where}; {entry.describe()}"
+                label = f"segment {segment}: {where}; {entry.describe()}"
                 segments.append(data_page.Segment(label, pieces(entry, tokenizer)))
                 used += int(lengths[index])
             title = (
@@ -237,12 +240,12 @@ def row_blocks(
 
 
 def pieces(entry: row_report.Entry, tokenizer: Detokenizer) -> list[data_page.Piece]:
-    """The text of an example, by what trains."""
+    """Return the pieces of an example, each with its loss weight."""
     return tokenizer.pieces(entry.ids.tolist(), entry.target_weights.tolist())
 
 
 def packing_lines(planned: Planned, cfg: config.Config) -> list[str]:
-    """How full the rows of the first epoch are, and how well their work is balanced."""
+    """Describe how full the rows of the first epoch are and how well their work is balanced."""
     schedule, data = planned.schedule, cfg.data
     rows, _ = schedule.plan(0)
     fill = rows.sums(schedule.lengths).mean() / data.seq_len
@@ -265,32 +268,32 @@ def packing_lines(planned: Planned, cfg: config.Config) -> list[str]:
 
 
 def balance(planned: Planned) -> tuple[float, float]:
-    """The mean imbalance of up to MOST_STEPS steps, before and after rows are put in order."""
+    """Return the mean imbalance of up to MOST_STEPS steps, before and after rows are ordered."""
     schedule = planned.schedule
     rows, work_of = schedule.plan(0)
-    # The last batch of an epoch has empty rows, which no order can balance.
+    # Leave out the last batch of an epoch: it has empty rows, which no order can balance.
     full_steps = np.arange(max(len(rows) // planned.rows, 1))
-    found = []
+    imbalances = []
     for step in full_steps[:: -(-len(full_steps) // MOST_STEPS)].tolist():
         packed = np.zeros(planned.rows, np.int64)
-        here = work_of[step * planned.rows : (step + 1) * planned.rows]
-        packed[: len(here)] = here
+        step_work = work_of[step * planned.rows : (step + 1) * planned.rows]
+        packed[: len(step_work)] = step_work
         ordered = [int((schedule.lengths[ids] ** 2).sum()) for ids in schedule.rows_of(step)]
         shape = (-1, planned.micro_rows)
-        found.append(
+        imbalances.append(
             [
                 packing.imbalance(work.reshape(shape), planned.ranks)
                 for work in (packed, np.array(ordered))
             ]
         )
-    before, after = np.mean(found, axis=0).tolist()
+    before, after = np.mean(imbalances, axis=0).tolist()
     return before, after
 
 
 def charts(
     planned: Planned | None, sources: Sequence[row_report.Source], data: config.Config
 ) -> Iterator[tuple[str, np.ndarray, str]]:
-    """Yield the histograms of the page."""
+    """Yield (title, values, unit) of each histogram of the page."""
     if planned and data.packing != "none":
         rows, _ = planned.schedule.plan(0)
         yield "fill of rows", 100 * rows.sums(planned.schedule.lengths) / data.seq_len, "%"
@@ -303,7 +306,7 @@ def charts(
 def left_out_lists(
     chosen: Sequence[row_report.Source],
 ) -> Iterator[tuple[str, int, list[str]]]:
-    """Yield (heading, number, the first of them) of the rows of each source that do not train."""
+    """Yield (heading, count, first lines) for the bad and the dropped rows of each source."""
     for source in chosen:
         num_bad = source.report["dropped"]["bad_row"]
         num_dropped = sum(source.report["dropped"].values()) - num_bad
@@ -320,12 +323,12 @@ def left_out_lists(
 
 
 def is_dump(start: bytes) -> bool:
-    """Whether a file that begins so is what --dump writes."""
+    """Return whether a file that begins with `start` was written by --dump."""
     return start.startswith(b'{"source": ')
 
 
 def print_all(texts: Iterable[str]) -> None:
-    """Print with the colors of `data_page`, which has escaped what is not its own."""
+    """Print with the colors of `data_page`, which has escaped all other control sequences."""
     for text in texts:
         terminal.print_trusted(text)
     sys.stdout.flush()
@@ -335,7 +338,7 @@ def print_all(texts: Iterable[str]) -> None:
 
 
 def main(_: list[str]) -> int:
-    """The command line."""
+    """Run the command line."""
     given: dict[str, Any] = {
         field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Options)
     }
