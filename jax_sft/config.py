@@ -62,7 +62,7 @@ def source(path: str | os.PathLike, **changes) -> Config:
     """
     fields: Config = ConfigDict()
     fields.path = os.fspath(path)
-    fields.format = ""  # one of data.sources.formats.FORMATS; "" = inferred from the columns
+    fields.format = ""  # one of data.sources.formats.FORMATS; "" = inferred from the columns, and reported
     fields.limit = 0  # rows to read from the start; 0 = all
     # Set one of the two, see data.batches.mixture.
     fields.epochs = 1.0  # passes over this source in one epoch of the run
@@ -168,17 +168,17 @@ def default() -> Config:
     loss.z_loss = 0.0  # weight of the squared log-partition; 1e-4 is usual if logits drift
     loss.label_smoothing = 0.0  # share of the target spread over the vocabulary
     # Weight of the loss that balances the load of a model's experts. It is reported as router_loss,
-    # not as part of the loss. -1 = the model's router_aux_loss_coef, which transformers applies
-    # only with output_router_logits: without it, fine-tuning may leave experts unused. 0 = off.
+    # not as part of the loss. 0 = off. -1 = the model's router_aux_loss_coef, applied even without
+    # output_router_logits, which transformers requires: fine-tuning may else leave experts unused.
     loss.router_aux = -1.0
 
     train: Config = ConfigDict()
     cfg.train = train
     train.epochs = 1.0  # passes over the data; may be fractional
     train.steps = 0  # optimizer steps; 0 = set by train.epochs
-    # A step whose loss or gradient is not finite is never applied. "skip" counts and reports it,
-    # and stops the run if more than max_nonfinite steps in a row are such, dumping their batches.
-    # "raise" stops at the first.
+    # A step whose loss or gradient is not finite is never applied. "skip" counts and reports such
+    # steps; more than max_nonfinite in a row stop the run, and their batches are dumped. "raise"
+    # stops the run at the first.
     train.on_nonfinite = "skip"
     train.max_nonfinite = 2
     # All processes end for a restart if a process gives no sign of life for this many seconds, or
@@ -187,9 +187,10 @@ def default() -> Config:
     # Regular expressions, e.g. ("embed_tokens", r"layers\.[0-7]\."). A tensor is frozen if one of
     # them matches any part of its Hugging Face name.
     train.freeze = ()
-    # Folder in which compiled programs are kept for the next start. A folder that not all hosts
-    # share is replaced by WORKDIR/compiled. "" = `compiled` in the default folder of
-    # data.cache_dir; "none" = no cache. JAX_COMPILATION_CACHE_DIR takes precedence if it is set.
+    # Folder in which compiled programs are kept for the next start, ideally shared by all hosts.
+    # WORKDIR/compiled replaces a folder that cannot be written, that another user may write to or
+    # that not all hosts see. "" = `compiled` in the default folder of data.cache_dir; "none" = no
+    # cache. JAX_COMPILATION_CACHE_DIR takes precedence if it is set.
     train.compilation_cache = ""
     train.export = False  # also write the result as a Hugging Face folder to WORKDIR/export
     # In the export, also make the token that ends most trained turns the tokenizer's eos_token.
@@ -198,7 +199,7 @@ def default() -> Config:
 
     optimizer: Config = ConfigDict()
     cfg.optimizer = optimizer
-    optimizer.name = "adamw"
+    optimizer.name = "adamw"  # one of OPTIMIZERS
     optimizer.learning_rate = 1e-5  # highest of the schedule
     optimizer.schedule = "cosine"  # "cosine", "linear", "constant" or "wsd"
     # Length of the warm-up: below 1, a fraction of all steps; from 1 on, a number of steps, even if
@@ -207,9 +208,9 @@ def default() -> Config:
     optimizer.final_ratio = 0.1  # last learning rate / highest one; not used by "constant"
     optimizer.decay_fraction = 0.2  # "wsd" only: share of all steps spent decaying at the end
     optimizer.weight_decay = 0.01  # applied to matrices, never to norms and biases
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.95
-    optimizer.eps = 1e-8
+    optimizer.b1 = 0.9  # decay of the first moment per step
+    optimizer.b2 = 0.95  # decay of the second moment per step
+    optimizer.eps = 1e-8  # added to the root of the second moment
     # Dtype in which both moments are stored; the arithmetic is float32. "bfloat16" saves 4 of the
     # 12 bytes of a parameter and its moments. It needs b1 and b2 of at most MAX_BFLOAT16_DECAY.
     optimizer.moments_dtype = "float32"
@@ -220,7 +221,7 @@ def default() -> Config:
     # Size of each mesh axis; one of the four may be -1 = all remaining devices.
     mesh.data = 1  # copies of the model
     mesh.fsdp = -1  # shards of parameters and moments; also splits the batch
-    mesh.tensor = 1  # shards of heads, mlp and vocabulary, which is padded to a multiple
+    mesh.tensor = 1  # shards of heads, mlp and the vocabulary (padded to a multiple of this)
     mesh.sequence = 1  # shards of the tokens of a row
     mesh.cpu_devices = 0  # simulated CPU devices over all processes; 0 = use the real devices
 
