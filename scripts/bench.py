@@ -1,17 +1,19 @@
-"""Speed beside the peers: the same weights, tokens and arithmetic, on this machine, in one run.
+"""Compare speed with the peers: same weights, tokens and arithmetic, on this machine, in one run.
 
     python -m scripts.bench --model=SMOLLM2 --table=docs/benchmarks.md  # all CPU cases, 3 repeats
     python -m scripts.bench --cases=a --only=ours,trl --repeats=1       # a quick look
     python -m scripts.bench --smoke                                     # a toy, our trainer only
 
-Every subject (our trainer, TRL's SFTTrainer, a plain torch loop, Tunix's PeftTrainer packed by hand
-and padded) runs in fresh processes, in turn, each in a virtual environment of its own that is made
-on the first run from scripts/peers/requirements-*.txt and kept in --work. A subject that cannot be
-installed or fails is a line of the table with its reason. Figures are void unless the held-out loss
-equals ours before training and after as many tokens.
+The subjects are our trainer, TRL's SFTTrainer, a plain torch loop, and Tunix's PeftTrainer (packed
+manually, and padded). They run in turn, in fresh processes, each peer in its own virtual
+environment. The environments are created from scripts/peers/requirements-*.txt on the first run and
+kept in --work. A subject that cannot be installed, or fails, gets a line of the table with the
+reason. Figures are void unless the held-out loss equals that of our trainer before training and
+after the same number of tokens.
 
-Results go to --work as JSON lines; --table rewrites the blocks of this machine in a Markdown file
-and leaves those of others. Needs pip and a package registry for the peers, nothing else.
+Results are written to --work as JSON lines. --table rewrites the blocks of this machine in a
+Markdown file and keeps those of other machines. Needs only pip and a package registry, for the
+peers.
 """
 
 import argparse
@@ -40,14 +42,14 @@ SHARED = REPO.parent / "shared"
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """Something that trains.
+    """A trainer to measure.
 
     Attributes:
-        label: its name in the table.
-        script: in scripts/peers, see peers.contract.
-        venv: which requirements it needs; "" = runs with the Python of this command.
+        label: name in the table.
+        script: file in scripts/peers, see peers.contract.
+        venv: requirements file that it needs; "" = runs with the Python of this command.
         variant: see peers.contract.Spec.
-        once: not repeated; for what is slow and no target hangs on.
+        once: whether to skip repeats, for a slow subject that no target depends on.
     """
 
     label: str
@@ -64,7 +66,7 @@ SUBJECTS = {
     "tunix-packed": Subject("Tunix, packed by hand", "tunix_peft.py", "tunix", "packed"),
     "tunix-padded": Subject("Tunix, padded", "tunix_peft.py", "tunix", "padded", once=True),
 }
-# How fast this machine multiplies, by library; measured once per repeat.
+# Matrix product speed of this machine, by library; measured once per repeat.
 MATMULS = {
     "matmul/jax": Subject("jax", "matmul.py", "", "jax"),
     "matmul/torch": Subject("torch", "matmul.py", "torch", "torch"),
@@ -73,33 +75,34 @@ MATMULS = {
 
 def main() -> int:
     options = parse()
-    jax.config.update("jax_platforms", "cpu")  # the devices are left to the subjects
+    jax.config.update("jax_platforms", "cpu")  # leave the devices to the subjects
     say(f"{machine('cpu')}; work folder {options.work}")
     works = {name: prepare(name, options) for name in options.cases}
     pythons = Pythons(options.work / "venvs", options.python)
     results = options.work / time.strftime("results-%Y%m%d-%H%M%S.jsonl")
-    turns = [
+    runs = [
         (name, subject, repeat)
         for name in options.cases
         for repeat in range(options.repeats)
         for subject in chosen(name, options)
         if not (repeat and (SUBJECTS | MATMULS)[subject].once)
     ]
-    headers = {name: describe(name, works[name]) for name in options.cases}  # as the code is now
+    # Before the runs, so that headers name the commit that is measured.
+    headers = {name: describe(name, works[name]) for name in options.cases}
     records: list[dict[str, Any]] = []
-    for number, (name, subject, repeat) in enumerate(turns, start=1):
+    for number, (name, subject, repeat) in enumerate(runs, start=1):
         began = time.perf_counter()
-        say(f"[{number}/{len(turns)}] case {name}, repeat {repeat + 1}: {subject}")
-        found = run(name, works[name], subject, repeat, pythons, options)
-        records.append({"case": name, "subject": subject, "repeat": repeat, **found})
+        say(f"[{number}/{len(runs)}] case {name}, repeat {repeat + 1}: {subject}")
+        result = run(name, works[name], subject, repeat, pythons, options)
+        records.append({"case": name, "subject": subject, "repeat": repeat, **result})
         with results.open("a") as stream:
             stream.write(json.dumps(records[-1]) + "\n")
-        say(f"    {in_short(found)} ({time.perf_counter() - began:.0f} s)")
+        say(f"    {in_short(result)} ({time.perf_counter() - began:.0f} s)")
     for name, header in headers.items():
-        of_case = [record for record in records if record["case"] == name]
-        print("\n" + bench_table.block(header, of_case), flush=True)
+        case_records = [record for record in records if record["case"] == name]
+        print("\n" + bench_table.block(header, case_records), flush=True)
         if options.table:
-            bench_table.write(options.table, header, of_case)
+            bench_table.write(options.table, header, case_records)
     say(f"\nresults: {results}")
     return int(any("error" in record for record in records))
 
@@ -141,32 +144,33 @@ def parse() -> argparse.Namespace:
             parser.error(f"{', '.join(sorted(unknown))} unknown: use {', '.join(known)}")
     if options.repeats < 1:
         parser.error("--repeats must be at least 1")
-    least = max(bench_cases.CASES[name].warmup for name in options.cases) + 1
-    if options.steps and options.steps < least:
-        parser.error(f"--steps must be at least {least}: the first are not timed")
+    min_steps = max(bench_cases.CASES[name].warmup for name in options.cases) + 1
+    if options.steps and options.steps < min_steps:
+        parser.error(f"--steps must be at least {min_steps}: the first are not timed")
     if options.table and not options.table.is_file():
         parser.error(f"--table={options.table} does not exist")
     return options
 
 
 def interpreter(text: str) -> tuple[str, Path]:
-    """Split PEER=PATH; the path is made absolute, as runs start in other folders."""
+    """Split PEER=PATH and make the path absolute, as runs start in other folders."""
     peer, _, path = text.partition("=")
-    found = Path(path).absolute()  # not resolved: the link is what makes it a virtual environment's
+    # Not resolved: the link identifies the virtual environment.
+    interpreter_path = Path(path).absolute()
     peers = sorted({subject.venv for subject in (SUBJECTS | MATMULS).values()} - {""})
-    if peer not in peers or not found.is_file():
-        wanted = f"PEER of {', '.join(peers)} and PATH an interpreter"
-        raise argparse.ArgumentTypeError(f"{text} is not PEER=PATH, {wanted}")
-    return peer, found
+    if peer not in peers or not interpreter_path.is_file():
+        usage = f"PEER of {', '.join(peers)} and PATH an interpreter"
+        raise argparse.ArgumentTypeError(f"{text} is not PEER=PATH, {usage}")
+    return peer, interpreter_path
 
 
 def names(text: str) -> list[str]:
-    """Split a list given with commas."""
+    """Split a comma-separated list."""
     return [name for name in text.split(",") if name]
 
 
 def chosen(case: str, options: argparse.Namespace) -> list[str]:
-    """Return what runs for a case, in turn: the machine first, then subjects."""
+    """Return what to run for a case, in order: the matrix products, then the subjects."""
     subjects = [
         name for name in bench_cases.CASES[case].subjects if name in (options.only or SUBJECTS)
     ]
@@ -174,7 +178,7 @@ def chosen(case: str, options: argparse.Namespace) -> list[str]:
 
 
 def prepare(name: str, options: argparse.Namespace) -> bench_cases.Work:
-    """Make the files of a case, and forget what was compiled for it: cold starts are cold."""
+    """Create the files of a case and delete its compiled programs, so that cold starts are cold."""
     say(f"case {name}: model, rows, held-out examples")
     inputs = bench_cases.Inputs(options.data, options.tokenizers, options.model)
     for old in ("compiled", "runs"):
@@ -195,7 +199,7 @@ def run(
     pythons: "Pythons",
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Return what a subject printed, or {"error": reason}."""
+    """Run a subject and return the result it printed, or {"error": reason}."""
     subject = (SUBJECTS | MATMULS)[name]
     python = pythons.of(subject.venv, work.spec.device)
     if isinstance(python, Failure):
@@ -205,14 +209,14 @@ def run(
     spec = dataclasses.replace(
         work.spec,
         variant=subject.variant,
-        held_out="" if repeat else work.spec.held_out,  # losses are compared once
+        held_out="" if repeat else work.spec.held_out,  # compare losses only once
         workdir=str(folder / "workdir"),
         started=time.time(),
     )
     (folder / "spec.json").write_text(json.dumps(dataclasses.asdict(spec)))
     command = [str(python), str(PEERS / subject.script), str(folder / "spec.json")]
     if options.smoke and name in MATMULS:
-        command.append("256")  # not the sizes that tell how fast a machine is
+        command.append("256")  # smaller than the sizes that measure speed
     compiled = options.work / "compiled" / case / name.replace("/", "-")
     env = environment(work.spec.device, compiled)
     with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
@@ -233,7 +237,7 @@ def run(
 
 
 def environment(device: str, compiled: Path) -> dict[str, str]:
-    """Return the variables of a subject's process."""
+    """Return the environment variables of a subject's process."""
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")])),
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
@@ -246,13 +250,13 @@ def environment(device: str, compiled: Path) -> dict[str, str]:
 
 
 def last_line(file: Path) -> str:
-    """Return the last line that is not empty, "no message" where there is none."""
+    """Return the last nonempty line, or "no message"."""
     lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1].strip() if lines else "no message"
 
 
 def in_short(found: Mapping[str, Any]) -> str:
-    """Return a result as one line for the screen."""
+    """Format a result as one line for the terminal."""
     if "error" in found:
         return f"FAILED: {found['error']}"
     if "flops_per_s" in found:
@@ -270,18 +274,18 @@ def in_short(found: Mapping[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why there is no interpreter for a peer."""
+    """The reason why a peer has no interpreter."""
 
     reason: str
 
 
 class Pythons:
-    """The interpreters of the peers, each made when it is first asked for.
+    """The interpreters of the peers, each created on first use.
 
     Args:
-        folder: where environments are kept; one is used again as long as its requirements are the
-            same.
-        given: {peer: path of an interpreter} that the user names instead.
+        folder: where environments are kept; an environment is reused while its requirements file
+            and this Python's version are unchanged.
+        given: {peer: path of an interpreter} that the user passed instead.
     """
 
     def __init__(self, folder: Path, given: Mapping[str, Path]):
@@ -289,7 +293,7 @@ class Pythons:
         self._found: dict[tuple[str, str], Path | Failure] = {}
 
     def of(self, peer: str, device: str) -> Path | Failure:
-        """Return the interpreter of a peer; "" is the one that runs this."""
+        """Return the interpreter of a peer; "" is the current interpreter."""
         if not peer:
             return Path(sys.executable)
         if peer in self._given:
@@ -302,10 +306,10 @@ class Pythons:
         file = PEERS / f"requirements-{peer}.txt"
         if device == "gpu" and (for_gpu := PEERS / f"requirements-{peer}-gpu.txt").exists():
             file = for_gpu
-        wanted = file.name + "\n" + file.read_text() + sys.version
+        requirements = file.name + "\n" + file.read_text() + sys.version
         venv = self._folder / file.stem.removeprefix("requirements-")
         stamp, python = venv / "installed", venv / "bin" / "python"
-        if stamp.exists() and stamp.read_text() == wanted:
+        if stamp.exists() and stamp.read_text() == requirements:
             return python
         say(f"    installing {file.name} into {venv} (minutes)")
         shutil.rmtree(venv, ignore_errors=True)
@@ -317,7 +321,7 @@ class Pythons:
                 done = subprocess.run(command, stdout=out, stderr=out)
                 if done.returncode:
                     return Failure(f"could not be installed: {last_line(log)[:300]} ({log})")
-        stamp.write_text(wanted)
+        stamp.write_text(requirements)
         return python
 
 
@@ -325,7 +329,7 @@ class Pythons:
 
 
 def describe(name: str, work: bench_cases.Work) -> bench_table.Header:
-    """Return what the table says about a case."""
+    """Return the table header of a case."""
     case = bench_cases.CASES[name]
     hardware = machine(case.device)
     return bench_table.Header(
@@ -348,19 +352,19 @@ def describe(name: str, work: bench_cases.Work) -> bench_table.Header:
 
 
 def machine(device: str) -> str:
-    """Return the hardware in words: the same on every run, as it names the block of a table."""
+    """Describe the hardware, identically on every run, as this names the block of a table."""
     if device == "gpu":
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, check=True)
-        gpus = found.stdout.split("\n")[:-1]
+        output = subprocess.run(query, capture_output=True, text=True, check=True)
+        gpus = output.stdout.split("\n")[:-1]
         return f"{len(gpus)} x {gpus[0]}"
-    known = dict[str, str]()
+    cpu_fields = dict[str, str]()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         key, _, value = line.partition(":")
-        known.setdefault(key.strip(), value.strip())
-    kind = known.get("model name", platform.machine())
-    # Virtual machines hide the model; the width of their vectors decides what a product can reach.
-    flags = set(known.get("flags", "").split())
+        cpu_fields.setdefault(key.strip(), value.strip())
+    kind = cpu_fields.get("model name", platform.machine())
+    # Virtual machines hide the model. The vector width limits the speed of a matrix product.
+    flags = set(cpu_fields.get("flags", "").split())
     widths = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX"}
     vectors = next((f" ({name})" for flag, name in widths.items() if flag in flags), "")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -368,7 +372,7 @@ def machine(device: str) -> str:
 
 
 def commit() -> str:
-    """Return the version of our code, "+" behind it where files are changed."""
+    """Return the commit of this clone, with "+" appended if files have changed."""
     git = ["git", "-C", str(REPO)]
     try:
         head = subprocess.run(
@@ -381,7 +385,7 @@ def commit() -> str:
 
 
 def say(line: str) -> None:
-    """Print a line at once, also into a pipe."""
+    """Print a line and flush, so that it shows at once in a pipe too."""
     print(line, flush=True)
 
 

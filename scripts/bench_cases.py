@@ -1,4 +1,4 @@
-"""The cases of scripts/bench.py: models, rows and held-out examples, the same for all subjects."""
+"""Define the cases of scripts/bench.py and make their models, rows and held-out examples."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ QWEN2_15M = {
     "rope_theta": 10_000.0,
     "torch_dtype": "float32",
 }
-# HuggingFaceTB/SmolLM2-135M-Instruct's config.json on the hub, what computes.
+# The fields of HuggingFaceTB/SmolLM2-135M-Instruct's config.json that affect the computation.
 SMOLLM2_135M = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -61,22 +61,22 @@ ADAMW = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.01, "clip_norm": 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The work that subjects are compared on.
+    """The work on which subjects are compared.
 
     Attributes:
-        title: for the table.
+        title: description in the table.
         config: config.json of a model with random weights.
-        pretrained: whether `--model` takes the place of random weights.
-        tokenizer: folder below `--tokenizers`; "" = the byte tokenizer and words of `jax_sft.tiny`
+        pretrained: whether `--model` replaces the random weights.
+        tokenizer: folder in `--tokenizers`; "" = the byte tokenizer and words of `jax_sft.tiny`
             instead of `--data`.
-        rows: per step, of `seq_len` tokens.
-        steps, warmup: in all, and of these not timed.
-        num_held_out: examples whose loss is compared.
-        changes: {key: value} of our own config: how a user sets it on such a machine.
-        subjects: names of bench.SUBJECTS.
-        targets: {subject: how many times its trained tokens/s we want to reach}.
-        floor_target: most that our step may take, in lean floors; 0 = none.
-        mfu_target: least MFU_c; 0 = none.
+        rows: number of rows per step, each of `seq_len` tokens.
+        steps, warmup: number of steps in total, and of untimed steps at their start.
+        num_held_out: number of examples whose loss is compared.
+        changes: {key: value} of our own config, as a user would set it on such a machine.
+        subjects: names in bench.SUBJECTS.
+        targets: {subject: target ratio of our trained tokens/s to its own}.
+        floor_target: upper limit of our step time, in lean floors; 0 = none.
+        mfu_target: lower limit of MFU_c; 0 = none.
     """
 
     title: str
@@ -144,11 +144,11 @@ CASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What the command line gives: files of a case that cannot be made from nothing."""
+    """Files from the command line that a case cannot generate."""
 
     data: Path  # JSON lines {"question", "answer"}
     tokenizers: Path  # a folder of tokenizer folders
-    model: Path | None  # of pretrained cases
+    model: Path | None  # for pretrained cases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,11 +156,11 @@ class Work:
     """A case with its files.
 
     Attributes:
-        spec: what every run of it is told, but for variant, started and workdir.
-        title: the case's, with where its weights come from.
-        parameters: of the model.
-        flops: of the mean timed step: head on trained tokens, attention within examples.
-        causal_flops: as published MFU counts: head on all tokens that are not padding.
+        spec: input of every run of the case, except for variant, started and workdir.
+        title: the case's title and the origin of its weights.
+        parameters: number of model parameters.
+        flops: FLOPs of the mean timed step: head on trained tokens, attention within examples.
+        causal_flops: FLOPs as published MFU counts them: head on all tokens that are not padding.
     """
 
     spec: Spec
@@ -171,7 +171,7 @@ class Work:
 
 
 def make(case: Case, name: str, inputs: Inputs, folder: Path) -> Work:
-    """Write model, rows and examples of a case, anew each time but for random weights.
+    """Write the model, rows and examples of a case; reuse only random weights of earlier runs.
 
     Raises:
         ValueError: a file of `inputs` is missing, or the data has too few examples.
@@ -231,7 +231,7 @@ def make(case: Case, name: str, inputs: Inputs, folder: Path) -> Work:
 
 
 def work_of(model: Path, rows: Mapping[str, np.ndarray], warmup: int) -> dict[str, Any]:
-    """Return parameters, flops and causal_flops of `Work`.
+    """Return the fields parameters, flops and causal_flops of `Work`.
 
     Args:
         model: a folder with config.json.
@@ -261,7 +261,7 @@ def _words(folder: Path) -> Path:
 
 
 def _data(case: Case, inputs: Inputs, folder: Path) -> tuple[Path, dict[str, str]]:
-    """The file of a case, and which keys its rows have."""
+    """Return the data file of a case and the keys of its rows."""
     if not case.tokenizer:
         return _words(folder / "words") / "train.jsonl", {}
     if not inputs.data.exists():
@@ -270,7 +270,7 @@ def _data(case: Case, inputs: Inputs, folder: Path) -> tuple[Path, dict[str, str
 
 
 def _model(case: Case, inputs: Inputs, folder: Path) -> tuple[Path, str]:
-    """The model's folder, and where its weights come from."""
+    """Return the model folder and the origin of its weights."""
     if case.pretrained and inputs.model:
         if not (inputs.model / "config.json").exists():
             raise ValueError(f"--model={inputs.model} is no model folder")
@@ -299,6 +299,6 @@ def _write(file: Path, examples: Examples, ids: list[int]) -> None:
     """Write examples as JSON lines {"ids", "mask"}."""
     with file.open("w") as stream:
         for id_ in ids:
-            one = examples.encoded(id_)
-            mask = (one.weights > 0).astype(int).tolist()
-            stream.write(json.dumps({"ids": one.ids.tolist(), "mask": mask}) + "\n")
+            example = examples.encoded(id_)
+            mask = (example.weights > 0).astype(int).tolist()
+            stream.write(json.dumps({"ids": example.ids.tolist(), "mask": mask}) + "\n")

@@ -1,13 +1,13 @@
-"""Measure the data pipe: each figure beside a named baseline on the same data in the same run.
+"""Measure the data pipeline against a named baseline on the same data in the same run.
 
     python -m scripts.bench_data planning [--data FILE ... --tokenizer FOLDER]
     python -m scripts.bench_data balance  [the same]
     python -m scripts.bench_data loading
     python -m scripts.bench_data tokenizing --data FILE ... --tokenizer FOLDER
 
-Lengths are log-normal (median 200 tokens), and with --data those of the texts of JSON or JSONL
-files under a tokenizer.json. Planning and ordering take one thread, and their times are processor
-time, so that other work on the machine does not count. Nothing is kept.
+Lengths are log-normal (median 200 tokens). With --data, the lengths of texts from JSON or JSONL
+files under a tokenizer.json are measured too. Planning and ordering use one thread. Their times are
+processor time, so that other work on the machine does not count. No files are kept.
 """
 
 import argparse
@@ -38,11 +38,11 @@ from jax_sft.data.tokens import worker
 from jax_sft.runtime import confined
 from jax_sft.sharding.mesh import single_device_mesh
 
-NODE_TOKENS_PER_S = 100_000  # what eight H200s train of a 7B model, about
-# Grain's packers without threads: with its default of 16, two cores are ten times slower.
+NODE_TOKENS_PER_S = 100_000  # about what eight H200s train of a 7B model
+# Grain's packers without threads: with its default of 16, they are ten times slower on two cores.
 IN_THIS_THREAD = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
-ROWS = 4  # of a rank in each micro-batch, where orders are compared
+ROWS = 4  # per rank and micro-batch, in the comparison of orders
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def cpu() -> str:
-    """The name of the processor."""
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -73,7 +73,7 @@ def cpu() -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print columns, the first one to the left."""
+    """Print aligned columns: the first left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
         cells = [row[0].ljust(widths[0])]
@@ -83,10 +83,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """What a function returns, and the seconds of processor time that it took."""
+    """Return (a function's result, the seconds of processor time that it took)."""
     began = time.process_time()
-    found = function()
-    return found, time.process_time() - began
+    result = function()
+    return result, time.process_time() - began
 
 
 # ---- lengths -------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def log_normal(num: int) -> np.ndarray:
 
 
 def length_sets(options) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, lengths) of the synthetic data and of each file."""
+    """Yield (name, lengths) of the synthetic data and of each file."""
     yield f"{options.num:,} log-normal lengths", log_normal(options.num)
     if options.tokenizer:
         tokenizer = Tokenizer.from_file(str(options.tokenizer / "tokenizer.json"))
@@ -106,12 +106,12 @@ def length_sets(options) -> Iterator[tuple[str, np.ndarray]]:
         if not text.startswith("["):  # JSONL
             text = "[" + ",".join(line for line in text.split("\n") if line.strip()) + "]"
         texts = ["\n".join(strings(row)) for row in json.loads(text)]
-        found = tokenizer.encode_batch(texts, add_special_tokens=False)
-        yield file.name, np.array([len(one.ids) for one in found if one.ids], np.int64)
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+        yield file.name, np.array([len(item.ids) for item in encodings if item.ids], np.int64)
 
 
 def strings(value: Any) -> Iterator[str]:
-    """All texts within a JSON value."""
+    """Yield all strings within a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -123,16 +123,16 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def planning(options) -> None:
-    """Ours beside the lower bound, best-fit decreasing alone and grain's packers."""
+    """Compare our plan with the lower bound, best-fit decreasing alone and grain's packers."""
     for name, all_lengths in length_sets(options):
         for seq_len in (2048, 4096):
             lengths = all_lengths[all_lengths <= seq_len]
             print(f"{name}, {len(lengths):,} of at most {seq_len} tokens")
             compare_packers(lengths, seq_len)
     lengths = log_normal(1_000_000).clip(max=4096)
-    found, seconds = timed(lambda: plan_of(lengths, 4096))
+    plan, seconds = timed(lambda: plan_of(lengths, 4096))
     print(f"1,000,000 log-normal lengths in rows of 4096: {seconds:.2f} core seconds", end="")
-    print(f", {len(found):,} rows")
+    print(f", {len(plan):,} rows")
 
 
 def plan_of(lengths: np.ndarray, seq_len: int) -> packing.PackPlan:
@@ -155,7 +155,7 @@ def compare_packers(lengths: np.ndarray, seq_len: int) -> None:
             row[: len(tokens)] = tokens
         return len(plan)
 
-    def theirs(packer, **more) -> int:
+    def grain_rows(packer, **more) -> int:
         structure = {"length_struct": {"tokens": seq_len}} | more
         return sum(1 for _ in packer(shuffled.to_iter_dataset(IN_THIS_THREAD), **structure))
 
@@ -171,14 +171,14 @@ def compare_packers(lengths: np.ndarray, seq_len: int) -> None:
             grain.experimental.BestFitPackIterDataset,
         ):
             label = f"grain {packer.__name__.removesuffix('IterDataset')}, {bins} bins"
-            methods[label] = lambda packer=packer, more=more: theirs(packer, **more)
-    methods["grain ConcatThenSplit (cuts examples)"] = lambda: theirs(
+            methods[label] = lambda packer=packer, more=more: grain_rows(packer, **more)
+    methods["grain ConcatThenSplit (cuts examples)"] = lambda: grain_rows(
         grain.experimental.ConcatThenSplitIterDataset
     )
-    found = {"ours": (ours, planning_s)} | {name: timed(run) for name, run in methods.items()}
+    results = {"ours": (ours, planning_s)} | {name: timed(run) for name, run in methods.items()}
     tokens = int(lengths.sum())
     rows = [["lower bound", f"{-(-tokens // seq_len):,}", "", "", ""]]
-    for name, (num_rows, seconds) in found.items():
+    for name, (num_rows, seconds) in results.items():
         fill, times = tokens / num_rows / seq_len, seconds / planning_s
         rows.append([name, f"{num_rows:,}", f"{fill:.2%}", f"{seconds:.3f}", f"{times:.1f}"])
     table(["", "rows", "fill", "core seconds", "x ours"], rows)
@@ -192,7 +192,7 @@ def best_fit_decreasing(lengths: np.ndarray, seq_len: int) -> int:
 
 
 def balance(options) -> None:
-    """Highest over mean sum of squared lengths per rank: as packed, ours, Karmarkar-Karp."""
+    """Print the highest over the mean sum of squared lengths per rank, for each order of rows."""
     for name, all_lengths in length_sets(options):
         lengths = all_lengths[all_lengths <= 4096]
         for method in ("best_fit", "none"):
@@ -204,7 +204,7 @@ def balance(options) -> None:
 
 
 def compare_orders(lengths: np.ndarray, method: str, num_ranks: int) -> list[list[str]]:
-    """A row of the table per order; means over up to 20 global batches."""
+    """Return one table row per order, with means over up to 20 global batches."""
     micro_rows, num_rows = ROWS * num_ranks, 4 * ROWS * num_ranks
     plan = packing.plan(
         lengths,
@@ -236,11 +236,11 @@ def compare_orders(lengths: np.ndarray, method: str, num_ranks: int) -> list[lis
     }
     rows = []
     for name, order in orders.items():
-        found, seconds = timed(lambda order=order: [batch[order(batch)] for batch in batches])
-        micro = [batch.reshape(-1, micro_rows) for batch in found]
-        # Of a step: what each rank has in all of its micro-batches.
-        of_step = [m.reshape(-1, num_ranks, ROWS).sum((0, 2)) for m in micro]
-        per_step = np.mean([packing.imbalance(of_rank, num_ranks) for of_rank in of_step])
+        ordered, seconds = timed(lambda order=order: [batch[order(batch)] for batch in batches])
+        micro = [batch.reshape(-1, micro_rows) for batch in ordered]
+        # The work of each rank in a step: the sum over its micro-batches.
+        step_work = [m.reshape(-1, num_ranks, ROWS).sum((0, 2)) for m in micro]
+        per_step = np.mean([packing.imbalance(rank_work, num_ranks) for rank_work in step_work])
         per_micro = np.mean([packing.imbalance(m, num_ranks) for m in micro])
         ms = 1000 * seconds / len(batches)
         rows.append([f"{num_ranks}, {name}", f"{per_step:.4f}", f"{per_micro:.4f}", f"{ms:.2f}"])
@@ -248,11 +248,11 @@ def compare_orders(lengths: np.ndarray, method: str, num_ranks: int) -> list[lis
 
 
 def karmarkar_karp(work: np.ndarray, num_ranks: int) -> list[list[int]]:
-    """Largest differencing (Karmarkar & Karp 1982) into ranks with equal numbers of rows.
+    """Return the rows of each rank by largest differencing (Karmarkar & Karp 1982).
 
-    As ROLL and verl balance a step: rows of neighbouring work start as one set per rank; the two
-    groups of sets that differ most are joined, the heaviest set of one with the lightest of the
-    other, until one group is left.
+    Every rank gets the same number of rows. ROLL and verl balance a step this way. Rows of
+    neighboring work start as a group of one set per rank. The two groups whose sets differ most are
+    joined, the heaviest set of one with the lightest of the other, until one group is left.
     """
     ascending = np.argsort(work, kind="stable").tolist()
     groups = []
@@ -264,7 +264,8 @@ def karmarkar_karp(work: np.ndarray, num_ranks: int) -> list[list[int]]:
         _, number, second = heapq.heappop(groups)
         pairs = zip(first, reversed(second), strict=True)
         joined = sorted(
-            ((a + b, one + other) for (a, one), (b, other) in pairs), key=lambda s: s[0]
+            ((a + b, rows + other_rows) for (a, rows), (b, other_rows) in pairs),
+            key=lambda s: s[0],
         )
         heapq.heappush(groups, (joined[0][0] - joined[-1][0], number, joined))
     return [sorted(rows) for _, rows in groups[0][2]]
@@ -274,7 +275,7 @@ def karmarkar_karp(work: np.ndarray, num_ranks: int) -> list[list[int]]:
 
 
 def loading(options) -> None:
-    """Rows of 4096 tokens from mapped arrays, against grain's packer and what a node trains."""
+    """Compare loading of 4096-token rows with grain's packer and with what a node trains."""
     with tempfile.TemporaryDirectory() as folder:
         examples = mapped_examples(log_normal(options.num).clip(max=4096), Path(folder))
         print(f"{options.num:,} log-normal examples, rows of 4096 tokens, batches of 64 rows")
@@ -282,7 +283,7 @@ def loading(options) -> None:
 
 
 def mapped_examples(lengths: np.ndarray, folder: Path) -> Examples:
-    """Examples of random tokens whose arrays are mapped from files, as those of the cache are."""
+    """Return examples of random tokens whose arrays are memory-mapped, as in the cache."""
     rng, sizes = np.random.default_rng(0), lengths + 1
     stops = np.cumsum(sizes)
     stored = {
@@ -323,7 +324,7 @@ def compare_loaders(examples: Examples, num_steps: int) -> None:
         for ready in loader.batches(0, num_steps):
             ready["tokens"].block_until_ready()
 
-    def theirs() -> None:
+    def grain_batches() -> None:
         features = ("tokens", "targets", "weights")
         source = [vars(examples[index]) for index in range(len(examples))]
         packed = grain.experimental.FirstFitPackIterDataset(
@@ -340,7 +341,7 @@ def compare_loaders(examples: Examples, num_steps: int) -> None:
     for name, run in (
         ("ours: building rows, one thread", rows_alone),
         ("ours: batches on the device, grain's threads", batches),
-        ("grain FirstFitPack, 64 bins, and batch", theirs),
+        ("grain FirstFitPack, 64 bins, and batch", grain_batches),
     ):
         began = time.perf_counter()
         _, core_s = timed(run)
@@ -352,10 +353,10 @@ def compare_loaders(examples: Examples, num_steps: int) -> None:
 
 
 def tokenizing(options: argparse.Namespace) -> None:
-    """Rows of JSON to ids and weights, beside the tokenizers library alone on the same texts.
+    """Compare encoding of JSON rows with the tokenizers library alone on the same texts.
 
-    In one thread, chunk by chunk; each chunk five times both ways in turn, of which the fastest
-    count.
+    Runs in one thread, chunk by chunk. Each chunk is encoded five times both ways in turn, and the
+    fastest run of each counts.
     """
     if not options.data:
         raise SystemExit("error: tokenizing needs --data and --tokenizer")
@@ -375,14 +376,14 @@ def tokenizing(options: argparse.Namespace) -> None:
         for chunk in chunks:
             items = [formats.FORMATS[name](r.row, source) for r in read.parse(chunk) if r.row]
             conversations = [item for item in items if not isinstance(item, formats.Tokens)]
-            texts = [one.text for item in conversations for one in encoder.render(item)]
+            texts = [rendered.text for item in conversations for rendered in encoder.render(item)]
             ways = (functools.partial(only_ids, backend, texts), functools.partial(encode, chunk))
             runs = [[timed(way) for way in ways] for _ in range(5)]
             alone_s += min(seconds for (_, seconds), _ in runs)
             ours_s += min(seconds for _, (_, seconds) in runs)
-            done = runs[0][1][0]
-            assert not done.refused, done.refused
-            num_examples, num_tokens = num_examples + len(texts), num_tokens + len(done.ids)
+            encoded = runs[0][1][0]
+            assert not encoded.refused, encoded.refused
+            num_examples, num_tokens = num_examples + len(texts), num_tokens + len(encoded.ids)
         rows.append(
             [file.name, str(sum(map(len, chunks))), str(num_examples), f"{num_tokens:,}"]
             + [f"{alone_s:.2f} s", f"{ours_s:.2f} s", f"{num_tokens / ours_s:,.0f}"]
@@ -393,12 +394,12 @@ def tokenizing(options: argparse.Namespace) -> None:
 
 
 def only_ids(backend: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """What the tokenizers library needs to give token ids."""
-    return [found.ids for found in backend.encode_batch(texts, add_special_tokens=False)]
+    """Return token ids from the tokenizers library alone."""
+    return [encoded.ids for encoded in backend.encode_batch(texts, add_special_tokens=False)]
 
 
 def guessed_source(file: Path) -> config.Config:
-    """A source for a file of messages, question and answer, or instruction, input and response."""
+    """Return a source for messages, question and answer, or instruction, input and response."""
     keys = next(read.parse(next(read.chunks(config.source(file), [file])))).row or {}
     if "messages" in keys:
         return config.source(file)

@@ -1,14 +1,14 @@
-"""How the cost of a run grows: measured here factor by factor, and predicted for many GPUs.
+"""Show how the cost of a run grows: measured factor by factor, and predicted for many GPUs.
 
     python -m scripts.bench_growth step [--smoke]
     python -m scripts.bench_growth start [--smoke]
     python -m scripts.bench_growth gpus [--sizes 7b 32b 72b]
 
-`step` measures the trainer's step on this machine, one device and random weights, and changes one
-factor at a time. `start` runs the command twice for each size of model and data, with empty caches
-and with those of the first run, and shows how its start divides. `gpus` compiles the step for 8, 64
-and 512 H200s that need not be there (see requirements-plan.txt) at the same rows per GPU; nothing
-of it is measured. All print Markdown.
+`step` measures the trainer's step on one device of this machine with random weights, and changes
+one factor at a time. `start` runs the command twice for each size of model and data, with empty
+caches and with those of the first run, and splits the start-up time into its parts. `gpus` compiles
+the step for 8, 64 and 512 H200s at the same rows per GPU. It needs no GPU (see
+requirements-plan.txt) and measures nothing. All print Markdown.
 """
 
 import argparse
@@ -36,14 +36,14 @@ from scripts.gpu_cases import SHAPES, shape
 
 REPO = Path(__file__).resolve().parent.parent
 
-Started = tuple[float, str]  # seconds, and how they divide
+Started = tuple[float, str]  # seconds, and their parts
 
 # ---- measured here -------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What is measured: a model, and one row of equal segments."""
+    """The measured work: a model, and one row of equal segments."""
 
     tokens: int = 512
     segments: int = 2
@@ -52,15 +52,15 @@ class Size:
     features: int = 256
 
     def raw(self) -> dict[str, Any]:
-        """The config.json: heads of 64, two per kv head, an MLP of 2.75 times the features."""
+        """Return a config.json: heads of 64, two per kv head, an MLP of 2.75 times the features."""
         heads = self.features // 64
         mlp = 11 * self.features // 4
         return shape(self.features, mlp, self.layers, heads, heads // 2, self.vocab, True)
 
 
 BASE = Size()
-TINY = Size(tokens=64, segments=2, layers=1, vocab=256, features=128)  # of --smoke
-# {what grows: sizes}, each in steps of four.
+TINY = Size(tokens=64, segments=2, layers=1, vocab=256, features=128)  # for --smoke
+# {factor: sizes}, each four times the one before.
 FACTORS = {
     "tokens of a row, segments of 256": [
         dataclasses.replace(BASE, tokens=n, segments=n // 256) for n in (256, 1024, 4096)
@@ -78,7 +78,7 @@ SMOKE_FACTORS = {"layers": [dataclasses.replace(TINY, layers=n) for n in (1, 2)]
 
 
 def measured(size: Size, num_steps: int) -> dict[str, Any]:
-    """Run the trainer's step of this size."""
+    """Run the trainer's step at this size."""
     changes = {
         "model.dtype": "float32",
         "model.remat": "none",
@@ -91,32 +91,32 @@ def measured(size: Size, num_steps: int) -> dict[str, Any]:
 
 
 def growth(factors: Mapping[str, Sequence[Size]], num_steps: int) -> Iterator[list[str]]:
-    """Yield a line of the table for every size."""
+    """Yield a table row for every size."""
     for name, sizes in factors.items():
         first = None
         for size in sizes:
-            found = measured(size, num_steps)
+            result = measured(size, num_steps)
             amount = amount_of(size, sizes)
-            seconds = found["fastest_s"]  # what else runs here only adds
+            seconds = result["fastest_s"]  # other work on the machine only adds time
             first = first or (amount, seconds)
             grown, slower = amount / first[0], seconds / first[1]
             yield [
                 name,
                 f"{amount:,}",
                 f"{seconds * 1e3:,.1f} ms",
-                f"{found['tokens'] / seconds:,.0f}",
+                f"{result['tokens'] / seconds:,.0f}",
                 f"{slower:.2f}",
                 f"{slower / grown:.2f}",
-                f"{found['compile_s']:.1f} s",
+                f"{result['compile_s']:.1f} s",
             ]
 
 
 def amount_of(size: Size, sizes: Sequence[Size]) -> int:
-    """The value of what differs between the sizes, the tokens where segments differ with them."""
+    """Return the value of the field that differs between sizes; tokens if segments differ too."""
     differs = [
         field.name
         for field in dataclasses.fields(Size)
-        if len({getattr(one, field.name) for one in sizes}) > 1
+        if len({getattr(other, field.name) for other in sizes}) > 1
     ]
     return getattr(size, "tokens" if "tokens" in differs else differs[0])
 
@@ -138,7 +138,7 @@ STARTED = re.compile(r"^started in ([\d.]+) s: (.*); of this ", re.MULTILINE)
 
 
 def starts(factors: Mapping[str, Sequence[tuple[Size, int]]]) -> Iterator[list[str]]:
-    """Yield a line of the table for every size of model and number of rows."""
+    """Yield a table row for every model size and number of rows."""
     for name, sizes in factors.items():
         for size, num_rows in sizes:
             with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +150,7 @@ def starts(factors: Mapping[str, Sequence[tuple[Size, int]]]) -> Iterator[list[s
 
 
 def started(folder: Path, size: Size, num_rows: int) -> tuple[int, Started, Started]:
-    """Train one step twice; return (number of parameters, the first start, the second one)."""
+    """Train one step twice; return (number of parameters, first start, second start)."""
     file = gpu_step.write_config(
         folder,
         size.raw(),
@@ -168,9 +168,9 @@ def started(folder: Path, size: Size, num_rows: int) -> tuple[int, Started, Star
     (folder / "train.jsonl").rename(folder / "data.jsonl")
     command = [sys.executable, "-m", "jax_sft.train", f"--config={file}"]
     env = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(REPO)}
-    found = []
+    start_times = []
     for number in range(2):
-        shown = subprocess.run(
+        output = subprocess.run(
             [*command, f"--workdir={folder / f'run{number}'}"],
             env=env,
             cwd=REPO,
@@ -178,10 +178,10 @@ def started(folder: Path, size: Size, num_rows: int) -> tuple[int, Started, Star
             stdout=subprocess.PIPE,
             text=True,
         ).stdout
-        seconds, parts = STARTED.findall(shown)[0]
-        found.append((float(seconds), parts))
+        seconds, parts = STARTED.findall(output)[0]
+        start_times.append((float(seconds), parts))
     num_params = (folder / "model" / "model.safetensors").stat().st_size // 4
-    return num_params, *found
+    return num_params, *start_times
 
 
 START_HEAD = ["grows", "parameters", "rows", "cold start", "warm start", "of the warm one"]
@@ -202,7 +202,7 @@ LARGE = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run to plan, rows of one segment of SEQ_LEN tokens."""
+    """A run to plan, with rows of one segment of SEQ_LEN tokens."""
 
     size: str
     data: int
@@ -215,8 +215,8 @@ class Run:
         return self.data * self.fsdp
 
 
-# Of each size the same rows per GPU everywhere; of the meshes those that were predicted fastest,
-# and for 7B what they were compared with.
+# Runs of one size with the same rows per GPU are compared. The meshes are those that were predicted
+# to be fastest, and for 7B also their alternatives.
 RUNS = (
     Run("7b", 1, 8, 4, ALL_KEPT),
     Run("7b", 1, 64, 4, ALL_KEPT),
@@ -250,8 +250,8 @@ def planned(run: Run) -> Plan:
         cfg.batch.rows = run.rows_per_gpu * run.num_gpus
         resolved = validate(cfg, run.num_gpus, planned_for=chip.capability)
         devices = targets.topology(chip, hosts, GPUS_PER_HOST)
-        where = Target(chip, hosts, GPUS_PER_HOST, devices, full_row(SEQ_LEN))
-        return analyse(cfg, resolved, where)
+        target = Target(chip, hosts, GPUS_PER_HOST, devices, full_row(SEQ_LEN))
+        return analyse(cfg, resolved, target)
 
 
 GPUS_HEAD = [
@@ -261,12 +261,12 @@ GPUS_HEAD = [
 
 
 def many_gpus(runs: Sequence[Run]) -> Iterator[list[str]]:
-    """Yield a line of the table for every run."""
+    """Yield a table row for every run."""
     first: dict[tuple[str, int], float] = {}
     for run in runs:
-        found = planned(run)
-        assert "memory" in found and "predicted" in found
-        memory, predicted = found["memory"], found["predicted"]
+        plan = planned(run)
+        assert "memory" in plan and "predicted" in plan
+        memory, predicted = plan["memory"], plan["predicted"]
         step, mfu = predicted["step_time_s"], predicted["mfu_causal"]
         waits = predicted["time"]["exposed_communication_s"]
         base = first.setdefault((run.size, run.rows_per_gpu), mfu)
@@ -274,7 +274,7 @@ def many_gpus(runs: Sequence[Run]) -> Iterator[list[str]]:
             *(run.size, f"{run.num_gpus}", f"{run.data} x {run.fsdp}", f"{run.rows_per_gpu}"),
             "all" if run.remat == ALL_KEPT else "attention",
             f"{memory['peak_bytes'] / 2**30:.1f}" + ("" if memory["fits"] else " DOES NOT FIT"),
-            f"{found['communication_total']['slow_bytes'] / 2**30:.1f}",
+            f"{plan['communication_total']['slow_bytes'] / 2**30:.1f}",
             f"{waits / step:.1%}",
             f"{step:.3f} s",
             f"{mfu:.1%}",

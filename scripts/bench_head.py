@@ -1,11 +1,11 @@
-"""Measure what the output head costs when few of the tokens train.
+"""Measure the cost of the output head when few tokens train.
 
     python -m scripts.bench_head [--layers 2 --features 512 --vocab 32768 --rows 4 --seq-len 1024]
 
 Times the loss alone and the whole model, forward and backward, without the optimizer, on the first
-device of this machine. Trained tokens lie together at the end of each row, as answers do. Each
-figure is the fastest of several runs, on a CPU in core seconds, so that other work on the machine
-does not count; weights are random and float32.
+device of this machine. Trained tokens are contiguous at the end of each row, as answers are. Each
+figure is the fastest of several runs. On a CPU it is in core seconds, so that other work on the
+machine does not count. Weights are random and float32.
 """
 
 import argparse
@@ -57,9 +57,9 @@ def main() -> None:
         seconds = {}
         for share in SHARES:
             batch = random_batch(options, share)
-            of_tokens = batch["targets"][0], batch["weights"][0]
+            labels = batch["targets"][0], batch["weights"][0]
             seconds[share] = (
-                fastest(functools.partial(alone, hidden_BTD, head_VD, *of_tokens), options),
+                fastest(functools.partial(alone, hidden_BTD, head_VD, *labels), options),
                 fastest(functools.partial(whole, params, batch), options),
             )
     print("trained   loss alone          whole model")
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def random_model(options) -> tuple[ModelDef, dict[str, jax.Array]]:
-    """A Llama of this size with an untied head."""
+    """Return a Llama of this size with an untied head, and its random parameters."""
     family, heads = models.find("llama"), options.features // 64
     raw = {
         "model_type": "llama",
@@ -97,7 +97,7 @@ def random_model(options) -> tuple[ModelDef, dict[str, jax.Array]]:
 
 
 def random_batch(options, share: float) -> dict[str, jax.Array]:
-    """One micro-batch of one segment per row, whose last tokens train."""
+    """Return one micro-batch of one segment per row, in which the last tokens train."""
     shape = (1, options.rows, options.seq_len)
     places = np.broadcast_to(np.arange(options.seq_len, dtype=np.int32), shape)
     tokens = np.random.default_rng(0).integers(0, options.vocab, shape).astype(np.int32)
@@ -115,7 +115,7 @@ def loss_alone(hidden_BTD, head_VD, targets_BT, weights_BT) -> jax.Array:
 
 
 def fastest(run: Callable[[], object], options) -> float:
-    """The seconds of the fastest run, after one that compiles."""
+    """Return the seconds of the fastest run, after one run that compiles."""
     jax.block_until_ready(run())
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     times = []

@@ -1,7 +1,7 @@
-"""Results of scripts/bench.py as a table: one block per case and machine, between two markers.
+"""Format results of scripts/bench.py as tables: one block per case and machine, between markers.
 
-Records come in (dicts as bench.py writes them, one JSON object per line), text goes out. Subjects
-are compared only where they did the same work; where they did not, the table says so.
+The input is records (dicts as bench.py writes them, one JSON object per line), the output is text.
+Subjects are compared only where they did the same work; where they did not, the table says so.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from typing import Any
 
 Record = Mapping[str, Any]
 
-# By how much losses may differ between subjects that did the same work, relative. Float32: sums in
-# another order; TRL and ours differ by at most 5e-6 in cases a and b. bfloat16: rounding.
+# Largest relative difference of losses between subjects that did the same work. Float32: the order
+# of sums differs; TRL and our trainer differ by at most 5e-6 in cases a and b. bfloat16: rounding.
 BEFORE_TOLERANCE = {"float32": 5e-5, "bfloat16": 5e-3}
 AFTER_TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-2}
 REFERENCE = "ours"
@@ -23,19 +23,19 @@ REFERENCE = "ours"
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a table says about a case and its machine.
+    """Description of a case and its machine.
 
     Attributes:
-        case: its name.
-        title: what the work is.
-        machine: hardware in words; with the case the key of the block.
-        when: date and version of our code.
-        dtype: of the arithmetic; decides the tolerances.
+        case: name of the case.
+        title: description of the work.
+        machine: description of the hardware; together with the case it is the key of the block.
+        when: date and commit of our code.
+        dtype: dtype of the arithmetic; decides the tolerances.
         subjects: names, in the order of the lines.
         labels: {subject: its name in the table}.
-        flops: lean floor of the mean timed step.
-        causal_flops: as published MFU counts them.
-        peak_flops: of the device by its data sheet; 0 = unknown, no MFU.
+        flops: FLOPs of the lean floor of the mean timed step.
+        causal_flops: FLOPs of that step as published MFU counts them.
+        peak_flops: peak FLOP/s of the device by its data sheet; 0 = unknown, no MFU.
         targets, floor_target, mfu_target: see bench_cases.Case.
     """
 
@@ -56,16 +56,16 @@ class Header:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """All runs of a subject that succeeded.
+    """All successful runs of a subject.
 
     Attributes:
-        step_s: of each run, the mean over its timed steps.
-        tokens_per_s, trained_per_s: of the median run; padding never counts.
-        peak_bytes: the highest.
-        cold_s, warm_s: from command to first step, of the first run and the median of the others;
-            None = there was none.
-        before, after: held-out loss; None = not asked for.
-        trained: tokens trained in the timed steps: what makes `after` comparable.
+        step_s: mean seconds per timed step of each run.
+        tokens_per_s, trained_per_s: speed of the median run; padding never counts.
+        peak_bytes: highest peak of all runs.
+        cold_s, warm_s: seconds from command to first step, of the first run and the median of the
+            others; None = no such run.
+        before, after: held-out loss; None = not measured.
+        trained: tokens trained in the timed steps; `after` is comparable only if they are equal.
         how, versions: see peers.contract.report.
     """
 
@@ -88,7 +88,7 @@ class Summary:
 
 
 def summarize(records: Sequence[Record]) -> Summary:
-    """Put the runs of a subject together."""
+    """Summarize the runs of a subject."""
     # A mean, not a median, within a run: rows differ in work, and each has its share of tokens.
     step_s = [statistics.fmean(record["step_s"]) for record in records]
     median = statistics.median(step_s)
@@ -112,11 +112,11 @@ def summarize(records: Sequence[Record]) -> Summary:
 
 
 def void(summary: Summary, reference: Summary | None, dtype: str) -> str:
-    """Return why a subject did not do the work of the reference; "" = it did.
+    """Return why a subject did not do the same work as the reference, or "" if it did.
 
-    Two claims: from the same weights the same loss of held-out examples, so weights, masks and
-    shift are the same; and after training on the same tokens again the same. Who trains on fewer
-    tokens (padded rows) is held to the first claim only.
+    Two losses of the held-out examples have to match. The loss before training shows that weights,
+    masks and shift are the same. The loss after training is compared only if both trained on
+    equally many tokens; a subject with padded rows trains on fewer.
     """
     if reference is None or summary.before is None or reference.before is None:
         return "losses were not compared"
@@ -124,9 +124,9 @@ def void(summary: Summary, reference: Summary | None, dtype: str) -> str:
     if summary.trained == reference.trained:
         assert summary.after is not None and reference.after is not None
         pairs.append(("after", summary.after, reference.after, AFTER_TOLERANCE[dtype]))
-    for when, found, wanted, tolerance in pairs:
-        if not math.isclose(found, wanted, rel_tol=tolerance):
-            return f"loss {when} training {found:.5f}, ours {wanted:.5f}"
+    for when, loss, reference_loss, tolerance in pairs:
+        if not math.isclose(loss, reference_loss, rel_tol=tolerance):
+            return f"loss {when} training {loss:.5f}, ours {reference_loss:.5f}"
     return ""
 
 
@@ -137,17 +137,17 @@ def block(header: Header, records: Sequence[Record]) -> str:
     """Return the text between the markers, markers included.
 
     Args:
-        records: of this case and of "matmul/...".
+        records: results of this case, including those of "matmul/...".
     """
-    here = [record for record in records if record["case"] == header.case]
-    failed = {r["subject"]: r["error"] for r in here if "error" in r}
+    case_records = [record for record in records if record["case"] == header.case]
+    failed = {r["subject"]: r["error"] for r in case_records if "error" in r}
     summaries = {
         name: summarize(runs)
         for name in header.subjects
-        if (runs := [r for r in here if r["subject"] == name and "error" not in r])
+        if (runs := [r for r in case_records if r["subject"] == name and "error" not in r])
     }
     reference = summaries.get(REFERENCE)
-    voids = {name: void(one, reference, header.dtype) for name, one in summaries.items()}
+    voids = {name: void(summary, reference, header.dtype) for name, summary in summaries.items()}
     has_mfu = header.peak_flops > 0
     titles = ["subject", "s/step", "tokens/s", "trained tokens/s", *(["MFU_c"] * has_mfu)]
     titles += ["peak GiB", "first step cold, warm", "held-out loss before, after"]
@@ -155,16 +155,16 @@ def block(header: Header, records: Sequence[Record]) -> str:
     for name in header.subjects:
         label = header.labels[name]
         if name in summaries:
-            found = _figures(summaries[name], header)
+            figures = _figures(summaries[name], header)
             if voids[name]:
                 label += f" **VOID: {voids[name]}**"
             elif name in failed:
                 label += f" (a run failed: {failed[name]})"
-            lines.append(_cells([label, *found]))
+            lines.append(_cells([label, *figures]))
         else:
             reason = failed.get(name, "not asked for in this run")
             lines.append(_cells([label, f"no figure: {reason}", *[""] * (len(titles) - 2)]))
-    repeats = max((len(one.step_s) for one in summaries.values()), default=0)
+    repeats = max((len(summary.step_s) for summary in summaries.values()), default=0)
     start, end = markers(header.case, header.machine)
     return "\n".join(
         [
@@ -205,13 +205,13 @@ def _figures(one: Summary, header: Header) -> list[str]:
 
 
 def mfu_c(one: Summary, header: Header) -> float:
-    """Model FLOPs per second over the device's peak, causal attention and real tokens only."""
+    """Return MFU: model FLOP/s over the peak, with causal attention and without padding."""
     return header.causal_flops / one.median_s / header.peak_flops
 
 
 def floor_s(flops: float, records: Sequence[Record]) -> tuple[float, str] | None:
-    """Return (seconds of the FLOPs at the best rate that jax reached, how that was measured);
-    None where it was not.
+    """Return (seconds of the FLOPs at the best rate of jax, how it was measured), or None if it
+    was not measured.
     """
     rates = [r for r in records if r["subject"] == "matmul/jax" and "flops_per_s" in r]
     if not rates:
@@ -226,18 +226,18 @@ def _standing(
     voids: Mapping[str, str],
     records: Sequence[Record],
 ) -> list[str]:
-    """How the targets stand."""
+    """Return the comparisons with peers and with the targets, as list items."""
     ours = summaries.get(REFERENCE)
     if ours is None:
         return ["* No comparison: our own run has no figure."]
     lines = []
-    for name, one in summaries.items():
+    for name, summary in summaries.items():
         if name == REFERENCE:
             continue
         if voids[name]:
             lines.append(f"* {header.labels[name]}: void, {voids[name]}.")
             continue
-        ratio = ours.trained_per_s / one.trained_per_s
+        ratio = ours.trained_per_s / summary.trained_per_s
         verdict = _verdict(ratio, header.targets.get(name, 0.0), at_least=True)
         lines.append(f"* {ratio:.2f} times the trained tokens/s of {header.labels[name]}{verdict}")
     missing = [header.labels[name] for name in header.targets if name not in summaries]
@@ -259,7 +259,7 @@ def _standing(
 
 
 def _in_torch(header: Header, records: Sequence[Record], ours: Summary) -> str:
-    """The floor at the rate of torch's products, in words."""
+    """Describe the floor at the rate of torch's products."""
     rates = [
         r["flops_per_s"] for r in records if r["subject"] == "matmul/torch" and "error" not in r
     ]
@@ -283,9 +283,9 @@ def _verdict(found: float, target: float, *, at_least: bool, percent: bool = Fal
 
 def _notes(header: Header, summaries: Mapping[str, Summary]) -> list[str]:
     lines = []
-    for name, one in summaries.items():
-        versions = ", ".join(f"{package} {number}" for package, number in one.versions.items())
-        lines.append(f"* {header.labels[name]}: {one.how} ({versions}).")
+    for name, summary in summaries.items():
+        versions = ", ".join(f"{package} {number}" for package, number in summary.versions.items())
+        lines.append(f"* {header.labels[name]}: {summary.how} ({versions}).")
     return lines
 
 
@@ -298,12 +298,12 @@ def markers(case: str, machine: str) -> tuple[str, str]:
 
 
 def replace(text: str, header: Header, new: str) -> str:
-    """Return a document with a case's block in place of the machine's old one.
+    """Return a document in which the block of this case and machine is replaced.
 
-    Where there is none it comes behind the last block of any machine, or at the end.
+    A new block goes after the last block of any machine, or at the end if there is none.
 
     Raises:
-        ValueError: a block that begins and does not end.
+        ValueError: the old block has a start marker but no end marker.
     """
     start, end = markers(header.case, header.machine)
     if start in text:
@@ -311,7 +311,7 @@ def replace(text: str, header: Header, new: str) -> str:
         if end not in rest:
             raise ValueError(f"{start!r} is there, {end!r} is not: mend the file")
         return before + new + rest.partition(end)[2]
-    ends = [found.end() for found in re.finditer(r"<!-- end of bench .*? -->", text)]
+    ends = [match.end() for match in re.finditer(r"<!-- end of bench .*? -->", text)]
     place = ends[-1] if ends else len(text.rstrip("\n"))
     tail = text[place:] or "\n"
     return text[:place] + "\n\n" + new + tail

@@ -1,8 +1,8 @@
-"""Measure one case of scripts/gpu_cases.py, which starts this for each; in JAX.
+"""Measure one case of scripts/gpu_cases.py in JAX; that script starts this one for each case.
 
     python -m scripts.gpu_case SYSTEM/SIZE/LENGTH --out FILE [--smoke]
 
-Prints what it finds and appends it to the file as JSON lines.
+Prints the results and appends them to the file as JSON lines.
 """
 
 import argparse
@@ -37,8 +37,8 @@ from scripts.gpu_cases import MEDIANS, Case, Setting
 from scripts.gpu_checks import Row, record
 from scripts.peers import jax_plain
 
-MAX_SEGMENTS = 256  # of a row: the default of data.max_segments
-NUM_STEPS = 6  # timed, after the first
+MAX_SEGMENTS = 256  # per row; the default of data.max_segments
+NUM_STEPS = 6  # timed steps, after the first
 PROFILED_STEPS = 2
 OPTIMIZER = dict(learning_rate=1e-5, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01, clip_norm=1.0)
 
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def show(row: Row) -> None:
-    """Print a row, lists and tables in it left out."""
+    """Print a row without its lists."""
     shown = {key: value for key, value in row.items() if not isinstance(value, list)}
     print("  " + "  ".join(f"{key} {gpu_measure.shown(v)}" for key, v in shown.items()), flush=True)
 
@@ -75,31 +75,31 @@ def show(row: Row) -> None:
 def first_that_fits(
     case: Case, run: Callable[[Case, Setting], Row], is_out_of_memory: Callable[[Exception], bool]
 ) -> Iterator[Row]:
-    """Yield what the first setting gives that the memory is enough for, and those before it.
+    """Yield a row per setting that runs out of memory, then the result of the first that fits.
 
     Raises:
-        MemoryError: it is not enough for any.
+        MemoryError: no setting fits in memory.
     """
     for setting in case.settings:
         about: Row = {"rows": setting.rows, "settings": setting.changes}
         try:
-            found = run(case, setting)
+            result = run(case, setting)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            found, problem = None, str(error)[:200]
-        if found:
-            flops = gpu_cases.model_flops(case.raw(setting), found["tokens"], found["pairs"])
-            mfu = flops / found["step_time_s"] / gpu_cases.PEAK_FLOPS
-            yield about | {"mfu_c": mfu, "expected": expected(setting)} | found
+            result, problem = None, str(error)[:200]
+        if result:
+            flops = gpu_cases.model_flops(case.raw(setting), result["tokens"], result["pairs"])
+            mfu = flops / result["step_time_s"] / gpu_cases.PEAK_FLOPS
+            yield about | {"mfu_c": mfu, "expected": expected(setting)} | result
             return
         yield about | {"layers": setting.layers, "out_of_memory": problem}
-        gc.collect()  # what the error still held
+        gc.collect()  # free what the error still referenced
     raise MemoryError(f"none of {len(case.settings)} settings of {case.name} fits")
 
 
 def expected(setting: Setting) -> dict[str, float] | None:
-    """What `plan` predicts, as a plan has it."""
+    """Return the prediction of `plan` with the keys of a plan; None = unknown."""
     if setting.expected is None:
         return None
     gib, seconds = setting.expected
@@ -114,7 +114,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def ours(case: Case, setting: Setting) -> Row:
-    """The trainer's own step."""
+    """Measure the trainer's own step."""
     profiled = functools.partial(_profiled, num_steps=PROFILED_STEPS)
     with tempfile.TemporaryDirectory() as folder:
         return gpu_step.measured_step(
@@ -131,13 +131,13 @@ def _profiled(step: Callable[[], Any], text: str, num_steps: int) -> Row:
 
 
 def config_of(case: Case, setting: Setting, folder: Path) -> Path:
-    """Write the config file of one of our cases."""
+    """Write the config file of a case of our trainer; return its path."""
     changes = {"data.seq_len": case.length, "data.max_segments": MAX_SEGMENTS}
     return gpu_step.write_config(folder, case.raw(setting), setting.rows, changes | setting.changes)
 
 
 def plain(case: Case, setting: Setting) -> Row:
-    """scripts/peers/jax_plain.py, with first moments in bfloat16."""
+    """Measure scripts/peers/jax_plain.py with first moments in bfloat16."""
     cfg = jax_plain.Config.of(case.raw(setting), "bfloat16")
     tx = jax_plain.make_optimizer(OPTIMIZER, mu_dtype=jnp.bfloat16)
     shape = (setting.rows, case.length)
@@ -162,17 +162,17 @@ def plain(case: Case, setting: Setting) -> Row:
         *held[:], loss = compiled(*held, batch)
         return float(loss)  # waits for the step
 
-    found = gpu_step.timed(step, NUM_STEPS)
+    times = gpu_step.timed(step, NUM_STEPS)
     peak = gpu_step.peak_bytes()
     tokens_of_step = setting.rows * case.length
     return {
         "layers": cfg.layers,
         "attention": f"jax.nn {cfg.implementation}, mask",
         "compile_s": compile_s,
-        **found,
+        **times,
         "tokens": tokens_of_step,
         "pairs": int((positions + 1.0).sum()),
-        "tokens_per_s": tokens_of_step / found["step_time_s"],
+        "tokens_per_s": tokens_of_step / times["step_time_s"],
         "peak_bytes": peak,
         **gpu_profile.profiled(step, PROFILED_STEPS, compiled.as_text() or ""),
     }
@@ -185,7 +185,7 @@ SYSTEMS: dict[str, Callable[[Case, Setting], Row]] = {"ours": ours, "jax_plain":
 
 
 def machine(smoke: bool) -> Iterator[Row]:
-    """What this runs on, what it can reach at all, and whether our attention is right here."""
+    """Yield versions, the best speed of products and copies, and the self-test of attention."""
     sizes = gpu_measure.SMOKE if smoke else gpu_measure.H200
     yield from gpu_measure.versions("", sizes)
     n = 256 if smoke else 8192
@@ -216,7 +216,7 @@ def machine(smoke: bool) -> Iterator[Row]:
 
 
 def predict(case: Case) -> Iterator[Row]:
-    """Plan each setting for one H200 that need not be there, on rows as they will be."""
+    """Plan each setting for one H200, with the rows that will be measured; needs no GPU."""
     targets.keep_off_gpus()
     chip = hardware.find("h200")
     for setting in case.settings:
@@ -228,15 +228,15 @@ def predict(case: Case) -> Iterator[Row]:
             file = config_of(case, setting, Path(folder))
             cfg = runpy.run_path(str(file))["get_config"]()
             resolved = validate(cfg, 1, planned_for=chip.capability)
-            found = analyse(cfg, resolved, Target(chip, 1, 1, targets.topology(chip, 1, 1), row))
+            plan = analyse(cfg, resolved, Target(chip, 1, 1, targets.topology(chip, 1, 1), row))
         flops = gpu_cases.model_flops(
             case.raw(setting), setting.rows * case.length, pairs * setting.rows
         )
-        assert "memory" in found and "predicted" in found
-        peak, seconds = found["memory"]["peak_bytes"], found["predicted"]["step_time_s"]
+        assert "memory" in plan and "predicted" in plan
+        peak, seconds = plan["memory"]["peak_bytes"], plan["predicted"]["step_time_s"]
         yield {
             **dataclasses.asdict(setting),
-            "fits": found["memory"]["fits"],
+            "fits": plan["memory"]["fits"],
             "predicted": (round(peak / 2**30, 1), round(seconds, 3)),
             "predicted_mfu_c": flops / seconds / gpu_cases.PEAK_FLOPS,
         }

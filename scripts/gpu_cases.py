@@ -1,14 +1,14 @@
-"""How fast whole training steps are on one GPU, ours beside others, in calls of ten minutes.
+"""Measure whole training steps on one GPU, ours and those of others, in calls of ten minutes.
 
     python -m scripts.gpu_cases [--only PATTERN ...] [--out FILE] [--budget SECONDS] [--smoke]
     python -m scripts.gpu_cases --list | --predict | --table FILE ...
 
-A case is SYSTEM/SIZE/LENGTH: the shape of Qwen2.5 with random weights, on packed rows of so many
-tokens, multiplied in bfloat16. Each runs in a process of its own (scripts/gpu_case.py) with a time
-limit; what it finds is printed and appended to the file as JSON lines at once. What matters most
-comes first. Run it in the clone's root; the package need not be installed. Nothing is downloaded.
---only takes patterns such as "*/7b/*"; --smoke runs toy sizes on CPU; --predict plans our cases
-without a GPU; --table shows results as Markdown.
+A case is SYSTEM/SIZE/LENGTH: a Qwen2.5 shape with random weights, on packed rows of LENGTH tokens,
+multiplied in bfloat16. Each case runs in its own process (scripts/gpu_case.py; scripts/gpu_torch.py
+for PyTorch) with a time limit. Its results are printed and appended to the file as JSON lines at
+once. The most important cases run first. Run this in the clone's root; the package need not be
+installed, and nothing is downloaded. --only accepts patterns such as "*/7b/*". --smoke runs toy
+sizes on the CPU. --predict plans our cases without a GPU. --table prints results as Markdown.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from scripts.gpu_checks import Row, Task, run_all
 
 CASE = Path(__file__).resolve().parent / "gpu_case.py"
 TORCH = Path(__file__).resolve().parent / "gpu_torch.py"
-PEAK_FLOPS = 989e12  # of an H200, dense bfloat16
+PEAK_FLOPS = 989e12  # FLOP/s of an H200, dense bfloat16
 _QWEN = dict(
     model_type="qwen2",
     hidden_act="silu",
@@ -47,15 +47,15 @@ def shape(D: int, F: int, L: int, N: int, K: int, V: int, tied: bool) -> dict[st
     )
 
 
-# Sizes of Qwen2.5, of their config.json on the hub.
+# Sizes of Qwen2.5, from the config.json files on the hub.
 SHAPES = {
     "0.5b": shape(896, 4864, 24, 14, 2, 151_936, True),
     "1.5b": shape(1536, 8960, 28, 12, 2, 151_936, True),
     "7b": shape(3584, 18_944, 28, 28, 4, 152_064, False),
     "toy": shape(64, 96, 2, 4, 2, 320, False),
 }
-# Median length of the segments of a row (log-normal, sigma 1): chats in short rows, documents and
-# long conversations in long ones.
+# {tokens of a row: median segment length} (log-normal, sigma 1). Short rows hold chats, long rows
+# hold documents and long conversations.
 MEDIANS = {128: 20, 4096: 400, 32768: 4000}
 
 _MOMENTS = {"optimizer.moments_dtype": "bfloat16"}
@@ -67,7 +67,7 @@ _FULL = {"model.remat": "full"}
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One way to run a case. `expected` is (GiB at the peak, seconds) as `plan` predicts them."""
+    """One way to run a case. `expected` is (peak GiB, seconds per step) as `plan` predicts them."""
 
     rows: int
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -77,8 +77,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A system on a shape and a length; settings in the order in which they are tried, the next
-    where the memory was not enough."""
+    """A system on a shape and a length. Settings are tried in order until one fits in memory."""
 
     system: str
     size: str
@@ -92,17 +91,17 @@ class Case:
         return f"{self.system}{self.variant and '-' + self.variant}/{self.size}/{self.length}"
 
     def raw(self, setting: Setting) -> dict[str, Any]:
-        """The config.json."""
-        found = SHAPES[self.size]
-        return found | {"num_hidden_layers": setting.layers or found["num_hidden_layers"]}
+        """Return the config.json of a setting."""
+        raw = SHAPES[self.size]
+        return raw | {"num_hidden_layers": setting.layers or raw["num_hidden_layers"]}
 
 
 def of(system: str, size: str, length: int, *settings: Setting, **others) -> Case:
     return Case(system, size, length, settings, **others)
 
 
-# Ours has float32 masters, and moments in bfloat16 where it says so; `pure` has bfloat16 masters
-# too, as PyTorch's AdamW has them on a model that was loaded in bfloat16.
+# Our trainer has float32 masters, and bfloat16 moments where a setting has _MOMENTS or _PURE. The
+# variant `pure` has bfloat16 masters too, like PyTorch's AdamW on a model loaded in bfloat16.
 CASES = (
     of(
         *("ours", "7b", 4096),
@@ -142,7 +141,7 @@ CASES = (
         Setting(2, _PURE, expected=(64.3, 0.750)),
         variant="pure",
     ),
-    # What the first call has no time for: --only "*/32768" "*/1.5b/*" "*/0.5b/*" "*compiled*"
+    # Cases that do not fit into the first call: --only "*/32768" "*/1.5b/*" "*/0.5b/*" "*compiled*"
     of("torch", "7b", 32768, Setting(1), Setting(1, layers=20), Setting(1, layers=12)),
     of("jax_plain", "7b", 32768, Setting(1), Setting(1, layers=20), Setting(1, layers=12)),
     of("torch", "1.5b", 4096, Setting(8), Setting(4)),
@@ -173,28 +172,30 @@ SMOKE = (
 
 
 def find(name: str) -> Case:
-    """Return a case by its name."""
+    """Return the case with a name."""
     return {case.name: case for case in (*CASES, *SMOKE)}[name]
 
 
 def tasks(cases: Iterable[Case]) -> list[Task]:
-    """The processes: what runs here first, then the cases."""
-    found = [Task("machine", "", 60, {}, CASE)]
+    """Return the tasks: the description of this machine first, then the cases."""
+    tasks_to_run = [Task("machine", "", 60, {}, CASE)]
     for case in cases:
         check, _, argument = case.name.partition("/")
         script = TORCH if case.system == "torch" else CASE
-        found.append(Task(check, argument, case.limit_s, {}, script))
-    return found
+        tasks_to_run.append(Task(check, argument, case.limit_s, {}, script))
+    return tasks_to_run
 
 
 def model_flops(raw: dict[str, Any], tokens: float, pairs: float) -> float:
-    """Return the FLOPs of a training step by MFU_c: matrix products alone, forward and twice that
-    backward, of real tokens; no embedding lookup, no recomputation.
+    """Return the FLOPs of a training step as MFU_c counts them.
+
+    Only matrix products of real tokens count: once for the forward pass and twice for the backward
+    pass. The embedding lookup and recomputation do not count.
 
     Args:
         raw: config.json.
-        tokens: that are not padding; the head counts for each of them.
-        pairs: query-key pairs that see each other: causal, within segments.
+        tokens: number of tokens that are not padding; the head counts for each of them.
+        pairs: number of query-key pairs that attend: causal, within segments.
     """
     D, F, L = (raw[f"{name}"] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     N, K, V = (raw[name] for name in ("num_attention_heads", "num_key_value_heads", "vocab_size"))

@@ -1,12 +1,12 @@
-"""Every check that needs a GPU, in one command of less than ten minutes on one H200.
+"""Run every check that needs a GPU, in less than ten minutes on one H200.
 
     python -m scripts.gpu_checks [--only CHECK ...] [--out FILE] [--budget SECONDS] [--smoke]
 
-Each task is a process of its own (scripts/gpu_measure.py) with a time limit, so that a crash or a
-hang loses nothing else; what it finds is printed, and appended to the file as JSON lines, at once.
-Run it in the clone's root; the package need not be installed. Nothing is downloaded. --smoke runs
-all in toy sizes on CPU. The exit code is 1 when a task failed. All GPUs are used by `model` and
-`flags`, one by the others.
+Each task runs in its own process (scripts/gpu_measure.py) with a time limit, so that a crash or a
+hang loses no other result. Results are printed, and appended to the file as JSON lines, at once.
+Run this in the clone's root; the package need not be installed, and nothing is downloaded. --smoke
+runs all tasks with toy sizes on the CPU. The exit code is 1 if a task failed. `model` and `flags`
+use all GPUs, the other checks use one.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from typing import Any
 REPO = Path(__file__).resolve().parent.parent
 MEASURE = REPO / "scripts" / "gpu_measure.py"
 CHECKS = ("versions", "selftest", "model", "attention", "cross_entropy", "flags")
-BACKENDS = ("cudnn", "tokamax", "blockwise")  # of attention, in tasks of their own
+BACKENDS = ("cudnn", "tokamax", "blockwise")  # attention backends, each in its own task
 
 Row = dict[str, Any]  # one line of the results
 
-# Settings of XLA to try, each in a process of its own: what is named here replaces what the trainer
-# asks for. All of them are experiments.
+# XLA flags to try, each set in its own process. A flag named here replaces the trainer's option of
+# that name. All of them are experiments.
 FLAGS = {
     "default": "",
     "any order of sums": "--xla_gpu_exclude_nondeterministic_ops=false",
@@ -47,8 +47,8 @@ FLAGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One process: `check(argument)` of a script (None = gpu_measure.py), a time limit, and
-    additions to its environment."""
+    """One process: `check(argument)` of a script (None = gpu_measure.py), its time limit in
+    seconds, and additions to its environment."""
 
     check: str
     argument: str
@@ -62,7 +62,7 @@ class Task:
 
 
 def tasks(smoke: bool = False) -> list[Task]:
-    """All tasks, what matters most first: time may run out."""
+    """Return all tasks, the most important first, as time may run out."""
     backends = ("blockwise",) if smoke else BACKENDS
     return [
         Task("versions", "", 60, {}),
@@ -104,13 +104,15 @@ def run_all(chosen: list[Task], out: Path, budget_s: float, *, smoke: bool) -> i
         taken = round(time.monotonic() - began, 1)
         record(out, {"task": task.name, "outcome": outcome, "seconds": taken})
         outcomes.append((task.name, outcome, taken))
-    print("\n" + "\n".join(f"{name:32} {taken:6.1f} s  {said}" for name, said, taken in outcomes))
+    print(
+        "\n" + "\n".join(f"{name:32} {taken:6.1f} s  {result}" for name, result, taken in outcomes)
+    )
     print(f"results: {out}")
-    return int(any(said not in ("ok", "skipped") for _, said, _ in outcomes))
+    return int(any(result not in ("ok", "skipped") for _, result, _ in outcomes))
 
 
 def run_task(task: Task, out: Path, limit_s: float, *, smoke: bool) -> str:
-    """Run one task in a new process; return "ok", or what went wrong in a line."""
+    """Run one task in a new process; return "ok" or a line that describes the failure."""
     command = [sys.executable, str(task.script or MEASURE), task.name, "--out", str(out)]
     command += ["--smoke"] if smoke else []
     env = os.environ | task.env
@@ -125,18 +127,18 @@ def run_task(task: Task, out: Path, limit_s: float, *, smoke: bool) -> str:
             return f"stopped after {limit_s:.0f} s"
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # with what it started, e.g. the plan
+                os.killpg(process.pid, signal.SIGKILL)  # with its children, e.g. the plan
                 process.wait()
         errors.seek(0)
-        said = errors.read().decode(errors="replace").strip().splitlines()
+        error_lines = errors.read().decode(errors="replace").strip().splitlines()
     if code == 0:
         return "ok"
-    print("\n".join(said[-15:]), file=sys.stderr, flush=True)
-    return f"failed with {code}: {said[-1] if said else 'no message'}"
+    print("\n".join(error_lines[-15:]), file=sys.stderr, flush=True)
+    return f"failed with {code}: {error_lines[-1] if error_lines else 'no message'}"
 
 
 def record(out: Path, row: Row) -> None:
-    """Append a line of results, on disk before the next step."""
+    """Append a line of results, written to the file before the next step."""
     with out.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row) + "\n")
 

@@ -1,9 +1,9 @@
-"""Measure one thing on the GPUs of this machine: `scripts/gpu_checks.py` starts this for each.
+"""Run one check on the GPUs of this machine; `scripts/gpu_checks.py` starts this for each.
 
     python -m scripts.gpu_measure CHECK[/ARGUMENT] --out FILE [--smoke]
 
-Prints what it finds and appends it to the file as JSON lines, each at once. Weights and tokens are
-random. The exit code is 1 when something computes wrongly.
+Prints the results and appends them to the file as JSON lines, each at once. Weights and tokens are
+random. The exit code is 1 if a result is wrong.
 """
 
 import argparse
@@ -41,16 +41,17 @@ REPO = Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is measured: a model's widths, and how many tokens.
+    """The sizes to measure: a model's widths and the numbers of tokens.
 
     Attributes:
-            attention: of the model.
+        attention: the model's attention backend.
         head_shapes: (heads per kv head, head dim) of the self-tests.
-        lengths: of rows, in tokens; `row_tokens` tokens at a time.
-        median_length: of the segments of packed rows (log-normal, sigma 1).
-        seq_len, rows: of a step; `steps` are timed.
-        flag_layers: layers of the model under other compiler flags.
-        shortest_s: a time is the mean of as many calls as take this long.
+        lengths: row lengths in tokens; each batch has `row_tokens` tokens.
+        median_length: median segment length of packed rows (log-normal, sigma 1).
+        seq_len, rows: tokens per row, and rows per step and device.
+        steps: number of timed steps.
+        flag_layers: number of layers of the model in the check of compiler flags.
+        shortest_s: a time is the mean over as many calls as take this long, at most 50.
     """
 
     dtype: str
@@ -78,7 +79,7 @@ _QWEN = dict(
     tie_word_embeddings=False,
     max_position_embeddings=131072,
 )
-# Qwen2.5-7B. With float32 weights, moments and gradients it takes 114 of the 140 GiB of an H200.
+# Qwen2.5-7B. With float32 weights, moments and gradients it uses 114 of the 140 GiB of an H200.
 H200 = Sizes(
     dtype="bfloat16",
     attention="auto",
@@ -124,8 +125,9 @@ SMOKE = Sizes(
     shortest_s=0.0,
 )
 
-MAX_SEGMENTS = 256  # of a row: the default of data.max_segments
-# What rows hold: (most segments, their median length), see gpu_step.rows_of_segments.
+MAX_SEGMENTS = 256  # per row; the default of data.max_segments
+# Contents of rows: (maximum number of segments, their median length); 0 = equal lengths, see
+# gpu_step.rows_of_segments.
 KINDS: dict[str, Callable[[Sizes], tuple[int, int]]] = {
     "one segment": lambda sizes: (1, 0),
     "packed": lambda sizes: (MAX_SEGMENTS, sizes.median_length),
@@ -156,7 +158,7 @@ def shown(value: Any) -> str:
 
 
 def versions(_: str, sizes: Sizes) -> Iterator[Row]:
-    """What this is measured on."""
+    """Yield the device, the package versions and the problems of each attention backend."""
     device = jax.local_devices()[0]
     yield {
         "device": f"{jax.local_device_count()} x {device.device_kind}",
@@ -165,18 +167,18 @@ def versions(_: str, sizes: Sizes) -> Iterator[Row]:
         "python": platform.python_version(),
     }
     names = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "tokamax", "flax", "optax")
-    found = {}
+    package_versions = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    yield found
+            package_versions[name] = importlib.metadata.version(name)
+    yield package_versions
     for backend in dispatch.BACKENDS:
         problems = backend_problems(backend, sizes)
         yield {"attention": backend, "problems": "; ".join(problems) or "none"}
 
 
 def selftest(backend: str, sizes: Sizes) -> Iterator[Row]:
-    """Does the backend compute what NumPy does, and in full size what plain jnp does?"""
+    """Check a backend against NumPy, and at full size against blockwise attention."""
     if problems := backend_problems(backend, sizes):
         yield {"skipped": "; ".join(problems)}
         return
@@ -199,11 +201,11 @@ def selftest(backend: str, sizes: Sizes) -> Iterator[Row]:
     for kind in KINDS:
         inputs, _ = attention_inputs(sizes, tokens, kind)
         with jax.set_mesh(mesh):
-            found, wanted = (run(*inputs) for run in both)
+            arrays, expected = (run(*inputs) for run in both)
         errors = [
-            # Of segments of one token, dq and dk are zero but for rounding.
-            float(jnp.abs(f - w).max() / jnp.maximum(jnp.abs(w).max(), 1e-2))
-            for f, w in zip(found, wanted, strict=True)
+            # For segments of one token, dq and dk are zero except for rounding.
+            float(jnp.abs(array - reference).max() / jnp.maximum(jnp.abs(reference).max(), 1e-2))
+            for array, reference in zip(arrays, expected, strict=True)
         ]
         row = {"tokens": tokens, "rows of": kind, "largest_error": max(errors)}
         yield {**row, "passed": max(errors) <= self_test.TOLERANCE[sizes.dtype]}
@@ -224,7 +226,7 @@ def backend_problems(backend: str, sizes: Sizes) -> list[str]:
 
 
 def attention_times(backend: str, sizes: Sizes) -> Iterator[Row]:
-    """Forward, and forward with backward: rows of one segment, and packed rows."""
+    """Time forward, and forward with backward, on rows of one segment and on packed rows."""
     if problems := backend_problems(backend, sizes):
         yield {"skipped": "; ".join(problems)}
         return
@@ -235,8 +237,8 @@ def attention_times(backend: str, sizes: Sizes) -> Iterator[Row]:
             inputs, pairs = attention_inputs(sizes, tokens, kind)
             B, _, N, H = inputs[0].shape
             row: Row = {"tokens": tokens, "rows": B, "of": kind, "segments": int(inputs[3].max())}
-            # Forward: 2 matrix products, of 2 operations for each pair, head and element; backward
-            # (5 of them, as the scores are computed again) and forward: 7.
+            # Operations per pair, head and element, 2 per matrix product. Forward has 2 products;
+            # backward has 5, as it computes the scores again. Both together have 7.
             for name, function, operations in parts:
                 arguments = inputs[:-1] if name == "forward" else inputs
                 if name not in compiled:
@@ -251,7 +253,7 @@ def attention_times(backend: str, sizes: Sizes) -> Iterator[Row]:
 
 
 def expected_workspace(inputs: tuple) -> int:
-    """Bytes that we say cuDNN takes."""
+    """Return the workspace bytes that our formula predicts for cuDNN."""
     (B, tokens, N, H), K = inputs[0].shape, inputs[1].shape[2]
     return cudnn.workspace_bytes(
         rows=B,
@@ -264,9 +266,9 @@ def expected_workspace(inputs: tuple) -> int:
 
 
 def attention_inputs(sizes: Sizes, tokens: int, kind: str) -> tuple[tuple, int]:
-    """((q, k, v, segment ids, positions, gradient of the output), query-key pairs that are seen).
+    """Return ((q, k, v, segment ids, positions, gradient of the output), attended query-key pairs).
 
-    As many rows of this kind as make `row_tokens`.
+    The number of rows of this kind is such that they have `row_tokens` tokens.
     """
     B = max(1, sizes.row_tokens // tokens)
     max_segments, median = KINDS[kind](sizes)
@@ -309,7 +311,7 @@ def compile_here(function: Callable, arguments: tuple) -> jax.stages.Compiled:
 def measured(
     compiled: jax.stages.Compiled, arguments: tuple, shortest_s: float
 ) -> tuple[float, int]:
-    """(seconds of a call, bytes of its temporaries)."""
+    """Return (seconds of a call, bytes of its temporaries)."""
     jax.block_until_ready(compiled(*arguments))
     began = time.perf_counter()
     jax.block_until_ready(compiled(*arguments))
@@ -324,7 +326,7 @@ def measured(
 
 
 def cross_entropy_times(_: str, sizes: Sizes) -> Iterator[Row]:
-    """Loss and gradients of the head, where all tokens train and where few do."""
+    """Time loss and gradients of the head for several shares of trained tokens."""
     D, V, T = sizes.model["hidden_size"], sizes.model["vocab_size"], sizes.lengths[-1] // 4
     keys = jax.random.split(jax.random.key(0), 4)
     hidden = jax.random.normal(keys[0], (1, T, D), sizes.dtype)
@@ -351,20 +353,20 @@ def cross_entropy_times(_: str, sizes: Sizes) -> Iterator[Row]:
 
 
 def model(_: str, sizes: Sizes) -> Iterator[Row]:
-    """What `plan` predicts of a model that fills the card, and what is so."""
+    """Compare the prediction of `plan` with a measured step, for a model that fills the GPU."""
     with tempfile.TemporaryDirectory() as folder:
         config_file = write_model(Path(folder), sizes, sizes.model)
         expected = gpu_step.predicted(config_file, Path(folder))
         yield {"predicted": expected}
-        found = gpu_step.measured_step(config_file, sizes.steps)
-        yield found
+        result = gpu_step.measured_step(config_file, sizes.steps)
+        yield result
     for key in ("peak_bytes", "step_time_s"):
-        if expected.get(key) and found.get(key):
-            yield {"ratio_of": key, "measured_to_predicted": found[key] / expected[key]}
+        if expected.get(key) and result.get(key):
+            yield {"ratio_of": key, "measured_to_predicted": result[key] / expected[key]}
 
 
 def flags(_: str, sizes: Sizes) -> Iterator[Row]:
-    """The step of a few layers, under the compiler flags of this process."""
+    """Measure the step of a model of few layers under the compiler flags of this process."""
     with tempfile.TemporaryDirectory() as folder:
         raw = sizes.model | {"num_hidden_layers": sizes.flag_layers}
         yield {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}

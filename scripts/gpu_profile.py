@@ -1,6 +1,6 @@
-"""Which kernels a step spends its time in: a trace of JAX's profiler, summed up in a few rows.
+"""Trace a step with JAX's profiler and summarize which kernels take its time.
 
-Called by `scripts/gpu_case.py`; the trace itself is thrown away.
+Called by `scripts/gpu_case.py` and `scripts/gpu_torch.py`. The trace itself is not kept.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-MOST_KERNELS = 25  # that are named in a summary
-# What a kernel does, by its name; the first match counts.
+MOST_KERNELS = 25  # number of kernels named in a summary
+# {kind of kernel: pattern of its name}; the first match counts.
 KINDS = {
     "attention": r"sdpa|flash|fmha|attention|cudnn",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|wgmma|^dot|matmul",
@@ -29,7 +29,7 @@ OTHER = "elementwise and reductions"
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One kernel that ran: when (ns), its name, and the instruction of XLA that it belongs to."""
+    """One kernel execution: start and end (ns), kernel name, and its XLA instruction."""
 
     start: float
     end: float
@@ -38,10 +38,10 @@ class Event:
 
 
 def profiled(step: Callable[[], Any], num_steps: int, text: str) -> dict[str, Any]:
-    """Trace so many steps and return their `summary`, or {"profile_problem"}.
+    """Trace `num_steps` steps and return their `summary`, or {"profile_problem"}.
 
     Args:
-        text: the compiled program, to tell what an instruction was in the source.
+        text: text of the compiled program, which maps instructions to source operations.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -51,7 +51,7 @@ def profiled(step: Callable[[], Any], num_steps: int, text: str) -> dict[str, An
                     step()
             seconds = time.perf_counter() - began
             events = list(read(Path(folder)))
-        except (RuntimeError, ValueError) as error:  # no profiler in the driver's reach
+        except (RuntimeError, ValueError) as error:  # e.g. no profiler is available to the driver
             return {"profile_problem": str(error)[:300]}
     if not events:
         return {"profile_problem": "the trace has no kernels"}
@@ -59,7 +59,7 @@ def profiled(step: Callable[[], Any], num_steps: int, text: str) -> dict[str, An
 
 
 def read(folder: Path) -> Iterator[Event]:
-    """Yield the kernels of a trace: of GPUs, or where there are none of the CPU's threads."""
+    """Yield the kernels of a trace, from the GPUs or else from the CPU's threads."""
     planes = [
         plane
         for file in folder.rglob("*.xplane.pb")
@@ -70,21 +70,21 @@ def read(folder: Path) -> Iterator[Event]:
         for line in plane.lines:
             for event in line.events:
                 op = next((str(value) for name, value in event.stats if name == "hlo_op"), "")
-                # Lines of GPUs are streams; those that sum up others ("XLA Ops") would count twice.
+                # On GPUs only streams count; lines that repeat them ("XLA Ops") would count twice.
                 if (on_gpus and line.name.startswith("Stream")) or (not on_gpus and op):
                     start = event.start_ns
                     yield Event(start, start + event.duration_ns, event.name, op)
 
 
 def op_names(text: str) -> dict[str, str]:
-    """Return {instruction: where it comes from} of a compiled program."""
+    """Return {instruction: source operation} of a compiled program."""
     return dict(re.findall(r'%?([\w.\-]+) = [^\n]*?op_name="([^"]*)"', text))
 
 
 def summary(events: Iterable[Event], num_steps: int, names: dict[str, str]) -> dict[str, Any]:
-    """Return, each per step, the ms that devices are busy, by kind, and of the longest kernels.
+    """Return the busy ms per step: in total, by kind, and for the longest kernels.
 
-    Kernels that run beside each other count twice by kind, once in `busy_ms`.
+    Kernels that run concurrently count twice by kind and once in `busy_ms`.
     """
     events = sorted(events, key=lambda event: event.start)
     per_step = 1e6 * num_steps
@@ -119,7 +119,7 @@ def _second(item: tuple[str, float]) -> float:
 
 
 def kind_of(name: str, op: str = "") -> str:
-    """Return what a kernel does; XLA's own are told by their instruction too."""
+    """Return the kind of a kernel by its name, or else by its XLA instruction."""
     for kind, pattern in KINDS.items():
         if re.search(pattern, name, re.IGNORECASE):
             return kind

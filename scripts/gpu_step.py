@@ -1,6 +1,6 @@
-"""The trainer's step on random weights and tokens: what `plan` predicts of it, and what is so.
+"""Predict the trainer's step with `plan`, and measure it on random weights and tokens.
 
-Called by `scripts/gpu_measure.py`.
+Called by the gpu_*.py scripts and `scripts/bench_growth.py`.
 """
 
 import functools
@@ -45,11 +45,11 @@ runpy.run_module("jax_sft.plan", run_name="__main__", alter_sys=True)
 
 
 def write_config(folder: Path, raw: dict[str, Any], rows: int, changes: dict[str, Any]) -> Path:
-    """Write a config file for a model of this config.json, and the files that it names.
+    """Write a config file for a model with this config.json, and the files that it names.
 
     Args:
-        rows: per step and device.
-        changes: {key of the config: value}.
+        rows: number of rows per step and device.
+        changes: {config key: value}.
     """
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps(raw))
@@ -76,23 +76,23 @@ def write_config(folder: Path, raw: dict[str, Any], rows: int, changes: dict[str
 
 
 def predicted(config_file: Path, folder: Path) -> dict[str, Any]:
-    """{"peak_bytes", "step_time_s"} as `plan` predicts them, or {"problem"}."""
+    """Return {"attention", "peak_bytes", "step_time_s"} as `plan` predicts them, or {"problem"}."""
     kind = jax.local_devices()[0].device_kind
     target = next((chip.name for chip in CHIPS.values() if chip.kind == kind), "h200")
     command = [sys.executable, "-c", PLAN, f"--config={config_file}", f"--target={target}"]
     command += ["--hosts=1", f"--gpus-per-host={jax.local_device_count()}", f"--workdir={folder}"]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPO)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=REPO)
-    written = folder / "plan.json"
-    if not written.exists():
+    plan_file = folder / "plan.json"
+    if not plan_file.exists():
         return {"problem": f"plan ended with {done.returncode}: {done.stderr.strip()[-500:]}"}
-    found = json.loads(written.read_text())
-    if "memory" not in found:
+    plan = json.loads(plan_file.read_text())
+    if "memory" not in plan:
         return {"problem": f"no plan for GPUs: {done.stderr.strip()[-500:]}"}
     return {
-        "attention": found["config"]["attention"],
-        "peak_bytes": found["memory"]["peak_bytes"],
-        "step_time_s": found["predicted"]["step_time_s"],
+        "attention": plan["config"]["attention"],
+        "peak_bytes": plan["memory"]["peak_bytes"],
+        "step_time_s": plan["predicted"]["step_time_s"],
     }
 
 
@@ -104,12 +104,12 @@ def measured_step(
     median: int = 0,
     finish: Callable[[Callable[[], Any], str], dict[str, Any]] = lambda step, text: {},
 ) -> dict[str, Any]:
-    """Run the trainer's step of this config.
+    """Run the trainer's step with a config and return its times and peak memory.
 
     Args:
-        max_segments, median: of the rows, see `rows_of_segments`.
-        finish: called at the end with a function that makes one more step and with the compiled
-            program; what it returns is added.
+        max_segments, median: see `rows_of_segments`.
+        finish: called at the end with a function that runs one more step and with the text of the
+            compiled program; its result is added to the returned dict.
     """
     cfg = runpy.run_path(str(config_file))["get_config"]()
     resolved = validate(cfg, jax.device_count())
@@ -131,30 +131,34 @@ def measured_step(
             current, sums = compiled(current, batch)
             return float(sums["loss"] / sums["weight"])  # waits for the step
 
-        found = timed(step, num_steps, f"with attention {resolved.attention}")
+        times = timed(step, num_steps, f"with attention {resolved.attention}")
         peak = peak_bytes()
-        ended = finish(step, compiled.as_text() or "")
+        extra = finish(step, compiled.as_text() or "")
     tokens = int((batch["segment_ids"] > 0).sum())
     return {
         "layers": dims["layers"],
         "attention": resolved.attention,
         "options": options_left(resolved.attention),
         "compile_s": compile_s,
-        **found,
+        **times,
         "tokens": tokens,
         "pairs": int((batch["positions"] + 1).astype(jnp.float32).sum()),
-        "tokens_per_s": tokens / found["step_time_s"],
+        "tokens_per_s": tokens / times["step_time_s"],
         "peak_bytes": peak,
         "peak_bytes_before": before,
-        **ended,
+        **extra,
     }
 
 
 def timed(step: Callable[[], float], num_steps: int, of: str = "") -> dict[str, Any]:
-    """Call a step, which returns its loss when the device is done, once and then so many times.
+    """Call a step once, then `num_steps` times, and return the times and losses.
+
+    Args:
+        step: returns its loss when the device is done.
+        of: description of the step for the error message.
 
     Raises:
-        FloatingPointError: a loss that is not finite.
+        FloatingPointError: a loss is not finite.
     """
     times, losses = [], []
     for _ in range(1 + num_steps):
@@ -177,7 +181,7 @@ _trainer_options = program.gpu_options
 
 
 def options_left(attention: str) -> dict[str, Any]:
-    """What the trainer tells XLA, but for what XLA_FLAGS names, over which it would win."""
+    """Return the trainer's XLA options without those in XLA_FLAGS, which they would override."""
     named = re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", ""))
     return {name: v for name, v in _trainer_options(attention).items() if name not in named}
 
@@ -185,7 +189,7 @@ def options_left(attention: str) -> dict[str, Any]:
 def random_params(
     rows: Iterable[Weight], dims: dict[str, int], mesh, dtype=jnp.float32
 ) -> dict[str, jax.Array]:
-    """Weights as a model from scratch has them, each made where it stays."""
+    """Return weights as of a model from scratch, each created directly in its sharding."""
     rows = list(rows)
     params = {}
     for number, (row, sharding) in enumerate(
@@ -198,9 +202,9 @@ def random_params(
 
 
 def hashed(shape: tuple[int, ...], seed: int, mean: float, dtype=jnp.float32) -> jax.Array:
-    """Numbers without a pattern and with a standard deviation of INIT_STD.
+    """Return numbers without a pattern and with a standard deviation of INIT_STD.
 
-    Of the elements' indices: jax.random takes a second to compile for each shape.
+    They are hashes of the elements' indices, as jax.random takes a second to compile per shape.
     """
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     x = jnp.full(shape, seed, jnp.uint32) * 668265263
@@ -216,7 +220,7 @@ def hashed(shape: tuple[int, ...], seed: int, mean: float, dtype=jnp.float32) ->
 def random_batch(
     cfg, vocab: int, mesh, max_segments: int = 1, median: int = 0
 ) -> dict[str, jax.Array]:
-    """One batch of random tokens, all of them trained, in micro-batches as the config wants them.
+    """Return one batch of random tokens, all trained, in micro-batches as the config sets them.
 
     Args:
         max_segments, median: see `rows_of_segments`.
@@ -241,7 +245,7 @@ def random_batch(
 
 
 def peak_bytes() -> int | None:
-    """Most bytes in use on the fullest device so far; None where JAX does not count (CPU)."""
+    """Return the peak bytes in use on the fullest device; None where JAX does not count (CPU)."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     return max((s["peak_bytes_in_use"] for s in stats if s), default=None)
 
@@ -252,8 +256,8 @@ def rows_of_segments(
     """Return (segment ids, positions), int32 [rows, tokens], of rows without padding.
 
     Args:
-        median: of the segments' lengths, which are log-normal with sigma 1, but for a last one that
-            fills the row; 0 = as many segments as there may be, of equal lengths.
+        median: median segment length. Lengths are log-normal with sigma 1, except for the last
+            segment, which fills the row. 0 = `max_segments` segments of equal lengths.
     """
     rng = np.random.default_rng(0)
     max_segments = min(max_segments, num_tokens)

@@ -1,11 +1,11 @@
-"""Measure a case of scripts/gpu_cases.py in PyTorch: a transformers model as TRL trains it.
+"""Measure a case of scripts/gpu_cases.py in PyTorch: a transformers model trained as in TRL.
 
     python -m scripts.gpu_torch torch/SIZE/LENGTH --out FILE [--smoke]
 
-Packed rows lie one after the other in a batch of one (TRL's padding-free batches), attention is
-FlashAttention over their segments, every layer is recomputed in the backward pass (TRL's default),
-and AdamW is fused. At 7B weights, gradients and moments are bfloat16, as float32 ones do not fit;
-smaller models have float32 masters and autocast. Nothing else of TRL takes part in a step.
+Packed rows are concatenated into a batch of one (TRL's padding-free batches). Attention is
+FlashAttention over their segments. Every layer is recomputed in the backward pass (TRL's default),
+and AdamW is fused. At 7B, weights, gradients and moments are bfloat16, as float32 does not fit;
+smaller models have float32 masters and autocast. A step uses nothing else of TRL.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from scripts.gpu_case import MAX_SEGMENTS, NUM_STEPS, PROFILED_STEPS
 from scripts.gpu_cases import MEDIANS, Case, Setting
 from scripts.gpu_checks import Row, record
 
-OWN = "varlen"  # our name for PyTorch's own FlashAttention
-PURE = ("7b",)  # sizes whose weights and moments are bfloat16
+OWN = "varlen"  # the name under which PyTorch's own FlashAttention is registered
+PURE = ("7b",)  # sizes with bfloat16 weights and moments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,14 +53,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
-        error.__traceback__ = None  # whose frames hold the model
+        error.__traceback__ = None  # its frames reference the model
         torch.cuda.empty_cache()
         return True
     return False
 
 
 def measured(case: Case, setting: Setting, device: torch.device) -> Row:
-    """Train a few steps and return what was measured."""
+    """Train a few steps and return the measurements."""
     dtype = torch.bfloat16 if case.size in PURE else torch.float32
     attention, reason = attention_here(device)
     config = transformers.AutoConfig.for_model(**case.raw(setting))
@@ -96,7 +96,7 @@ def measured(case: Case, setting: Setting, device: torch.device) -> Row:
         return loss
 
     began = time.perf_counter()
-    found = gpu_step.timed(waited, NUM_STEPS)
+    times = gpu_step.timed(waited, NUM_STEPS)
     tokens = int(np.prod(shape))
     return {
         "layers": config.num_hidden_layers,
@@ -105,17 +105,17 @@ def measured(case: Case, setting: Setting, device: torch.device) -> Row:
         "dtype": str(dtype),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "all_steps_s": time.perf_counter() - began,
-        **found,
+        **times,
         "tokens": tokens,
         "pairs": int((positions + 1.0).sum()),
-        "tokens_per_s": tokens / found["step_time_s"],
+        "tokens_per_s": tokens / times["step_time_s"],
         "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         **profiled(waited, device),
     }
 
 
 def packed(positions: np.ndarray, vocab: int, device: torch.device) -> dict[str, Any]:
-    """Arguments of the model: all rows in a batch of one, and where their segments begin."""
+    """Return the model's arguments: all rows in a batch of one, and their segment bounds."""
     flat = positions.reshape(-1)
     ends = np.append(np.flatnonzero(flat == 0), len(flat))
     bounds = torch.tensor(ends, dtype=torch.int32, device=device)
@@ -131,10 +131,11 @@ def packed(positions: np.ndarray, vocab: int, device: torch.device) -> dict[str,
 
 
 def attention_here(device: torch.device) -> tuple[str, str]:
-    """The name of the fastest attention on packed rows that works here, and why not a faster one.
+    """Return (fastest attention that works on packed rows on this machine, why no faster one does).
 
-    FlashAttention's own package, else the kernel in PyTorch, tried on a small packed row; else
-    PyTorch's attention with a mask of whole rows, which transformers makes from the positions.
+    The order of preference is: FlashAttention's own package on a GPU; the kernel in PyTorch, tested
+    on a small packed row; PyTorch's attention with a mask over the whole batch, which transformers
+    makes from the positions.
     """
     if device.type == "cuda" and importlib.util.find_spec("flash_attn"):
         return "flash_attention_2", ""
@@ -142,14 +143,14 @@ def attention_here(device: torch.device) -> tuple[str, str]:
         wrong = error_of_attend(device)
     except (RuntimeError, TypeError, ValueError) as error:
         return "sdpa", f"PyTorch's FlashAttention does not run: {str(error)[:300]}"
-    if wrong > 0.03:  # of bfloat16; a wrong mask gives 0.3 and more
+    if wrong > 0.03:  # for bfloat16; a wrong mask gives 0.3 or more
         return "sdpa", f"PyTorch's FlashAttention is wrong by {wrong:.2g}"
     ALL_ATTENTION_FUNCTIONS.register(OWN, attend)
     return OWN, "the package flash_attn is not installed" if device.type == "cuda" else ""
 
 
 def error_of_attend(device: torch.device) -> float:
-    """Largest error of `attend` and its gradients on a packed row, against the largest value."""
+    """Return the largest error of `attend` and its gradients, relative to the largest value."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shapes = ((1, 6, 48, 64), (1, 2, 48, 64), (1, 2, 48, 64))
     arrays = [
@@ -164,19 +165,19 @@ def error_of_attend(device: torch.device) -> float:
         out = function(*arrays, **segments)
         results.append([out, *torch.autograd.grad(out.float().square().sum(), arrays)])
     return max(
-        float(((found - wanted).abs().max() / wanted.abs().max()).detach())
-        for found, wanted in zip(*results, strict=True)
+        float(((array - reference).abs().max() / reference.abs().max()).detach())
+        for array, reference in zip(*results, strict=True)
     )
 
 
 def attend(module, query, key, value, attention_mask, *, scaling=None, **kwargs):
-    """Attend within segments; returns ([1, T, N, H], None), as transformers wants it.
+    """Attend within segments; return ([1, T, N, H], None), as transformers requires.
 
     Args:
         query, key, value: [1, heads, T, H].
         attention_mask: None, as transformers makes no mask for an attention that it does not know.
         scaling: 1 / sqrt(H), the default of both kernels.
-        kwargs: where segments begin, see `packed`.
+        kwargs: bounds of the segments, see `packed`.
     """
     assert attention_mask is None and scaling in (None, query.shape[-1] ** -0.5)
     function = on_gpu if query.is_cuda else on_cpu
@@ -184,12 +185,12 @@ def attend(module, query, key, value, attention_mask, *, scaling=None, **kwargs)
 
 
 def on_gpu(query, key, value, bounds, longest):
-    """FlashAttention 2 as it is in PyTorch itself."""
-    known = inspect.signature(varlen.varlen_attn).parameters
+    """Attend with the FlashAttention 2 that is part of PyTorch."""
+    parameters = inspect.signature(varlen.varlen_attn).parameters
     options: dict[str, Any] = (
-        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+        {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
     )
-    if "enable_gqa" in known:
+    if "enable_gqa" in parameters:
         options["enable_gqa"] = True
     else:
         groups = query.shape[1] // key.shape[1]
@@ -200,7 +201,7 @@ def on_gpu(query, key, value, bounds, longest):
 
 
 def on_cpu(query, key, value, bounds, longest):
-    """The same, segment by segment."""
+    """Attend segment by segment, with the same arguments and result as `on_gpu`."""
     parts = [
         torch.nn.functional.scaled_dot_product_attention(
             *(x[:, :, start:stop] for x in (query, key, value)), is_causal=True, enable_gqa=True
@@ -211,9 +212,9 @@ def on_cpu(query, key, value, bounds, longest):
 
 
 def profiled(step: Callable[[], Any], device: torch.device) -> Row:
-    """The kernels of a few steps, summed up as those of JAX are."""
-    of = torch.profiler.ProfilerActivity
-    activity = of.CUDA if device.type == "cuda" else of.CPU
+    """Trace a few steps and return their summary, in the same form as for JAX."""
+    activities = torch.profiler.ProfilerActivity
+    activity = activities.CUDA if device.type == "cuda" else activities.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
         for _ in range(PROFILED_STEPS):
             step()
