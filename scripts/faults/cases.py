@@ -1,10 +1,10 @@
-"""Run the inputs that once failed, and say which give the right result now.
+"""Run the inputs that once failed, and report which give the right result now.
 
     python scripts/faults/cases.py CASES [NAME ...]
 
-CASES is a folder with one folder per case, each with a run.sh that takes the checkout from JAX_SFT.
-NAME is the start of a case's name, such as 08. Prints a table, and the output of each case that is
-wrong; exits with 1 if one is. What is right for each case stands in EXPECTED.
+CASES is a folder with one folder per case, each with a run.sh that reads the path of this checkout
+from JAX_SFT. NAME is the start of a case's name, such as 08. Prints a table, and the output of each
+case that is wrong. Exits with 1 if a case is wrong. EXPECTED has the right output of each case.
 """
 
 import argparse
@@ -19,18 +19,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 900
-# A bounded command that ended by itself within 30 s with one of the codes, and no traceback.
+# A bounded command that ended by itself within 30 s with code 64 or 1 and no traceback.
 ENDED = r"exit (?:64|1)  (?!.*TRACEBACK)(?:\d|[12]\d|30) s, "
 
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What the output of a case must match.
+    """Conditions on the output of a case.
 
     Attributes:
-        right: regular expressions that are all found.
-        wrong: regular expressions of which none is found.
-        lines: how often the first of `right` is found; None = at least once.
+        right: regular expressions that must all match.
+        wrong: regular expressions that must not match.
+        lines: number of matches of the first of `right`; None = at least one.
     """
 
     right: tuple[str, ...] = ()
@@ -84,18 +84,18 @@ EXPECTED = {
 
 
 def problems(output: str, expected: Expected) -> list[str]:
-    """Say in which ways an output is not what is expected."""
-    found = [f"no {pattern}" for pattern in expected.right if not re.search(pattern, output)]
-    found += [f"has {pattern}" for pattern in expected.wrong if re.search(pattern, output)]
+    """Return the ways in which an output differs from what is expected."""
+    messages = [f"no {pattern}" for pattern in expected.right if not re.search(pattern, output)]
+    messages += [f"has {pattern}" for pattern in expected.wrong if re.search(pattern, output)]
     if expected.lines is not None:
         number = len(re.findall(expected.right[0], output))
         if number != expected.lines:
-            found.append(f"{number} instead of {expected.lines} x {expected.right[0]}")
-    return found
+            messages.append(f"{number} instead of {expected.lines} x {expected.right[0]}")
+    return messages
 
 
 def run(case: Path) -> tuple[str, float]:
-    """Run a case in a temporary folder that goes afterwards; return its output and seconds."""
+    """Run a case with a temporary TMPDIR, deleted afterwards; return its output and seconds."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         env = os.environ | {"JAX_SFT": str(ROOT), "TMPDIR": scratch}
@@ -121,17 +121,17 @@ def main() -> int:
         for case in sorted(options.cases.glob("[0-9][0-9]-*"))
         if not options.names or case.name.startswith(tuple(options.names))
     ]
-    wrong = 0
+    num_wrong = 0
     for case in chosen:
         output, took = run(case)
         expected = EXPECTED.get(case.name[:2])
-        found = problems(output, expected) if expected else ["nothing is expected of it"]
-        print(f"{case.name:34}{'WRONG' if found else 'right':8}{took:6.0f} s", flush=True)
-        for line in [*found, *output.splitlines()] if found else ():
+        messages = problems(output, expected) if expected else ["nothing is expected of it"]
+        print(f"{case.name:34}{'WRONG' if messages else 'right':8}{took:6.0f} s", flush=True)
+        for line in [*messages, *output.splitlines()] if messages else ():
             print(f"    {line[:200]}", flush=True)
-        wrong += bool(found)
-    print(f"{len(chosen) - wrong} of {len(chosen)} right")
-    return int(wrong > 0 or not chosen)
+        num_wrong += bool(messages)
+    print(f"{len(chosen) - num_wrong} of {len(chosen)} right")
+    return int(num_wrong > 0 or not chosen)
 
 
 if __name__ == "__main__":

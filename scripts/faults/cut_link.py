@@ -1,9 +1,10 @@
-"""Two hosts as network namespaces joined by a veth pair; the link is cut in mid-training: both
-notice within the bound, start again, and go on once the link is back.
+"""Cut the link between two hosts during training, and check that both notice and recover.
 
     python scripts/faults/cut_link.py
 
-As root; needs util-linux and iproute2. About 6 minutes on 2 cores.
+The hosts are network namespaces joined by a veth pair. Both have to notice within the bound, start
+again, and resume once the link is back. Run it as root; it needs util-linux and iproute2. About 6
+minutes on 2 cores.
 """
 
 import contextlib
@@ -31,12 +32,12 @@ from twenty_steps import (
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 NOBODY = "02:00:00:00:00:77"  # a hardware address that no interface has
-SLACK_S = 10  # beyond the bound: the beats, and the end of the processes
-DOWN_S = 15  # that the link stays cut after both have noticed
+SLACK_S = 10  # beyond the bound, for the heartbeats and the end of the processes
+DOWN_S = 15  # how long the link stays cut after both hosts have noticed
 
 
 class Host:
-    """A network namespace with a name and an address of its own."""
+    """A network namespace with its own host name and address."""
 
     def __init__(self, number: int, work: Path):
         self.number, self.name = number, f"host{number + 1}"
@@ -54,22 +55,22 @@ class Host:
         self.pid = self._holder.pid
 
     def enter(self, *command: str) -> list[str]:
-        """Return a command that runs another one on this host."""
+        """Return a command line that runs a command on this host."""
         return ["nsenter", f"--target={self.pid}", "--net", "--uts", "--mount", "--", *command]
 
     def do(self, *command: str) -> None:
-        """Run a command here."""
+        """Run a command on this host."""
         subprocess.run(self.enter(*command), check=True)
 
     def remove(self) -> None:
-        """End the namespace, and its end of the link with it."""
+        """End the namespace, and with it its end of the link."""
         self._holder.kill()
         self._holder.wait()
 
 
 @contextlib.contextmanager
 def two_hosts(work: Path) -> Iterator[tuple[Host, Host]]:
-    """Make both, joined by a link."""
+    """Make two hosts joined by a link."""
     with contextlib.ExitStack() as stack:
         hosts = []
         for number in (0, 1):
@@ -87,17 +88,17 @@ def two_hosts(work: Path) -> Iterator[tuple[Host, Host]]:
 
 
 def lose_silently(hosts: tuple[Host, Host], cut: bool) -> None:
-    """Send all packets to nobody, as a broken switch would; no interface goes down."""
+    """Send all packets to NOBODY, as a broken switch would, or undo that; interfaces stay up."""
     for host, other in zip(hosts, reversed(ADDRESSES), strict=True):
         if cut:
-            where = ["lladdr", NOBODY, "nud", "permanent", "dev", "link0"]
-            host.do("ip", "neighbour", "replace", other, *where)
+            entry = ["lladdr", NOBODY, "nud", "permanent", "dev", "link0"]
+            host.do("ip", "neighbour", "replace", other, *entry)
         else:
             host.do("ip", "neighbour", "del", other, "dev", "link0")
 
 
 def pull_the_cable(hosts: tuple[Host, Host], cut: bool) -> None:
-    """Take one end of the link down, or up again."""
+    """Take one end of the link down, or bring it up again."""
     hosts[1].do("ip", "link", "set", "link0", "down" if cut else "up")
 
 
@@ -122,7 +123,7 @@ class Job:
         return self._logs[host].read_text()
 
     def wait_for(self, text: str, began: float, timeout_s: float) -> list[float]:
-        """Wait until both hosts have said something; return the seconds since `began` of each."""
+        """Wait until both hosts have printed a text; return the seconds since `began` of each."""
         took = []
         for host in (0, 1):
             wait_until(lambda host=host: text in self.text(host), text, timeout_s)
@@ -130,12 +131,12 @@ class Job:
         return took
 
     def end(self) -> list[int]:
-        """Wait for the end of both."""
+        """Wait until both launchers end; return their exit codes."""
         return [process.wait(timeout=600) for process in self._processes]
 
 
 def main() -> None:
-    """The command line."""
+    """Run all checks."""
     need("unshare", "nsenter", "ip", packages="util-linux and iproute2")
     if os.geteuid():
         print("error: run this as root: namespaces need it", file=sys.stderr)
@@ -161,9 +162,9 @@ def main() -> None:
             text += f"ended after {ended[0]:.1f} and {ended[1]:.1f} s (bound {bound_s} s)"
             claims.check(max(noticed) < bound_s + SLACK_S, text)
             for number in (0, 1):
-                said = re.findall(r"STOPPED: (.*)", job.text(number))[0]
+                message = re.findall(r"STOPPED: (.*)", job.text(number))[0]
                 other = hosts[1 - number].name
-                claims.check(other in said, f"{hosts[number].name} says: {said}")
+                claims.check(other in message, f"{hosts[number].name} says: {message}")
             time.sleep(DOWN_S)
             cut(hosts, False)
             claims.check((codes := job.end()) == [0, 0], f"link back: ends with {codes}")

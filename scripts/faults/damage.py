@@ -1,12 +1,13 @@
-"""Damage the files of a checkpoint in every way, and count what is found.
+"""Damage the files of a checkpoint in every way, and count the damages that are detected.
 
     python -m scripts.faults.damage [--flips=100]
 
-Makes a checkpoint of two steps, then flips one bit at a time in each kind of file of the newer one;
-cuts, empties, removes, fills and adds files. Each time a run is resumed with the default settings
-(it has to go on from the older step), and the step is checked as `python -m jax_sft.verify
---full` does (it has to be called damaged). The third column resumes with no file hashed: what is
-found then, Orbax and the checksums of arrays found; the rest changed nothing that is loaded.
+Makes a checkpoint of two steps, then flips one bit at a time in each kind of file of the newer
+step. After each flip a run is resumed with the default settings, which has to resume from the older
+step. The step is also checked like `python -m jax_sft.verify --full` does, which has to call it
+damaged. The column "unhashed" resumes without hashing files: it counts what Orbax and the checksums
+of arrays detect. The other flips changed nothing that is loaded, unless "wrong" counts them. WAYS
+cuts, empties, removes, fills and adds files; the tests apply it.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training.state import TrainState
 
 OLD, NEW = 1, 2
-# Data files get random names, and differ in kind by whether they are hashed by default.
+# Data files have random names. Their kind also says whether they are hashed by default.
 _NAMES = (
     (r"/d/[0-9a-f]{32}$", "/d/*"),
     (r"process_\d+", "process_N"),
@@ -45,7 +46,7 @@ _NAMES = (
 
 
 def make_state(step: int, mesh: jax.sharding.Mesh | None = None) -> TrainState:
-    """Return 4 MiB of sharded parameters and two moments, so that data files are not small."""
+    """Return a state with a sharded 4 MiB kernel and two moments, so that data files are large."""
     mesh = mesh or make_mesh({"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1})
     rng = np.random.default_rng(step)
 
@@ -66,7 +67,7 @@ def make_state(step: int, mesh: jax.sharding.Mesh | None = None) -> TrainState:
 
 
 def make(folder: Path) -> TrainState:
-    """Save two steps and model files into a folder; return the newer state."""
+    """Save two steps and the model files to a folder; return the newer state."""
     model = folder.parent / "model"
     model.mkdir()
     tiny.write_tokenizer(model)
@@ -96,21 +97,21 @@ def save(checkpoints: saving.Checkpoints, state: TrainState, *args, **options) -
 def restore(
     checkpoints: saving.Checkpoints, found: resume.Found, abstract: TrainState
 ) -> tuple[TrainState, resume.Found]:
-    """Return the state of the step that was found or an older one."""
+    """Return the state of the step in `found` or of an older one, and which step it is."""
     arrays, found = checkpoints.restore(found, abstract.named())
     return abstract.from_named(found.step, arrays), found
 
 
 def resumed(folder: Path, abstract: TrainState, **options) -> tuple[int, TrainState | None]:
-    """Return (step, state) that a run would go on from; step -1 where it refuses to start."""
+    """Return (step, state) from which a run resumes; (-1, None) if it refuses to start."""
     checkpoints = open_folder(folder, **options)
     try:
-        found = checkpoints.start(config.to_dict(config.default()))
-        assert found
-        state, found = restore(checkpoints, found, abstract)
+        stored = checkpoints.start(config.to_dict(config.default()))
+        assert stored
+        state, stored = restore(checkpoints, stored, abstract)
     except ValueError:
         return -1, None
-    return found.step, state
+    return stored.step, state
 
 
 def abstract_of(state: TrainState) -> TrainState:
@@ -121,21 +122,21 @@ def abstract_of(state: TrainState) -> TrainState:
 
 
 def kinds(folder: Path) -> dict[str, list[Path]]:
-    """Return {kind: files} of all that the newer step has, and of the model files."""
-    found: dict[str, list[Path]] = {}
+    """Return {kind: files} of the nonempty files of the newer step and of the model."""
+    kind_files: dict[str, list[Path]] = {}
     for file in sorted([*(folder / str(NEW)).rglob("*"), *(folder / model_files.NAME).iterdir()]):
         if file.is_file() and file.stat().st_size:
             kind = file.relative_to(folder).as_posix()
             for pattern, name in _NAMES:
                 kind = re.sub(pattern, name, kind)
             hashed = "" if file.stat().st_size < manifest.SMALL else " (over 1 MiB)"
-            found.setdefault(kind + hashed, []).append(file)
-    return found
+            kind_files.setdefault(kind + hashed, []).append(file)
+    return kind_files
 
 
 @contextlib.contextmanager
 def flipped(file: Path, bit: int) -> Iterator[None]:
-    """One bit of a file, the other way round for a while."""
+    """Flip one bit of a file; restore it, and a quarantined step folder, at the end."""
     flip(file, bit)
     try:
         yield
@@ -146,12 +147,12 @@ def flipped(file: Path, bit: int) -> Iterator[None]:
 
 
 def file_folder(file: Path) -> Path:
-    """The checkpoint folder that a file is in."""
+    """Return the checkpoint folder that contains a file."""
     return next(p.parent for p in file.parents if p.name in (str(NEW), model_files.NAME))
 
 
 def flip(file: Path, bit: int) -> None:
-    """Turn one bit of a file round."""
+    """Flip one bit of a file."""
     with open(file, "r+b") as stream:
         stream.seek(bit // 8)
         byte = stream.read(1)[0]
@@ -171,7 +172,7 @@ def is_refused(folder: Path, file: Path) -> bool:
 
 
 def same(a: TrainState, b: TrainState | None) -> bool:
-    """Whether two states are bitwise the same."""
+    """Whether two states are bitwise equal."""
     return b is not None and all(
         np.asarray(x).tobytes() == np.asarray(y).tobytes()
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
@@ -179,7 +180,7 @@ def same(a: TrainState, b: TrainState | None) -> bool:
 
 
 def flip_all(folder: Path, state: TrainState, flips: int, seed: int = 0) -> dict[str, list[int]]:
-    """Return {kind: [flips, found by a resume, found by --full, found unhashed, wrong arrays]}."""
+    """Return {kind: numbers of [flips, detected by resume, by --full, unhashed, wrong arrays]}."""
     rng, table, abstract = random.Random(seed), {}, abstract_of(state)
     small = manifest.SMALL
     for kind, files in kinds(folder).items():
@@ -200,37 +201,37 @@ def flip_all(folder: Path, state: TrainState, flips: int, seed: int = 0) -> dict
 
 
 def truncate(file: Path) -> None:
-    """Cut the last byte off."""
+    """Cut off the last byte."""
     os.truncate(file, file.stat().st_size - 1)
 
 
 def zero(file: Path) -> None:
-    """Replace the content by zeros of the same length."""
+    """Replace the content with zeros of the same length."""
     file.write_bytes(bytes(file.stat().st_size))
 
 
 def add_text(file: Path) -> None:
-    """Put a harmless foreign file beside."""
+    """Put a harmless foreign file next to a file."""
     (file.parent / "notes.txt").write_text("hello")
 
 
 def add_pickle(file: Path) -> None:
-    """Put a pickle beside, under a harmless name."""
+    """Put a pickle with a harmless name next to a file."""
     (file.parent / "notes.txt").write_bytes(pickle.dumps({"a": 1}))
 
 
 def add_named_pickle(file: Path) -> None:
-    """Put a file beside that has the name of a torch checkpoint."""
+    """Put a file with the name of a torch checkpoint next to a file."""
     (file.parent / "model.pt").write_bytes(b"")
 
 
 def add_link(file: Path) -> None:
-    """Put a symbolic link out of the folder beside."""
+    """Put a symbolic link that points out of the folder next to a file."""
     (file.parent / "link").symlink_to("/etc/hostname")
 
 
 def replace_by_link(file: Path) -> None:
-    """Replace a file by a link to a copy of it outside."""
+    """Replace a file with a link to a copy outside the folder."""
     outside = file_folder(file).parent / "outside"
     outside.write_bytes(file.read_bytes())
     file.unlink()
@@ -238,7 +239,7 @@ def replace_by_link(file: Path) -> None:
 
 
 def add_fifo(file: Path) -> None:
-    """Put something beside that blocks whoever opens it."""
+    """Put a named pipe, which blocks anyone who opens it, next to a file."""
     os.mkfifo(file.parent / "pipe")
 
 

@@ -1,9 +1,9 @@
-"""Two processes under scripts/launch.sh, again and again killed, told to stop, or frozen at random
-moments: what comes out in the end is bitwise what it is without.
+"""Kill, stop and freeze a run at random moments, and check that its result does not change.
 
     python scripts/faults/kills.py [--kills=100] [--terms=20] [--freezes=5] [--seed=0]
 
-About 50 minutes on 2 cores.
+Two processes under scripts/launch.sh are killed, told to stop, or frozen, again and again. The
+losses have to be bitwise those of an uninterrupted run. About 50 minutes on 2 cores.
 """
 
 import argparse
@@ -31,20 +31,20 @@ from twenty_steps import (
 )
 
 STEPS = 300
-# One device each.
+# One device per process.
 SMALL = [f"--config.train.steps={STEPS}", "--config.mesh.cpu_devices=2", "--config.mesh.data=1"]
-ROUND = 25  # kills of one run, which then trains to its end
+ROUND = 25  # kills per run, which then trains to its end
 GRACE_S = 60
-BOUND_S = 10  # train.stall_timeout_s of the frozen
+BOUND_S = 10  # train.stall_timeout_s of the frozen run
 RESUMED = re.compile(r"resume  .* from step (\d+) of")
 
 
 class Job:
-    """A launcher with two processes that runs."""
+    """A running launcher with two processes."""
 
     def __init__(self, work: Path, run: str, *more: str):
         self.run, self._log = work / run, work / f"{run}.log"
-        # No limit to failures without progress: they are what is asked for here.
+        # Practically no limit to failures without progress, as this script causes them.
         command = [LAUNCH, "--nproc=2", "--max-restarts=1000", f"--grace={GRACE_S}"]
         command += [*options(work, run), *SMALL, *more]
         with self._log.open("ab") as log:
@@ -52,43 +52,43 @@ class Job:
             self.process = subprocess.Popen(command, env=environment(work), stdout=log, stderr=log)
 
     def text(self) -> str:
-        """Return its output so far."""
+        """Return the launcher's output so far."""
         return self._log.read_bytes()[self._began :].decode(errors="replace")
 
     def trainers(self) -> list[int]:
-        """Return the process ids of both; none while they are not both there."""
+        """Return the process ids of both trainers, or [] until both run."""
         try:
             return [find(self.run, number) for number in (0, 1)]
         except LookupError:
             return []
 
     def complete(self) -> int:
-        """Return the newest step that is stored; 0 = none."""
+        """Return the newest stored step; 0 = none."""
         folder = self.run / "checkpoints"
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
         return max((int(name) for name in names if name.isdecimal()), default=0)
 
     def is_saving(self) -> bool:
-        """Whether a save goes on."""
+        """Whether a save is in progress."""
         return any((self.run / "checkpoints").glob("*.incomplete*"))
 
     def wait_for(self, moment: str, chance: random.Random, before: list[int]) -> list[int]:
-        """Wait for a moment of an attempt; return the processes.
+        """Wait for a moment of an attempt; return its process ids.
 
         Args:
             moment: "start", "step" or "save".
-            before: the processes of the attempt before this one.
+            before: process ids of the previous attempt.
         """
-        found: list[int] = []
+        processes: list[int] = []
 
         def is_new() -> bool:
-            found[:] = self.trainers()
-            return bool(found) and not {*found} & {*before}
+            processes[:] = self.trainers()
+            return bool(processes) and not {*processes} & {*before}
 
         wait_until(is_new, "both processes", 300)
         if moment == "start":
             time.sleep(chance.uniform(0, 14))
-            return found
+            return processes
         first = len(re.findall(r"compiled and ran", self.text()))
 
         def trains() -> bool:
@@ -105,17 +105,18 @@ class Job:
             time.sleep(chance.uniform(0, 0.5))
         else:
             time.sleep(chance.uniform(0, 8))
-        return found
+        return processes
 
 
 def kill_often(work: Path, run: str, count: int, chance: random.Random, claims: Claims) -> None:
-    """kill -9 one of two processes, again and again."""
+    """Kill one of two processes with SIGKILL, again and again."""
     job = Job(work, run)
     before: list[int] = []
     while_saving, lost, kinds, seen = 0, [], {"start": 0, "step": 0, "save": 0}, 0
     kills: list[tuple[int, int, int]] = []  # (resumes before it, newest complete step, furthest)
     while len(kills) < count and job.process.poll() is None:
-        # A run that is killed before it gets further is started again later and later.
+        # Few kills are at the start, as the launcher waits longer before each restart of a run that
+        # made no progress.
         moment = chance.choice(["start", "step", "step", "save", "save"])
         before = job.wait_for(moment, chance, before)
         if len(losses(job.run)) > STEPS - 40:
@@ -131,7 +132,7 @@ def kill_often(work: Path, run: str, count: int, chance: random.Random, claims: 
     code = job.process.wait(timeout=600)
     resumes = [int(step) for step in RESUMED.findall(job.text())]
     for number, complete, furthest in kills:
-        for step in resumes[number : number + 1]:  # the first start after the kill that came so far
+        for step in resumes[number : number + 1]:  # the first resume after the kill
             if step < complete:
                 claims.check(False, f"step {complete} was stored, resumed at {step}")
             lost.append(furthest - step)
@@ -144,15 +145,15 @@ def kill_often(work: Path, run: str, count: int, chance: random.Random, claims: 
 
 
 def stop_often(work: Path, run: str, count: int, chance: random.Random, claims: Claims) -> None:
-    """SIGTERM to the launcher or to one process, at random moments."""
+    """Send SIGTERM to the launcher or to one process, at random moments."""
     took, saved, stops = [], 0, 0
     while stops < count:
         job = Job(work, run)
         processes = job.wait_for(chance.choice(["start", "step", "save"]), chance, [])
-        whom = [job.process.pid, *processes][chance.randrange(3)]
+        target = [job.process.pid, *processes][chance.randrange(3)]
         began = time.monotonic()
         with contextlib.suppress(ProcessLookupError):
-            os.kill(whom, signal.SIGTERM)
+            os.kill(target, signal.SIGTERM)
         code = job.process.wait(timeout=2 * GRACE_S)
         took.append(time.monotonic() - began)
         if code != 75:
@@ -160,10 +161,10 @@ def stop_often(work: Path, run: str, count: int, chance: random.Random, claims: 
             if code == 0:
                 break
         stops += 1
-        if found := re.search(r"told to stop: step (\d+) of \d+ is saved", job.text()):
+        if match := re.search(r"told to stop: step (\d+) of \d+ is saved", job.text()):
             saved += 1
-            if job.complete() != int(found[1]):
-                claims.check(False, f"step {found[1]} said to be saved, {job.complete()} is there")
+            if job.complete() != int(match[1]):
+                claims.check(False, f"step {match[1]} said to be saved, {job.complete()} is there")
         elif "compiled and ran" in job.text():
             claims.check(False, f"SIGTERM no. {stops} while it trained: not saved")
     claims.check(
@@ -175,17 +176,17 @@ def stop_often(work: Path, run: str, count: int, chance: random.Random, claims: 
 
 
 def freeze_often(work: Path, run: str, count: int, chance: random.Random, claims: Claims) -> None:
-    """SIGSTOP one of two processes for longer than the bound."""
+    """Freeze one of two processes with SIGSTOP for longer than the bound."""
     job = Job(work, run, f"--config.train.stall_timeout_s={BOUND_S}")
     before: list[int] = []
     took = []
     for _ in range(count):
         before = job.wait_for("step", chance, before)
         number = chance.randrange(2)
-        said = job.text().count("STOPPED:")
+        num_messages = job.text().count("STOPPED:")
         os.kill(before[number], signal.SIGSTOP)
         began = time.monotonic()
-        wait_until(lambda n=said: job.text().count("STOPPED:") > n, "a message", 120)
+        wait_until(lambda n=num_messages: job.text().count("STOPPED:") > n, "a message", 120)
         took.append(time.monotonic() - began)
         line = job.text().split("STOPPED:")[-1].split("\n")[0]
         if f"process {number}" not in line:
@@ -196,7 +197,7 @@ def freeze_often(work: Path, run: str, count: int, chance: random.Random, claims
 
 
 def main() -> None:
-    """The command line."""
+    """Run all checks."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--terms", type=int, default=20)

@@ -1,8 +1,9 @@
-"""Real Open MPI on this machine: two ranks equal one process, and a killed one is restarted.
+"""Check runs under real Open MPI on this machine.
 
     python scripts/faults/on_openmpi.py
 
-Needs the Debian package openmpi-bin. About 3 minutes on 2 cores.
+Two ranks have to equal one process, and a killed rank has to be restarted. Needs the Debian package
+openmpi-bin. About 3 minutes on 2 cores.
 """
 
 import os
@@ -30,7 +31,7 @@ if os.geteuid() == 0:
 
 
 def main() -> None:
-    """The command line."""
+    """Run all checks."""
     need("mpirun", packages="openmpi-bin")
     claims = Claims()
     with workplace("openmpi") as work:
@@ -61,7 +62,7 @@ def main() -> None:
                 [*MPIRUN, LAUNCH, *options(work, "stopped")], env=env, stdout=log, stderr=log
             )
             at = wait_for_step(run, SAVE_STEPS + 2)
-            job.send_signal(signal.SIGUSR1)  # mpirun hands it on; after TERM it waits a second only
+            job.send_signal(signal.SIGUSR1)  # mpirun forwards it; after SIGTERM it waits only 1 s
             code = job.wait(timeout=200)
         claims.check(code == 75, f"mpirun ends with {code} after SIGUSR1 at step {at}")
         code = finish([*MPIRUN, LAUNCH, *options(work, "stopped")], env, work / "again.log")

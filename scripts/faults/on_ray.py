@@ -1,10 +1,10 @@
-"""Real Ray on this machine, two nodes: they equal one process, and all start again when a trainer,
-an actor or a whole node is killed.
+"""Check runs on a real Ray cluster of two nodes on this machine.
 
     RAY_PYTHON=/path/to/python-with-ray python scripts/faults/on_ray.py
 
-RAY_PYTHON needs the package ray, the trainer's Python does not. As root it runs in a network
-namespace with nothing but loopback. About 8 minutes on 2 cores.
+Two nodes have to equal one process. All processes have to start again when a trainer, an actor or a
+whole node is killed. RAY_PYTHON needs the package ray, the trainer's Python does not. As root it
+runs in a network namespace that has only loopback. About 8 minutes on 2 cores.
 """
 
 import contextlib
@@ -36,17 +36,17 @@ PORT = 26379
 
 
 def in_own_network() -> None:
-    """Start this program again where there is only loopback, if it may."""
+    """Restart this program in a network namespace that has only loopback, if run as root."""
     if os.geteuid() or os.environ.get("ON_RAY_OWN_NETWORK"):
         return
     os.environ["ON_RAY_OWN_NETWORK"] = "1"
-    again = 'ip link set lo up && exec "$@"'
-    command = ["unshare", "--net", "sh", "-c", again, "sh", sys.executable, *sys.argv]
+    script = 'ip link set lo up && exec "$@"'
+    command = ["unshare", "--net", "sh", "-c", script, "sh", sys.executable, *sys.argv]
     os.execvp("unshare", command)
 
 
 class Cluster:
-    """Ray nodes on this machine, each with an address of its own."""
+    """Ray nodes on this machine, each with its own address."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -59,14 +59,14 @@ class Cluster:
     def add(self) -> None:
         """Start one more node; the first is the head."""
         number = len(self._nodes) + 1
-        where = [f"--node-ip-address=127.0.0.{number}", "--num-cpus=2", "--num-gpus=0"]
+        flags = [f"--node-ip-address=127.0.0.{number}", "--num-cpus=2", "--num-gpus=0"]
         if number == 1:
-            where += ["--head", f"--port={PORT}", f"--temp-dir={self._folder}"]
-            where += ["--include-dashboard=false"]
+            flags += ["--head", f"--port={PORT}", f"--temp-dir={self._folder}"]
+            flags += ["--include-dashboard=false"]
         else:
-            where += [f"--address=127.0.0.1:{PORT}"]
+            flags += [f"--address=127.0.0.1:{PORT}"]
         with (self._folder / f"node{number}.log").open("wb") as log:
-            command = [RAY_PYTHON, "-m", "ray.scripts.scripts", "start", "--block", *where]
+            command = [RAY_PYTHON, "-m", "ray.scripts.scripts", "start", "--block", *flags]
             self._nodes.append(subprocess.Popen(command, env=self._env, stdout=log, stderr=log))
         wait_until(lambda: self.size() == number - self._lost(), f"node {number}", 120)
 
@@ -74,7 +74,7 @@ class Cluster:
         return sum(node.poll() is not None for node in self._nodes)
 
     def size(self) -> int:
-        """Return how many nodes Ray counts as alive."""
+        """Return the number of nodes that Ray counts as alive."""
         code = f"import ray; ray.init('127.0.0.1:{PORT}', logging_level='ERROR'); "
         code += "print('nodes', sum(node['Alive'] for node in ray.nodes()))"
         done = subprocess.run(
@@ -84,7 +84,7 @@ class Cluster:
         return int(words[-1]) if words else 0
 
     def kill(self, index: int) -> None:
-        """End a node and all that runs on it, as a power cut would."""
+        """Kill a node and all its processes, as a power cut would."""
         for pid in reversed(tree(self._nodes[index].pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, 9)
@@ -104,10 +104,10 @@ def tree(pid: int) -> list[int]:
             if entry.name.isdecimal():
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                 children.setdefault(parent, []).append(int(entry.name))
-    found = [pid]
-    for one in found:
-        found += children.get(one, [])
-    return found
+    pids = [pid]
+    for member in pids:
+        pids += children.get(member, [])
+    return pids
 
 
 def parent(pid: int) -> int:
@@ -117,19 +117,19 @@ def parent(pid: int) -> int:
 
 @contextlib.contextmanager
 def cluster() -> Iterator[Cluster]:
-    """Start two nodes, and stop them at the end."""
+    """Start two nodes and stop them at the end."""
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        found = Cluster(Path(folder))
+        nodes = Cluster(Path(folder))
         try:
-            found.add()
-            found.add()
-            yield found
+            nodes.add()
+            nodes.add()
+            yield nodes
         finally:
-            found.stop()
+            nodes.stop()
 
 
 class Job:
-    """A launcher on the cluster that runs."""
+    """A running launcher on the cluster."""
 
     def __init__(self, work: Path, run: str):
         self.run, self._log = work / run, work / f"{run}.log"
@@ -141,16 +141,16 @@ class Job:
             self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
 
     def text(self) -> str:
-        """Return its output so far."""
+        """Return the launcher's output so far."""
         return self._log.read_text()
 
     def end(self) -> int:
-        """Wait for its end."""
+        """Wait until the launcher ends; return its exit code."""
         return self.process.wait(timeout=500)
 
 
 def main() -> None:
-    """The command line."""
+    """Run all checks."""
     need("unshare", "ip", packages="util-linux and iproute2")
     if subprocess.run([RAY_PYTHON, "-c", "import ray"], capture_output=True).returncode:
         print(f"error: {RAY_PYTHON} has no ray: set RAY_PYTHON to one that has", file=sys.stderr)

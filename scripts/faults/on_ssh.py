@@ -1,10 +1,10 @@
-"""Real ssh on this machine, two names for it: two hosts equal one process, and losing one restarts
-both: a killed trainer, a killed launcher, a cut connection, a host that freezes.
+"""Check runs over real ssh to two host names of this machine.
 
     python scripts/faults/on_ssh.py
 
-Needs the Debian packages openssh-server and openssh-client; keys and port are its own. About 8
-minutes on 2 cores.
+Two hosts have to equal one process. The loss of a host has to restart both: a killed trainer, a
+killed launcher, a cut connection, a frozen host. Needs the Debian packages openssh-server and
+openssh-client; it makes its own keys and uses a free port. About 8 minutes on 2 cores.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from twenty_steps import (
     workplace,
 )
 
-NOTICED_S = 60  # a dead host, at the latest
+NOTICED_S = 60  # latest time at which a dead host is noticed
 SERVER = """\
 ListenAddress 127.0.0.1
 Port {port}
@@ -62,7 +62,7 @@ Host h1 h2
 
 @contextlib.contextmanager
 def server(work: Path) -> Iterator[str]:
-    """Run an sshd on loopback; gives the ssh command that reaches it as h1 and h2."""
+    """Run an sshd on loopback; yield the ssh command that reaches it as h1 and h2."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -73,7 +73,7 @@ def server(work: Path) -> Iterator[str]:
     config = work / "ssh_config"
     config.write_text(CLIENT.format(port=port, work=work, user=getpass.getuser()))
     if os.geteuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)  # sshd of root insists on it
+        Path("/run/sshd").mkdir(exist_ok=True)  # required by sshd if run as root
     path = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:" + os.environ["PATH"])
     assert path
     with (work / "sshd.log").open("wb") as log:
@@ -94,21 +94,21 @@ def server(work: Path) -> Iterator[str]:
 
 def parents(pid: int) -> list[int]:
     """Return a process and its ancestors."""
-    found = []
+    pids = []
     while pid > 1:
-        found.append(pid)
+        pids.append(pid)
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return found
+    return pids
 
 
 def session_of(launcher: int) -> list[int]:
-    """Return the sshd processes of a launcher's connection, without the listening one."""
+    """Return the sshd processes of a launcher's connection, without the listening sshd."""
     named = [p for p in parents(launcher) if "sshd" in Path(f"/proc/{p}/comm").read_text()]
     return named[:-1]
 
 
 class Job:
-    """A launcher over h1 and h2 that runs."""
+    """A running launcher over h1 and h2."""
 
     def __init__(self, work: Path, run: str, ssh: str):
         self.run, self._log = work / run, work / f"{run}.log"
@@ -119,11 +119,11 @@ class Job:
         )
 
     def text(self) -> str:
-        """Return its output so far."""
+        """Return the launcher's output so far."""
         return self._log.read_text()
 
     def end(self) -> int:
-        """Wait for its end."""
+        """Wait until the launcher ends; return its exit code."""
         return self.process.wait(timeout=500)
 
 
@@ -135,7 +135,7 @@ def port() -> int:
 
 
 def main() -> None:
-    """The command line."""
+    """Run all checks."""
     need("ssh", "ssh-keygen", packages="openssh-client and openssh-server")
     claims = Claims()
     with workplace("ssh") as work, server(work) as ssh:
@@ -161,7 +161,7 @@ def main() -> None:
 
         job = Job(work, "frozen", ssh)
         at = wait_for_step(job.run, SAVE_STEPS + 2)
-        launcher, trainer = (find(job.run, 1, f"jax_sft.{what}") for what in ("launch", "train"))
+        launcher, trainer = (find(job.run, 1, f"jax_sft.{name}") for name in ("launch", "train"))
         frozen = [*session_of(launcher), launcher, trainer]
         for pid in frozen:
             os.kill(pid, signal.SIGSTOP)
@@ -204,9 +204,9 @@ def main() -> None:
 
 
 def left(run: Path) -> list[str]:
-    """Return what still runs of a run, its launcher here not counted."""
-    found = subprocess.run(["pgrep", "-af", f"workdir={run}"], capture_output=True, text=True)
-    return [line for line in found.stdout.splitlines() if "jax_sft.train" in line]
+    """Return the command lines of trainers of a run that still exist."""
+    listing = subprocess.run(["pgrep", "-af", f"workdir={run}"], capture_output=True, text=True)
+    return [line for line in listing.stdout.splitlines() if "jax_sft.train" in line]
 
 
 if __name__ == "__main__":

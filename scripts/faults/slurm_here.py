@@ -1,7 +1,7 @@
-"""A Slurm cluster of two nodes on this machine, for the scripts of this folder.
+"""Run a Slurm cluster of two nodes on this machine, for the scripts of this folder.
 
-Nothing is installed or left behind: its files are in a folder of its own, and the names of the
-nodes are in an /etc/hosts that only this process and its children see (a mount namespace).
+Nothing is installed or left behind. The files are in a temporary folder, and the names of the nodes
+are in an /etc/hosts that only this process and its children see (a mount namespace).
 """
 
 import contextlib
@@ -51,23 +51,20 @@ PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 
 
 def in_own_mounts() -> None:
-    """Start this program again where it can have its own /etc/hosts; needs root.
-
-    Ends the program where that is not possible.
-    """
+    """Restart this program in a mount namespace, for its own /etc/hosts; end it if not root."""
     if os.environ.get("ON_SLURM_OWN_MOUNTS"):
         return
     if os.geteuid() != 0:
         print("error: run this as root: slurmd and the mount namespace need it", file=sys.stderr)
         sys.exit(64)
     os.environ["ON_SLURM_OWN_MOUNTS"] = "1"
-    again = [sys.executable, *sys.argv]
-    os.execvp("unshare", ["unshare", "--mount", "--propagation", "private", *again])
+    command = [sys.executable, *sys.argv]
+    os.execvp("unshare", ["unshare", "--mount", "--propagation", "private", *command])
 
 
 @contextlib.contextmanager
 def cluster() -> Iterator[Path]:
-    """Start it, and stop it at the end; gives the folder of its files."""
+    """Start a cluster and stop it at the end; yield the folder of its files."""
     with tempfile.TemporaryDirectory(prefix="slurm-here-") as name:
         folder = Path(name)
         started: list[subprocess.Popen] = []
@@ -89,8 +86,8 @@ def _start(folder: Path, started: list[subprocess.Popen]) -> None:
     hosts = folder / "hosts"
     hosts.write_text(Path("/etc/hosts").read_text() + f"127.0.0.1 n1 n2 {host}\n")
     subprocess.run(["mount", "--bind", str(hosts), "/etc/hosts"], check=True)
-    for made in ("state", "spool.n1", "spool.n2"):
-        (folder / made).mkdir()
+    for name in ("state", "spool.n1", "spool.n2"):
+        (folder / name).mkdir()
     ports = _free_ports(3)
     conf = folder / "slurm.conf"
     conf.write_text(CONF.format(host=host, user=user, folder=folder, ports=ports))
@@ -116,8 +113,8 @@ def _start(folder: Path, started: list[subprocess.Popen]) -> None:
 
 
 def _idle() -> int:
-    found = subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], capture_output=True, text=True)
-    return found.stdout.split().count("idle")
+    listing = subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], capture_output=True, text=True)
+    return listing.stdout.split().count("idle")
 
 
 def _wait(condition, what: str, folder: Path) -> None:
@@ -141,7 +138,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def wait_for_idle() -> None:
-    """Wait until both nodes are free again."""
+    """Wait until both nodes are idle, for at most 90 s."""
     deadline = time.monotonic() + 90
     while _idle() != 2 and time.monotonic() < deadline:
         time.sleep(0.5)

@@ -1,5 +1,6 @@
-"""What the scripts of this folder that start real engines have in common: a tiny training of twenty
-steps, its losses in one process, and what another start of it has to equal.
+"""Train a tiny model for twenty steps, and compare its losses with those of one process.
+
+Shared by the scripts of this folder that start real launchers and clusters.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCH = str(ROOT / "scripts" / "launch.sh")
 STEPS = 20
 SAVE_STEPS = 5
-# Between one process and two the order of additions differs, and nothing else.
+# One process and two differ only in the order of additions.
 TOLERANCE = 1e-6
 
 CONFIG = """\
@@ -44,35 +45,35 @@ def get_config():
 
 
 class Claims:
-    """Prints each claim with what was found, and remembers whether all held."""
+    """Print each claim with its measured values, and count those that fail."""
 
     def __init__(self):
         self.failed = 0
 
     def check(self, held: bool, text: str) -> None:
-        """Print a claim."""
+        """Print a claim, and count it if it does not hold."""
         print(f"{'holds' if held else 'FAILS'}   {text}", flush=True)
         self.failed += not held
 
     def equal(self, found: Sequence[float], expected: Sequence[float], what: str) -> None:
-        """Claim that losses are the same to TOLERANCE."""
+        """Claim that losses are equal within TOLERANCE."""
         far = max((abs(a - b) for a, b in zip(found, expected, strict=False)), default=0.0)
         text = f"{what}: {len(found)} losses, at most {far:.1e} from one process's"
         self.check(len(found) == len(expected) == STEPS and far <= TOLERANCE, text)
 
     def same(self, found: Sequence[float], expected: Sequence[float], what: str) -> None:
-        """Claim that losses are bitwise the same."""
+        """Claim that losses are bitwise equal."""
         equal = sum(a == b for a, b in zip(found, expected, strict=False))
         text = f"{what}: {equal} of {len(expected)} losses bitwise the same"
         self.check(list(found) == list(expected) and len(found) >= STEPS, text)
 
     def end(self) -> None:
-        """End the program."""
+        """End the program, with 1 if a claim failed."""
         sys.exit(bool(self.failed))
 
 
 def environment(work: Path) -> dict[str, str]:
-    """Return what the trainers find: CPU devices, no network, a cache of their own."""
+    """Return the trainers' environment: CPU devices, no network, their own cache."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_SFT_"))}
     return env | {
         "PYTHON": os.environ.get("PYTHON", sys.executable),
@@ -84,8 +85,9 @@ def environment(work: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def workplace(name: str) -> Iterator[Path]:
-    """Give a folder that stays when something fails."""
-    work = Path(tempfile.mkdtemp(prefix=f"jax sft {name}-"))  # a blank: nothing may break at it
+    """Yield a folder with the config file; delete it unless the body raises or exits."""
+    # The spaces in the name must not break anything.
+    work = Path(tempfile.mkdtemp(prefix=f"jax sft {name}-"))
     print(f"works in {work}", flush=True)
     file = CONFIG.format(parts=str(work / "parts"), steps=STEPS, save_steps=SAVE_STEPS)
     (work / "tiny20.py").write_text(file)
@@ -99,7 +101,7 @@ def options(work: Path, run: str) -> list[str]:
 
 
 def alone(work: Path) -> list[float]:
-    """Train in one process; return the losses."""
+    """Train without a cluster, in one process; return the losses."""
     finish([LAUNCH, *options(work, "alone")], environment(work), work / "alone.log")
     return losses(work / "alone")
 
@@ -110,14 +112,14 @@ def losses(run: Path) -> list[float]:
     if not file.exists():
         return []
     lines = [line for line in file.read_text().split("\n")[:-1]]
-    found = [metrics for metrics in map(json.loads, lines) if "loss" in metrics]
-    steps = [metrics["step"] for metrics in found]
+    with_loss = [metrics for metrics in map(json.loads, lines) if "loss" in metrics]
+    steps = [metrics["step"] for metrics in with_loss]
     assert steps == list(range(1, len(steps) + 1)), f"{file} has the steps {steps}"
-    return [metrics["loss"] for metrics in found]
+    return [metrics["loss"] for metrics in with_loss]
 
 
 def finish(command: Sequence[str], env: Mapping[str, str], log: Path, timeout_s: int = 400) -> int:
-    """Run a command to its end with its output in a file; return its exit code."""
+    """Run a command to its end with output to a file; return its exit code."""
     with log.open("wb") as output:
         done = subprocess.run(
             command, env=env, stdout=output, stderr=subprocess.STDOUT, timeout=timeout_s
@@ -126,29 +128,29 @@ def finish(command: Sequence[str], env: Mapping[str, str], log: Path, timeout_s:
 
 
 def wait_for_step(run: Path, step: int, timeout_s: float = 200) -> int:
-    """Wait until a run has logged a step; return the step that it is at."""
+    """Wait until a run has logged a step; return its newest step."""
     deadline = time.monotonic() + timeout_s
-    while len(found := losses(run)) < step:
+    while len(logged := losses(run)) < step:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{run} is at step {len(found)} after {timeout_s} s")
+            raise TimeoutError(f"{run} is at step {len(logged)} after {timeout_s} s")
         time.sleep(0.02)
-    return len(found)
+    return len(logged)
 
 
 def kill(run: Path, process: int, module: str = "jax_sft.train") -> int:
-    """kill -9 the trainer (or its launcher) with this number; return its process id."""
+    """Kill the trainer (or launcher) of a process number with SIGKILL; return its process id."""
     pid = find(run, process, module)
     os.kill(pid, signal.SIGKILL)
     return pid
 
 
 def find(run: Path, process: int, module: str = "jax_sft.train") -> int:
-    """Return the process id of a trainer (or its launcher, jax_sft.launch) of a run.
+    """Return the process id of a trainer of a run (or of its launcher, jax_sft.launch).
 
     Raises:
-        LookupError: there is not exactly one.
+        LookupError: not exactly one process matches.
     """
-    found = []
+    pids = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal():
             continue
@@ -161,17 +163,17 @@ def find(run: Path, process: int, module: str = "jax_sft.train") -> int:
         numbers.add(f"OMPI_COMM_WORLD_RANK={process}")
         is_python = command[1:3] == ["-m", module]
         if is_python and f"--workdir={run}" in command and numbers & set(variables):
-            found.append(int(entry.name))
-    if len(found) != 1:
-        raise LookupError(f"{len(found)} processes {process} of {module} for {run}: {found}")
-    return found[0]
+            pids.append(int(entry.name))
+    if len(pids) != 1:
+        raise LookupError(f"{len(pids)} processes {process} of {module} for {run}: {pids}")
+    return pids[0]
 
 
 def wait_until(condition, what: str, timeout_s: float = 60) -> None:
-    """Wait until something is so.
+    """Wait until a condition holds.
 
     Raises:
-        TimeoutError: it is not in time.
+        TimeoutError: it does not hold within `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
     while not condition():
