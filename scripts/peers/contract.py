@@ -1,8 +1,8 @@
-"""What every subject of scripts/bench.py is told, how it keeps time, and what it prints.
+"""Define the input, timing and output of every subject of scripts/bench.py.
 
-A subject is a script that runs in an environment of its own: `python SUBJECT.py SPEC.json`, with
-the clone's root on PYTHONPATH. Its last line of output is one JSON object, see `report`. Standard
-library and NumPy only.
+A subject is a script that runs in its own environment: `python SUBJECT.py SPEC.json`, with the
+clone's root on PYTHONPATH. Its last line of output is one JSON object, see `report`. This module
+uses only the standard library and NumPy.
 """
 
 import dataclasses
@@ -28,23 +28,23 @@ class Spec:
 
     Attributes:
         model: Hugging Face folder; all subjects start from its weights.
-        rows: npz of packed rows in the order of the steps, arrays [steps, rows, seq_len]: tokens,
-            targets, weights, segment_ids (0 = padding), positions.
-        examples: JSON lines {"ids", "mask"}, the examples of these rows in their order; mask 1 =
+        rows: npz file of packed rows in the order of the steps, arrays [steps, rows, seq_len]:
+            tokens, targets, weights, segment_ids (0 = padding), positions.
+        examples: JSON lines {"ids", "mask"}, the examples of these rows in the same order; mask 1 =
             the token trains.
-        held_out: JSON lines as above, never trained on; "" = no loss is asked for.
+        held_out: JSON lines as above, never trained on; "" = measure no held-out loss.
         seq_len: tokens per row.
         steps: optimizer steps, one batch of `rows` each.
-        warmup: the first steps, which are not timed.
-        dtype: of activations and of the weights while they multiply; masters are float32.
+        warmup: number of first steps, which are not timed.
+        dtype: dtype of activations, and of weights in matrix products; masters are float32.
         device: "cpu" or "gpu".
-        optimizer: AdamW: learning_rate (constant), b1, b2, eps, weight_decay (on matrices only),
-            clip_norm.
-        variant: which of the ways that a subject knows; "" = its only one.
-        started: seconds since the epoch when the process was started.
-        workdir: an empty folder for whatever the subject writes.
-        ours: what only our own trainer takes: {"data": path, "source": {...}, "cache_dir": path,
-            "rows": of a batch, "changes": {key of the config: value}}.
+        optimizer: options of AdamW: learning_rate (constant), b1, b2, eps, weight_decay (on
+            matrices only), clip_norm.
+        variant: variant of the subject; "" = its only one.
+        started: start time of the process, in seconds since the epoch.
+        workdir: an empty folder for the subject's files.
+        ours: options of our own trainer alone: {"data": path, "source": {...}, "cache_dir": path,
+            "rows": rows per batch, "changes": {config key: value}}.
     """
 
     model: str
@@ -71,27 +71,27 @@ class Spec:
 
 
 def read() -> Spec:
-    """Return the spec that the command line names."""
+    """Return the spec in the file that the command line names."""
     return Spec(**json.loads(Path(sys.argv[1]).read_text()))
 
 
 def read_examples(path: str) -> list[tuple[list[int], list[int]]]:
     """Return (ids, mask) of each example of a file."""
     lines = Path(path).read_text().splitlines()
-    return [(one["ids"], one["mask"]) for one in map(json.loads, lines)]
+    return [(example["ids"], example["mask"]) for example in map(json.loads, lines)]
 
 
 def segments(row: dict[str, np.ndarray]) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield (ids, labels) of each example of a packed row, as transformers takes them.
+    """Yield (ids, labels) of each example of a packed row, in the format of transformers.
 
     Labels are not shifted: a token that trains is its own label. A row holds inputs only, so the
-    last target of an example comes back only if it trains: what nothing is computed from and
-    nothing is learned from is no work.
+    last target of an example is appended only if it trains. A last target that does not train
+    would add no work, as nothing is computed or learned from it.
     """
     for segment in range(1, int(row["segment_ids"].max()) + 1):
-        here = row["segment_ids"] == segment
-        ids = row["tokens"][here].tolist()
-        targets, weights = row["targets"][here].tolist(), row["weights"][here].tolist()
+        in_segment = row["segment_ids"] == segment
+        ids = row["tokens"][in_segment].tolist()
+        targets, weights = row["targets"][in_segment].tolist(), row["weights"][in_segment].tolist()
         labels = [t if w else IGNORED for t, w in zip(targets, weights, strict=True)]
         if labels[-1] != IGNORED:
             ids.append(targets[-1])
@@ -108,7 +108,7 @@ def counts(spec: Spec) -> tuple[list[int], list[int]]:
 
 
 class Clock:
-    """The ends of the steps. Whoever calls `step` has waited for the device."""
+    """Record when steps end. Callers of `step` wait for the device first."""
 
     def __init__(self, spec: Spec):
         self._spec = spec
@@ -116,11 +116,11 @@ class Clock:
         self.first_step_s = math.nan
 
     def first(self) -> None:
-        """Note the end of the first step; only where `step` notes it too late."""
+        """Record the end of the first step; needed only if `step` is called too late for it."""
         self.first_step_s = time.time() - self._spec.started
 
     def step(self) -> None:
-        """Note the end of a step."""
+        """Record the end of a step."""
         self._ends.append(time.perf_counter())
         if math.isnan(self.first_step_s):
             self.first()
@@ -130,7 +130,7 @@ class Clock:
         """Seconds of each step after the warm-up.
 
         Raises:
-            ValueError: not as many steps as were asked for.
+            ValueError: the number of recorded steps differs from the spec's.
         """
         if len(self._ends) != self._spec.steps:
             raise ValueError(f"{len(self._ends)} steps ended, {self._spec.steps} were asked for")
@@ -141,7 +141,7 @@ def mean_loss(spec: Spec, nll_of: Callable[[Sequence[int], Sequence[int]], float
     """Return the mean loss of the trained tokens of the held-out examples.
 
     Args:
-        nll_of: (ids, mask) of an example alone -> sum of the losses of its trained tokens.
+        nll_of: maps (ids, mask) of a single example to the summed loss of its trained tokens.
     """
     if not spec.held_out:
         return None
@@ -151,12 +151,12 @@ def mean_loss(spec: Spec, nll_of: Callable[[Sequence[int], Sequence[int]], float
 
 
 def peak_rss_bytes() -> int:
-    """The most memory that this process has had resident."""
+    """Return the peak resident memory of this process."""
     status = Path("/proc/self/status")
     if status.exists():
-        found = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(found[0].split()[1]) * 1024
-    # Without /proc (macOS): bytes there.
+        lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(lines[0].split()[1]) * 1024
+    # macOS has no /proc; its ru_maxrss is in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -176,16 +176,16 @@ def report(
     """Print the result of a run.
 
     Args:
-        how: what was run, in words.
-        packages: whose versions matter.
+        how: description of the run.
+        packages: packages whose versions to report.
         step_s: seconds of each timed step.
-        losses: of each step from the first, the mean over its trained tokens.
-        tokens, trained: of each timed step; padding never counts.
-        first_step_s: from the start of the process to the end of the first step.
-        peak_bytes: of the device until the last step; on a CPU of the whole process.
+        losses: mean loss over the trained tokens of each step, including the warm-up.
+        tokens, trained: number of all and of trained tokens per timed step; padding never counts.
+        first_step_s: seconds from the start of the process to the end of the first step.
+        peak_bytes: peak memory of the device until the last step; on a CPU of the whole process.
         held_out_before, held_out_after: mean loss of the held-out examples' trained tokens.
     """
-    found = {
+    result = {
         "how": how,
         "versions": {
             "python": platform.python_version(),
@@ -200,4 +200,4 @@ def report(
         "held_out_before": held_out_before,
         "held_out_after": held_out_after,
     }
-    print("\n" + json.dumps(found), flush=True)
+    print("\n" + json.dumps(result), flush=True)

@@ -1,6 +1,6 @@
-"""The training step that a good JAX programmer writes in a page: jax.nn and optax, no framework.
+"""A training step as a good JAX programmer writes it in a page: jax.nn and optax, no framework.
 
-Trains a Qwen2 or Llama model on packed rows; nothing of jax_sft is imported. A model folder without
+Trains a Qwen2 or Llama model on packed rows, without importing jax_sft. A model folder without
 weights gives random ones.
 
 Shape suffixes: B rows, T tokens, D model, N heads, K kv heads, H head dim, V vocabulary.
@@ -24,14 +24,14 @@ from scripts.peers import contract
 Params = dict[str, Any]  # {"embed", "head" unless tied, "norm", "layers": {name: all layers'}}
 Batch = dict[str, jax.Array]  # tokens, targets, weights, segment_ids, positions, each [B, T]
 
-# {our name: name in the files}, of what a layer has.
+# {our name: name in the files} of a layer's tensors.
 MATRICES = {
     **{name: f"self_attn.{name}_proj.weight" for name in "qkvo"},
     **{name: f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")},
 }
 NORMS = {"attn_norm": "input_layernorm.weight", "mlp_norm": "post_attention_layernorm.weight"}
 BIASES = {f"{name}_bias": f"self_attn.{name}_proj.bias" for name in "qkv"}
-# Fields of config.json that change what is computed: the only values that are implemented.
+# {field of config.json that changes the computation: its only implemented value}.
 ONLY = {
     "hidden_act": "silu",
     "rope_scaling": None,
@@ -44,7 +44,7 @@ ONLY = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of one model; `implementation` is that of jax.nn.dot_product_attention."""
+    """Sizes of a model; `implementation` is an argument of jax.nn.dot_product_attention."""
 
     features: int
     mlp: int
@@ -65,14 +65,14 @@ class Config:
         """Read config.json.
 
         Raises:
-            ValueError: another family, or a field that is not implemented.
+            ValueError: another family, or a value that is not implemented.
         """
         if raw["model_type"] not in ("qwen2", "llama"):
             raise ValueError(f"model_type = {raw['model_type']!r}: use qwen2 or llama")
         for name, value in ONLY.items():
             if raw.get(name, value) != value:
                 raise ValueError(f"config.json: {name} = {raw[name]!r} is not implemented")
-        rope = raw.get("rope_parameters") or {}  # of transformers 5
+        rope = raw.get("rope_parameters") or {}  # written by transformers 5
         if rope.get("rope_type", "default") != "default":
             raise ValueError(f"config.json: rope_parameters = {rope!r} is not implemented")
         heads = raw["num_attention_heads"]
@@ -89,8 +89,8 @@ class Config:
             tied=raw.get("tie_word_embeddings", False),
             has_biases=raw["model_type"] == "qwen2",
             dtype=dtype,
-            # cuDNN's flash attention sees packing as a bias of T x T: it isolates segments, and
-            # skips what is after a token but no other segment.
+            # cuDNN's flash attention gets packing as a bias of T x T. It isolates segments, but
+            # skips only the work after a token, not that of other segments.
             implementation="cudnn" if jax.default_backend() == "gpu" else "xla",
         )
 
@@ -138,7 +138,7 @@ def layer(cfg: Config, batch: Batch, x_BTD: jax.Array, w: Params) -> jax.Array:
 
 
 def logits(params: Params, batch: Batch, cfg: Config) -> jax.Array:
-    """Return those of all tokens, float32 [B, T, V]."""
+    """Return the logits of all tokens, float32 [B, T, V]."""
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(x_BTD, w):
@@ -166,17 +166,23 @@ def shapes(cfg: Config) -> Params:
     """Return the shape of every parameter: matrices [inputs, outputs], all layers stacked."""
     D, F, V = cfg.features, cfg.mlp, cfg.vocab
     q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    one = {"q": (D, q), "k": (D, kv), "v": (D, kv), "o": (q, D)}
-    one |= {"gate": (D, F), "up": (D, F), "down": (F, D), "attn_norm": (D,), "mlp_norm": (D,)}
+    layer_shapes = {"q": (D, q), "k": (D, kv), "v": (D, kv), "o": (q, D)}
+    layer_shapes |= {
+        "gate": (D, F),
+        "up": (D, F),
+        "down": (F, D),
+        "attn_norm": (D,),
+        "mlp_norm": (D,),
+    }
     if cfg.has_biases:
-        one |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
-    found: Params = {"embed": (V, D), "norm": (D,)}
-    found["layers"] = {name: (cfg.layers, *shape) for name, shape in one.items()}
-    return found if cfg.tied else found | {"head": (V, D)}
+        layer_shapes |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
+    all_shapes: Params = {"embed": (V, D), "norm": (D,)}
+    all_shapes["layers"] = {name: (cfg.layers, *shape) for name, shape in layer_shapes.items()}
+    return all_shapes if cfg.tied else all_shapes | {"head": (V, D)}
 
 
 def load(folder: Path, cfg: Config) -> Params:
-    """Read the weights of a Hugging Face folder, as float32 on the device."""
+    """Read the weights of a Hugging Face folder as float32 onto the device."""
     files = {}
     for file in sorted(folder.glob("*.safetensors")):
         opened = safe_open(file, framework="numpy")
@@ -193,13 +199,13 @@ def load(folder: Path, cfg: Config) -> Params:
     params: Params = {
         "embed": jnp.asarray(read("model.embed_tokens.weight")),
         "norm": jnp.asarray(read("model.norm.weight")),
-        "layers": {name: stacked(of_file) for name, of_file in in_layer.items()},
+        "layers": {name: stacked(hf_name) for name, hf_name in in_layer.items()},
     }
     return params if cfg.tied else params | {"head": jnp.asarray(read("lm_head.weight"))}
 
 
 def random(cfg: Config) -> Params:
-    """Return float32 weights as a model from scratch has them, made on the device."""
+    """Return float32 weights as of a model from scratch, created on the device."""
 
     def make(path, shape):
         if "norm" in str(path[-1]):
@@ -219,15 +225,15 @@ def random(cfg: Config) -> Params:
 
 
 def make_optimizer(numbers: dict[str, float], mu_dtype=None) -> optax.GradientTransformation:
-    """AdamW behind clipping, with weight decay on matrices.
+    """Return gradient clipping followed by AdamW, with weight decay on matrices.
 
     Args:
-        mu_dtype: of the first moments, where memory is short; the second ones are float32.
+        mu_dtype: dtype of the first moments, to save memory; the second moments are float32.
     """
 
     def decayed(params: Params) -> Params:
-        of_layers = {name: name in MATRICES for name in params["layers"]}
-        return dict.fromkeys(params, True) | {"norm": False, "layers": of_layers}
+        decayed_in_layers = {name: name in MATRICES for name in params["layers"]}
+        return dict.fromkeys(params, True) | {"norm": False, "layers": decayed_in_layers}
 
     return optax.chain(
         optax.clip_by_global_norm(numbers["clip_norm"]),
@@ -293,9 +299,9 @@ def main() -> None:
 
 
 def nll(params: Params, cfg: Config, ids: Sequence[int], mask: Sequence[int]) -> float:
-    """Return the summed loss of the trained tokens of one example alone."""
+    """Return the summed loss of the trained tokens of a single example."""
     num_tokens = len(ids) - 1
-    pad = (0, -num_tokens % 128)  # few shapes to compile
+    pad = (0, -num_tokens % 128)  # so that few shapes are compiled
     batch = {
         "tokens": np.pad(ids[:-1], pad),
         "targets": np.pad(ids[1:], pad),
@@ -308,7 +314,7 @@ def nll(params: Params, cfg: Config, ids: Sequence[int], mask: Sequence[int]) ->
 
 
 def peak_bytes() -> int:
-    """Most memory in use so far: of the GPU, or of the process."""
+    """Return the peak memory so far, of the GPU or else of the process."""
     stats = jax.local_devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] if stats else contract.peak_rss_bytes()
 

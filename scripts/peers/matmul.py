@@ -1,9 +1,9 @@
-"""How fast this machine multiplies large matrices: what no training step can beat.
+"""Measure how fast this machine multiplies large matrices, which no training step can beat.
 
     python matmul.py SPEC.json [SIZE ...]
 
-The spec's variant is "jax" or "torch". The last line of output is one JSON object: flops_per_s, how
-and versions.
+The spec's variant is "jax" or "torch". The last line of output is one JSON object with flops_per_s,
+how and versions.
 """
 
 import json
@@ -17,17 +17,17 @@ import numpy as np
 from scripts.peers import contract
 
 SIZES = {"cpu": (2048, 4096), "gpu": (8192, 16384)}
-SECONDS = 1.5  # spent on each size; the fastest product counts
+SECONDS = 1.5  # time spent on each size; the fastest product counts
 
 
 def main() -> None:
     spec = contract.read()
     product = {"jax": in_jax, "torch": in_torch}[spec.variant](spec)
     sizes = [int(size) for size in sys.argv[2:]] or SIZES[spec.device]
-    found = {size: fastest(product(size)) for size in sizes}
-    size = max(found, key=lambda size: size**3 / found[size])
+    seconds = {size: fastest(product(size)) for size in sizes}
+    size = max(seconds, key=lambda size: size**3 / seconds[size])
     result = {
-        "flops_per_s": 2 * size**3 / found[size],
+        "flops_per_s": 2 * size**3 / seconds[size],
         "how": f"{size} x {size} times {size} x {size} in {spec.dtype}",
         "versions": {spec.variant: version(spec.variant)},
     }
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def in_jax(spec: contract.Spec) -> Callable[[int], Callable[[], object]]:
-    """Return: size -> a call that multiplies and waits."""
+    """Return a function from a size to a call that multiplies and waits."""
     import jax
     import jax.numpy as jnp
 
@@ -49,7 +49,7 @@ def in_jax(spec: contract.Spec) -> Callable[[int], Callable[[], object]]:
 
 
 def in_torch(spec: contract.Spec) -> Callable[[int], Callable[[], object]]:
-    """Return: size -> a call that multiplies and waits."""
+    """Return a function from a size to a call that multiplies and waits."""
     import torch
 
     device = "cuda" if spec.device == "gpu" else "cpu"
@@ -68,7 +68,7 @@ def in_torch(spec: contract.Spec) -> Callable[[int], Callable[[], object]]:
 
 
 def fastest(call: Callable[[], object]) -> float:
-    """Return the seconds of the fastest of many calls, after one that compiles."""
+    """Return the seconds of the fastest of many calls, after one call that compiles."""
     call()
     times = []
     began = time.perf_counter()

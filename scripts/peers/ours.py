@@ -1,4 +1,4 @@
-"""Our own trainer, as a user calls it: `jax_sft.train` with a config, timed by its own metrics."""
+"""Run our own trainer as a user does: `jax_sft.train` with a config, timed by its own metrics."""
 
 import contextlib
 import io
@@ -69,7 +69,7 @@ def run_config(spec: contract.Spec) -> Any:
     cfg.optimizer.schedule = "constant"
     cfg.optimizer.warmup = 0.0
     cfg.optimizer.update(spec.optimizer)
-    cfg.eval.at_start = False  # the weights before are looked at after the clock has stopped
+    cfg.eval.at_start = False  # `held_out_loss` evaluates these weights after the timed run
     cfg.checkpoint.every_steps = 0
     cfg.log.every_steps = 1
     cfg.update_from_flattened_dict(spec.ours["changes"])
@@ -77,12 +77,12 @@ def run_config(spec: contract.Spec) -> Any:
 
 
 class Lines(io.TextIOBase):
-    """What the trainer prints, passed on; its lines tell when something was done.
+    """A stream that passes on the trainer's output and reads times from its lines.
 
     Attributes:
-        first_step_s: from the start of the process to the end of the first step.
-        peak_rss_bytes: of this process when the last step was done.
-        attention: the backend in use.
+        first_step_s: seconds from the start of the process to the end of the first step.
+        peak_rss_bytes: peak resident memory of this process after the last step.
+        attention: the attention backend in use.
     """
 
     def __init__(self, started: float, to):
@@ -92,7 +92,7 @@ class Lines(io.TextIOBase):
         self.attention = ""
 
     def write(self, text: str) -> int:
-        """Pass the text on."""
+        """Pass the text on and take note of the lines that matter."""
         if text.startswith("compiled and ran the first step"):
             self.first_step_s = time.time() - self._started
         elif text.startswith("attend"):
@@ -102,18 +102,18 @@ class Lines(io.TextIOBase):
         return self._to.write(text)
 
     def flush(self) -> None:
-        """Pass it on."""
+        """Flush the stream to which text is passed on."""
         self._to.flush()
 
 
 def peak_bytes(lines: Lines) -> int:
-    """Most memory in use while training: of the fullest device, or of the process on a CPU."""
+    """Return the peak memory of training, of the fullest device or of the process on a CPU."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     return max((s["peak_bytes_in_use"] for s in stats if s), default=lines.peak_rss_bytes)
 
 
 def held_out_loss(spec: contract.Spec) -> float | None:
-    """Mean loss of the held-out examples under the weights that the run began with."""
+    """Return the mean loss of the held-out examples under the initial weights of the run."""
     if not spec.held_out:
         return None
     model = jax_sft.load(spec.model, dtype=spec.dtype)

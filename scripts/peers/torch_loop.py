@@ -1,7 +1,7 @@
-"""A plain training loop in PyTorch over a transformers model, as an example on the web has it.
+"""Train a transformers model in a plain PyTorch loop, like the examples on the web.
 
-Packed rows of our own, one after the other; position ids that start anew tell transformers which
-tokens may see each other. The model's own loss: the head multiplies every token.
+It trains on our packed rows, one after the other. Position ids that restart at 0 tell transformers
+which tokens may attend to each other. The loss is the model's own: the head multiplies every token.
 """
 
 import functools
@@ -24,7 +24,7 @@ def main() -> None:
         for row in range(len(batch["tokens"])):
             inputs = to_inputs({name: array[row] for name, array in batch.items()}, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
-                # num_items_in_batch: the sum of the losses is divided by it.
+                # The sum of the losses is divided by num_items_in_batch.
                 loss = model(**inputs, num_items_in_batch=total, use_cache=False).loss
             loss.backward()
             summed += loss.detach()
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def make_optimizer(model: torch.nn.Module, numbers: dict[str, float]) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices."""
+    """Return AdamW with weight decay on matrices."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {
@@ -70,12 +70,12 @@ def make_optimizer(model: torch.nn.Module, numbers: dict[str, float]) -> torch.o
 
 
 def to_inputs(row, device: torch.device) -> dict[str, torch.Tensor]:
-    """A packed row without its padding, as arguments of the model, each [1, tokens]."""
+    """Return a packed row without padding as arguments of the model, each [1, tokens]."""
     ids, labels, positions = [], [], []
-    for of_tokens, of_labels in contract.segments(row):
-        ids += of_tokens
-        labels += of_labels
-        positions += range(len(of_tokens))
+    for segment_tokens, segment_labels in contract.segments(row):
+        ids += segment_tokens
+        labels += segment_labels
+        positions += range(len(segment_tokens))
     arrays = {"input_ids": ids, "labels": labels, "position_ids": positions}
     return {name: torch.tensor([array], device=device) for name, array in arrays.items()}
 

@@ -1,4 +1,4 @@
-"""What the subjects that are made of torch and transformers share."""
+"""Load, describe and measure models for the subjects that use torch and transformers."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from scripts.peers.contract import Spec, peak_rss_bytes
 
 
 def load(spec: Spec) -> transformers.PreTrainedModel:
-    """Return the model with float32 masters; FlashAttention on a GPU where it is installed."""
+    """Return the model with float32 masters, and with FlashAttention if installed on a GPU."""
     has_flash = importlib.util.find_spec("flash_attn") is not None and spec.device == "gpu"
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         Path(spec.model),
@@ -23,7 +23,7 @@ def load(spec: Spec) -> transformers.PreTrainedModel:
 
 
 def describe(model: transformers.PreTrainedModel) -> str:
-    """What multiplies, in words."""
+    """Describe the attention implementation and the library of matrix products."""
     library = "cuBLAS" if model.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     if model.device.type == "cpu":
         library += ", MKL" if torch.backends.mkl.is_available() else ", no MKL"
@@ -32,20 +32,20 @@ def describe(model: transformers.PreTrainedModel) -> str:
 
 
 def wait(device: torch.device) -> None:
-    """Return when the device has done all it was given."""
+    """Wait until the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory in use so far: of the GPU's allocator, or of the process."""
+    """Return the peak memory so far, of the GPU's allocator or of the process."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
 
 
 def nll(
     model: transformers.PreTrainedModel, spec: Spec, ids: Sequence[int], mask: Sequence[int]
 ) -> float:
-    """Return the summed loss of the trained tokens of one example alone."""
+    """Return the summed loss of the trained tokens of a single example."""
     head: Any = model.get_output_embeddings()
     device = model.device
     tokens = torch.tensor([list(ids)], device=device)

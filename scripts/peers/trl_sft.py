@@ -1,8 +1,8 @@
-"""TRL's SFTTrainer on packed rows, with the options that it recommends.
+"""Run TRL's SFTTrainer on packed rows, with the options that TRL recommends.
 
-Rows are those of all subjects in the format of TRL's own packing (input_ids, labels, seq_lengths),
-so that losses can be compared step by step; how many rows TRL's own packing ("bfd") makes of the
-same examples is said in `how`. Its collator, loss, optimizer and loop are untouched.
+The rows are those of all subjects, in the format of TRL's own packing (input_ids, labels,
+seq_lengths), so that losses can be compared step by step. `how` reports how many rows TRL's own
+packing ("bfd") makes of the same examples. TRL's collator, loss, optimizer and loop are unchanged.
 """
 
 import functools
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 class Timer(transformers.TrainerCallback):
-    """Notes when the steps end."""
+    """Record when steps end."""
 
     def __init__(self, clock: contract.Clock, device: torch.device):
         self._clock, self._device = clock, device
@@ -71,7 +71,7 @@ class Timer(transformers.TrainerCallback):
 
 
 def arguments(spec: contract.Spec, num_rows: int) -> "trl.SFTConfig":
-    """Return the options: packing as documented, and the same arithmetic as all other subjects."""
+    """Return the options: packing as documented, arithmetic as in all other subjects."""
     numbers = spec.optimizer
     return trl.SFTConfig(
         output_dir=spec.workdir,
@@ -91,7 +91,7 @@ def arguments(spec: contract.Spec, num_rows: int) -> "trl.SFTConfig":
         max_grad_norm=numbers["clip_norm"],
         bf16=spec.dtype == "bfloat16",
         use_cpu=spec.device == "cpu",
-        # TRL's default recomputes every layer: memory for time, and there is memory on a CPU.
+        # TRL recomputes every layer by default to save memory, which a CPU does not need.
         gradient_checkpointing=spec.device == "gpu",
         logging_steps=1,  # the loss of each step
         save_strategy="no",
@@ -101,7 +101,7 @@ def arguments(spec: contract.Spec, num_rows: int) -> "trl.SFTConfig":
 
 
 def to_trl(row) -> dict[str, list[int]]:
-    """A packed row as TRL's `pack_dataset` makes them."""
+    """Return a packed row in the format of TRL's `pack_dataset`."""
     parts = list(contract.segments(row))
     return {
         "input_ids": [token for ids, _ in parts for token in ids],
@@ -111,13 +111,13 @@ def to_trl(row) -> dict[str, list[int]]:
 
 
 def own_rows(spec: contract.Spec) -> int:
-    """How many rows TRL's own packing makes of the same examples."""
+    """Return the number of rows that TRL's own packing makes of the same examples."""
     ids = [ids for ids, _ in contract.read_examples(spec.examples)]
     return len(trl.pack_dataset(datasets.Dataset.from_dict({"input_ids": ids}), spec.seq_len))
 
 
 def isolates(model: transformers.PreTrainedModel) -> bool:
-    """Whether what stands before an example in its row leaves its hidden states alone."""
+    """Return whether an example's hidden states are independent of earlier ones in its row."""
     ids = torch.arange(40, device=model.device)[None] % 7
     positions = torch.cat([torch.arange(20), torch.arange(20)]).to(model.device)[None]
     other = torch.cat([ids[:, :20] + 1, ids[:, 20:]], dim=1)

@@ -1,8 +1,8 @@
-"""Tunix's PeftTrainer, full fine-tuning, in two variants.
+"""Run full fine-tuning with Tunix's PeftTrainer, in two variants.
 
-"padded": its supported path, one example per row, padded to seq_len with its own positions and
-mask. "packed": packed by hand, which it has no option for: the rows of all subjects with positions
-and a mask of their own, in its own loss and loop.
+"padded" is the path that Tunix supports: one example per row, padded to seq_len, with Tunix's own
+positions and mask. "packed" is packed manually, as Tunix has no option for it: the rows of all
+subjects with positions and a mask of our own, in Tunix's own loss and loop.
 """
 
 import functools
@@ -78,7 +78,7 @@ def main() -> None:
 def noting_the_first(
     batches: list[Arrays], model: nnx.Module, clock: contract.Clock
 ) -> Iterator[Arrays]:
-    """Yield the batches; waits for the first step, as Tunix's hooks run a step late."""
+    """Yield the batches; wait for the first step in between, as Tunix's hooks run a step late."""
     for number, batch in enumerate(batches):
         if number == 1:
             jax.block_until_ready(nnx.state(model))
@@ -87,7 +87,7 @@ def noting_the_first(
 
 
 class Timer(hooks.TrainingHooks):
-    """Notes when the steps end; Tunix has waited for the loss then."""
+    """Record when steps end; by then Tunix has waited for the loss."""
 
     def __init__(self, clock: contract.Clock):
         self._clock = clock
@@ -98,26 +98,26 @@ class Timer(hooks.TrainingHooks):
         self.losses.append(float(train_loss))
 
     def on_train_start(self, train_ctx):
-        """Nothing to do."""
+        """Do nothing."""
 
     def on_train_end(self, train_ctx):
-        """Nothing to do."""
+        """Do nothing."""
 
     def on_train_step_start(self, train_ctx):
-        """Nothing to do."""
+        """Do nothing."""
 
     def on_eval_step_start(self, train_ctx):
-        """Nothing to do."""
+        """Do nothing."""
 
     def on_eval_step_end(self, train_ctx, eval_loss):
-        """Nothing to do."""
+        """Do nothing."""
 
 
 def load(spec: contract.Spec) -> nnx.Module:
     """Return Tunix's own model with the weights of the folder, float32 masters.
 
     Raises:
-        ValueError: neither Qwen2 nor Llama without scaled rotation.
+        ValueError: neither Qwen2 nor a float32 Llama without rope_scaling.
     """
     raw = json.loads((Path(spec.model) / "config.json").read_text())
     heads = raw["num_attention_heads"]
@@ -138,8 +138,9 @@ def load(spec: contract.Spec) -> nnx.Module:
         cfg, params = qwen_model.ModelConfig(**fields), qwen_params
     elif kind == "llama" and spec.dtype == "float32" and not raw.get("rope_scaling"):
         cfg, params = llama_model.ModelConfig(**fields, weight_tying=tied), llama_params
-        # Tunix 0.1.7 never hands rope_theta to its Llama's rotation, which takes 1,000,000: with
-        # SmolLM2's 100,000 its loss before training is 1.587 instead of 1.487. The work is equal.
+        # Tunix 0.1.7 never passes rope_theta to its Llama's rotation, which uses 1,000,000. For
+        # SmolLM2, with 100,000, its loss before training is 1.587 instead of 1.487. The fix does
+        # not change the amount of work.
         if not has_mended_rotation():
             theta = {"rope_theta": cfg.rope_theta}
             llama_model.apply_rope = functools.partial(llama_model.apply_rope, **theta)
@@ -149,12 +150,12 @@ def load(spec: contract.Spec) -> nnx.Module:
 
 
 def has_mended_rotation() -> bool:
-    """Whether `load` put the right rope_theta in."""
+    """Return whether `load` has set the right rope_theta."""
     return isinstance(llama_model.apply_rope, functools.partial)
 
 
 def make_optimizer(numbers: dict[str, float]) -> optax.GradientTransformation:
-    """AdamW behind clipping, with weight decay on matrices."""
+    """Return gradient clipping followed by AdamW, with weight decay on matrices."""
     return optax.chain(
         optax.clip_by_global_norm(numbers["clip_norm"]),
         optax.adamw(
@@ -169,15 +170,15 @@ def make_optimizer(numbers: dict[str, float]) -> optax.GradientTransformation:
 
 
 def packed_batches(spec: contract.Spec) -> Iterator[Arrays]:
-    """Yield packed rows [rows, seq_len], cut after the last target where that would not fit."""
+    """Yield packed rows [rows, seq_len], cut where appended targets do not fit."""
     for batch in spec.batches():
         shape = batch["tokens"].shape
         names = ("tokens", "trained", "segment_ids", "positions")
         made = {name: np.zeros(shape, np.int32) for name in names}
         for row in range(shape[0]):
-            of_row = {name: array[row] for name, array in batch.items()}
+            row_arrays = {name: array[row] for name, array in batch.items()}
             start = 0
-            for number, (ids, labels) in enumerate(contract.segments(of_row), start=1):
+            for number, (ids, labels) in enumerate(contract.segments(row_arrays), start=1):
                 stop = min(start + len(ids), shape[1])
                 place, length = (row, slice(start, stop)), stop - start
                 made["tokens"][place] = ids[:length]
@@ -189,7 +190,7 @@ def packed_batches(spec: contract.Spec) -> Iterator[Arrays]:
 
 
 def of_packed(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Arguments of Tunix's loss for packed rows; traced."""
+    """Return the arguments of Tunix's loss for packed rows; traced."""
     segments = batch["segment_ids"]
     causal = jnp.tril(jnp.ones((segments.shape[1],) * 2, bool))
     return {
@@ -218,7 +219,7 @@ def padded_batches(spec: contract.Spec) -> Iterator[Arrays]:
 
 
 def of_padded(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Arguments of Tunix's loss for padded rows, by its own functions as in its examples."""
+    """Return the arguments of Tunix's loss for padded rows, from the functions its examples use."""
     real = batch["input_mask"] > 0
     return {
         "input_tokens": batch["tokens"],
@@ -229,7 +230,7 @@ def of_padded(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def held_out_loss(spec: contract.Spec, model: nnx.Module) -> float | None:
-    """Mean loss of the held-out examples, each alone, padded to a common length for one compile."""
+    """Return the mean loss of the held-out examples, each padded to one length to compile once."""
     if not spec.held_out:
         return None
     longest = max(len(ids) for ids, _ in contract.read_examples(spec.held_out))
@@ -252,7 +253,7 @@ def held_out_loss(spec: contract.Spec, model: nnx.Module) -> float | None:
 
 
 def peak_bytes() -> int:
-    """Most memory in use so far: of the GPU's allocator, or of the process."""
+    """Return the peak memory so far, of the GPU's allocator or of the process."""
     stats = jax.local_devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] if stats else contract.peak_rss_bytes()
 
