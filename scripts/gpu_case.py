@@ -164,15 +164,15 @@ def plain(case: Case, setting: Setting) -> Row:
 
     times = gpu_step.timed(step, NUM_STEPS)
     peak = gpu_step.peak_bytes()
-    tokens_of_step = setting.rows * case.length
+    step_tokens = setting.rows * case.length
     return {
         "layers": cfg.layers,
         "attention": f"jax.nn {cfg.implementation}, mask",
         "compile_s": compile_s,
         **times,
-        "tokens": tokens_of_step,
+        "tokens": step_tokens,
         "pairs": int((positions + 1.0).sum()),
-        "tokens_per_s": tokens_of_step / times["step_time_s"],
+        "tokens_per_s": step_tokens / times["step_time_s"],
         "peak_bytes": peak,
         **gpu_profile.profiled(step, PROFILED_STEPS, compiled.as_text() or ""),
     }

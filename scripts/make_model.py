@@ -1,9 +1,9 @@
-"""Make a model folder of a real model's shape with random bfloat16 weights, to try big folders.
+"""Make a model folder with a real model's shape and random bfloat16 weights, to try large folders.
 
     python -m scripts.make_model --like=7b --out=DIR [--headers-only]
 
-Weights are written in blocks, so that memory stays small. With --headers-only the files have their
-headers and sizes but no content (they are sparse): enough for --dry-run.
+Weights are written in blocks, so that memory use stays small. With --headers-only the files have
+headers and sizes but no content (they are sparse), which is enough for --dry-run.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from jax_sft import models, tiny
 from jax_sft.files import outputs, paths
 from jax_sft.weights import hf_writer
 
-# Sizes of Qwen2.5 (their config.json on the hub) and into how many files they are cut.
+# Sizes of Qwen2.5 (from config.json on the hub) and the number of weight files.
 SHAPES = {
     "0.5b": (dict(D=896, F=4864, L=24, N=14, K=2, V=151_936, tied=True), 1),
     "7b": (dict(D=3584, F=18_944, L=28, N=28, K=4, V=152_064, tied=False), 4),
@@ -56,7 +56,7 @@ def config_of(like: str) -> dict:
 
 
 class Random:
-    """A `BlockReader` of random bits that are never NaN or infinite, made where they are read."""
+    """A `BlockReader` of random bits, never NaN or infinite, generated when they are read."""
 
     dtype = np.dtype(bfloat16)
 
@@ -65,22 +65,22 @@ class Random:
         self.chunk = (1,) * len(shape)
 
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
-        """Return the block of these slices: the same bits for the same slices."""
+        """Return the block of these slices; the same slices give the same bits."""
         shape = [part.stop - part.start for part in slices]
         rng = np.random.default_rng([self._seed, *(part.start for part in slices)])
         words = np.frombuffer(rng.bytes(2 * math.prod(shape)), np.uint16)
-        # Sign and fraction are random, the exponent is one of 8 below that of 0.125.
+        # Sign and fraction are random; the exponent is one of 8, from 2**-15 to 2**-8.
         return ((words & 0x83FF) | 0x3800).view(bfloat16).reshape(shape)
 
     def finish(self) -> None:
-        """Do nothing: there is nothing to compare with."""
+        """Do nothing, as there are no stored bytes to compare with."""
 
 
 def make(like: str, out: Path, headers_only: bool) -> None:
     """Write the folder.
 
     Raises:
-        ValueError: it is there already, or is no place for a model.
+        ValueError: the folder exists already, or `out` is not a place for a model.
     """
     out = outputs.check(out, outputs.EXPORT).out
     config = config_of(like)

@@ -1,13 +1,13 @@
-"""Write constraints.txt and constraints-gpu.txt: what pip chooses today for each supported Python.
+"""Write constraints.txt and constraints-gpu.txt: the versions pip chooses today for each Python.
 
     python scripts/pin.py python3.11 python3.12 python3.13
 
-Nothing is installed. CI, the quickstart and scripts/test.sh install with these versions; review
-the difference, run scripts/test.sh and commit. The tools of requirements-dev.txt are resolved for
-the first interpreter only, which should be the one that CI has.
+Nothing is installed. CI, the quickstart and scripts/test.sh install these versions. After running
+this, review the difference, run scripts/test.sh and commit. The tools of requirements-dev.txt are
+resolved only for the first interpreter, which should be that of CI.
 
-NVIDIA's libraries have a file of their own: the CUDA builds of torch pin other versions of them,
-and torch is installed with constraints.txt.
+NVIDIA's libraries have their own file, as torch is installed with constraints.txt, and the CUDA
+builds of torch pin other versions of these libraries.
 """
 
 import json
@@ -36,42 +36,42 @@ def resolve(python: str, files: Iterable[str]) -> tuple[str, dict[str, str]]:
     options = ["--quiet", "--dry-run", "--ignore-installed", "--report", "-"]
     command = [python, "-m", "pip", "install", *options, *requirements]
     report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    # A local label names one build among several (torch's +cpu); a pin without it fits each.
-    found = {
+    # A local label names one of several builds (torch's +cpu); a pin without it matches them all.
+    versions = {
         part["metadata"]["name"].lower().replace("_", "-"): part["metadata"]["version"]
         for part in report["install"]
     }
-    pins = {name: version.partition("+")[0] for name, version in found.items()}
+    pins = {name: version.partition("+")[0] for name, version in versions.items()}
     return ".".join(report["environment"]["python_full_version"].split(".")[:2]), pins
 
 
 def lines(pins: Mapping[str, Mapping[str, str]], pythons: Sequence[str]) -> list[str]:
-    """Return a line per package and version, with a marker where not every Python has it.
+    """Return a line per package and version, with a marker unless it holds for every Python.
 
     Args:
         pins: {package: {Python version: version}}.
     """
-    found = []
+    pinned = []
     for name, versions in sorted(pins.items()):
         if len(set(versions.values())) == 1 and set(versions) in ({*pythons}, {pythons[0]}):
-            found.append(f"{name}=={versions[pythons[0]]}")
+            pinned.append(f"{name}=={versions[pythons[0]]}")
             continue
         for python, version in versions.items():
-            found.append(f'{name}=={version}; python_version == "{python}"')
-    return found
+            pinned.append(f'{name}=={version}; python_version == "{python}"')
+    return pinned
 
 
 def main(interpreters: Sequence[str]) -> None:
-    """Resolve for each interpreter and write the file."""
+    """Resolve the versions for each interpreter and write the files."""
     if not interpreters:
         sys.exit("error: name the interpreters: python3.11 python3.12 python3.13")
     pins: dict[str, dict[str, str]] = {}
     pythons = []
     for number, python in enumerate(interpreters):
-        version, found = resolve(python, FILES if number else (*FILES, DEV))
+        version, versions = resolve(python, FILES if number else (*FILES, DEV))
         pythons.append(version)
-        print(f"{python}: {len(found)} packages")
-        for name, pin in found.items():
+        print(f"{python}: {len(versions)} packages")
+        for name, pin in versions.items():
             pins.setdefault(name, {})[version] = pin
     pinned = lines(pins, pythons)
     nvidia = [line for line in pinned if line.startswith("nvidia-")]

@@ -1,8 +1,8 @@
-"""Prove that jax_sft trains: a tiny model learns, from nothing, to spell unseen words backwards.
+"""Prove that jax_sft trains: a tiny random model learns to spell unseen words backwards.
 
-Called by quickstart.sh. Folder in, training on a mesh of 8 simulated devices, folder out; greedy
-answers to held-out questions before and after. Exits with 1 unless exact match rises from under
-5% to over 90%.
+Called by quickstart.sh. Trains a Hugging Face folder on a mesh of 8 simulated devices and exports
+it. Answers held-out questions greedily before and after. Exits with 1 unless exact match rises from
+under 5% to over 90%.
 """
 
 import json
@@ -38,7 +38,7 @@ def answer(folder: str | Path, mesh, questions: list[str]) -> list[str]:
 
 
 def keep_earlier(workdir: Path) -> None:
-    """Rename the workdir of an earlier quickstart: somebody may have trained on in it."""
+    """Rename the workdir of an earlier quickstart, as someone may have continued training in it."""
     if not workdir.exists():
         return
     number = 1

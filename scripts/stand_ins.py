@@ -1,6 +1,6 @@
-"""Stand-ins for packages that read and write files, on machines that lack them.
+"""Replace packages that read and write files by stand-ins, on machines that lack them.
 
-A training step on random weights needs none: `install` lets the package be imported without.
+A training step on random weights needs none of them: `install` lets jax_sft be imported without.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ NAMES = (
 
 
 def install() -> list[str]:
-    """Put stand-ins in the place of packages that are not installed; return the names of these."""
+    """Install stand-ins for packages that are not installed; return the names of these packages."""
     missing = [name for name in NAMES if "." not in name and not _is_installed(name)]
     for name in NAMES:
         if name.partition(".")[0] in missing:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Formats, lints, type-checks and tests: what must pass before a change lands.
+# Runs all checks that must pass before a change lands: format, lint, types and tests.
 # Extra arguments go to pytest: scripts/test.sh -m slow, scripts/test.sh tests/data -x
 # Tests run on all cores; -n 0 runs them in one process, where --pdb and -s work.
 set -euo pipefail
@@ -10,5 +10,5 @@ export PATH="$PWD/${VENV:-.venv}/bin:$PATH"
 ruff format --check .
 ruff check .
 pyright
-# worksteal: a worker keeps the tests of a file, with what they share, until the other has none.
+# worksteal: a worker keeps the tests of a file, and what they share, until another one is idle.
 exec python -m pytest -n auto --dist worksteal "$@"

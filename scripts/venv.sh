@@ -1,5 +1,5 @@
-# Sourced by quickstart.sh and test.sh: make_venv FILE installs a requirements file and this clone,
-# editable, into the folder $VENV (.venv), of the interpreter $PYTHON (python3).
+# Sourced by quickstart.sh and test.sh. make_venv FILE installs a requirements file and this clone
+# (editable) into a virtual environment: folder $VENV (.venv), interpreter $PYTHON (python3).
 # Another interpreter needs another folder: PYTHON=python3.13 VENV=.venv-3.13
 
 make_venv() {
@@ -15,14 +15,15 @@ make_venv() {
     echo "installing $requirements into $venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
       -c "$constraints" -r "$requirements" setuptools
-    # Without the network: setuptools is there, and so are all dependencies.
+    # Without the network, as setuptools and all dependencies are installed by now.
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
       --no-deps --no-build-isolation -e .
     touch "$stamp"
   fi
 }
 
-# Print the newest supported interpreter that runs here. PYENV_VERSION selects among pyenv's.
+# Print the newest supported interpreter that runs on this machine. PYENV_VERSION makes pyenv select
+# the version.
 newest_python() {
   local version
   for version in 3.13 3.12 3.11; do
