@@ -62,7 +62,7 @@ def source(path: str | os.PathLike, **changes) -> Config:
     """
     fields: Config = ConfigDict()
     fields.path = os.fspath(path)
-    fields.format = ""  # one of data.sources.formats.FORMATS; "" = inferred from the columns, and reported
+    fields.format = ""  # one of data.sources.formats.FORMATS; "" = inferred from the columns, shown
     fields.limit = 0  # rows to read from the start; 0 = all
     # Set one of the two, see data.batches.mixture.
     fields.epochs = 1.0  # passes over this source in one epoch of the run
