@@ -42,7 +42,7 @@ DTYPES = {"codes": np.uint8, "magnitudes": np.int8, "scale": np.float32, "mean":
 # ---- numbers -------------------------------------------------------------------------------------
 
 
-def quantise(kernel: jax.Array, inputs_last: bool) -> dict[str, jax.Array]:
+def quantize(kernel: jax.Array, inputs_last: bool) -> dict[str, jax.Array]:
     """Return the PARTS of a kernel [inputs, *outputs] or, with `inputs_last`, [*outputs, inputs].
 
     codes: uint8 [inputs / 2, *outputs], two codes per byte, the first in the upper half.
@@ -69,8 +69,8 @@ def quantise(kernel: jax.Array, inputs_last: bool) -> dict[str, jax.Array]:
     }
 
 
-def dequantise(parts: Mapping[str, jax.Array], inputs_last: bool, dtype=jnp.float32) -> jax.Array:
-    """Return the kernel stored by `quantise`, computed in float32."""
+def dequantize(parts: Mapping[str, jax.Array], inputs_last: bool, dtype=jnp.float32) -> jax.Array:
+    """Return the kernel stored by `quantize`, computed in float32."""
     axis = parts["codes"].ndim - 1 if inputs_last else 0
     largest = parts["magnitudes"] * jnp.expand_dims(parts["scale"], axis) + parts["mean"]
     codes = jnp.stack([parts["codes"] >> 4, parts["codes"] & 15], axis + 1)
@@ -104,13 +104,13 @@ class Packed(nnx.Module):
         self.shape, self.inputs_last, self.dtype = tuple(shape), inputs_last, jnp.dtype(dtype)
         flat = _flat(shape, num_inputs, inputs_last)
         for name, part in jax.eval_shape(
-            functools.partial(quantise, inputs_last=inputs_last), jnp.zeros(flat)
+            functools.partial(quantize, inputs_last=inputs_last), jnp.zeros(flat)
         ).items():
             setattr(self, name, nnx.Param(jnp.zeros(part.shape, part.dtype)))
 
     def __getitem__(self, _) -> jax.Array:
         parts = {name: getattr(self, name)[...] for name in PARTS}
-        return dequantise(parts, self.inputs_last, self.dtype).reshape(self.shape)
+        return dequantize(parts, self.inputs_last, self.dtype).reshape(self.shape)
 
 
 def _flat(shape: Sequence[int], num_inputs: int, inputs_last: bool) -> tuple[int, ...]:
@@ -224,11 +224,11 @@ def both_ways(model_def: ModelDef, path: str, kernel: np.ndarray) -> tuple[np.nd
 @functools.partial(jax.jit, static_argnames=("num_inputs", "inputs_last"))
 def _both_ways(kernel, num_inputs: int, inputs_last: bool) -> tuple[jax.Array, jax.Array]:
     parts = _packed_layer(kernel, num_inputs, inputs_last)
-    return parts["codes"], dequantise(parts, inputs_last).reshape(kernel.shape)
+    return parts["codes"], dequantize(parts, inputs_last).reshape(kernel.shape)
 
 
 def _packed_layer(kernel, num_inputs: int, inputs_last: bool) -> dict[str, jax.Array]:
-    return quantise(kernel.reshape(_flat(kernel.shape, num_inputs, inputs_last)), inputs_last)
+    return quantize(kernel.reshape(_flat(kernel.shape, num_inputs, inputs_last)), inputs_last)
 
 
 def _form(model_def: ModelDef, path: str) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def Layer(cfg: Config, key) -> experts.Layer:
     attn, mlp = jax.random.split(key)
     sizes = cfg.features, cfg.mlp, cfg.num_experts, cfg.num_chosen
     return experts.Layer(
-        cfg, attention.Attention(cfg, attn), experts.MoE(*sizes, normalise=True, key=mlp)
+        cfg, attention.Attention(cfg, attn), experts.MoE(*sizes, normalize=True, key=mlp)
     )
 
 

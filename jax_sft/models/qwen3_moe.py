@@ -21,7 +21,7 @@ class Config(Sizes):
     num_experts: int
     num_chosen: int  # experts per token
     router_aux: float  # weight of the load-balancing loss
-    normalise: bool  # whether the weights of the chosen experts sum to 1
+    normalize: bool  # whether the weights of the chosen experts sum to 1
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Config":
@@ -42,7 +42,7 @@ class Config(Sizes):
             attention_bias=fields.flag("attention_bias"),
             num_experts=num_experts,
             num_chosen=num_chosen,
-            normalise=fields.flag("norm_topk_prob"),
+            normalize=fields.flag("norm_topk_prob"),
             router_aux=router_aux,
         )
         fields.done()
@@ -78,7 +78,7 @@ def Layer(cfg: Config, key) -> experts.Layer:
     return experts.Layer(
         cfg,
         attention.Attention(cfg, attn, bias=bias, out_bias=bias, norms=norms),
-        experts.MoE(*sizes, normalise=cfg.normalise, key=mlp),
+        experts.MoE(*sizes, normalize=cfg.normalize, key=mlp),
     )
 
 

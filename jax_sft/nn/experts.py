@@ -92,7 +92,7 @@ class MoE(nnx.Module):
     Args:
         mlp: inner size of an expert.
         num_chosen: experts per token.
-        normalise: whether the weights of a token are normalized to sum to 1.
+        normalize: whether the weights of a token are normalized to sum to 1.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class MoE(nnx.Module):
         mlp: int,
         num_experts: int,
         num_chosen: int,
-        normalise: bool,
+        normalize: bool,
         key,
     ):
         router, gate, up, down = jax.random.split(key, 4)
-        self.num_chosen, self.normalise = num_chosen, normalise
+        self.num_chosen, self.normalize = num_chosen, normalize
         self.router = layers.Linear({"embed": features}, {"experts": num_experts}, router)
         self.gate = ExpertKernel(num_experts, features, mlp, gate)
         self.up = ExpertKernel(num_experts, features, mlp, up)
@@ -118,7 +118,7 @@ class MoE(nnx.Module):
         chosen_BTK = _best(probs_BTE, self.num_chosen)
         is_chosen_BTKE = chosen_BTK[..., None] == jnp.arange(num_experts)
         weights_BTK = jnp.where(is_chosen_BTKE, probs_BTE[:, :, None], 0.0).sum(-1)
-        if self.normalise:
+        if self.normalize:
             weights_BTK /= weights_BTK.sum(-1, keepdims=True)
         is_taken_BTE = is_chosen_BTKE.any(2) & is_real_BT[..., None]
         routing = Routing(

@@ -53,10 +53,10 @@ def by_the_formula(weight: np.ndarray) -> np.ndarray:
 def test_values_equal_the_formula_in_float64(inputs_last):
     weight = np.random.default_rng(0).standard_normal((24, 320)).astype(np.float32)
     kernel = weight if inputs_last else weight.T
-    parts = nf4.quantise(jax.numpy.array(kernel), inputs_last)
+    parts = nf4.quantize(jax.numpy.array(kernel), inputs_last)
     assert parts["codes"].size == weight.size // 2 and parts["codes"].dtype == np.uint8
     assert parts["magnitudes"].size == weight.size // 64
-    found = np.asarray(nf4.dequantise(parts, inputs_last))
+    found = np.asarray(nf4.dequantize(parts, inputs_last))
     expected = by_the_formula(weight)
     np.testing.assert_allclose(found if inputs_last else found.T, expected, rtol=0, atol=2e-6)
     error = np.abs(expected - weight).mean() / np.abs(weight).mean()
@@ -66,7 +66,7 @@ def test_values_equal_the_formula_in_float64(inputs_last):
 def test_a_block_of_zeros_stays_zero():
     kernel = np.zeros((128, 3), np.float32)
     kernel[64:, 1] = 2.0
-    found = np.asarray(nf4.dequantise(nf4.quantise(jax.numpy.array(kernel), False), False))
+    found = np.asarray(nf4.dequantize(nf4.quantize(jax.numpy.array(kernel), False), False))
     np.testing.assert_allclose(found, kernel, atol=0.02)
     assert (found[:64] == 0).all() and np.isfinite(found).all()
 

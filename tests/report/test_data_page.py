@@ -178,7 +178,7 @@ def test_pieces_of_real_tokenizers_join_to_the_text(name, text):
     if not (SHARED / name).is_dir():
         pytest.skip(f"the tokenizer {SHARED / name} is not on this machine")
     tokenizer = transformers.AutoTokenizer.from_pretrained(SHARED / name)
-    text = tokenizer.decode(ids_of(tokenizer, text))  # as the tokenizer normalises it
+    text = tokenizer.decode(ids_of(tokenizer, text))  # as the tokenizer normalizes it
     found = pieces_of(tokenizer, (text, 1))
     assert "".join(piece.text for piece in found) == text
     assert all(REPLACEMENT not in piece.text for piece in found)
