@@ -24,7 +24,7 @@ from jax_sft.runtime.text import numbered
 from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import mesh_shape
 from jax_sft.weights import hf_folder
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -132,7 +132,7 @@ def _attention(cfg, model_cfg, sizes: dict[str, int], planned_for: tuple[int, ..
 
 def _trained(
     cfg, family, model_cfg, adapters: lora.Settings | None
-) -> tuple[tuple[Weight, ...], dict[str, int]]:
+) -> tuple[tuple[ParamSpec, ...], dict[str, int]]:
     """Return (specs, dims) of the model with its adapters; check stored adapters against it."""
     dtype = cfg.model.dtype if cfg.model.dtype in DTYPES else "float32"
     plain = ModelDef.of(family, model_cfg, dtype=dtype)

@@ -33,7 +33,7 @@ from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import program, state
 from jax_sft.validate import validate
 from jax_sft.weights import placement
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 REPO = Path(__file__).resolve().parent.parent
 PLAN = """
@@ -187,7 +187,7 @@ def options_left(attention: str) -> dict[str, Any]:
 
 
 def random_params(
-    rows: Iterable[Weight], dims: dict[str, int], mesh, dtype=jnp.float32
+    rows: Iterable[ParamSpec], dims: dict[str, int], mesh, dtype=jnp.float32
 ) -> dict[str, jax.Array]:
     """Return weights as of a model from scratch, each created directly in its sharding."""
     rows = list(rows)

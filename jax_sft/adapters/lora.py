@@ -23,7 +23,7 @@ from jax_sft.nn.model_def import ModelDef
 from jax_sft.runtime import patterns
 from jax_sft.sharding import collectives, rules
 from jax_sft.weights import tree
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 ALL_LINEAR = "all-linear"
 _HF = "base_model.model."  # PEFT's prefix of the names of a model's modules
@@ -210,7 +210,7 @@ def target_of(hf_name: str) -> str:
     return module_of(hf_name.removesuffix(".weight")).removeprefix(_HF)
 
 
-def adapter_rows(row: Weight, settings: Settings) -> list[Weight]:
+def adapter_rows(row: ParamSpec, settings: Settings) -> list[ParamSpec]:
     """Return the parameter specs of a linear layer's adapter, from the spec of its kernel.
 
     If a tensor of the files holds several kernels, each has its own A and B. In adapter files, the
@@ -223,8 +223,8 @@ def adapter_rows(row: Weight, settings: Settings) -> list[Weight]:
     b_layout = f"{outs} {r_b}" if "embed" in outputs else f"{r_b} {outs}"
     a_axes = tuple(r_a for _ in row.fused)
 
-    def part(path: str, name: str, layout: str, fused: tuple[str, ...] = row.fused) -> Weight:
-        return Weight(f"{stem}.{path}", f"{hf}.{name}", layout, fused, row.place)
+    def part(path: str, name: str, layout: str, fused: tuple[str, ...] = row.fused) -> ParamSpec:
+        return ParamSpec(f"{stem}.{path}", f"{hf}.{name}", layout, fused, row.place)
 
     rows = [
         part("a.kernel", "lora_A.weight", f"{r_a} ({ins}) -> {ins} {r_a}", a_axes),

@@ -23,7 +23,7 @@ from jax_sft.nn.layers import Linear
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.sharding import rules
 from jax_sft.weights import tree
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 BLOCK = 64  # weights per magnitude
 # Quantiles of a normal distribution: 7 below zero, zero and 8 above, scaled to -1 and 1. The values
@@ -179,12 +179,12 @@ def _stacked(make, size: int):
     return jax.vmap(lambda _: make())(jnp.arange(size))
 
 
-def _rows(row: Weight, inputs: Sequence[str], outputs: Sequence[str]) -> tuple[Weight, ...]:
+def _rows(row: ParamSpec, inputs: Sequence[str], outputs: Sequence[str]) -> tuple[ParamSpec, ...]:
     """Return the specs of the PARTS of a kernel, which have no tensors in the files."""
     outs = " ".join(outputs)
 
-    def part(name: str, axes: str) -> Weight:
-        return Weight(f"{row.path}.{name}", f"{row.hf}.{name}", f"{axes} -> {axes}")
+    def part(name: str, axes: str) -> ParamSpec:
+        return ParamSpec(f"{row.path}.{name}", f"{row.hf}.{name}", f"{axes} -> {axes}")
 
     def over(size: int) -> str:
         axis = f"{inputs[0]}/{size}"

@@ -19,7 +19,7 @@ from jax_sft.runtime import patterns
 from jax_sft.runtime.text import at_most
 from jax_sft.sharding import rules
 from jax_sft.weights import hf_folder, hf_reader
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -320,7 +320,7 @@ def check(folder: Path, model_def: ModelDef) -> None:
         raise ValueError(f"{folder} does not fit the model:\n  " + "\n  ".join(shown))
 
 
-def tensors(row: Weight, model_def: ModelDef) -> Iterator[tuple[tuple[int, ...], str]]:
+def tensors(row: ParamSpec, model_def: ModelDef) -> Iterator[tuple[tuple[int, ...], str]]:
     """Yield (index along the stacked axes, HF name) for each layer with this adapter."""
     chosen = model_def.trained.get(row.path)
     for index, name in row.hf_tensors(model_def.dims):
@@ -331,7 +331,7 @@ def tensors(row: Weight, model_def: ModelDef) -> Iterator[tuple[tuple[int, ...],
 # ---- tensors that hold several kernels -----------------------------------------------------------
 
 
-def joined(row: Weight) -> Weight:
+def joined(row: ParamSpec) -> ParamSpec:
     """Return the spec of the tensor in a file for a parameter of an adapter.
 
     It is the same spec, except for B of a fused tensor. The file stores that B block-diagonally: it
@@ -344,7 +344,7 @@ def joined(row: Weight) -> Weight:
     )
 
 
-def widened(array: np.ndarray, row: Weight) -> np.ndarray:
+def widened(array: np.ndarray, row: ParamSpec) -> np.ndarray:
     """Pad the array of `row` with zeros to an array of `joined(row)`."""
     (axis,) = [n for n, name in enumerate(row.axes) if name in ("rank", "whole_rank")]
     rank = array.shape[axis]
@@ -353,7 +353,7 @@ def widened(array: np.ndarray, row: Weight) -> np.ndarray:
     return np.pad(array, padding)
 
 
-def _shapes(row: Weight, dims: dict[str, int]) -> list[tuple[int, ...]]:
+def _shapes(row: ParamSpec, dims: dict[str, int]) -> list[tuple[int, ...]]:
     """Return the shapes that a tensor in a file may have; the first is the one we write."""
     shapes = [joined(row).hf_shape(dims)]
     if row.path.endswith(".a.kernel") and row.fused:
@@ -363,7 +363,7 @@ def _shapes(row: Weight, dims: dict[str, int]) -> list[tuple[int, ...]]:
     return shapes
 
 
-def _part(tensor: np.ndarray, row: Weight, name: str, dims: dict[str, int]) -> np.ndarray:
+def _part(tensor: np.ndarray, row: ParamSpec, name: str, dims: dict[str, int]) -> np.ndarray:
     """Return the part of a file's tensor that belongs to a parameter.
 
     PEFT has one A for all kernels of a tensor, so each kernel's adapter gets a copy.

@@ -13,7 +13,7 @@ from jax_sft.adapters import lora, nf4
 from jax_sft.checkpoint import array_checksums, orbax_io
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.weights.blocks import BlockReader
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 _OTHER = (
     "{} did not train, and is not in the model what it was then: name the model of the run with "
@@ -97,7 +97,9 @@ class Merged:
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, kernel: BlockReader, row: Weight, adapter: tuple, settings: lora.Settings):
+    def __init__(
+        self, kernel: BlockReader, row: ParamSpec, adapter: tuple, settings: lora.Settings
+    ):
         self._kernel, self._settings = kernel, settings
         self.shape, self.chunk = kernel.shape, kernel.chunk
         self._a, self._b, self._magnitude = adapter

@@ -22,7 +22,7 @@ from jax_sft.files import manifest, outputs, paths, sums
 from jax_sft.hosts import preflight
 from jax_sft.sharding import rules
 from jax_sft.weights import blocks, hf_folder, hf_reader, hf_writer
-from jax_sft.weights.param_spec import Weight, contiguous
+from jax_sft.weights.param_spec import ParamSpec, contiguous
 
 STEP = 0
 _MOST_PIECES = 64  # independently readable pieces of a block; more fsdp shards share pieces
@@ -40,7 +40,7 @@ class Plan:
     """
 
     folder: Path
-    rows: tuple[Weight, ...]
+    rows: tuple[ParamSpec, ...]
     dims: dict[str, int]
     tensors: Mapping[str, hf_reader.Tensor]
     dtypes: Mapping[str, np.dtype]
@@ -175,7 +175,7 @@ def _write_step(planned: Plan, folder: Path, progress: bool) -> dict[str, str]:
     return {f"{folder.name}/{path}": sha256 for path, sha256 in hashes.items()}
 
 
-def _write_row(planned: Plan, row: Weight, folder: Path) -> Iterator[tuple[str, str, int, int]]:
+def _write_row(planned: Plan, row: ParamSpec, folder: Path) -> Iterator[tuple[str, str, int, int]]:
     """Write one array; yield file, sha256 of the file, array checksum and bytes of each block."""
     dims, dtype, shape = planned.dims, planned.dtypes[row.path], row.shape(planned.dims)
     ones = (1,) * len(row.stacked)
@@ -206,7 +206,7 @@ def _write_row(planned: Plan, row: Weight, folder: Path) -> Iterator[tuple[str, 
         yield from pool.map(write, *zip(*tasks, strict=True))
 
 
-def _piece(row: Weight, block: tuple[int, ...], itemsize: int) -> list[int]:
+def _piece(row: ParamSpec, block: tuple[int, ...], itemsize: int) -> list[int]:
     """Return the shape of a block's pieces: split in the dim sharded over `fsdp` (across hosts)."""
     piece = [*block]
     for dim, axis in enumerate(row.axes):

@@ -20,7 +20,7 @@ from jax_sft.files import step_folders
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.weights import hf_reader, placement, vocabulary
 from jax_sft.weights.blocks import BlockReader
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 Load = Callable[[Mapping[str, NamedSharding], Any, bool], dict[str, jax.Array]]
 
@@ -42,7 +42,7 @@ class Weights:
 
 def find(
     folder: Path,
-    rows: Iterable[Weight],
+    rows: Iterable[ParamSpec],
     dims: dict[str, int],
     tied: bool,
     step: int | None = None,
@@ -110,7 +110,7 @@ def read(
 
 def _of_checkpoint(
     folder: Path,
-    rows: tuple[Weight, ...],
+    rows: tuple[ParamSpec, ...],
     dims: dict[str, int],
     step: int | None,
     vocab_shards: int,

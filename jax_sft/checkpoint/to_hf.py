@@ -22,7 +22,7 @@ from jax_sft.nn.model_def import ModelDef
 from jax_sft.runtime.text import at_most
 from jax_sft.weights import hf_folder, hf_reader, hf_writer
 from jax_sft.weights.blocks import BlockReader
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 SHARD_BYTES = 5_000_000_000
 OF_RUN = "export"  # the export's folder in the folder of a run
@@ -200,7 +200,7 @@ class Plan:
     model_def: ModelDef
     settings: lora.Settings | None
     weights: pretrained.Weights | None
-    rows: tuple[Weight, ...]
+    rows: tuple[ParamSpec, ...]
     dtypes: Mapping[str, str]
     layout: hf_writer.Layout
     base: Path | None
@@ -296,7 +296,7 @@ class Plan:
         )
         yield self.stop_line
 
-    def _source(self, row: Weight) -> str:
+    def _source(self, row: ParamSpec) -> str:
         if row.path in self.arrays:
             array = self.arrays[row.path]
             return f"{array['dtype']} {array['shape'][len(row.stacked) :]}"
@@ -369,7 +369,7 @@ def _plan(
 
 
 def _weights(
-    of_run: Mapping[str, Any], base: str, rows: tuple[Weight, ...], model_def: ModelDef
+    of_run: Mapping[str, Any], base: str, rows: tuple[ParamSpec, ...], model_def: ModelDef
 ) -> pretrained.Weights:
     """Open the frozen weights, which the checkpoint does not store.
 

@@ -6,7 +6,7 @@ A family combines rows of norms and layers; `weights.param_spec` describes a row
 import dataclasses
 from collections.abc import Iterable
 
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 LAYER = "model.layers.{layers}."
 PRE_NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
@@ -17,59 +17,61 @@ TO_EXPERTS = "experts embed -> embed experts"
 TO_MLP, FROM_MLP = "mlp embed -> embed mlp", "embed mlp -> embed mlp"
 
 
-def linear(path: str, hf: str, layout: str, bias: bool = False) -> list[Weight]:
+def linear(path: str, hf: str, layout: str, bias: bool = False) -> list[ParamSpec]:
     """Return the rows of a linear layer: its kernel and, if it has one, its bias.
 
     Args:
         path, hf: path and HF name of the layer, without ".kernel" and ".weight".
         layout: layout of the kernel. The bias has its first HF dimension, which is the output.
     """
-    rows = [Weight(f"{path}.kernel", f"{hf}.weight", layout)]
+    rows = [ParamSpec(f"{path}.kernel", f"{hf}.weight", layout)]
     if bias:
         # The model dimension of a vector is called "norm".
         outputs = ["norm" if axis == "embed" else axis for axis in rows[0].factors[0]]
         axes = " ".join(outputs)
-        rows.append(Weight(f"{path}.bias", f"{hf}.bias", f"({axes}) -> {axes}"))
+        rows.append(ParamSpec(f"{path}.bias", f"{hf}.bias", f"({axes}) -> {axes}"))
     return rows
 
 
-def fused(hf: str, layouts: dict[str, str]) -> list[Weight]:
+def fused(hf: str, layouts: dict[str, str]) -> list[ParamSpec]:
     """Return the rows of linear layers whose kernels are concatenated in one HF tensor.
 
     Args:
         hf: name of the tensor, without ".weight".
         layouts: {path of a layer: layout of its kernel}, in the order of the tensor.
     """
-    rows = [Weight(f"{path}.kernel", f"{hf}.weight", layout) for path, layout in layouts.items()]
+    rows = [ParamSpec(f"{path}.kernel", f"{hf}.weight", layout) for path, layout in layouts.items()]
     firsts = tuple(" ".join(row.factors[0]) for row in rows)
     return [dataclasses.replace(row, fused=firsts, place=place) for place, row in enumerate(rows)]
 
 
-def decoder(rows: Iterable[Weight], tied: bool, norm: str = "scale") -> tuple[Weight, ...]:
+def decoder(rows: Iterable[ParamSpec], tied: bool, norm: str = "scale") -> tuple[ParamSpec, ...]:
     """Return the rows of a decoder: embedding, final norm, layers and, unless tied, the head.
 
     Args:
         rows: rows of the layers.
         norm: name of the parameter of norms.
     """
-    head = Weight("head.table", "lm_head.weight", "vocab embed -> embed vocab")
+    head = ParamSpec("head.table", "lm_head.weight", "vocab embed -> embed vocab")
     return (
-        Weight("embed.table", "model.embed_tokens.weight", "vocab embed -> vocab embed"),
-        Weight(f"final_norm.{norm}", "model.norm.weight", "norm -> norm"),
+        ParamSpec("embed.table", "model.embed_tokens.weight", "vocab embed -> vocab embed"),
+        ParamSpec(f"final_norm.{norm}", "model.norm.weight", "norm -> norm"),
         *rows,
         *([] if tied else [head]),
     )
 
 
-def norms(names: dict[str, str], norm: str = "scale", layout: str = "norm -> norm") -> list[Weight]:
+def norms(
+    names: dict[str, str], norm: str = "scale", layout: str = "norm -> norm"
+) -> list[ParamSpec]:
     """Return the rows of norms {path in a layer: name in a Hugging Face layer}."""
     return [
-        Weight(f"layers.{path}.{norm}", f"{LAYER}{name}.weight", layout)
+        ParamSpec(f"layers.{path}.{norm}", f"{LAYER}{name}.weight", layout)
         for path, name in names.items()
     ]
 
 
-def attention(bias: bool = False, out_bias: bool = False) -> list[Weight]:
+def attention(bias: bool = False, out_bias: bool = False) -> list[ParamSpec]:
     """Return the rows of `attention.Attention`, without norms."""
     return [
         *linear("layers.attn.q", f"{LAYER}self_attn.q_proj", TO_HEADS, bias),
@@ -83,7 +85,7 @@ def mlp(
     bias: bool = False,
     within: str = "mlp.",
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
-) -> list[Weight]:
+) -> list[ParamSpec]:
     """Return the rows of a gated MLP, or of an MLP per expert.
 
     Args:

@@ -14,7 +14,7 @@ from jax_sft.models.sizes import Sizes
 from jax_sft.nn import attention, decoder, layers
 from jax_sft.nn.rope import Rope
 from jax_sft.weights.hf_config import LAYER_TYPES, Fields
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Config(Sizes):
         return (self.rope,)
 
 
-def weights(cfg: Config) -> tuple[Weight, ...]:
+def weights(cfg: Config) -> tuple[ParamSpec, ...]:
     """Return the weight rows of the model."""
     norms = {
         "attn_norm": "input_layernorm",

@@ -10,7 +10,7 @@ from jax_sft.models.sizes import Sizes
 from jax_sft.nn import attention, decoder, experts
 from jax_sft.nn.rope import Rope
 from jax_sft.weights.hf_config import Fields
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 DEFAULT_THETA = 1e6  # transformers' rope_theta for a config.json without one
 
@@ -50,7 +50,7 @@ class Config(Sizes):
         return super().dims | {"experts": self.num_experts, "chosen": self.num_chosen}
 
 
-def weights(cfg: Config) -> tuple[Weight, ...]:
+def weights(cfg: Config) -> tuple[ParamSpec, ...]:
     """Return the weight rows of the model."""
     rows = [
         *decoder_specs.norms(decoder_specs.PRE_NORMS),

@@ -13,7 +13,7 @@ from jax_sft.models.sizes import Sizes
 from jax_sft.nn import attention, decoder, layers
 from jax_sft.nn.rope import Rope
 from jax_sft.weights.hf_config import Fields
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ def _rope(fields: Fields, config: dict[str, Any], head_dim: int) -> Rope:
     )
 
 
-def weights(cfg: Config) -> tuple[Weight, ...]:
+def weights(cfg: Config) -> tuple[ParamSpec, ...]:
     """Return the weight rows of the model."""
     qkv = {
         "layers.attn.q": decoder_specs.TO_HEADS,

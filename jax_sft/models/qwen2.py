@@ -10,7 +10,7 @@ from jax_sft.models.sizes import Sizes
 from jax_sft.nn import attention, decoder, layers
 from jax_sft.nn.rope import Rope
 from jax_sft.weights.hf_config import Fields
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Config(Sizes):
         return cfg
 
 
-def weights(cfg: Config) -> tuple[Weight, ...]:
+def weights(cfg: Config) -> tuple[ParamSpec, ...]:
     """Return the weight rows of the model."""
     rows = [
         *decoder_specs.norms(decoder_specs.PRE_NORMS),

@@ -5,11 +5,11 @@ Called by `metrics` for the MFU of a run and by `planning.step_cost` for the MFU
 
 from collections.abc import Collection, Iterable, Mapping
 
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 
 def model_flops(
-    rows: Iterable[Weight],
+    rows: Iterable[ParamSpec],
     dims: Mapping[str, int],
     tied: bool,
     tokens: float,
@@ -44,7 +44,7 @@ def model_flops(
     return parts
 
 
-def _part(row: Weight, tied: bool) -> str:
+def _part(row: ParamSpec, tied: bool) -> str:
     names = row.path.split(".")
     if names[0] == "embed":
         return "head" if tied else "embedding"

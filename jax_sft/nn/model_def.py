@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_sft.nn.compute import Compute, policy
 from jax_sft.weights import tree
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 from jax_sft.weights.vocabulary import Vocabulary, padded
 
 
@@ -34,13 +34,13 @@ class ModelDef:
     """
 
     cfg: Any
-    rows: tuple[Weight, ...]
+    rows: tuple[ParamSpec, ...]
     dims: dict[str, int]
     abstract: Any
     compute: Compute
     frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     trained: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    packed: Mapping[str, tuple[Weight, ...]] = dataclasses.field(default_factory=dict)
+    packed: Mapping[str, tuple[ParamSpec, ...]] = dataclasses.field(default_factory=dict)
     dropping: Any = None
 
     @classmethod
@@ -98,12 +98,12 @@ class ModelDef:
         return Vocabulary.of(self.rows, self.cfg.vocab)
 
     @property
-    def stored(self) -> tuple[Weight, ...]:
+    def stored(self) -> tuple[ParamSpec, ...]:
         """Specs of the arrays that `bind` expects, with quantized parameters as their parts."""
         return tuple(part for row in self.rows for part in self.packed.get(row.path, (row,)))
 
     @property
-    def moving(self) -> tuple[Weight, ...]:
+    def moving(self) -> tuple[ParamSpec, ...]:
         """Specs of the trainable parameters."""
         return tuple(row for row in self.rows if row.path not in self.still)
 

@@ -14,7 +14,7 @@ from jax_sft.hardware import Chip
 from jax_sft.planning.roofline import Prediction, Traffic, predict
 from jax_sft.planning.step_cost import HEAD_CHUNK, RowWork, StepCost, recomputed, step_cost
 from jax_sft.sharding import rules
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 # Policies tried for model.remat, from the one that keeps the most activations to the least.
 REMATS = (
@@ -38,7 +38,7 @@ class Model:
         frozen: {path: bytes per element} of the frozen weights.
     """
 
-    rows: Sequence[Weight]
+    rows: Sequence[ParamSpec]
     dims: Mapping[str, int]
     tied: bool
     param_bytes: int = 4
@@ -208,7 +208,7 @@ def analytic_memory(model: Model, setting: Setting, num_rows: int, seq_len: int)
     )
 
 
-def _shards(row: Weight, mesh: Mapping[str, int]) -> int:
+def _shards(row: ParamSpec, mesh: Mapping[str, int]) -> int:
     return math.prod(mesh[axis] for logical in row.axes for axis in rules.rule(logical))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from jax_sft.nn.flops import model_flops
 from jax_sft.nn.remat_names import KEPT, NAMES
 from jax_sft.ops.head_chunks import CHUNKS
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 # Attention's backward pass has five matrix products for the two of the forward pass, because a
 # flash kernel recomputes the scores. The model's backward pass, which MFU counts, has four.
@@ -153,7 +153,7 @@ class StepCost:
 
 
 def step_cost(
-    rows: Sequence[Weight],
+    rows: Sequence[ParamSpec],
     dims: Mapping[str, int],
     tied: bool,
     row: RowWork,

@@ -10,7 +10,7 @@ import jax
 
 from jax_sft.hardware import CHIPS
 from jax_sft.nn.flops import model_flops
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 # Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets, by a substring of
 # `device_kind`. The first match counts, so a longer name comes before its own prefix.
@@ -38,7 +38,7 @@ def peak_flops(devices: Iterable[Any]) -> float | None:
 
 
 def step_flops(
-    rows: Iterable[Weight],
+    rows: Iterable[ParamSpec],
     dims: Mapping[str, int],
     tied: bool,
     tokens: float,

@@ -28,7 +28,7 @@ from jax_sft.sharding.mesh import make_mesh, simulate_cpu_devices, use_gpu_memor
 from jax_sft.training import metrics
 from jax_sft.validate import Resolved, validate
 from jax_sft.weights import hf_folder, vocabulary
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 Say = Callable[[str], None]
 
@@ -45,7 +45,7 @@ class BaseModel:
     """
 
     folder: Path
-    rows: tuple[Weight, ...]
+    rows: tuple[ParamSpec, ...]
     dims: dict[str, int]
     weights: pretrained.Weights
 

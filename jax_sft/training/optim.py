@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 
 def warmup_steps(optimizer, num_steps: int) -> int:
@@ -67,7 +67,7 @@ def schedule(optimizer, num_steps: int) -> Callable[[Any], jax.Array]:
     return lambda step: optimizer.learning_rate * factor(jnp.asarray(step, jnp.float32))
 
 
-def make(optimizer, num_steps: int, rows: Iterable[Weight]) -> optax.GradientTransformation:
+def make(optimizer, num_steps: int, rows: Iterable[ParamSpec]) -> optax.GradientTransformation:
     """Return AdamW (Loshchilov & Hutter 2019) behind global-norm clipping.
 
     Weight decay acts on matrices, including embeddings, and never on norms and biases. Moments are

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_sft.weights import placement
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +67,7 @@ class TrainState:
 def shardings(
     tx: optax.GradientTransformation,
     params: Mapping[str, Any],
-    rows: Iterable[Weight],
+    rows: Iterable[ParamSpec],
     mesh: Mesh,
     frozen: Collection[str] = (),
 ) -> TrainState:
@@ -98,7 +98,7 @@ def shardings(
 def create(
     tx: optax.GradientTransformation,
     weights: dict[str, jax.Array],
-    rows: Iterable[Weight],
+    rows: Iterable[ParamSpec],
     mesh,
     frozen: Collection[str] = (),
 ) -> TrainState:
@@ -113,7 +113,7 @@ def create(
 
 def abstract(
     tx: optax.GradientTransformation,
-    rows: Iterable[Weight],
+    rows: Iterable[ParamSpec],
     dims: dict[str, int],
     dtype,
     mesh: Mesh,

@@ -23,7 +23,7 @@ from jax_sft.runtime.text import at_most
 from jax_sft.sharding import rules
 from jax_sft.weights import vocabulary
 from jax_sft.weights.hf_folder import INDEX, SINGLE, pickles, read_json
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -98,7 +98,7 @@ def read_headers(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def check(
-    folder: Path, rows: Iterable[Weight], dims: dict[str, int], tied: bool
+    folder: Path, rows: Iterable[ParamSpec], dims: dict[str, int], tied: bool
 ) -> dict[str, Tensor]:
     """Check a folder's tensors against the weight rows, reading only headers.
 
@@ -173,7 +173,7 @@ def _are_equal(head: Tensor, embedding: Tensor) -> bool:
 
 def load(
     tensors: Mapping[str, Tensor],
-    rows: Iterable[Weight],
+    rows: Iterable[ParamSpec],
     dims: dict[str, int],
     shardings: Mapping[str, NamedSharding],
     dtype: Any,
@@ -237,7 +237,7 @@ def load(
 class Blocks:
     """A `BlockReader` of one parameter, from the tensors of a folder."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], row: Weight, dims: dict[str, int]):
+    def __init__(self, tensors: Mapping[str, Tensor], row: ParamSpec, dims: dict[str, int]):
         self._row, self._dims = row, dims
         self.shape = row.shape(dims)
         self.chunk = (1,) * len(self.shape)

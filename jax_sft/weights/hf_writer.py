@@ -26,7 +26,7 @@ from jax_sft.weights import blocks
 from jax_sft.weights.blocks import BlockReader, InMemory
 from jax_sft.weights.hf_folder import INDEX, SINGLE
 from jax_sft.weights.hf_reader import DTYPES
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 _HASHED_BYTES = 1 << 20  # read and hashed at a time
 _MOST_THREADS = 4  # some threads wait for the disk
@@ -70,7 +70,7 @@ class Layout:
 
 
 def layout(
-    rows: Iterable[Weight],
+    rows: Iterable[ParamSpec],
     dims: dict[str, int],
     dtypes: Mapping[str, str],
     shard_bytes: int,
@@ -129,7 +129,7 @@ def _header(shard: Mapping[str, Place]) -> bytes:
 
 def save(
     params: Mapping[str, BlockReader | np.ndarray | jax.Array],
-    rows: Iterable[Weight],
+    rows: Iterable[ParamSpec],
     dims: dict[str, int],
     dtypes: Mapping[str, str],
     out: Path,
@@ -227,7 +227,7 @@ def begin(plan: Layout, out: Path) -> list[str]:
 
 def _save_row(
     array: BlockReader | np.ndarray | jax.Array,
-    row: Weight,
+    row: ParamSpec,
     dims: dict[str, int],
     plan: Layout,
     descriptors: Mapping[str, int],

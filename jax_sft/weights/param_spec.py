@@ -1,8 +1,8 @@
-"""Weight rows: a row describes one parameter, and everything about the parameter follows from it.
+"""Parameter specs: each describes one parameter, and everything about the parameter follows.
 
-A row gives the shape in the model and in the Hugging Face file, the conversion and its exact
+A spec gives the shape in the model and in the Hugging Face file, the conversion and its exact
 inverse, the sharding, and whether the parameter is a matrix (decayed, cast to the compute dtype).
-Model families return a tuple of rows.
+Model families return a tuple of specs.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
+class ParamSpec:
     """One parameter: its path in the model, its HF name, and the layout of both.
 
     Attributes:

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from jax.sharding import Mesh, NamedSharding
 
 from jax_sft.sharding import rules
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 
-def shardings(rows: Iterable[Weight], mesh: Mesh) -> dict[str, NamedSharding]:
+def shardings(rows: Iterable[ParamSpec], mesh: Mesh) -> dict[str, NamedSharding]:
     """Return {parameter path: sharding}, from the logical axes of each row."""
     return {row.path: rules.sharding(mesh, *row.axes) for row in rows}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 AXIS = "vocab"
 
@@ -36,7 +36,7 @@ class Vocabulary:
     dims: Mapping[str, int]
 
     @classmethod
-    def of(cls, rows: Iterable[Weight], size: int) -> "Vocabulary":
+    def of(cls, rows: Iterable[ParamSpec], size: int) -> "Vocabulary":
         """Return the vocabulary of a model with these weight rows."""
         return cls(size, {row.path: row.axes.index(AXIS) for row in rows if AXIS in row.axes})
 

@@ -27,7 +27,7 @@ from jax_sft.runtime import exit_codes
 from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import optim, state
 from jax_sft.weights import vocabulary
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 from scripts.faults import damage
 
 # What Orbax leaves behind when files are damaged raises again as it is collected.
@@ -89,8 +89,8 @@ def test_what_is_saved_comes_back_bitwise_with_all_that_was_stored_beside(tmp_pa
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 4), (4, 2), (4, 1)])
 def test_a_vocabulary_is_padded_anew_for_each_mesh(tmp_path, before, after):
     rows = [
-        Weight("embed.table", "embed", "vocab embed -> vocab embed"),
-        Weight("head.table", "head", "vocab embed -> embed vocab"),
+        ParamSpec("embed.table", "embed", "vocab embed -> vocab embed"),
+        ParamSpec("head.table", "head", "vocab embed -> embed vocab"),
     ]
     tx, dims = optax.adam(1e-3), {"vocab": 269, "embed": 16}
 
@@ -677,7 +677,7 @@ def test_a_step_of_an_older_format_names_it_and_stays(tmp_path):
 
 
 def test_clipping_that_comes_or_goes_restores_every_moment(tmp_path):
-    rows = [Weight("a.kernel", "a", "embed features -> embed features")]
+    rows = [ParamSpec("a.kernel", "a", "embed features -> embed features")]
     mesh = make_mesh({"fsdp": 8})
     params = {"a.kernel": STATE.params["a.kernel"]}
 

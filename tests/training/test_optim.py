@@ -18,7 +18,7 @@ from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 from jax_sft.training import optim, program, state
 from jax_sft.validate import validate
 from jax_sft.weights import placement
-from jax_sft.weights.param_spec import Weight
+from jax_sft.weights.param_spec import ParamSpec
 
 STEPS = 50
 
@@ -108,10 +108,10 @@ def test_the_rate_is_exact_at_large_steps():
 
 
 ROWS = (
-    Weight("embed.table", "embed", "vocab embed -> vocab embed"),
-    Weight("layers.q.kernel", "q.{layers}", "(heads head_dim) embed -> embed heads head_dim"),
-    Weight("layers.q.bias", "b.{layers}", "(heads head_dim) -> heads head_dim"),
-    Weight("layers.norm.scale", "n.{layers}", "norm -> norm"),
+    ParamSpec("embed.table", "embed", "vocab embed -> vocab embed"),
+    ParamSpec("layers.q.kernel", "q.{layers}", "(heads head_dim) embed -> embed heads head_dim"),
+    ParamSpec("layers.q.bias", "b.{layers}", "(heads head_dim) -> heads head_dim"),
+    ParamSpec("layers.norm.scale", "n.{layers}", "norm -> norm"),
 )
 DIMS = {"vocab": 5, "embed": 4, "norm": 4, "layers": 2, "heads": 2, "head_dim": 3}
 
@@ -373,7 +373,7 @@ def test_bfloat16_moments_reach_the_loss_of_float32_ones():
     inputs = np.float32(rng.standard_normal((200, 32, 16)))
     hidden = np.float32(rng.standard_normal((16, 8)))
     targets = np.tanh(inputs @ hidden) + 0.1 * np.float32(rng.standard_normal((200, 32, 8)))
-    row = Weight("w", "w", "outputs inputs -> inputs outputs")
+    row = ParamSpec("w", "w", "outputs inputs -> inputs outputs")
 
     def losses(moments_dtype: str) -> np.ndarray:
         optimizer = options(moments_dtype=moments_dtype, learning_rate=0.02, weight_decay=0.01)
