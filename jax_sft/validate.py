@@ -139,7 +139,7 @@ def _trained(
     chosen = freeze.choose(plain, adapters, () if adapters else cfg.train.freeze)
     if adapters and cfg.lora.path:
         peft.check(paths.local(cfg.lora.path, "lora.path"), chosen)
-    return chosen.stored, chosen.dims
+    return chosen.stored_specs, chosen.dims
 
 
 def _settings(cfg) -> lora.Settings | None:

@@ -71,15 +71,15 @@ def freeze(model_def: ModelDef, expressions: Sequence[str]) -> ModelDef:
             f"train.freeze = {list(expressions)} freezes every tensor: nothing is left"
         )
     frozen = model_def.without_masters(frozen_paths)
-    return dataclasses.replace(model_def, frozen=frozen, trained=trained)
+    return dataclasses.replace(model_def, frozen_dtypes=frozen, layer_masks=trained)
 
 
 def count(model_def: ModelDef) -> int:
     """Return the number of trainable parameters."""
     total = 0
-    for row in model_def.moving:
+    for row in model_def.trainable_specs:
         shape = model_def.vocabulary.cut(row.path, row.shape(model_def.dims))
-        layers = model_def.trained.get(row.path, np.ones(shape[: len(row.stacked)], bool))
+        layers = model_def.layer_masks.get(row.path, np.ones(shape[: len(row.stacked)], bool))
         total += int(layers.sum()) * math.prod(shape[len(row.stacked) :])
     return total
 

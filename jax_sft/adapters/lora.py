@@ -183,9 +183,9 @@ def add(model_def: ModelDef, settings: Settings) -> ModelDef:
         dims=dims,
         abstract=_attached(model_def, chosen, settings),
         compute=compute,
-        frozen=model_def.without_masters(row.path for row in model_def.rows),
-        trained=trained,
-        dropping=_attached(model_def, chosen, settings, True) if settings.dropout else None,
+        frozen_dtypes=model_def.without_masters(row.path for row in model_def.rows),
+        layer_masks=trained,
+        with_dropout=_attached(model_def, chosen, settings, True) if settings.dropout else None,
     )
 
 
@@ -248,7 +248,7 @@ def init(
         dtype: dtype of the adapters.
     """
     key = jax.random.key(seed)
-    rows = {row.path: row for row in model_def.moving}
+    rows = {row.path: row for row in model_def.trainable_specs}
     shapes = {path: row.shape(model_def.dims) for path, row in rows.items()}
 
     def make(frozen):

@@ -128,16 +128,15 @@ def pack(model_def: ModelDef) -> ModelDef:
         ValueError: the number of inputs of a layer is not a multiple of BLOCK.
     """
     model = tree.from_dict(model_def.abstract, tree.to_dict(model_def.abstract))  # a copy
-    dropping = model_def.dropping
-    if dropping is not None:
-        dropping = tree.from_dict(dropping, tree.to_dict(dropping))
-    packed, dims, frozen = {}, dict(model_def.dims), dict(model_def.frozen)
+    with_dropout = model_def.with_dropout
+    if with_dropout is not None:
+        with_dropout = tree.from_dict(with_dropout, tree.to_dict(with_dropout))
+    quantized, dims, frozen = {}, dict(model_def.dims), dict(model_def.frozen_dtypes)
     for row in model_def.rows:
         linear = tree.module_at(model, row.path)
         is_kernel = isinstance(linear, Linear) and row.path.endswith(".kernel")
-        if (
-            not is_kernel or row.path not in frozen or "experts" in row.axes
-        ):  # routers are small and stay as they are
+        # Routers are small and stay as they are.
+        if not is_kernel or row.path not in frozen or "experts" in row.axes:
             continue
         inputs, outputs = linear.axes
         num_inputs = math.prod(dims[axis] for axis in inputs)
@@ -145,7 +144,7 @@ def pack(model_def: ModelDef) -> ModelDef:
             raise ValueError(
                 f"lora.quantize: {row.hf} has {num_inputs} inputs, no multiple of {BLOCK}"
             )
-        packed[row.path] = _rows(row, inputs, outputs)
+        quantized[row.path] = _rows(row, inputs, outputs)
         for size in (2, BLOCK):
             dims[f"{inputs[0]}/{size}"] = num_inputs // size
         del frozen[row.path]
@@ -157,21 +156,21 @@ def pack(model_def: ModelDef) -> ModelDef:
         )
         for size in reversed(shape[:num_stacked]):
             make = functools.partial(_stacked, make, size)
-        for abstract in (model, dropping):
+        for abstract in (model, with_dropout):
             if abstract is not None:
                 tree.module_at(abstract, row.path).kernel = jax.eval_shape(make)
     axes = dict(model_def.compute.axes)
-    for path, rows in packed.items():
+    for path, rows in quantized.items():
         del axes[path]
         axes |= {row.path: row.axes for row in rows if row.path.endswith(("codes", "magnitudes"))}
     return dataclasses.replace(
         model_def,
         dims=dims,
         abstract=model,
-        dropping=dropping,
+        with_dropout=with_dropout,
         compute=dataclasses.replace(model_def.compute, axes=axes),
-        frozen=frozen,
-        packed=packed,
+        frozen_dtypes=frozen,
+        quantized=quantized,
     )
 
 
@@ -202,7 +201,7 @@ def packed_arrays(
     model_def: ModelDef, path: str, kernel: jax.Array, mesh: Mesh
 ) -> dict[str, jax.Array]:
     """Quantize a whole kernel, one layer at a time. Return {path of a part: sharded array}."""
-    rows = model_def.packed[path]
+    rows = model_def.quantized[path]
     pack_layer = functools.partial(_packed_layer, **_form(model_def, path))
 
     def of_all(kernel: jax.Array) -> dict[str, jax.Array]:

@@ -248,7 +248,7 @@ def _selection_differences(folder: Path, model_def: ModelDef) -> list[str]:
     }
     with_tensors = {
         lora.target_of(name)
-        for row in model_def.moving
+        for row in model_def.trainable_specs
         if row.path.endswith(".lora.a.kernel")
         for _, name in tensors(row, model_def)
     }
@@ -278,7 +278,7 @@ def load(folder: Path, model_def: ModelDef, mesh: Mesh, dtype) -> dict[str, jax.
     check(folder, model_def)
     params = {}
     with safe_open(folder / WEIGHTS, framework="numpy") as stored:
-        for row in model_def.moving:
+        for row in model_def.trainable_specs:
             array = np.zeros(row.shape(model_def.dims), dtype)
             for index, name in tensors(row, model_def):
                 part = _part(stored.get_tensor(name), row, name, model_def.dims)
@@ -299,7 +299,7 @@ def check(folder: Path, model_def: ModelDef) -> None:
     headers, problems = hf_reader.read_headers(folder)
     expected = {
         name: _shapes(row, model_def.dims)
-        for row in model_def.moving
+        for row in model_def.trainable_specs
         for _, name in tensors(row, model_def)
     }
     problems += _selection_differences(folder, model_def)
@@ -322,7 +322,7 @@ def check(folder: Path, model_def: ModelDef) -> None:
 
 def tensors(row: ParamSpec, model_def: ModelDef) -> Iterator[tuple[tuple[int, ...], str]]:
     """Yield (index along the stacked axes, HF name) for each layer with this adapter."""
-    chosen = model_def.trained.get(row.path)
+    chosen = model_def.layer_masks.get(row.path)
     for index, name in row.hf_tensors(model_def.dims):
         if chosen is None or chosen[index]:
             yield index, name
@@ -402,7 +402,7 @@ def write_config(
     ]
     counts = {
         lora.target_of(row.hf).rpartition(".")[2]: len(row.fused)
-        for row in model_def.moving
+        for row in model_def.trainable_specs
         if row.fused
     }
     config: dict[str, Any] = {

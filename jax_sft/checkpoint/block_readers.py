@@ -63,7 +63,7 @@ class Packed:
         self._found, self._lock = 0, threading.Lock()
 
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
-        codes, *_ = self._model_def.packed[self._path]
+        codes, *_ = self._model_def.quantized[self._path]
         num_stacked = len(codes.stacked)
         layer = tuple(part.start for part in slices[:num_stacked])
         with self._lock:

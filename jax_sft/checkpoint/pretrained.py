@@ -85,7 +85,7 @@ def read(
 
     Args:
         paths: parameter paths to read.
-        dtype: dtype of trainable weights; frozen ones have their own, see `ModelDef.frozen`.
+        dtype: dtype of trainable weights; frozen ones have their own, see `ModelDef.frozen_dtypes`.
 
     Returns:
         {parameter path: array}; a quantized kernel is replaced by its parts (codes, scales, ...).
@@ -94,14 +94,14 @@ def read(
     shardings = placement.shardings(model_def.rows, mesh)
     # Quantize one kernel at a time, so that only one is in memory unquantized. All processes use
     # the same order.
-    kernels = [path for path in paths if path in model_def.packed]
+    kernels = [path for path in paths if path in model_def.quantized]
     for path in tqdm(kernels, "packing weights", unit="array", disable=not (progress and kernels)):
         source_dtype = weights.blocks(path).dtype
         kernel = weights.load({path: shardings[path]}, source_dtype, False).pop(path)
         arrays |= nf4.packed_arrays(model_def, path, kernel, mesh)
         del kernel
-    rest = [path for path in paths if path not in model_def.packed]
-    dtypes = {path: np.dtype(model_def.frozen.get(path, dtype)) for path in rest}
+    rest = [path for path in paths if path not in model_def.quantized]
+    dtypes = {path: np.dtype(model_def.frozen_dtypes.get(path, dtype)) for path in rest}
     for group_dtype in sorted(set(dtypes.values()), key=str):
         group = {path: shardings[path] for path in dtypes if dtypes[path] == group_dtype}
         arrays |= weights.load(group, group_dtype, progress)

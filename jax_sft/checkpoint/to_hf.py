@@ -344,7 +344,7 @@ def _plan(
     run_config = metadata.get("config") or {}
     frozen = run_config.get("train", {}).get("freeze", ())
     model_def = freeze.choose(model_def, settings, frozen)
-    rows = {row.path: row for row in model_def.moving}
+    rows = {row.path: row for row in model_def.trainable_specs}
     shapes = {path: row.shape(model_def.dims) for path, row in rows.items()}
     if problems := step_folders.misfits(arrays, shapes, model_def.vocabulary.cut):
         raise ValueError(f"{folder / str(step)} does not fit its config.json: {problems}")
@@ -357,7 +357,7 @@ def _plan(
         dtypes, written, single = model_files.dtypes(folder), model_rows, hf_folder.SINGLE
         if dtype:
             dtypes = dict.fromkeys(dtypes, hf_reader.NAMES[dtype])
-        if model_def.frozen:
+        if model_def.frozen_dtypes:
             weights = _weights(run_config, base, model_rows, model_def)
     layout = hf_writer.layout(written, model_def.dims, dtypes, shard_bytes, single)
     base_folder = base or run_config.get("model", {}).get("path", "")
@@ -417,11 +417,11 @@ class _Params(Mapping[str, BlockReader | np.ndarray]):
         if path in planned.arrays:
             # With adapters on some layers only, a reader would never get the blocks of the other
             # layers, and its `finish` requires all blocks. So the whole array is read at once.
-            is_partly_written = planned.is_adapter and path in planned.model_def.trained
+            is_partly_written = planned.is_adapter and path in planned.model_def.layer_masks
             return planned.read(path) if is_partly_written else planned.stored(path)
         assert planned.weights
         blocks, recorded = planned.weights.blocks(path), planned.metadata["frozen"]
-        if path in planned.model_def.packed:
+        if path in planned.model_def.quantized:
             frozen = block_readers.Packed(blocks, planned.model_def, path, recorded)
         else:
             frozen = block_readers.Checked(blocks, recorded[path], path)

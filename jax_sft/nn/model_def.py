@@ -26,11 +26,11 @@ class ModelDef:
         dims: size of each logical axis; the vocabulary is padded, unlike `cfg.vocab`.
         abstract: the NNX model with ShapeDtypeStructs as parameters.
         compute: settings of the computation.
-        frozen: {path: dtype in which it is stored} of the frozen parameters.
-        trained: {path: bool array over the stacked axes}, the trainable layers of parameters of
+        frozen_dtypes: {path: dtype in which it is stored} of the frozen parameters.
+        layer_masks: {path: bool array over the stacked axes}, the trainable layers of parameters of
             which only some layers train.
-        packed: {path of a parameter: specs of the arrays that hold it quantized}.
-        dropping: `abstract` with a random key for each dropout; None = no dropout.
+        quantized: {path of a parameter: specs of the arrays that hold it quantized}.
+        with_dropout: `abstract` with a random key for each dropout; None = no dropout.
     """
 
     cfg: Any
@@ -38,10 +38,10 @@ class ModelDef:
     dims: dict[str, int]
     abstract: Any
     compute: Compute
-    frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    trained: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    packed: Mapping[str, tuple[ParamSpec, ...]] = dataclasses.field(default_factory=dict)
-    dropping: Any = None
+    frozen_dtypes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    layer_masks: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    quantized: Mapping[str, tuple[ParamSpec, ...]] = dataclasses.field(default_factory=dict)
+    with_dropout: Any = None
 
     @classmethod
     def of(
@@ -83,14 +83,14 @@ class ModelDef:
 
     def bind(self, params: dict[str, jax.Array], dropout_key: jax.Array | None = None) -> Any:
         """Return the model with these parameters, and with dropout if a key is given."""
-        if dropout_key is None or self.dropping is None:
+        if dropout_key is None or self.with_dropout is None:
             return tree.from_dict(self.abstract, params)
         keys = {}
-        for path, leaf in tree.to_dict(self.dropping).items():
+        for path, leaf in tree.to_dict(self.with_dropout).items():
             if path not in params:
                 key = jax.random.fold_in(dropout_key, zlib.crc32(path.encode()))
                 keys[path] = jax.random.split(key, leaf.shape)
-        return tree.from_dict(self.dropping, params | keys)
+        return tree.from_dict(self.with_dropout, params | keys)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -98,24 +98,24 @@ class ModelDef:
         return Vocabulary.of(self.rows, self.cfg.vocab)
 
     @property
-    def stored(self) -> tuple[ParamSpec, ...]:
+    def stored_specs(self) -> tuple[ParamSpec, ...]:
         """Specs of the arrays that `bind` expects, with quantized parameters as their parts."""
-        return tuple(part for row in self.rows for part in self.packed.get(row.path, (row,)))
+        return tuple(part for row in self.rows for part in self.quantized.get(row.path, (row,)))
 
     @property
-    def moving(self) -> tuple[ParamSpec, ...]:
+    def trainable_specs(self) -> tuple[ParamSpec, ...]:
         """Specs of the trainable parameters."""
-        return tuple(row for row in self.rows if row.path not in self.still)
+        return tuple(row for row in self.rows if row.path not in self.frozen_bytes)
 
     @property
-    def still(self) -> dict[str, float]:
+    def frozen_bytes(self) -> dict[str, float]:
         """{path of a frozen parameter: stored bytes per element}."""
         bytes_per_element: dict[str, float] = {
-            path: dtype.itemsize for path, dtype in self.frozen.items()
+            path: dtype.itemsize for path, dtype in self.frozen_dtypes.items()
         }
         for row in self.rows:
-            if row.path in self.packed:
-                parts = self.packed[row.path]
+            if row.path in self.quantized:
+                parts = self.quantized[row.path]
                 sizes = (
                     math.prod(part.shape(self.dims)) * bytes_per_element.pop(part.path)
                     for part in parts
@@ -133,7 +133,7 @@ class ModelDef:
     @property
     def head_trains(self) -> bool:
         """Whether the output head (the embedding in tied models) gets a gradient."""
-        return ("embed.table" if self.cfg.tied else "head.table") not in self.frozen
+        return ("embed.table" if self.cfg.tied else "head.table") not in self.frozen_dtypes
 
     def hidden(self, model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Return final hidden states [B, T, D] of a bound model."""

@@ -200,7 +200,7 @@ def _cost(cfg, resolved: Resolved, compiled: Compiled, target: Target) -> step_c
         offload=cfg.model.offload,
         param_bytes=jax.numpy.dtype(cfg.model.param_dtype).itemsize,
         moment_bytes=jax.numpy.dtype(cfg.optimizer.moments_dtype).itemsize,
-        frozen=model_def.still,
+        frozen=model_def.frozen_bytes,
     )
 
 
@@ -299,7 +299,7 @@ def _warnings(
     trainable = [
         row
         for row in resolved.family.weights(resolved.model_cfg)
-        if row.is_matrix and row.path not in compiled.program.model_def.still
+        if row.is_matrix and row.path not in compiled.program.model_def.frozen_bytes
         if "experts" in row.stacked or "experts" not in row.axes
     ]
     layer_sizes = [

@@ -65,7 +65,7 @@ def _promising(cfg, target: Target) -> Iterator[candidates.Setting]:
         jnp.dtype(cfg.model.param_dtype).itemsize,
         jnp.dtype(cfg.optimizer.moments_dtype).itemsize,
         jnp.dtype(cfg.model.grad_dtype).itemsize,
-        model_def.still,
+        model_def.frozen_bytes,
     )
     ranked = candidates.candidates(
         model,

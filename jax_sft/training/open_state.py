@@ -105,7 +105,7 @@ def restore_or_load(
     """
     model_def, rows = program.model_def, run.model.rows
     adapters = run.resolved.adapters
-    if model_def.frozen or model_def.trained:
+    if model_def.frozen_dtypes or model_def.layer_masks:
         trained = "adapters" if adapters else "what train.freeze leaves"
         run.say(f"trains  {trained}: {metrics.count(freeze.count(model_def))} parameters")
     read = functools.partial(
@@ -127,7 +127,9 @@ def restore_or_load(
         weights = read([row.path for row in rows])
         if adapters:
             weights |= freeze.adapters(run.cfg, adapters, model_def, weights, run.mesh)
-        first = state.create(program.tx, weights, model_def.stored, run.mesh, model_def.frozen)
+        first = state.create(
+            program.tx, weights, model_def.stored_specs, run.mesh, model_def.frozen_dtypes
+        )
     checkpoints.keep_frozen(first.frozen, stored)
     return first, Start.of(stored, run, data)
 

@@ -74,9 +74,9 @@ def program(cfg, resolved: Resolved, mesh: Mesh, num_steps: int, num_sources: in
         num_sources: number of train sources whose losses are logged; 0 = none.
     """
     model = model_def(cfg, resolved)
-    tx = optim.make(cfg.optimizer, num_steps, model.moving)
+    tx = optim.make(cfg.optimizer, num_steps, model.trainable_specs)
     dtype = jnp.dtype(cfg.model.param_dtype)
-    abstract = state.abstract(tx, model.stored, model.dims, dtype, mesh, model.frozen)
+    abstract = state.abstract(tx, model.stored_specs, model.dims, dtype, mesh, model.frozen_dtypes)
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = CPU_OPTIONS if on_cpu else gpu_options(resolved.attention)

@@ -158,12 +158,12 @@ def make_train_step(
     """
 
     def train_step(old: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        key = jax.random.fold_in(jax.random.key(seed), old.step) if model_def.dropping else None
+        key = jax.random.fold_in(jax.random.key(seed), old.step) if model_def.with_dropout else None
         sums, grads = value_and_grad(
             model_def, old.params, batch, num_sources, objective, old.frozen, key
         )
         new, sums["grad_norm"], skipped = state.update(
-            tx, old, grads, sums["loss"], state_shardings, model_def.trained
+            tx, old, grads, sums["loss"], state_shardings, model_def.layer_masks
         )
         sums["skipped"] = skipped.astype(jnp.float32)
         sums["learning_rate"] = learning_rate(old.step)
@@ -195,7 +195,7 @@ def make_eval_step(
 
         return jax.lax.scan(add, jax.tree.map(jnp.asarray, no_sums()), batch)[0]
 
-    param_shardings = placement.shardings(model_def.stored, mesh)
+    param_shardings = placement.shardings(model_def.stored_specs, mesh)
     return jax.jit(
         eval_step,
         in_shardings=(param_shardings, batch_shardings(mesh), rules.sharding(mesh)),
