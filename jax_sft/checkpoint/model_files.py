@@ -58,17 +58,17 @@ def dtypes(folder: Path) -> dict[str, str]:
     return hf_folder.read_json(folder / NAME / DTYPES_FILE)
 
 
-def keep(folder: Path, model: Model, anew: bool = False) -> None:
+def keep(folder: Path, model: Model, replace: bool = False) -> None:
     """Copy the model files into a checkpoint folder, unless it has them.
 
     Args:
-        anew: replace existing ones.
+        replace: replace existing ones.
 
     Raises:
         OSError: a file operation failed.
     """
     out = folder / NAME
-    if out.exists() and not anew:
+    if out.exists() and not replace:
         return
     unfinished = folder / f".{NAME}-{secrets.token_hex(4)}"
     unfinished.mkdir()

@@ -118,7 +118,7 @@ class Resume:
         Called once it is certain that the run continues to train.
         """
         if self._model and self._replaces_files:
-            keep = functools.partial(model_files.keep, self._folder, self._model, anew=True)
+            keep = functools.partial(model_files.keep, self._folder, self._model, replace=True)
             consensus.from_first("model files", keep)
 
     def _prepare_folder(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class Resume:
             model_files.verify(self._folder)
             # The files are from a start that ended before its first save, so no step needs them.
             if self._model and not present and model_files.changed(self._folder, self._model):
-                model_files.keep(self._folder, self._model, anew=True)
+                model_files.keep(self._folder, self._model, replace=True)
         elif self._model:
             if present:
                 lines.append(f"WARNING {self._folder} lacks {model_files.NAME}: written anew")

@@ -220,7 +220,7 @@ def test_a_resumed_run_compares_the_text_of_the_template(kept):
         finder.keep_model_files()
         assert model_files.changed(checkpoints, finder._model) == []
         finder._replaces_files = False
-        model_files.keep(checkpoints, model, anew=True)
+        model_files.keep(checkpoints, model, replace=True)
     (model.folder / "config.json").write_text("{ }")
     assert (
         finder._changed_files(model_files.changed(checkpoints, model), metadata)[0] == "model.path"
