@@ -48,7 +48,9 @@ def test_no_docstring_opens_with_a_clause():
 
 
 def test_prose_names_things():
-    num_lines = sum(bool(line.strip()) for file in FILES for line in file.open(encoding="utf-8"))
+    num_lines = sum(
+        bool(line.strip()) for file in FILES for line in file.read_text("utf-8").splitlines()
+    )
     placeholders = [
         f"{file.relative_to(PACKAGE)}: {word}"
         for file in FILES
