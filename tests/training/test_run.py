@@ -20,7 +20,7 @@ from jax_sft.checkpoint import orbax_io, saving, stop_tokens
 from jax_sft.data.batches.loader import Loader
 from jax_sft.data.tokens.prepare import prepare
 from jax_sft.nn.model_def import ModelDef
-from jax_sft.ops.attention import dispatch
+from jax_sft.ops.attention import self_test as attention_self_test
 from jax_sft.runtime import exit_codes
 from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
@@ -141,7 +141,7 @@ def test_attention_is_tested_with_the_window_and_soft_cap_that_the_model_has(
     def self_test(name, *, has_window, has_soft_cap, **shape):
         raise InterruptedError(f"{has_window=} {has_soft_cap=}")
 
-    monkeypatch.setattr(dispatch, "self_test", self_test)
+    monkeypatch.setattr(attention_self_test, "self_test", self_test)
     cfg = make_config(make_model(model_type=family, sliding_window=window))
     assert cfg.data.seq_len == 128
     with pytest.raises(InterruptedError, match=f"={is_tested} has_soft_cap={is_capped}"):
