@@ -1,5 +1,6 @@
 """Shared fixtures: 8 fake CPU devices, tiny model folders of any family, tiny runs."""
 
+import importlib.metadata
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -8,6 +9,9 @@ os.environ["XLA_FLAGS"] = (
     # Tiny programs that run once are not worth optimizing: test_models takes a quarter less.
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+# The emitters of fusions take two thirds of the seconds of a compilation; 0.11 cannot do without.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # Lowering writes ten lines of Python's stack into each operation otherwise: 8% of the seconds.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
