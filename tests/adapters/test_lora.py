@@ -24,7 +24,7 @@ from jax_sft.runtime import patterns
 from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import metrics
 from jax_sft.training.step import batch_sums
-from tests.conftest import ODD
+from tests.inputs import ODD
 from tests.models.test_parity import (
     OPTIMIZER,
     packed_batches,

@@ -358,7 +358,7 @@ def test_the_gradient_of_every_tensor_equals_torch(make_strong_model, make_confi
     theirs = saved(model)
     assert ours.keys() == theirs.keys()
     idle = {name for name, grad in theirs.items() if not grad.any()}
-    assert bool(idle) == ("experts" in model_def.cfg.dims)  # conftest.uneven sees to it
+    assert bool(idle) == ("experts" in model_def.cfg.dims)  # inputs.uneven sees to it
     for name, grad in theirs.items():
         size = np.linalg.norm(grad)
         assert size > 1e-3 or (name in idle and ".experts." in name), name
