@@ -427,7 +427,8 @@ def test_a_mistake_is_one_line_and_exit_code_64(folder, arguments, message):
 
 @needs_plugin
 def test_seven_billion_parameters_are_planned_in_a_minute_and_2_gib(folder):
-    # Of the first case, compiled by now or compiled here; wall time where nothing else runs.
+    # Of the first case, compiled by now or compiled here. Processor seconds, with those of the
+    # start: no less than the clock would show where nothing else runs.
     plan = plan_of(CASES["7b on 8"], folder)
     assert plan["rss_bytes"] < 2 * GIB
-    assert plan["compile"]["lower_s"] + plan["compile"]["compile_s"] < 60
+    assert plan["cpu_s"] < 60
