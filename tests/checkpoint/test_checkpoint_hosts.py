@@ -1,6 +1,5 @@
 """Real processes: what one number of them saved others read bitwise; one that fails, fails all."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -8,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from tests import programs
 
 REPO = Path(__file__).resolve().parents[2]
 # A process: ACTION is a list of words, done in order with all others.
@@ -65,7 +66,7 @@ def run(count: int, num_devices: int, folder: Path, *actions: str) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": ""}
+    env = programs.environment(PYTHONPATH=str(REPO))
     if count > 1:
         env |= {"JAX_SFT_COORDINATOR": f"127.0.0.1:{port}", "JAX_SFT_NUM_PROCESSES": str(count)}
     command = [sys.executable, "-c", PROCESS, str(num_devices), str(folder), *actions]

@@ -1,7 +1,6 @@
 """Real hosts: processes that each build only their own rows make the same global batch."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from jax_sft.hosts import cluster
+from tests import programs
 
 REPO = Path(__file__).resolve().parents[2]
 ROWS, START, STOP = 8, 5, 12
@@ -60,7 +60,7 @@ def run_hosts(num_hosts: int, folder: Path, *arguments: object) -> dict[str, np.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": ""}
+    env = programs.environment(PYTHONPATH=str(REPO))
     if num_hosts > 1:
         env |= {"JAX_SFT_COORDINATOR": f"127.0.0.1:{port}", "JAX_SFT_NUM_PROCESSES": str(num_hosts)}
     model, data, start, stop, packing = map(str, arguments)

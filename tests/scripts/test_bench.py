@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from scripts import bench, bench_cases, bench_table
 from scripts.peers import contract
+from tests import programs
 
 REPO = Path(__file__).parents[2]
 HEADER = bench_table.Header(
@@ -287,11 +287,10 @@ def test_the_command_runs_and_writes_its_table(tmp_path):
     table = tmp_path / "TABLE.md"
     table.write_text("# Speed\n")
     command = [sys.executable, "-m", "scripts.bench", "--smoke", "--repeats=1", f"--table={table}"]
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(
         [*command, f"--work={tmp_path / 'work'}"],
         cwd=REPO,
-        env=env,
+        env=programs.environment(),
         capture_output=True,
         text=True,
     )

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jax_sft.runtime import exit_codes
+from tests import programs
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -69,8 +69,7 @@ def launch(make_config, tmp_path):
             port = probe.getsockname()[1]
         trainer = tmp_path / "trainer.py"
         trainer.write_text(TRAINER.format(fault=fault or "...", pace=pace))
-        environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        environ["PYTHONPATH"] = str(REPO)
+        environ = programs.environment(PYTHONPATH=str(REPO))
         processes = []
         for number in range(count):
             ours = environ | dict(env[number] if env else {})

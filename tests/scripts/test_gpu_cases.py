@@ -1,7 +1,6 @@
 """scripts/gpu_cases.py without a GPU: what is counted, what is tried, and what a profile says."""
 
 import json
-import os
 import re
 import runpy
 import subprocess
@@ -18,6 +17,7 @@ from jax_sft.planning import analysis, step_cost, targets
 from jax_sft.training import metrics
 from scripts import gpu_case, gpu_cases, gpu_checks, gpu_profile, gpu_step, gpu_torch, stand_ins
 from scripts.gpu_cases import Case, Setting
+from tests import programs
 
 REPO = Path(__file__).parents[2]
 
@@ -128,7 +128,7 @@ from unittest import mock
 assert all(isinstance(sys.modules[name], mock.MagicMock) for name in {hidden})
 sys.exit(gpu_case.main())
 """
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = programs.environment(JAX_PLATFORMS="cpu")
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     (row,) = lines(out)

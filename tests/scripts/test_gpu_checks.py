@@ -1,7 +1,6 @@
 """scripts/gpu_checks.py without a GPU: nothing is lost to a crash or a hang, and all of it runs."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 
 from jax_sft.nn.layers import INIT_STD
 from scripts import gpu_checks, gpu_measure, gpu_step
+from tests import programs
 
 REPO = Path(__file__).parents[2]
 # A task does what its name says.
@@ -161,7 +161,7 @@ def test_flags_of_the_environment_win(monkeypatch):
 def test_the_command_runs(tmp_path):
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "scripts.gpu_checks", "--smoke", "--only=versions"]
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    env = programs.environment()
     done = subprocess.run(
         [*command, "--out", str(out)], cwd=REPO, env=env, capture_output=True, text=True
     )

@@ -1,12 +1,13 @@
 """A long run: its memory does not grow, and what it writes is bounded."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import programs
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 10_000
@@ -48,8 +49,7 @@ def test_memory_is_flat_over_10_000_steps_and_the_logs_are_bounded(make_config, 
         workdir=str(tmp_path / "run"),
     )
     with (tmp_path / "log").open("w") as log:
-        env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        env["PYTHONPATH"] = str(ROOT)
+        env = programs.environment(PYTHONPATH=str(ROOT))
         subprocess.run([sys.executable, "-c", trainer], check=True, stdout=log, stderr=log, env=env)
     resident = {}
     for line in (tmp_path / "memory").read_text().splitlines():
