@@ -24,6 +24,7 @@ from jax_sft.runtime import patterns
 from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import metrics
 from jax_sft.training.step import batch_sums
+from tests import tiers
 from tests.inputs import ODD
 from tests.models.test_parity import (
     OPTIMIZER,
@@ -96,7 +97,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", tiers.fast(["dora_rslora", "regex"], VARIANTS))
 def test_logits_with_an_adapter_of_peft_equal_its_own(make_strong_model, tmp_path, variant):
     folder = make_strong_model(**FAMILIES["llama" if "dora" in variant else "qwen2"])
     adapter = make_adapter(folder, tmp_path / "adapter", **VARIANTS[variant])

@@ -29,6 +29,7 @@ from jax_sft.training import optim, state
 from jax_sft.weights import vocabulary
 from jax_sft.weights.param_spec import ParamSpec
 from scripts.faults import damage
+from tests import tiers
 
 # What Orbax leaves behind when files are damaged raises again as it is collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -86,7 +87,9 @@ def test_what_is_saved_comes_back_bitwise_with_all_that_was_stored_beside(tmp_pa
         assert before.sharding == after.sharding
 
 
-@pytest.mark.parametrize("before, after", [(1, 2), (2, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("before", "after"), tiers.fast([(1, 2), (4, 2)], [(1, 2), (2, 4), (4, 2), (4, 1)])
+)
 def test_a_vocabulary_is_padded_anew_for_each_mesh(tmp_path, before, after):
     rows = [
         ParamSpec("embed.table", "embed", "vocab embed -> vocab embed"),
@@ -208,7 +211,10 @@ def test_training_goes_on_beside_a_save_and_does_not_change_it(tmp_path):
         shutil.rmtree(tmp_path / str(step))
 
 
-@pytest.mark.parametrize("keep,keep_best,kept", [(1, 0, {6}), (2, 0, {5, 6}), (1, 2, {2, 4, 6})])
+@pytest.mark.parametrize(
+    ("keep", "keep_best", "kept"),
+    [tiers.full(1, 0, {6}), tiers.full(2, 0, {5, 6}), (1, 2, {2, 4, 6})],
+)
 def test_the_newest_and_the_best_steps_stay(tmp_path, keep, keep_best, kept):
     losses = {1: 5.0, 2: 1.0, 3: float("nan"), 4: 2.0, 5: 3.0, 6: None}
     checkpoints, _ = opened(tmp_path, keep=keep, keep_best=keep_best)
@@ -266,7 +272,7 @@ def test_leftovers_of_killed_saves_are_removed_and_never_loaded(folder):
 
 
 @pytest.mark.parametrize("name", damage.WAYS)
-@pytest.mark.parametrize("which", ["params/_METADATA", "over 1 MiB"])
+@pytest.mark.parametrize("which", [tiers.full("params/_METADATA"), "over 1 MiB"])
 def test_every_damage_is_named_and_the_older_step_is_used(folder, name, which, capsys):
     kinds = damage.kinds(folder)
     (file,) = next(files for kind, files in kinds.items() if which in kind)
@@ -296,7 +302,7 @@ def test_a_link_to_a_step_is_not_loaded(folder, tmp_path):
     assert (tmp_path / "elsewhere" / "_CHECKPOINT_METADATA").exists()
 
 
-@pytest.mark.parametrize("verify", ["sizes", "hashes"])
+@pytest.mark.parametrize("verify", ["sizes", tiers.full("hashes")])
 def test_flipped_bits_in_every_kind_of_file_are_found(folder, verify, monkeypatch):
     monkeypatch.setattr(damage, "resumed", lambda *args: damage_resumed(*args, verify=verify))
     table = damage.flip_all(folder, STATE, flips=2)

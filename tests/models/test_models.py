@@ -6,6 +6,7 @@ logits are of order 1 and each part of the model moves them by far more than the
 
 import ast
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -28,6 +29,7 @@ from jax_sft.nn.rope import Rope
 from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
 from jax_sft.weights import tree
+from tests import tiers
 
 TOLERANCE = 1e-4  # largest absolute difference of float32 logits of order 1
 VOCAB = 272
@@ -236,7 +238,14 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+# One of each family, with what most of the others have one by one.
+FAST_ARCHITECTURES = [
+    *["qwen2_tied", "llama_both_biases", "qwen3_biased", "olmo2_biased", "mistral_window"],
+    *["gemma2_biased", "gemma3_nested", "phi3_tied", "mixtral_window", "qwen3_moe_biased"],
+]
+
+
+@pytest.mark.parametrize("name", tiers.fast(FAST_ARCHITECTURES, ARCHITECTURES))
 def test_logits_equal_transformers(make_strong_model, name):
     tokens = random_tokens(length=40) % ARCHITECTURES[name].get("vocab_size", VOCAB)
     assert_same_logits(make_strong_model(**ARCHITECTURES[name]), tokens)
@@ -262,16 +271,23 @@ def test_the_routing_that_is_compared_is_uneven(make_strong_model, name):
 
 @pytest.mark.parametrize(
     ("family", "variant"),
-    [
-        *[("qwen2", variant) for variant in ("default", "linear", "llama3", "yarn")],
-        *[("qwen2", variant) for variant in ("yarn_attention_factor", "yarn_betas_untruncated")],
-        *[("llama", variant) for variant in ("default", "linear", "llama3", "yarn_mscale")],
-        *[("qwen3", variant) for variant in ("linear", "llama3", "yarn")],
-        *[("olmo2", variant) for variant in ("linear", "llama3", "yarn_betas")],
-        *[("mistral", variant) for variant in ("linear", "llama3", "yarn_mscale")],
-        ("gemma2", "yarn_mscale"),
-        *[("mixtral", "yarn"), ("qwen3_moe", "yarn")],
-    ],
+    # The frequencies and the factor of each variant are compared by test_angles_equal_transformers.
+    tiers.fast(
+        [("llama", "llama3"), ("gemma2", "yarn_mscale")],
+        [
+            *[("qwen2", variant) for variant in ("default", "linear", "llama3", "yarn")],
+            *[
+                ("qwen2", variant)
+                for variant in ("yarn_attention_factor", "yarn_betas_untruncated")
+            ],
+            *[("llama", variant) for variant in ("default", "linear", "llama3", "yarn_mscale")],
+            *[("qwen3", variant) for variant in ("linear", "llama3", "yarn")],
+            *[("olmo2", variant) for variant in ("linear", "llama3", "yarn_betas")],
+            *[("mistral", variant) for variant in ("linear", "llama3", "yarn_mscale")],
+            ("gemma2", "yarn_mscale"),
+            *[("mixtral", "yarn"), ("qwen3_moe", "yarn")],
+        ],
+    ),
 )
 def test_logits_with_scaled_rope_equal_transformers(make_strong_model, family, variant):
     spelled = older(variant) if family in ("llama", "olmo2", "qwen3_moe") else newer(variant)
@@ -310,7 +326,7 @@ LONGROPES = {
 }
 
 
-@pytest.mark.parametrize("spelling", LONGROPES)
+@pytest.mark.parametrize("spelling", tiers.fast(["partial"], LONGROPES))
 def test_longrope_logits_beyond_the_original_length_equal_transformers(make_strong_model, spelling):
     folder = make_strong_model(**PHI3 | {"num_hidden_layers": 2} | LONGROPES[spelling])
     assert_same_logits(folder, random_tokens(length=ORIGINAL + 1))
@@ -356,16 +372,20 @@ def test_greedy_answers_take_the_factors_of_longrope_by_the_length_so_far(make_s
         assert token == logits.argmax()
 
 
+SAVED = [
+    *[("llama", {}), ("olmo2", {}), ("mistral", {"sliding_window": None, "head_dim": 20})],
+    *[("qwen3", {"head_dim": 20, "max_window_layers": 1}), ("mistral", {"sliding_window": 30})],
+    ("gemma2", {"sliding_window": 30, "head_dim": 20, "pad_token_id": 0}),
+    ("gemma3_text", {"sliding_window": 30, "head_dim": 20, "rope_parameters": GEMMA3_ROPES}),
+    ("phi3", {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | LONGROPES["newer"]),
+    *[("mixtral", {"num_local_experts": 5}), ("qwen3_moe", EXPERTS["qwen3_moe"])],
+]
+
+
+# The tensors of each family are those that transformers writes: see the contract of a family below.
 @pytest.mark.parametrize(
     ("family", "options"),
-    [
-        *[("llama", {}), ("olmo2", {}), ("mistral", {"sliding_window": None, "head_dim": 20})],
-        *[("qwen3", {"head_dim": 20, "max_window_layers": 1}), ("mistral", {"sliding_window": 30})],
-        ("gemma2", {"sliding_window": 30, "head_dim": 20, "pad_token_id": 0}),
-        ("gemma3_text", {"sliding_window": 30, "head_dim": 20, "rope_parameters": GEMMA3_ROPES}),
-        ("phi3", {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | LONGROPES["newer"]),
-        *[("mixtral", {"num_local_experts": 5}), ("qwen3_moe", EXPERTS["qwen3_moe"])],
-    ],
+    [saved if saved[0] in ("phi3", "qwen3_moe") else tiers.full(*saved) for saved in SAVED],
 )
 def test_logits_of_a_model_saved_by_transformers_equal_its_own(tmp_path, family, options):
     config = transformers.AutoConfig.for_model(
@@ -522,7 +542,8 @@ def loaded_before() -> dict:
     return {}
 
 
-@pytest.fixture(params=FAMILIES)
+# Windows in some layers and soft caps, segments that decide by their length, experts.
+@pytest.fixture(params=tiers.fast(["gemma2", "phi3", "qwen3_moe"], FAMILIES))
 def loaded(request, make_strong_model, loaded_before):
     """A model of each family, loaded and compiled once for all tests."""
     if request.param not in loaded_before:
@@ -544,9 +565,12 @@ def packed_row(padding: int = 7) -> tuple[np.ndarray, np.ndarray, np.ndarray, li
 def test_packed_examples_equal_each_alone(loaded):
     tokens, segments, positions, parts = packed_row()
     packed = loaded.logits(tokens, segments, positions)
-    for part in parts:
-        alone = loaded.logits(tokens[:, part])
-        np.testing.assert_allclose(packed[:, part], alone, rtol=0, atol=1e-5)
+    alone, alone_segments = np.zeros((2, len(parts), max(LENGTHS)), int)  # one in each row
+    for row, part in enumerate(parts):
+        alone[row, : LENGTHS[row]], alone_segments[row, : LENGTHS[row]] = tokens[0, part], 1
+    each = loaded.logits(alone, alone_segments)
+    for row, part in enumerate(parts):
+        np.testing.assert_allclose(packed[0, part], each[row, : LENGTHS[row]], rtol=0, atol=1e-5)
     unsegmented = loaded.logits(tokens)
     assert np.abs(packed - unsegmented)[:, parts[1].start :].max() > 0.1
 
@@ -589,7 +613,8 @@ def test_a_later_token_changes_no_bit_of_earlier_logits(loaded):
     assert (np.abs(before - after)[:, 25:].max(axis=-1) > 1e-3).all()
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", "olmo2"])  # one has other norms
+# One has other norms.
+@pytest.mark.parametrize("family", tiers.fast(["olmo2"], ["qwen2", "llama", "olmo2"]))
 def test_bfloat16_logits_are_within_3_percent_of_float32(make_strong_model, family):
     # Root mean square error over root mean square. One rounding to bfloat16 is up to 0.4 %; three
     # layers of weights without any training add up to 1 to 2 %.
@@ -603,7 +628,7 @@ def test_bfloat16_logits_are_within_3_percent_of_float32(make_strong_model, fami
 
 
 # One norms over all heads, one looks how long the segments are.
-@pytest.mark.parametrize("family", ["qwen2", "olmo2", "phi3"])
+@pytest.mark.parametrize("family", tiers.fast(["olmo2", "phi3"], ["qwen2", "olmo2", "phi3"]))
 def test_logits_do_not_depend_on_the_mesh(make_strong_model, family):
     folder = make_strong_model(**FAMILIES[family])
     tokens, segments, positions, parts = packed_row()
@@ -620,9 +645,9 @@ def test_padding_of_a_row_to_the_mesh_is_invisible_to_every_segment_id(make_stro
     tokens = random_tokens(1, 5)  # padded to 8 tokens over sequence = 4
     mesh = make_mesh({"sequence": 4}, jax.devices()[:4])
     whole = jax_sft.load(folder).logits(tokens)
+    on_mesh = jax_sft.load(folder, mesh)
     for segment in (0, 1, 7, -1):
-        ids = np.full_like(tokens, segment)
-        split = jax_sft.load(folder, mesh).logits(tokens, ids)
+        split = on_mesh.logits(tokens, np.full_like(tokens, segment))
         np.testing.assert_allclose(split, whole, rtol=0, atol=1e-5)
 
 
@@ -715,6 +740,17 @@ def test_weight_rows_turn_tensors_into_parameters_and_back(name):
             np.testing.assert_array_equal(row.to_hf(ours, cfg.dims), theirs)
 
 
+@functools.cache
+def attributes_read(source: Path) -> set[tuple[str, str]]:
+    """Return (owner, attribute) of every attribute that a file reads of `self` or of a `cfg`."""
+    return {
+        (owner, node.attr)
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+        if (owner := ast.unparse(node.value)).endswith("cfg") or owner == "self"
+    }
+
+
 @EVERY_FAMILY
 def test_every_config_field_is_read(name):
     # By the family's own file, or (max_positions, tied) by what calls it.
@@ -723,11 +759,9 @@ def test_every_config_field_is_read(name):
     sources = [*(set(package.rglob("*.py")) - other_families), package / "models" / f"{name}.py"]
     reads = set()
     for source in sources:
-        for node in ast.walk(ast.parse(source.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                owner = ast.unparse(node.value)
-                if owner.endswith("cfg") or (owner == "self" and source.stem in (name, "sizes")):
-                    reads.add(node.attr)
+        for owner, attribute in attributes_read(source):
+            if owner.endswith("cfg") or source.stem in (name, "sizes"):
+                reads.add(attribute)
     fields = {field.name for field in dataclasses.fields(models.find(name).Config)}
     assert fields <= reads
 

@@ -16,6 +16,7 @@ from jax_sft import config
 from jax_sft import plan as plan_module
 from jax_sft.planning import search, targets
 from jax_sft.report import plan_page
+from tests import tiers
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -121,12 +122,12 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("plans")
 
 
-SLOW = ("32b on 8", "32b on 64")  # half a minute each, with the axes of other cases
+# Half a minute each, with the axes of other cases.
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("32b on 8", "32b on 64")]
+FULL = map(tiers.full, ["72b on 64", "72b on 1024", "131k tokens on 16"])
 
 
-@pytest.fixture(
-    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
-)
+@pytest.fixture(params=["7b on 8", *FULL, *SLOW])
 def planned(request, folder):
     case = CASES[request.param]
     return case, plan_of(case, folder)
@@ -325,7 +326,7 @@ def test_a_search_leaves_out_what_cannot_run(folder, monkeypatch):
 
 
 @needs_plugin
-@pytest.mark.parametrize("remat", ["dots", "attention_lse,dots"])
+@pytest.mark.parametrize("remat", ["attention_lse,dots", tiers.full("dots")])
 def test_every_policy_that_trains_is_planned(folder, remat):
     cfg = small_config(folder, {})
     cfg.model.remat = remat

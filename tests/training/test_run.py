@@ -3,7 +3,6 @@
 import ast
 import functools
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -27,21 +26,22 @@ from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import metrics, optim, state
 from jax_sft.training.step import make_train_step, value_and_grad
 from jax_sft.weights import hf_folder, hf_reader, placement
+from tests import programs, tiers
+from tests.inputs import write_config, write_model
 
 MESHES = [
+    (1, 2, 2, 2),
+    (2, 1, 1, 4),
     (8, 1, 1, 1),
     (1, 8, 1, 1),
     (1, 1, 2, 4),
     (2, 2, 2, 1),
-    (1, 2, 2, 2),
     (1, 1, 1, 8),
     (4, 1, 2, 1),
-    (2, 1, 1, 4),
 ]
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 ROOT = Path(__file__).resolve().parents[2]
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-ENVIRON = dict(os.environ)
 
 
 def read_metrics(workdir: Path) -> list[dict]:
@@ -103,26 +103,37 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize(
-    "family",
-    # The others are compared with torch, on two meshes, by test_parity.
-    [family if family == "qwen2" else SLOW(family) for family in FAMILIES],
-)
-def test_every_mesh_gives_the_single_device_loss_and_gradients(make_config, make_model, family):
-    # Dimensions that 8 divides, so that every mesh is allowed; still all different.
-    model = make_model(
-        model_type=family,
-        **{"hidden_size": 64, "num_attention_heads": 4, "head_dim": 24},
-        **FAMILIES[family],
-    )
-    cfg = make_config(model)
-    expected_loss, expected, _ = loss_and_grads(cfg, (1, 1, 1, 1))
-    for sizes in MESHES:
-        loss, grads, _ = loss_and_grads(cfg, sizes)
-        assert loss == pytest.approx(expected_loss, rel=1e-5), sizes
-        for path, grad in grads.items():
-            scale = np.abs(expected[path]).max()
-            np.testing.assert_allclose(grad, expected[path], rtol=0, atol=1e-5 * scale + 1e-8)
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+    """Return a function from a family to (config, loss, gradients) of its model on one device."""
+
+    @functools.cache
+    def computed(family: str):
+        folder = tmp_path_factory.mktemp(family)
+        # Dimensions that 8 divides, so that every mesh is allowed; still all different.
+        model = write_model(
+            folder,
+            model_type=family,
+            **{"hidden_size": 64, "num_attention_heads": 4, "head_dim": 24},
+            **FAMILIES[family],
+        )
+        cfg = write_config(folder, model)
+        loss, grads, _ = loss_and_grads(cfg, (1, 1, 1, 1))
+        return cfg, loss, grads
+
+    return computed
+
+
+@pytest.mark.parametrize("sizes", [*MESHES[:2], *map(tiers.full, MESHES[2:])])
+# The others are compared with torch, on two meshes, by test_parity.
+@pytest.mark.parametrize("family", ["qwen2", *map(SLOW, list(FAMILIES)[1:])])
+def test_every_mesh_gives_the_single_device_loss_and_gradients(on_one_device, family, sizes):
+    cfg, expected_loss, expected = on_one_device(family)
+    loss, grads, _ = loss_and_grads(cfg, sizes)
+    assert loss == pytest.approx(expected_loss, rel=1e-5), sizes
+    for path, grad in grads.items():
+        scale = np.abs(expected[path]).max()
+        np.testing.assert_allclose(grad, expected[path], rtol=0, atol=1e-5 * scale + 1e-8)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +174,7 @@ def test_parameters_moments_and_gradients_are_split_over_fsdp_and_tensor(make_co
     assert here < 1.2 * whole / 8  # all but norms and biases is an eighth
 
 
-@pytest.mark.parametrize("micro_rows", [8, 16])
+@pytest.mark.parametrize("micro_rows", [8, tiers.full(16)])
 def test_accumulation_equals_one_large_batch(make_config, make_model, micro_rows):
     model = make_model(hidden_size=64, head_dim=24)
     large = make_config(model, num_rows=300, **{"batch.rows": 32})
@@ -192,13 +203,16 @@ def test_the_step_compiles_once(make_config):
     assert int(current.step) == 5
 
 
-def test_a_stopped_run_goes_on_with_bitwise_the_same_losses(make_config, tmp_path):
-    model = make_config().model.path
-    options = {"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.sequence": 2}
-    whole = make_config(model, **options)
-    jax_sft.train(whole, tmp_path / "whole")
-    # Killed after step 9 of 20 with step 7 saved: steps 8 and 9 are done again.
-    first = make_config(model, **options, **{"checkpoint.every_steps": 7})
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Return (config, its metrics when nothing happens, folder of a run that was killed after step
+    9 of 12 with step 7 saved).
+    """
+    folder = tmp_path_factory.mktemp("stopped")
+    options = {"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.sequence": 2, "train.steps": 12}
+    cfg = write_config(folder, **options)
+    jax_sft.train(cfg, folder / "whole")
+    cfg.checkpoint.every_steps = 7
     real_add = metrics.Meter.add
 
     def crash_after_9(meter, *sums):
@@ -209,12 +223,18 @@ def test_a_stopped_run_goes_on_with_bitwise_the_same_losses(make_config, tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics.Meter, "add", crash_after_9)
         with pytest.raises(KeyboardInterrupt):
-            jax_sft.train(first, tmp_path / "parts")
-    jax_sft.train(first, tmp_path / "parts")
-    expected, found = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "parts")
+            jax_sft.train(cfg, folder / "parts")
+    return cfg, read_metrics(folder / "whole"), folder / "parts"
+
+
+def test_a_stopped_run_goes_on_with_bitwise_the_same_losses(stopped, tmp_path):
+    cfg, expected, parts = stopped
+    run = Path(shutil.copytree(parts, tmp_path / "run"))
+    jax_sft.train(cfg, run)  # steps 8 and 9 are done again
+    found = read_metrics(run)
     keys = ("step", "loss", "grad_norm", "learning_rate", "epoch")
     assert [[m[k] for k in keys] for m in found] == [[m[k] for k in keys] for m in expected]
-    assert [m["step"] for m in found] == list(range(1, 21))
+    assert [m["step"] for m in found] == list(range(1, 13))
 
 
 def train_until_saved(cfg, workdir: Path) -> None:
@@ -232,17 +252,14 @@ def train_until_saved(cfg, workdir: Path) -> None:
             jax_sft.train(cfg, workdir)
 
 
-def test_a_run_resumes_on_another_mesh_to_rounding(make_config, tmp_path):
-    model = make_config().model.path
-    whole = make_config(model, **{"mesh.fsdp": 8})
-    jax_sft.train(whole, tmp_path / "whole")
-    half = make_config(model, **{"mesh.fsdp": 8, "checkpoint.every_steps": 7})
-    train_until_saved(half, tmp_path / "parts")
-    other = make_config(model, **{"mesh.data": 2, "mesh.fsdp": 1, "mesh.tensor": 2})
-    other.mesh.sequence = 2
-    jax_sft.train(other, tmp_path / "parts")
-    expected = {m["step"]: m["loss"] for m in read_metrics(tmp_path / "whole")}
-    found = {m["step"]: m["loss"] for m in read_metrics(tmp_path / "parts")}
+def test_a_run_resumes_on_another_mesh_to_rounding(stopped, tmp_path):
+    cfg, lines, parts = stopped
+    run = Path(shutil.copytree(parts, tmp_path / "run"))
+    other = cfg.copy_and_resolve_references()
+    other.mesh.fsdp, other.mesh.tensor, other.mesh.sequence = 8, 1, 1
+    jax_sft.train(other, run)
+    expected = {m["step"]: m["loss"] for m in lines}
+    found = {m["step"]: m["loss"] for m in read_metrics(run)}
     assert found.keys() == expected.keys()
     assert found == pytest.approx(expected, rel=1e-4)
 
@@ -434,13 +451,11 @@ def test_two_processes_give_the_losses_of_one(make_config, tmp_path):
         "    cfg.log.every_steps = 1\n    cfg.mesh.fsdp = 4\n    cfg.mesh.cpu_devices = 4\n"
         "    return cfg\n"
     )
-    env = {k: v for k, v in ENVIRON.items() if k != "XLA_FLAGS"}
+    env = programs.environment(PYTHON=sys.executable)
     for nproc in (1, 2):
         run = tmp_path / f"run{nproc}"
         command = ["scripts/launch.sh", f"--nproc={nproc}", f"--config={file}", f"--workdir={run}"]
-        done = subprocess.run(
-            command, cwd=ROOT, env=env | {"PYTHON": sys.executable}, text=True, **PIPES
-        )
+        done = subprocess.run(command, cwd=ROOT, env=env, text=True, **PIPES)
         assert done.returncode == 0, done.stdout + done.stderr
     one, two = (read_metrics(tmp_path / f"run{n}") for n in (1, 2))
     assert [m["step"] for m in two] == [1, 2, 3, 4]

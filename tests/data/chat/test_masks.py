@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from jax_sft.data.batches.examples import Encoded
 from jax_sft.data.chat import encoding
 from jax_sft.data.sources.formats import Conversation, Text
+from tests import tiers
 
 SHARED = Path(__file__).resolve().parents[4] / "shared"
 DATE = chat_templates.DATE
@@ -481,8 +482,7 @@ def test_the_ground_truth_is_what_transformers_renders(subject, family):
     assert checked.keys() >= simple
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), tiers.crossed(FAMILIES, KINDS))
 def test_exactly_the_answers_and_their_end_of_turn_train(subject, family, kind):
     one = subject(family, kind)
     conversations = all_conversations(one.family)
@@ -727,8 +727,10 @@ def test_a_system_text_that_the_answer_takes_away_trains_behind_the_prompt_or_is
 # ---- the user ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["bytes", "lines merge", "NFC", "rstrip", "metaspace", "legacy"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    tiers.crossed(FAMILIES, ["bytes", "lines merge", "NFC", "rstrip", "metaspace", "legacy"]),
+)
 def test_no_token_of_the_user_trains_whatever_the_user_writes(subject, family, kind):
     one = subject(family, kind)
     control = (one.family.bos, *one.family.control)
@@ -897,8 +899,9 @@ def test_a_variable_of_the_template_goes_before_the_date(subject):
 # ---- batches -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["bytes", "lines merge", "legacy"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kind"), tiers.crossed(FAMILIES, ["bytes", "lines merge", "legacy"])
+)
 def test_a_batch_is_its_items_one_by_one_and_the_same_each_time(subject, family, kind):
     one = subject(family, kind)
     items = [Conversation(*pair) for pair in all_conversations(one.family).values()]
@@ -963,7 +966,10 @@ def texts_trained(subject: Subject, example: Encoded) -> list[str]:
     return [subject.decode(example.ids[run]) for run in trained_runs(example)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# The others reason and call tools as "qwen3 thinking" does.
+@pytest.mark.parametrize(
+    "family", [tiers.full(name) if name in ("qwen3", "mistral7") else name for name in FAMILIES]
+)
 def test_a_conversation_that_is_too_long_is_that_without_its_oldest_turns(subject, family):
     one = subject(family)
     messages, tools = exchanges(one.family)
@@ -1122,7 +1128,10 @@ def conversations(draw, family: Family) -> Example:
     return messages, [WEATHER] if has_tools else None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    tiers.fast(["chatml", "qwen3 thinking", "mistral7", "llama31", "deepseek3"], FAMILIES),
+)
 def test_any_conversation_trains_as_the_ground_truth_says_or_is_refused(subject, family):
     kinds = [
         "bytes",
@@ -1252,8 +1261,13 @@ def check_rows(one: Subject, examples: list[Example]) -> Counter:
     return outcomes
 
 
-@pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    ("name", "file"),
+    tiers.fast(
+        [("qwen3", "tool_calls.jsonl"), ("smollm2", "tool_calls.jsonl")],
+        itertools.product(REAL, FILES),
+    ),
+)
 def test_the_first_rows_of_real_data_train_token_by_token(real, name, file):
     examples = rows_of(file, 150)
     outcomes = check_rows(real(name), examples)
@@ -1271,8 +1285,10 @@ def test_all_real_data_trains_token_by_token(real, name, file):
     assert (outcomes["refused"] > 0) == ((name, file) == ("smollm2", "tool_calls.jsonl"))
 
 
-@pytest.mark.parametrize("max_tokens", [0, 24])
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    ("name", "max_tokens"),
+    tiers.fast([("qwen3", 24), ("smollm2", 0)], itertools.product(REAL, [0, 24])),
+)
 def test_answers_behind_a_blank_train_behind_the_tokens_that_inference_gives(
     real, name, max_tokens
 ):

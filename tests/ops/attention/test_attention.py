@@ -21,10 +21,12 @@ from jax_sft.ops.attention import blockwise, dispatch, reference
 from jax_sft.ops.attention.dispatch import packed_attention
 from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
+from tests import tiers
 
 BACKENDS = {"blockwise": blockwise.BACKEND, "reference": reference.BACKEND}
 SHAPES = [s for s in itertools.product([1, 2, 4, 8], repeat=4) if math.prod(s) == 8]
 SOME = [(8, 1, 1, 1), (1, 1, 1, 8), (1, 1, 2, 4), (1, 2, 2, 2)]
+SPLIT, WHOLE = (1, 1, 2, 4), (8, 1, 1, 1)  # heads and rows are split, or a device has rows alone
 BLOCK = 5  # tokens of a block here: it divides no row, and a row has several
 B, N, K, H, T = 8, 8, 8, 6, 16
 SCALE = 0.37
@@ -155,7 +157,10 @@ def local_attention(backend, q, k, v, query_ids, grad_out, key_ids=None, scale=S
 
 @pytest.mark.parametrize(
     ("backend", "sizes"),
-    [*(("blockwise", sizes) for sizes in SHAPES), *(("reference", sizes) for sizes in SOME)],
+    tiers.fast(
+        [("blockwise", SPLIT), ("blockwise", (1, 2, 2, 2)), ("reference", SPLIT)],
+        [*(("blockwise", sizes) for sizes in SHAPES), *(("reference", sizes) for sizes in SOME)],
+    ),
 )
 def test_attention_and_its_gradients_equal_the_naive_ones(backend, sizes):
     num_kv_heads = K if sizes in SOME else max(2, sizes[2])
@@ -167,7 +172,7 @@ def test_attention_and_its_gradients_equal_the_naive_ones(backend, sizes):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("window", [2, BLOCK, 2 * BLOCK + 1])
+@pytest.mark.parametrize("window", tiers.fast([2 * BLOCK + 1], [2, BLOCK, 2 * BLOCK + 1]))
 def test_a_window_and_its_gradients_equal_the_naive_ones(backend, window):
     problem = attention_problem(num_kv_heads=4)
     grad_out = output_gradient(problem[3])
@@ -204,8 +209,8 @@ def test_a_soft_cap_and_a_window_that_the_layer_decides_equal_the_naive_ones(bac
 def test_a_window_of_the_whole_row_is_none(backend):
     problem = attention_problem()
     grad_out = output_gradient(problem[3])
-    full = sharded_attention(backend, (8, 1, 1, 1), problem, grad_out)
-    found = sharded_attention(backend, (8, 1, 1, 1), problem, grad_out, window=T)
+    full = sharded_attention(backend, SPLIT, problem, grad_out)
+    found = sharded_attention(backend, SPLIT, problem, grad_out, window=T)
     for mine, other in zip(found, full, strict=True):
         np.testing.assert_array_equal(mine, other)
 
@@ -213,7 +218,7 @@ def test_a_window_of_the_whole_row_is_none(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("num_kv_heads", "sizes"),
-    [(4, (8, 1, 1, 1)), (4, (1, 1, 2, 4)), (1, (4, 1, 1, 2))],  # 4, 2 and 1 on a device
+    [(4, SPLIT), tiers.full(4, WHOLE), tiers.full(1, (4, 1, 1, 2))],  # 2, 4 and 1 on a device
 )
 def test_query_heads_share_kv_heads_in_order(backend, num_kv_heads, sizes):
     problem = attention_problem(num_kv_heads)
@@ -225,7 +230,7 @@ def test_query_heads_share_kv_heads_in_order(backend, num_kv_heads, sizes):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 1, 2, 4)])
+@pytest.mark.parametrize("sizes", [SPLIT, tiers.full(WHOLE)])
 def test_no_bit_of_a_segment_depends_on_another_one(backend, sizes):
     q, k, v, segments, positions = attention_problem()
     grad_out = output_gradient(segments)
@@ -240,7 +245,7 @@ def test_no_bit_of_a_segment_depends_on_another_one(backend, sizes):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 1, 2, 4)])
+@pytest.mark.parametrize("sizes", [SPLIT, tiers.full(WHOLE)])
 def test_no_bit_of_a_token_depends_on_a_later_one(backend, sizes):
     q, k, v, segments, positions = attention_problem()
     grad_out = output_gradient(segments)
@@ -254,7 +259,7 @@ def test_no_bit_of_a_token_depends_on_a_later_one(backend, sizes):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 1, 2, 4)])
+@pytest.mark.parametrize("sizes", [SPLIT, tiers.full(WHOLE)])
 def test_padding_gives_no_nan_and_no_gradient(backend, sizes):
     problem = attention_problem()
     padding = problem[3] == 0
@@ -311,13 +316,16 @@ def test_bfloat16_attention_is_within_rounding(backend):
 
 @pytest.mark.parametrize(
     ("backend", "num_tokens", "num_heads", "num_kv_heads"),
-    [
-        ("blockwise", 1, 2, 1),
-        ("blockwise", BLOCK, 3, 3),
-        ("blockwise", BLOCK + 1, 6, 3),
-        ("blockwise", 37, 4, 1),
-        ("reference", 37, 4, 2),
-    ],
+    tiers.fast(
+        [("blockwise", BLOCK + 1, 6, 3), ("reference", 37, 4, 2)],
+        [
+            ("blockwise", 1, 2, 1),
+            ("blockwise", BLOCK, 3, 3),
+            ("blockwise", BLOCK + 1, 6, 3),
+            ("blockwise", 37, 4, 1),
+            ("reference", 37, 4, 2),
+        ],
+    ),
 )
 def test_rows_of_any_length_have_the_naive_attention(backend, num_tokens, num_heads, num_kv_heads):
     rng = np.random.default_rng(num_tokens)
@@ -342,7 +350,7 @@ def test_rows_of_any_length_have_the_naive_attention(backend, num_tokens, num_he
 
 
 @pytest.mark.parametrize(
-    ("backend", "num_queries"), [("blockwise", 1), ("blockwise", 7), ("reference", 7)]
+    ("backend", "num_queries"), [("blockwise", 7), tiers.full("blockwise", 1), ("reference", 7)]
 )
 def test_some_queries_attend_to_the_keys_of_the_whole_row(backend, num_queries):
     q, k, v, *ids = attention_problem(num_kv_heads=4)
@@ -543,7 +551,11 @@ def test_keys_and_values_travel_in_the_compute_dtype_and_only_over_sequence():
 @pytest.mark.parametrize(
     ("remat", "num_regions"),
     # forward, forward again, backward
-    [("full", 3), ("attention", 3), ("attention_lse", 3), ("attn", 2), ("none", 2)],
+    [
+        ("full", 3),
+        *map(tiers.full, [("attention", 3), ("attention_lse", 3), ("none", 2)]),
+        ("attn", 2),
+    ],
 )
 def test_the_backward_pass_attends_again_only_where_nothing_was_kept(remat, num_regions):
     q, k, v, *ids = attention_problem()
