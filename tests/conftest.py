@@ -22,6 +22,7 @@ import functools
 import gc
 import importlib.util
 import re
+import signal
 import tempfile
 from pathlib import Path
 
@@ -29,6 +30,8 @@ import pytest
 
 from tests import inputs
 
+# A shell starts what ends in "&" with Ctrl-C ignored; tests of Ctrl-C need Python's own answer.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tokenized data of the tests, and of the programs that they run, goes with them.
 _CACHE = tempfile.TemporaryDirectory(prefix="jax-sft-tests-")
 atexit.register(_CACHE.cleanup)
@@ -56,7 +59,7 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector):
     return None
 
 
-MOST_WORKERS = 8  # each takes 1 to 2 GB
+MOST_WORKERS = 8  # each takes up to 3 GB
 
 
 @pytest.hookimpl(optionalhook=True)
