@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,7 +69,9 @@ def train_one_step(folder: Path, sizes: tuple[int, ...], num_sources: int):
         current = state.create(tx, params, rows, mesh)
         shardings = state.shardings(tx, params, rows, mesh)
         step = make_train_step(model_def, tx, rate, shardings, mesh, num_sources)
-        current, sums = step(current, batch)
+        # As users compile it: without emitters, as the tests compile, fusions round otherwise.
+        options: dict[str, Any] = {"xla_cpu_use_fusion_emitters": True}
+        current, sums = step.lower(current, batch).compile(options)(current, batch)
     return jax.device_get((sums, current.params))
 
 

@@ -553,7 +553,9 @@ def test_keys_and_values_travel_in_the_compute_dtype_and_only_over_sequence():
     # forward, forward again, backward
     [
         ("full", 3),
-        *map(tiers.full, [("attention", 3), ("attention_lse", 3), ("none", 2)]),
+        tiers.full("attention", 3),
+        tiers.full("attention_lse", 3),
+        tiers.full("none", 2),
         ("attn", 2),
     ],
 )
