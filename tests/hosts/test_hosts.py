@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jax_sft.hosts import cluster
-from tests import programs
+from tests import programs, tiers
 
 REPO = Path(__file__).resolve().parents[2]
 ROWS, START, STOP = 8, 5, 12
@@ -109,7 +109,8 @@ def test_the_coordinator_listens_at_the_one_address_that_is_named(
     assert cluster.bind_address(coordinator) == expected
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "none"])
+# Rows that are not packed are resumed in one process by test_loader.
+@pytest.mark.parametrize("packing", ["best_fit", tiers.full("none")])
 def test_resumed_on_1_2_and_4_hosts_the_global_batches_are_bitwise_those_of_one(
     make_model, tmp_path, packing
 ):
