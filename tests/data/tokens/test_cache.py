@@ -20,7 +20,7 @@ import jax_sft
 from jax_sft import cache as cache_command
 from jax_sft import config, tiny
 from jax_sft.data.chat import encoding
-from jax_sft.data.tokens import cache, cache_room, file_hashes, worker
+from jax_sft.data.tokens import cache, cache_room, file_hashes, store_lock, worker
 from jax_sft.data.tokens import store as store_module
 from jax_sft.files import regular
 from jax_sft.runtime import confined
@@ -615,8 +615,8 @@ def test_a_holder_of_the_lock_that_hangs_is_named(build, tmp_path, monkeypatch, 
     file = write(tmp_path / "a.jsonl", rows(3))
     key = build(file).folder.name
     shutil.rmtree(tmp_path / "cache" / key)
-    monkeypatch.setattr(cache, "HUNG_S", 0.3)
-    monkeypatch.setattr(cache, "SAY_AGAIN_S", 0.1)
+    monkeypatch.setattr(store_lock, "HUNG_S", 0.3)
+    monkeypatch.setattr(store_lock, "SAY_AGAIN_S", 0.1)
     with open(tmp_path / "cache" / f"{key}.lock", "r+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match=rf"process {os.getpid()} on .* written nothing"):
@@ -625,7 +625,7 @@ def test_a_holder_of_the_lock_that_hangs_is_named(build, tmp_path, monkeypatch, 
     assert not build(file).cached
     with open(tmp_path / "cache" / f"{key}.lock", "r+b", buffering=0) as lock:
         assert lock.read()  # as who waits does
-        cache._sign(lock)
+        store_lock._sign(lock)
     assert (tmp_path / "cache" / f"{key}.lock").read_bytes().startswith(b"process")
 
 
@@ -637,7 +637,7 @@ def test_a_damaged_store_where_nothing_can_be_written_is_named(build, tmp_path, 
     def refuse(*_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(cache, "_unfinished", refuse)
+    monkeypatch.setattr(store_lock, "unfinished", refuse)
     with pytest.raises(ValueError, match=r"store .* damaged: ids .*checksum.*data\.cache_dir"):
         build(file)
 
