@@ -1,4 +1,4 @@
-"""What each test file proves and what it costs, as a table in docs/proofs.md.
+"""Measure what each test file costs, and list it with its claim in docs/proofs.md.
 
     python -m scripts.test_times                  # the fast tier; prints the table
     python -m scripts.test_times --all --write    # all tests; writes it into docs/proofs.md

@@ -44,7 +44,11 @@ def pytest_addoption(parser):
 
 
 class WithoutTorch(pytest.Module):
-    """A test file that imports torch, where torch is not installed."""
+    """A test file that imports torch, where torch is not installed.
+
+    It is reported as skipped. requirements-dev.txt, which `.ci/run` installs, has torch;
+    requirements-test.txt is for interpreters for which torch has no CPU build.
+    """
 
     def collect(self):
         reason = "torch is not installed: pip install -r requirements-dev.txt"

@@ -1,4 +1,4 @@
-"""What pip installs: the package's description, and a wheel that runs away from the clone."""
+"""Install the package: its description, and a wheel that runs away from the clone."""
 
 import dataclasses
 import importlib.metadata

@@ -107,7 +107,7 @@ def test_a_script_runs_from_any_folder_without_an_install(tmp_path, script, verb
 
 @pytest.mark.parametrize("first", ["import jax_sft.{0}", "from jax_sft import {0}"])
 def test_a_function_and_its_module_share_a_name(first):
-    """Whichever is asked for first: `jax_sft.export` is called, and has a main function."""
+    """`jax_sft.export` can be called and has a main function, whichever import comes first."""
     code = f"""
 import types
 {first.format("export")}

@@ -1,4 +1,4 @@
-"""Which parameters of a test the fast tier runs: every claim once, and `test.sh --all` the rest.
+"""Select the parameters of a test for the fast tier: every claim once; `test.sh --all` runs all.
 
 A test whose parameters prove one claim on several families, meshes or seeds names the ones that the
 fast tier runs: one for each structure that the claim depends on.

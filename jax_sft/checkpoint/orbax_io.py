@@ -40,7 +40,9 @@ def _call(do: Callable[[], T]) -> T:
         return do()
     except TimeoutError:
         raise
-    except Exception as error:  # Orbax can raise any type, even a bare Exception
+    # Orbax can raise any type, even a bare Exception, and none may end the training: a failed save
+    # is reported and tried again, and a run whose last state is not stored ends with 74.
+    except Exception as error:
         raise Failed(_first_cause(error)) from error
 
 

@@ -114,4 +114,5 @@ def leave_torch_out() -> None:
     jax_sft may call this function.
     """
     if "transformers" not in sys.modules and "torch" not in sys.modules:
+        # None blocks the import, as Python documents; type checkers know modules only.
         sys.modules["torch"] = None  # type: ignore[assignment]

@@ -139,7 +139,7 @@ def test_recomputation_is_what_the_compiler_is_left_with():
 
 
 def report_of(lengths: np.ndarray, seq_len: int, drops: bool) -> dict:
-    """What data.tokens.prepare.describe says of these lengths."""
+    """Return the description of these lengths, see data.tokens.prepare.describe."""
     kept = lengths[lengths <= seq_len] if drops else np.minimum(lengths, seq_len)
     points = np.percentile(lengths, (5, 50, 95, 99), method="inverted_cdf")
     named = dict(zip(("p5", "p50", "p95", "p99"), map(int, points), strict=True))

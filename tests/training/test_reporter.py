@@ -1,4 +1,4 @@
-"""What a run reports: which steps are logged, what stops a save, how trackers are closed."""
+"""Reports of a run: the steps that are logged, the errors that stop a save, the end of trackers."""
 
 from pathlib import Path
 from typing import Any

@@ -169,7 +169,9 @@ def _attempt(function: Callable[[], Any]) -> tuple[Any, str]:
     """Return (result of `function`, "") or (None, error message)."""
     try:
         return function(), ""
-    except Exception as error:  # kernel libraries and their compilers raise any type
+    # Kernel libraries and their compilers raise any type. The failure is reported by name: a
+    # backend that was asked for is refused, and "auto" tries the next one.
+    except Exception as error:
         return None, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
 
 

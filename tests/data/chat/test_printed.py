@@ -8,7 +8,7 @@ from jax_sft import tiny
 from jax_sft.data.chat import encoding
 from jax_sft.data.chat.printed import missing_part
 from jax_sft.data.sources.formats import Conversation
-from tests.data.chat.test_encoding import load, templated  # noqa: F401
+from tests.data.chat.test_encoding import load, templated  # noqa: F401  # a fixture
 
 ARGUMENTS = {
     "deep": True,
