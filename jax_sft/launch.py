@@ -34,7 +34,7 @@ EXAMPLES = """\
 
 All other options go to the trainer, on every host. PYTHON names the interpreter (default: that of
 .venv, else python3). The exit code is the trainer's: 0 done, 64 an error of yours, 65 training
-stopped itself, 74 the last state is not saved, 75 told to stop and saved (queue it again); any
+stopped itself, 74 the last state is not saved, 75 asked to stop and saved (queue it again); any
 other is a crash or a lost process, after which all is started again and resumes.
 """
 

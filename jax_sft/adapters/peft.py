@@ -379,8 +379,8 @@ def _part(tensor: np.ndarray, row: ParamSpec, name: str, dims: dict[str, int]) -
         own_columns = slice(rank * row.place, rank * (row.place + 1))
         if np.any(np.delete(part, own_columns, axis=1)):
             raise ValueError(
-                f"{name} has other values than zero beside its diagonal of {len(row.fused)} parts: "
-                f"its rank is not {rank} for each"
+                f"{name} has values other than zero outside its diagonal of {len(row.fused)} "
+                f"parts: its rank is not {rank} for each"
             )
         return part[:, own_columns]
     return part

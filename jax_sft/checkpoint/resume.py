@@ -28,7 +28,7 @@ _PLACE = re.compile(r"(params/|optimizer/|)((?:\d+\.)*)(.*)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class StoredStep:
     """A stored step.
 
     Attributes:
@@ -70,7 +70,7 @@ class Resume:
         self._bad: list[str] = []
         self._replaces_files = False
 
-    def start(self, today: dict[str, Any]) -> Found | None:
+    def start(self, today: dict[str, Any]) -> StoredStep | None:
         """Clean up, and find the newest step whose files pass verification. Reads no arrays.
 
         Args:
@@ -90,8 +90,8 @@ class Resume:
         return newest
 
     def restore(
-        self, found: Found, abstract: Mapping[str, jax.ShapeDtypeStruct]
-    ) -> tuple[dict[str, jax.Array], Found]:
+        self, found: StoredStep, abstract: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[dict[str, jax.Array], StoredStep]:
         """Return the arrays of the step in `found`, or of an older one if these are damaged.
 
         Args:
@@ -137,11 +137,11 @@ class Resume:
                 model_files.keep(self._folder, self._model, replace=True)
         elif self._model:
             if present:
-                lines.append(f"WARNING {self._folder} lacks {model_files.NAME}: written anew")
+                lines.append(f"WARNING {self._folder} lacks {model_files.NAME}: written again")
             model_files.keep(self._folder, self._model)
         return {"said": lines, "steps": present, "aside": aside}
 
-    def _next_good(self) -> Found | None:
+    def _next_good(self) -> StoredStep | None:
         """Return the newest step whose files pass verification; move damaged ones aside."""
         while self._untried:
             step = self._untried[0]
@@ -156,7 +156,7 @@ class Resume:
                 self._check_version(stored)
                 for line in check.warnings:
                     self._say(f"WARNING checkpoint step {step}: {line}; it is ignored")
-                return Found(step, stored, check.manifest.arrays)
+                return StoredStep(step, stored, check.manifest.arrays)
             self._set_aside(step, problems)
         if self._bad:
             raise ValueError(
@@ -187,7 +187,7 @@ class Resume:
         if self._untried:
             self._say(f"WARNING trying the step before it, {self._untried[0]}")
 
-    def _check_drift(self, found: Found, today: dict[str, Any]) -> None:
+    def _check_drift(self, found: StoredStep, today: dict[str, Any]) -> None:
         """Refuse to resume if config, data or model files differ in a way that is not allowed."""
         changes = config.drift(found.metadata.get("config") or {}, today, self._bound)
         for key in [key for key in changes if self._is_moved(key, found)]:
@@ -211,7 +211,7 @@ class Resume:
             advice = command_line.again({"checkpoint.allow_changes": tuple(dict.fromkeys(keys))})
             raise ValueError(
                 f"{self._folder} holds step {found.step} of a run that differs in\n{lines}\n"
-                "Resume with the config of that run (config.json beside the checkpoints), choose "
+                "Resume with the config of that run (config.json next to the checkpoints), choose "
                 f"another workdir, or allow the changes: {advice}"
             )
         self._replaces_files = bool(files)
@@ -226,7 +226,7 @@ class Resume:
             return key, f"{key}: the text of the template is not that of the checkpoint"
         return "model.path", f"model.path: its files {list(files)} were changed"
 
-    def _is_moved(self, key: str, found: Found) -> bool:
+    def _is_moved(self, key: str, found: StoredStep) -> bool:
         """Whether a changed key only moves the source of data whose tokens are the same."""
         data, kind, name, *field = [*key.split("."), "", "", ""][:4]
         if (data, kind) == ("data", "train") and field[0] not in ("", "epochs", "weight"):
@@ -243,7 +243,7 @@ class Resume:
         return consensus.gather("checkpoint files, all", check.problems)
 
     def _load(
-        self, found: Found, abstract: Mapping[str, jax.ShapeDtypeStruct]
+        self, found: StoredStep, abstract: Mapping[str, jax.ShapeDtypeStruct]
     ) -> tuple[dict[str, jax.Array] | None, list[str]]:
         """Return (arrays under the names of `abstract`, []) or (None, problems of the step)."""
         renamed = under_stored_names(abstract, found.arrays)
@@ -271,7 +271,7 @@ class Resume:
         # `renamed` has the names of the step, in the order of `abstract`.
         return {name: arrays[stored] for name, stored in zip(abstract, renamed, strict=True)}, []
 
-    def _check_shapes(self, found: Found, wanted: Mapping[str, Any]) -> None:
+    def _check_shapes(self, found: StoredStep, wanted: Mapping[str, Any]) -> None:
         """Refuse a step of another model or optimizer.
 
         Raises:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from jax_sft.checkpoint import array_checksums, model_files, orbax_io
-from jax_sft.checkpoint.resume import FORMAT_VERSION, Found, Resume, nested
+from jax_sft.checkpoint.resume import FORMAT_VERSION, Resume, StoredStep, nested
 from jax_sft.files import manifest, plain_paths, run_lock, step_folders
 from jax_sft.files.disk import probe_folder
 from jax_sft.hosts import cluster, consensus, preflight
@@ -118,15 +118,15 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._lost: RuntimeError | None = None
 
-    def start(self, today: dict[str, Any]) -> Found | None:
+    def start(self, today: dict[str, Any]) -> StoredStep | None:
         """Clean up and find the newest good step, reading no arrays; see `Resume.start`."""
         newest = self._resume.start(today)
         self.saved_step = newest.step if newest else None
         return newest
 
     def restore(
-        self, found: Found, abstract: Mapping[str, jax.ShapeDtypeStruct]
-    ) -> tuple[dict[str, jax.Array], Found]:
+        self, found: StoredStep, abstract: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[dict[str, jax.Array], StoredStep]:
         """Return the arrays of the step in `found` or an older one; see `Resume.restore`."""
         arrays, found = self._resume.restore(found, abstract)
         self.saved_step = found.step
@@ -136,7 +136,7 @@ class Checkpoints:
         """Store the current model files; see `Resume.keep_model_files`."""
         self._resume.keep_model_files()
 
-    def keep_frozen(self, frozen: Mapping[str, jax.Array], found: Found | None) -> None:
+    def keep_frozen(self, frozen: Mapping[str, jax.Array], found: StoredStep | None) -> None:
         """Record checksums of the frozen weights, and compare them with those of a resumed run.
 
         Raises:
@@ -178,7 +178,7 @@ class Checkpoints:
             arrays: the state after that step, see `TrainState.named`.
             config: the resolved config, stored with the step.
             metrics: evaluation metrics of this step, for `keep_best`.
-            extra: small JSON-serializable data; a resumed run reads it from `Found.extra`.
+            extra: small JSON-serializable data; a resumed run reads it from `StoredStep.extra`.
             wait: return only when the step is stored, or after a few failed attempts.
 
         Raises:

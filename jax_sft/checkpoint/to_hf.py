@@ -292,7 +292,7 @@ class Plan:
         yield (
             f"step {self.step}: {len(self.rows)} arrays -> {len(self.layout.tensors)} tensors, "
             f"{self.layout.nbytes / 1e9:.3f} GB in {len(self.layout.headers)} files; "
-            f"beside them {', '.join(hf_folder.side_files(self.kept))}"
+            f"next to them {', '.join(hf_folder.side_files(self.kept))}"
         )
         yield self.stop_line
 

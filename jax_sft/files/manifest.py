@@ -153,7 +153,7 @@ def read(folder: Path) -> Manifest:
                 file_of[path] = name(process)
         return Manifest(first["num_processes"], dict(first["arrays"]), files, file_of)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name(process)} is no manifest of ours: {error!r}") from None
+        raise ValueError(f"{name(process)} is not a manifest of jax_sft: {error!r}") from None
 
 
 def _read_one(folder: Path, process: int) -> dict[str, Any]:

@@ -293,7 +293,7 @@ def _try_to_publish(key: str, text: str) -> None:
     try:
         publish(key, text)
     except jax.errors.JaxRuntimeError as error:
-        print(f"the other processes could not be told: {error}", file=sys.stderr, flush=True)
+        print(f"the other processes could not be notified: {error}", file=sys.stderr, flush=True)
 
 
 def check_others() -> None:

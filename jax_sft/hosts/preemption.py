@@ -83,7 +83,7 @@ class Preemption:
         return self._saves
 
     @property
-    def told(self) -> bool:
+    def requested(self) -> bool:
         """Whether this process knows that all processes are to stop."""
         return self._told.is_set()
 
@@ -95,7 +95,7 @@ class Preemption:
         """
         with self._changing:
             self._saves, self._idle = saves, "nothing is left to save"
-        if not saves and self.told and cluster.num_processes() > 1:
+        if not saves and self.requested and cluster.num_processes() > 1:
             self._end_at_once(self._idle)
 
     @contextmanager
@@ -136,7 +136,7 @@ class Preemption:
         if cluster.num_processes() == 1:
             return
         counts = cluster.read_all("stop")
-        if not (counts or self.told) or self._on_signal:
+        if not (counts or self.requested) or self._on_signal:
             return
         self._told.set()
         with self._changing:
@@ -184,7 +184,7 @@ class Preemption:
         if number == signal.SIGINT and not lifecycle.is_ours() and self._before:
             self._raise(KeyboardInterrupt(why), number)
             return
-        cluster.say_goodbye(f"told to stop; {why}", exit_codes.REQUEUE)
+        cluster.say_goodbye(f"asked to stop; {why}", exit_codes.REQUEUE)
         self._end(exit_codes.REQUEUE)
 
     def _raise(self, error: BaseException, number: int) -> None:

@@ -18,7 +18,7 @@ WORDS = {
     USER_ERROR: "an error in the config, the model, the data or the command line",
     BAD_DATA: "training stopped itself: the loss was not finite",
     NOT_SAVED: "trained, but the last state could not be saved",
-    REQUEUE: "told to stop; to be queued again",
+    REQUEUE: "asked to stop; to be queued again",
     LOST: "a process was lost or stalled",
 }
 

@@ -6,7 +6,7 @@ import functools
 from jax_sft import config
 from jax_sft.adapters import freeze
 from jax_sft.checkpoint import model_files, pretrained, same_weights, saving
-from jax_sft.checkpoint.resume import Found
+from jax_sft.checkpoint.resume import StoredStep
 from jax_sft.data.batches.loader import Loader
 from jax_sft.data.tokens import prepare
 from jax_sft.files import paths
@@ -35,7 +35,7 @@ class Start:
     owes_evaluation: bool
 
     @classmethod
-    def of(cls, stored: Found | None, run: Run, data: Data) -> "Start":
+    def of(cls, stored: StoredStep | None, run: Run, data: Data) -> "Start":
         """Return the start at a stored step, or at step 0 if `stored` is None."""
         owes = stored.extra.get("owes_evaluation") if stored else run.cfg.eval.at_start
         return cls(
@@ -45,7 +45,7 @@ class Start:
         )
 
 
-def open_checkpoints(run: Run, data: Data) -> tuple[saving.Checkpoints, Found | None]:
+def open_checkpoints(run: Run, data: Data) -> tuple[saving.Checkpoints, StoredStep | None]:
     """Return the checkpoints of a run and the step to resume, without reading arrays.
 
     Raises:
@@ -91,7 +91,7 @@ def restore_or_load(
     data: Data,
     program: Program,
     checkpoints: saving.Checkpoints,
-    stored: Found | None,
+    stored: StoredStep | None,
 ) -> tuple[state.TrainState, Start]:
     """Return the first state of a run, from a stored step or from the pretrained weights.
 

@@ -207,7 +207,7 @@ def _tick(watch: Watchdog, preemption: Preemption) -> None:
     """
     watch.at("evaluating")
     if preemption.reached():
-        raise Preempted("told to stop within an evaluation")
+        raise Preempted("asked to stop within an evaluation")
 
 
 def _dump(run: Run, data: Data, sums: Mapping[int, Mapping[str, float]]) -> Path:

@@ -139,7 +139,7 @@ def _run(
         step, is_stopped = _train_steps(trainer, state, start)
     if is_stopped:
         is_saved = f"is saved in {workdir}" if checkpoints.saved_step == step else "is NOT saved"
-        raise Preempted(f"told to stop: step {step} of {num_steps} {is_saved}")
+        raise Preempted(f"asked to stop: step {step} of {num_steps} {is_saved}")
 
     # ---- end -------------------------------------------------------------------------------------
     if start.step < num_steps:
@@ -281,8 +281,8 @@ def _end_run(run: Run) -> None:
     Raises:
         Preempted: the run was asked to stop before the export was written.
     """
-    stopped = Preempted("told to stop: the run is saved, and not exported yet")
-    if run.cfg.train.export and run.preemption.told:
+    stopped = Preempted("asked to stop: the run is saved, and not exported yet")
+    if run.cfg.train.export and run.preemption.requested:
         raise stopped
     run.preemption.saves_from_here(False)
     if run.cfg.train.export and run.is_first:

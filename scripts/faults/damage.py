@@ -95,8 +95,8 @@ def save(checkpoints: saving.Checkpoints, state: TrainState, *args, **options) -
 
 
 def restore(
-    checkpoints: saving.Checkpoints, found: resume.Found, abstract: TrainState
-) -> tuple[TrainState, resume.Found]:
+    checkpoints: saving.Checkpoints, found: resume.StoredStep, abstract: TrainState
+) -> tuple[TrainState, resume.StoredStep]:
     """Return the state of the step in `found` or of an older one, and which step it is."""
     arrays, found = checkpoints.restore(found, abstract.named())
     return abstract.from_named(found.step, arrays), found

@@ -2,7 +2,7 @@
 
     python scripts/faults/kills.py [--kills=100] [--terms=20] [--freezes=5] [--seed=0]
 
-Two processes under scripts/launch.sh are killed, told to stop, or frozen, again and again. The
+Two processes under scripts/launch.sh are killed, asked to stop, or frozen, again and again. The
 losses have to be bitwise those of an uninterrupted run. About 50 minutes on 2 cores.
 """
 
@@ -161,7 +161,7 @@ def stop_often(work: Path, run: str, count: int, chance: random.Random, claims: 
             if code == 0:
                 break
         stops += 1
-        if match := re.search(r"told to stop: step (\d+) of \d+ is saved", job.text()):
+        if match := re.search(r"asked to stop: step (\d+) of \d+ is saved", job.text()):
             saved += 1
             if job.complete() != int(match[1]):
                 claims.check(False, f"step {match[1]} said to be saved, {job.complete()} is there")

@@ -489,11 +489,11 @@ def test_adapters_of_kernels_that_share_a_tensor(make_strong_model, make_config,
     assert stored[layer + "lora_A.weight"].shape == (12, 48)
     b = stored[layer + "lora_B.weight"]
     assert b.shape == (96, 12) and b[:48, :4].all() and not b[:48, 4:].any()
-    # An adapter whose B has something beside its diagonal cannot be taken apart.
+    # An adapter whose B has something outside its diagonal cannot be taken apart.
     stored[layer + "lora_B.weight"][0, 11] = 1.0
     file = tmp_path / "run" / "export" / "adapter_model.safetensors"
     save_file(stored, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="beside its diagonal"):
+    with pytest.raises(ValueError, match="outside its diagonal"):
         jax_sft.load(folder, adapter=file.parent)
 
 

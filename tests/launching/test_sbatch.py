@@ -56,7 +56,7 @@ def test_what_no_restart_would_help_ends_the_job_with_its_code(run, code):
 
 
 def test_a_job_that_saved_is_queued_again_and_ends_well(run):
-    found, log = run("75:launch: told to stop")
+    found, log = run("75:launch: asked to stop")
     assert found == 0 and "requeued" in log
 
 

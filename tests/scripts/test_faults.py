@@ -1,4 +1,4 @@
-"""Real processes that are killed, stopped, told to stop, or differ: what the others do."""
+"""Real processes that are killed, stopped, asked to stop, or differ: what the others do."""
 
 import contextlib
 import json

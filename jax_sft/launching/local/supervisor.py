@@ -83,7 +83,7 @@ class Supervisor:
             if self.requests.count or outcome.code in exit_codes.FINAL:
                 return outcome.code
             if outcome.stuck:
-                self.say("not starting again beside what is left")
+                self.say("not starting again while processes are left")
                 return exit_codes.LOST
             history = restarts.after_failure(
                 history, step=outcome.step, joined=outcome.joined, now=time.monotonic()
@@ -105,7 +105,7 @@ class Supervisor:
         self.say(f"starting again in {delay} s ({counted}; attempt {attempt})")
         if self.requests.wait(delay):
             return True
-        self.say("told to stop while nothing was running")
+        self.say("asked to stop while nothing was running")
         return False
 
     def say(self, text: str) -> None:
@@ -180,7 +180,7 @@ class _Attempt:
         again = self._s.obeyed > 0
         self._s.obeyed = self._s.requests.count
         grace = self._options.grace_s
-        self._say("told again to stop: now" if again else f"told to stop: at most {grace:g} s")
+        self._say("asked again to stop: now" if again else f"asked to stop: at most {grace:g} s")
         for child in self._children:
             # A trainer counts a second SIGTERM within seconds as the same request, so send SIGINT.
             child.send(signal.SIGINT if again else signal.SIGTERM)

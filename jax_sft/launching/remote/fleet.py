@@ -118,7 +118,7 @@ def _watch(
             lines, beat_at = [heartbeat.BEAT], now + heartbeat.BEAT_S
         if requests.count > obeyed or (any(ends.values()) and not failed):
             if requests.count > obeyed:
-                printer.say("told to stop: telling all hosts")
+                printer.say("asked to stop: stopping all hosts")
             else:
                 why = ", ".join(f"{remotes[n].name} {_how(ends[n])}" for n in ends if ends[n])
                 printer.say(f"{why}: stopping the others")
