@@ -49,7 +49,7 @@ class Resolved:
     mesh_shape: dict[str, int]
     micro_rows: int
     attention: str
-    adapters: lora.Settings | None = None
+    adapters: lora.AdapterSettings | None = None
 
 
 MOST_STEPS = 2**31  # steps are counted in int32 on the devices
@@ -131,7 +131,7 @@ def _attention(cfg, model_cfg, sizes: dict[str, int], planned_for: tuple[int, ..
 
 
 def _trained(
-    cfg, family, model_cfg, adapters: lora.Settings | None
+    cfg, family, model_cfg, adapters: lora.AdapterSettings | None
 ) -> tuple[tuple[ParamSpec, ...], dict[str, int]]:
     """Return (specs, dims) of the model with its adapters; check stored adapters against it."""
     dtype = cfg.model.dtype if cfg.model.dtype in DTYPES else "float32"
@@ -142,9 +142,9 @@ def _trained(
     return chosen.stored_specs, chosen.dims
 
 
-def _settings(cfg) -> lora.Settings | None:
+def _settings(cfg) -> lora.AdapterSettings | None:
     """Return the adapter settings of `lora.*` or of the folder `lora.path`; None = no adapters."""
-    given = lora.Settings(
+    given = lora.AdapterSettings(
         **{
             name: cfg.lora[name]
             for name in ("rank", "alpha", "dropout", "rslora", "dora", "quantize")

@@ -19,7 +19,7 @@ from jax_sft.runtime import patterns
 
 
 def choose(
-    model_def: ModelDef, adapters: lora.Settings | None, frozen: Sequence[str] = ()
+    model_def: ModelDef, adapters: lora.AdapterSettings | None, frozen: Sequence[str] = ()
 ) -> ModelDef:
     """Return the model with its frozen parameters and its adapters, if any.
 
@@ -85,7 +85,11 @@ def count(model_def: ModelDef) -> int:
 
 
 def adapters(
-    cfg, settings: lora.Settings, model_def: ModelDef, weights: Mapping[str, jax.Array], mesh: Mesh
+    cfg,
+    settings: lora.AdapterSettings,
+    model_def: ModelDef,
+    weights: Mapping[str, jax.Array],
+    mesh: Mesh,
 ) -> dict[str, jax.Array]:
     """Return new adapters, or those loaded from `lora.path`.
 

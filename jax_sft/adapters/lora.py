@@ -30,7 +30,7 @@ _HF = "base_model.model."  # PEFT's prefix of the names of a model's modules
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class AdapterSettings:
     """Settings of the adapters, see the keys `lora.*` of the config.
 
     Attributes:
@@ -76,7 +76,7 @@ class Adapter(nnx.Module):
         self,
         inputs: dict[str, int],
         outputs: dict[str, int],
-        settings: Settings,
+        settings: AdapterSettings,
         key,
         drops: bool = False,
     ):
@@ -136,7 +136,7 @@ def lengths(kernel, a, b, scale: float, axes) -> jax.Array:
     return jnp.sqrt(kernel_squares + 2 * scale * mixed + scale**2 * update_squares)
 
 
-def merged(kernel, a, b, magnitude, settings: Settings, outputs_first: bool) -> np.ndarray:
+def merged(kernel, a, b, magnitude, settings: AdapterSettings, outputs_first: bool) -> np.ndarray:
     """Return the kernel with its adapter merged into it, float32 (NumPy).
 
     Args:
@@ -158,7 +158,7 @@ def merged(kernel, a, b, magnitude, settings: Settings, outputs_first: bool) -> 
 # ---- a model with adapters -----------------------------------------------------------------------
 
 
-def add(model_def: ModelDef, settings: Settings) -> ModelDef:
+def add(model_def: ModelDef, settings: AdapterSettings) -> ModelDef:
     """Return the model with adapters and all other weights frozen. Allocates no arrays.
 
     Raises:
@@ -210,7 +210,7 @@ def target_of(hf_name: str) -> str:
     return module_of(hf_name.removesuffix(".weight")).removeprefix(_HF)
 
 
-def adapter_rows(row: ParamSpec, settings: Settings) -> list[ParamSpec]:
+def adapter_rows(row: ParamSpec, settings: AdapterSettings) -> list[ParamSpec]:
     """Return the parameter specs of a linear layer's adapter, from the spec of its kernel.
 
     If a tensor of the files holds several kernels, each has its own A and B. In adapter files, the
@@ -237,7 +237,12 @@ def adapter_rows(row: ParamSpec, settings: Settings) -> list[ParamSpec]:
 
 
 def init(
-    model_def: ModelDef, settings: Settings, frozen: Mapping[str, jax.Array], mesh, seed: int, dtype
+    model_def: ModelDef,
+    settings: AdapterSettings,
+    frozen: Mapping[str, jax.Array],
+    mesh,
+    seed: int,
+    dtype,
 ) -> dict[str, jax.Array]:
     """Return new sharded adapters with which the model computes the same as without them.
 
@@ -283,7 +288,7 @@ def _lengths(linear: Linear) -> jax.Array:
     return lengths(linear.kernel[...], a, b, adapter.scale, linear.axes)
 
 
-def _chosen(model_def: ModelDef, settings: Settings) -> dict[str, np.ndarray]:
+def _chosen(model_def: ModelDef, settings: AdapterSettings) -> dict[str, np.ndarray]:
     """Return {path of a kernel: which layers get an adapter} for kernels with at least one."""
     known = modules(model_def)
     rows = {row.path: row for row in model_def.rows}
@@ -311,7 +316,10 @@ def _chosen(model_def: ModelDef, settings: Settings) -> dict[str, np.ndarray]:
 
 
 def _attached(
-    model_def: ModelDef, chosen: Mapping[str, np.ndarray], settings: Settings, drops: bool = False
+    model_def: ModelDef,
+    chosen: Mapping[str, np.ndarray],
+    settings: AdapterSettings,
+    drops: bool = False,
 ):
     """Return the abstract model with an adapter in each chosen linear layer."""
     model = tree.from_dict(model_def.abstract, tree.to_dict(model_def.abstract))  # a copy

@@ -34,7 +34,7 @@ _IGNORED = {
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
-def read_settings(folder: Path) -> lora.Settings:
+def read_settings(folder: Path) -> lora.AdapterSettings:
     """Read the settings of the adapters in a folder.
 
     Raises:
@@ -75,7 +75,7 @@ def read_settings(folder: Path) -> lora.Settings:
         raise ValueError(f"{folder / CONFIG}: {'; '.join(problems)}")
     modules = _modules(folder)
     rank, alpha = _rank(folder, config, modules)
-    return lora.Settings(
+    return lora.AdapterSettings(
         rank=int(rank),
         alpha=float(alpha),
         dropout=float(dropout),
@@ -179,7 +179,7 @@ def _rank(folder: Path, config: Mapping[str, Any], stored: Mapping[str, int]) ->
 
 
 def _targets(config: Mapping[str, Any], modules: Iterable[str]) -> tuple[str, ...]:
-    """Return `Settings.targets`.
+    """Return `AdapterSettings.targets`.
 
     These are the given names if they determine the selection. Otherwise they are the names of the
     modules with tensors, which `check` compares with PEFT's selection.
@@ -387,7 +387,7 @@ def _part(tensor: np.ndarray, row: ParamSpec, name: str, dims: dict[str, int]) -
 
 
 def write_config(
-    out: Path, model_def: ModelDef, settings: lora.Settings, base: str, revision: str = ""
+    out: Path, model_def: ModelDef, settings: lora.AdapterSettings, base: str, revision: str = ""
 ) -> None:
     """Write PEFT's config of the adapters.
 

@@ -98,7 +98,7 @@ class Merged:
     dtype = np.dtype(np.float32)
 
     def __init__(
-        self, kernel: BlockReader, row: ParamSpec, adapter: tuple, settings: lora.Settings
+        self, kernel: BlockReader, row: ParamSpec, adapter: tuple, settings: lora.AdapterSettings
     ):
         self._kernel, self._settings = kernel, settings
         self.shape, self.chunk = kernel.shape, kernel.chunk

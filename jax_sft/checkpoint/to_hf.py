@@ -198,7 +198,7 @@ class Plan:
     metadata: dict[str, Any]
     arrays: Mapping[str, dict[str, Any]]
     model_def: ModelDef
-    settings: lora.Settings | None
+    settings: lora.AdapterSettings | None
     weights: pretrained.Weights | None
     rows: tuple[ParamSpec, ...]
     dtypes: Mapping[str, str]
@@ -338,7 +338,7 @@ def _plan(
     model_def = ModelDef.of(*models.read(config), dtype="float32")
     model_rows, settings = model_def.rows, None
     if described := metadata.get("lora"):
-        settings = lora.Settings(**described | {"targets": tuple(described["targets"])})
+        settings = lora.AdapterSettings(**described | {"targets": tuple(described["targets"])})
     if merge and not settings:
         raise ValueError(f"{folder} has no adapters: there is nothing to merge")
     run_config = metadata.get("config") or {}

@@ -195,7 +195,7 @@ def losses_of(run: Path) -> list[float]:
 
 def test_new_adapters_change_nothing_before_they_are_trained(make_strong_model):
     plain = jax_sft.load(make_strong_model(**FAMILIES["qwen3"]))
-    settings = lora.Settings(rank=4, alpha=8.0)
+    settings = lora.AdapterSettings(rank=4, alpha=8.0)
     model_def = lora.add(plain.model_def, settings)
     new = lora.init(model_def, settings, plain.params, plain.mesh, 3, np.float32)
     model = LoadedModel(model_def, plain.params | new, plain.mesh)
@@ -249,7 +249,7 @@ def test_a_stopped_run_goes_on_bitwise_and_stores_adapters_alone(
 
 
 def test_dropout_drops_the_share_it_should_the_same_on_every_mesh(make_strong_model):
-    settings = lora.Settings(4, 8.0, dropout=0.25, targets=("o_proj", "down_proj"))
+    settings = lora.AdapterSettings(4, 8.0, dropout=0.25, targets=("o_proj", "down_proj"))
     plain = jax_sft.load(make_strong_model(**FAMILIES["qwen2"]))
     model_def = lora.add(plain.model_def, settings)
     new = lora.init(model_def, settings, plain.params, plain.mesh, 0, np.float32)
