@@ -16,7 +16,7 @@ from jax_sft import config
 from jax_sft import plan as plan_module
 from jax_sft.planning import search, targets
 from jax_sft.report import plan_page
-from tests import tiers
+from tests import programs, tiers
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -279,10 +279,12 @@ def test_what_does_not_fit_exits_with_1_and_says_what_would(folder):
 
 
 @needs_plugin
-def test_gradients_travel_in_bfloat16_where_that_is_asked_for(folder):
+@pytest.mark.parametrize("remat", ["attention_lse,dots", tiers.full("dots")])
+def test_every_policy_is_planned_and_gradients_travel_in_bfloat16_where_asked(folder, remat):
     cfg = small_config(folder, {})
-    cfg.model.grad_dtype = "bfloat16"
+    cfg.model.grad_dtype, cfg.model.remat = "bfloat16", remat
     plan = plan_module.plan(cfg, "h200", hosts=1)
+    assert plan["predicted"]["step_time_s"] > 0
     layer, head = 64 * (4 * 8 * 64 + 3 * 512), 64 * 4096
     assert sent(plan, "reduce-scatter", ["fsdp"], "bf16") == 2 * layer * 7 / 8
     assert sent(plan, "reduce-scatter", ["fsdp"], "f32") == 4 * head * 7 / 8
@@ -323,14 +325,6 @@ def test_a_search_leaves_out_what_cannot_run(folder, monkeypatch):
     cfg.batch.rows = 4
     found = plan_module.plan(cfg, "h200", hosts=1, with_search=True)["search"]
     assert found and all(one["mesh"]["sequence"] == 1 for one in found)
-
-
-@needs_plugin
-@pytest.mark.parametrize("remat", ["attention_lse,dots", tiers.full("dots")])
-def test_every_policy_that_trains_is_planned(folder, remat):
-    cfg = small_config(folder, {})
-    cfg.model.remat = remat
-    assert plan_module.plan(cfg, "h200", hosts=1)["predicted"]["step_time_s"] > 0
 
 
 def test_a_search_without_the_plugin_says_what_it_needs(folder, monkeypatch):
@@ -402,27 +396,27 @@ def test_without_the_plugin_the_table_is_that_of_the_partitioned_step(folder, mo
     assert sent(plan, "reduce-scatter", ["fsdp"], "f32") == 4 * (layer + head) * 7 / 8
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--hosts=0"], "positive"),
-        (["--target=tpu"], "h200"),
-        (["--config.mesh.fsdp=3"], "there are 8"),
-        (["--config.model.path=/nowhere"], "/nowhere"),
-        (["--config.model.attention=cudnn", "--config.model.dtype=float32"], "cudnn"),
-        (["--data-report=/nowhere.json"], "/nowhere.json is not a run's data_report.json"),
-        (["--data-report=README.md"], "README.md is not a run's data_report.json"),
-        (["--hlo=/nowhere/step.txt"], "no folder /nowhere"),
-        (["--gpus-per-host=0"], "positive"),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_code_64(folder, arguments, message):
+MISTAKES = {
+    ("--hosts=0",): "positive",
+    ("--target=tpu",): "h200",
+    ("--config.mesh.fsdp=3",): "there are 8",
+    ("--config.model.path=/nowhere",): "/nowhere",
+    ("--config.model.attention=cudnn", "--config.model.dtype=float32"): "cudnn",
+    ("--data-report=/nowhere.json",): "/nowhere.json is not a run's data_report.json",
+    ("--data-report=README.md",): "README.md is not a run's data_report.json",
+    ("--hlo=/nowhere/step.txt",): "no folder /nowhere",
+    ("--gpus-per-host=0",): "positive",
+}
+
+
+def test_a_mistake_is_one_line_and_exit_code_64(folder):
     model = small_config(folder, {}).model.path
-    command = [sys.executable, "-m", "jax_sft.plan", "--config=configs/qwen7b.py"]
-    command += [f"--config.model.path={model}", f"--workdir={folder / 'wrong'}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 64, done.stderr
-    assert message in done.stderr and "Traceback" not in done.stderr
+    base = ["--config=configs/qwen7b.py", f"--config.model.path={model}"]
+    base += [f"--workdir={folder / 'wrong'}"]
+    results = programs.run_each("jax_sft.plan", [[*base, *arguments] for arguments in MISTAKES])
+    for message, done in zip(MISTAKES.values(), results, strict=True):
+        assert done.returncode == 64, (done.args, done.stderr)
+        assert message in done.stderr and "Traceback" not in done.stderr, done.args
     assert not (folder / "wrong").exists()
 
 
