@@ -110,7 +110,7 @@ def missing(planned: Plan) -> str:
 
 def compare(planned: Plan, out: Path) -> tuple[float, float, Answer]:
     """Return (largest difference of two logits, largest allowed difference, generated answer)."""
-    vocab = planned.dims["vocab"]
+    vocab = planned.axis_sizes["vocab"]
     tokens = np.random.default_rng(0).integers(0, vocab, SHAPE)
     logits = our_logits(planned, tokens)
     hf_logits, answer = their_logits(out, tokens, planned.turn_ends or {})
@@ -127,15 +127,15 @@ def our_logits(planned: Plan, tokens: np.ndarray) -> np.ndarray:
     model_def, mesh = planned.model_def, single_device_mesh()
     params = {path: jnp.asarray(planned.read(path), jnp.float32) for path in planned.arrays}
     if planned.weights:
-        rest = [row.path for row in planned.rows if row.path not in params]
+        rest = [spec.path for spec in planned.specs if spec.path not in params]
         params |= pretrained.read(planned.weights, model_def, rest, mesh, jnp.float32, False)
-    for row in planned.rows:
-        for index, name in row.hf_tensors(planned.dims):
+    for spec in planned.specs:
+        for index, name in spec.hf_tensors(planned.axis_sizes):
             dtype = hf_reader.DTYPES[planned.dtypes[name]]
-            if np.dtype(dtype).itemsize < 4 and row.path in params:
-                array = params[row.path]
+            if np.dtype(dtype).itemsize < 4 and spec.path in params:
+                array = params[spec.path]
                 rounded = array[index].astype(dtype).astype(jnp.float32)
-                params[row.path] = array.at[index].set(rounded)
+                params[spec.path] = array.at[index].set(rounded)
     return np.asarray(inference.LoadedModel(model_def, params, mesh).logits(tokens))
 
 

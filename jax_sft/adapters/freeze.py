@@ -47,7 +47,7 @@ def freeze(model_def: ModelDef, expressions: Sequence[str]) -> ModelDef:
         ValueError: a pattern matches no name, or every tensor is frozen.
     """
     names = {
-        row.path: [name for _, name in row.hf_tensors(model_def.dims)] for row in model_def.rows
+        spec.path: [name for _, name in spec.hf_tensors(model_def.dims)] for spec in model_def.rows
     }
     all_names = [name for tensors in names.values() for name in tensors]
     is_frozen = np.zeros(len(all_names), bool)
@@ -61,11 +61,11 @@ def freeze(model_def: ModelDef, expressions: Sequence[str]) -> ModelDef:
             )
     frozen_paths, trained = [], {}
     ends = np.cumsum([len(tensors) for tensors in names.values()])
-    for row, frozen in zip(model_def.rows, np.split(is_frozen, ends[:-1]), strict=True):
+    for spec, frozen in zip(model_def.rows, np.split(is_frozen, ends[:-1]), strict=True):
         if frozen.all():
-            frozen_paths.append(row.path)
+            frozen_paths.append(spec.path)
         elif frozen.any():
-            trained[row.path] = ~frozen.reshape([model_def.dims[axis] for axis in row.stacked])
+            trained[spec.path] = ~frozen.reshape([model_def.dims[axis] for axis in spec.stacked])
     if len(frozen_paths) == len(model_def.rows):
         raise ValueError(
             f"train.freeze = {list(expressions)} freezes every tensor: nothing is left"
@@ -77,10 +77,10 @@ def freeze(model_def: ModelDef, expressions: Sequence[str]) -> ModelDef:
 def count(model_def: ModelDef) -> int:
     """Return the number of trainable parameters."""
     total = 0
-    for row in model_def.trainable_specs:
-        shape = model_def.vocabulary.cut(row.path, row.shape(model_def.dims))
-        layers = model_def.layer_masks.get(row.path, np.ones(shape[: len(row.stacked)], bool))
-        total += int(layers.sum()) * math.prod(shape[len(row.stacked) :])
+    for spec in model_def.trainable_specs:
+        shape = model_def.vocabulary.cut(spec.path, spec.shape(model_def.dims))
+        layers = model_def.layer_masks.get(spec.path, np.ones(shape[: len(spec.stacked)], bool))
+        total += int(layers.sum()) * math.prod(shape[len(spec.stacked) :])
     return total
 
 

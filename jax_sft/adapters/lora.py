@@ -165,25 +165,25 @@ def add(model_def: ModelDef, settings: AdapterSettings) -> ModelDef:
         ValueError: a target matches no linear layer of the model; the message lists the layers.
     """
     chosen = _chosen(model_def, settings)
-    rows, trained = list(model_def.rows), {}
-    for row in model_def.rows:
-        if row.path in chosen:
-            new_rows = adapter_rows(row, settings)
-            rows += new_rows
-            if not chosen[row.path].all():
-                trained |= {new_row.path: chosen[row.path] for new_row in new_rows}
-    dims = model_def.dims | {"rank": settings.rank, "whole_rank": settings.rank}
-    dims |= {f"ranks_of_{n}": n * settings.rank for n in {len(row.fused) for row in rows}}
+    specs, trained = list(model_def.rows), {}
+    for spec in model_def.rows:
+        if spec.path in chosen:
+            new_specs = adapter_specs(spec, settings)
+            specs += new_specs
+            if not chosen[spec.path].all():
+                trained |= {new_spec.path: chosen[spec.path] for new_spec in new_specs}
+    axis_sizes = model_def.dims | {"rank": settings.rank, "whole_rank": settings.rank}
+    axis_sizes |= {f"ranks_of_{n}": n * settings.rank for n in {len(spec.fused) for spec in specs}}
     compute = dataclasses.replace(
-        model_def.compute, axes={row.path: row.axes for row in rows if row.is_matrix}
+        model_def.compute, axes={spec.path: spec.axes for spec in specs if spec.is_matrix}
     )
     return dataclasses.replace(
         model_def,
-        rows=tuple(rows),
-        dims=dims,
+        rows=tuple(specs),
+        dims=axis_sizes,
         abstract=_attached(model_def, chosen, settings),
         compute=compute,
-        frozen_dtypes=model_def.without_masters(row.path for row in model_def.rows),
+        frozen_dtypes=model_def.without_masters(spec.path for spec in model_def.rows),
         layer_masks=trained,
         with_dropout=_attached(model_def, chosen, settings, True) if settings.dropout else None,
     )
@@ -192,11 +192,11 @@ def add(model_def: ModelDef, settings: AdapterSettings) -> ModelDef:
 def modules(model_def: ModelDef) -> dict[str, list[str]]:
     """Return {path of a kernel: names of its linear layers in the Hugging Face model}."""
     return {
-        row.path: [module_of(name) for _, name in row.hf_tensors(model_def.dims)]
-        for row in model_def.rows
-        if isinstance(tree.module_at(model_def.abstract, row.path), Linear)
-        and row.path.endswith(".kernel")
-        and "experts" not in row.axes  # PEFT does not support adapters for routers
+        spec.path: [module_of(name) for _, name in spec.hf_tensors(model_def.dims)]
+        for spec in model_def.rows
+        if isinstance(tree.module_at(model_def.abstract, spec.path), Linear)
+        and spec.path.endswith(".kernel")
+        and "experts" not in spec.axes  # PEFT does not support adapters for routers
     }
 
 
@@ -210,30 +210,30 @@ def target_of(hf_name: str) -> str:
     return module_of(hf_name.removesuffix(".weight")).removeprefix(_HF)
 
 
-def adapter_rows(row: ParamSpec, settings: AdapterSettings) -> list[ParamSpec]:
+def adapter_specs(spec: ParamSpec, settings: AdapterSettings) -> list[ParamSpec]:
     """Return the parameter specs of a linear layer's adapter, from the spec of its kernel.
 
     If a tensor of the files holds several kernels, each has its own A and B. In adapter files, the
     A's are stacked along the rank and the B's are block-diagonal, see `peft.joined`.
     """
-    (outputs, inputs), stem = row.factors, row.path.removesuffix(".kernel") + ".lora"
-    hf = _HF + module_of(row.hf)
+    (outputs, inputs), stem = spec.factors, spec.path.removesuffix(".kernel") + ".lora"
+    hf = _HF + module_of(spec.hf)
     ins, outs = " ".join(inputs), " ".join(outputs)
     r_a, r_b = _rank_axes(outputs)
     b_layout = f"{outs} {r_b}" if "embed" in outputs else f"{r_b} {outs}"
-    a_axes = tuple(r_a for _ in row.fused)
+    a_axes = tuple(r_a for _ in spec.fused)
 
-    def part(path: str, name: str, layout: str, fused: tuple[str, ...] = row.fused) -> ParamSpec:
-        return ParamSpec(f"{stem}.{path}", f"{hf}.{name}", layout, fused, row.place)
+    def part(path: str, name: str, layout: str, fused: tuple[str, ...] = spec.fused) -> ParamSpec:
+        return ParamSpec(f"{stem}.{path}", f"{hf}.{name}", layout, fused, spec.place)
 
-    rows = [
+    specs = [
         part("a.kernel", "lora_A.weight", f"{r_a} ({ins}) -> {ins} {r_a}", a_axes),
         part("b.kernel", "lora_B.weight", f"({outs}) {r_b} -> {b_layout}"),
     ]
     if settings.dora:
         outs = outs.replace("embed", "norm")  # the axis of a bias
-        rows.append(part("magnitude", "lora_magnitude_vector", f"({outs}) -> {outs}"))
-    return rows
+        specs.append(part("magnitude", "lora_magnitude_vector", f"({outs}) -> {outs}"))
+    return specs
 
 
 def init(
@@ -253,22 +253,22 @@ def init(
         dtype: dtype of the adapters.
     """
     key = jax.random.key(seed)
-    rows = {row.path: row for row in model_def.trainable_specs}
-    shapes = {path: row.shape(model_def.dims) for path, row in rows.items()}
+    specs = {spec.path: spec for spec in model_def.trainable_specs}
+    shapes = {path: spec.shape(model_def.dims) for path, spec in specs.items()}
 
     def make(frozen):
         arrays = {path: jnp.zeros(shape, dtype) for path, shape in shapes.items()}
-        for path, row in rows.items():
+        for path, spec in specs.items():
             if path.endswith(".a.kernel"):
-                bound = 1 / math.sqrt(math.prod(shapes[path][len(row.stacked) : -1]))
-                row_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-                arrays[path] = jax.random.uniform(row_key, shapes[path], dtype, -bound, bound)
+                bound = 1 / math.sqrt(math.prod(shapes[path][len(spec.stacked) : -1]))
+                param_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+                arrays[path] = jax.random.uniform(param_key, shapes[path], dtype, -bound, bound)
         if settings.dora:
             model = model_def.bind(dict(frozen) | arrays)
-            for path, row in rows.items():
+            for path, spec in specs.items():
                 if path.endswith(".magnitude"):
                     layer_lengths = _lengths
-                    for _ in row.stacked:
+                    for _ in spec.stacked:
                         layer_lengths = jax.vmap(layer_lengths)
                     stem = path.removesuffix(".lora.magnitude")
                     arrays[path] = layer_lengths(tree.module_at(model, f"{stem}.kernel")).astype(
@@ -276,7 +276,7 @@ def init(
                     )
         return arrays
 
-    shardings = {path: rules.sharding(mesh, *row.axes) for path, row in rows.items()}
+    shardings = {path: rules.sharding(mesh, *spec.axes) for path, spec in specs.items()}
     with jax.set_mesh(mesh):
         return jax.jit(make, out_shardings=shardings)(frozen if settings.dora else {})
 
@@ -291,7 +291,7 @@ def _lengths(linear: Linear) -> jax.Array:
 def _chosen(model_def: ModelDef, settings: AdapterSettings) -> dict[str, np.ndarray]:
     """Return {path of a kernel: which layers get an adapter} for kernels with at least one."""
     known = modules(model_def)
-    rows = {row.path: row for row in model_def.rows}
+    specs = {spec.path: spec for spec in model_def.rows}
     all_names = [name for names in known.values() for name in names]
     expressions = [target for target in settings.targets if target != ALL_LINEAR]
     answers = patterns.matches("lora.targets", expressions, all_names, "ending")
@@ -303,7 +303,7 @@ def _chosen(model_def: ModelDef, settings: AdapterSettings) -> dict[str, np.ndar
     ends, chosen = np.cumsum([len(names) for names in known.values()]), {}
     for path, layers in zip(known, np.split(is_chosen, ends[:-1]), strict=True):
         if layers.any():
-            chosen[path] = layers.reshape([model_def.dims[axis] for axis in rows[path].stacked])
+            chosen[path] = layers.reshape([model_def.dims[axis] for axis in specs[path].stacked])
     if unused or not chosen:
         first = [names[0] for names in known.values()]
         raise ValueError(

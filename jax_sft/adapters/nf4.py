@@ -131,26 +131,26 @@ def pack(model_def: ModelDef) -> ModelDef:
     with_dropout = model_def.with_dropout
     if with_dropout is not None:
         with_dropout = tree.from_dict(with_dropout, tree.to_dict(with_dropout))
-    quantized, dims, frozen = {}, dict(model_def.dims), dict(model_def.frozen_dtypes)
-    for row in model_def.rows:
-        linear = tree.module_at(model, row.path)
-        is_kernel = isinstance(linear, Linear) and row.path.endswith(".kernel")
+    quantized, axis_sizes, frozen = {}, dict(model_def.dims), dict(model_def.frozen_dtypes)
+    for spec in model_def.rows:
+        linear = tree.module_at(model, spec.path)
+        is_kernel = isinstance(linear, Linear) and spec.path.endswith(".kernel")
         # Routers are small and stay as they are.
-        if not is_kernel or row.path not in frozen or "experts" in row.axes:
+        if not is_kernel or spec.path not in frozen or "experts" in spec.axes:
             continue
         inputs, outputs = linear.axes
-        num_inputs = math.prod(dims[axis] for axis in inputs)
+        num_inputs = math.prod(axis_sizes[axis] for axis in inputs)
         if num_inputs % BLOCK:
             raise ValueError(
-                f"lora.quantize: {row.hf} has {num_inputs} inputs, no multiple of {BLOCK}"
+                f"lora.quantize: {spec.hf} has {num_inputs} inputs, no multiple of {BLOCK}"
             )
-        quantized[row.path] = _rows(row, inputs, outputs)
+        quantized[spec.path] = _part_specs(spec, inputs, outputs)
         for size in (2, BLOCK):
-            dims[f"{inputs[0]}/{size}"] = num_inputs // size
-        del frozen[row.path]
-        frozen |= {f"{row.path}.{part}": np.dtype(DTYPES[part]) for part in PARTS}
-        num_stacked = len(row.stacked)
-        shape = row.shape(dims)
+            axis_sizes[f"{inputs[0]}/{size}"] = num_inputs // size
+        del frozen[spec.path]
+        frozen |= {f"{spec.path}.{part}": np.dtype(DTYPES[part]) for part in PARTS}
+        num_stacked = len(spec.stacked)
+        shape = spec.shape(axis_sizes)
         make = functools.partial(
             Packed, shape[num_stacked:], len(inputs), "embed" in outputs, model_def.compute.dtype
         )
@@ -158,14 +158,16 @@ def pack(model_def: ModelDef) -> ModelDef:
             make = functools.partial(_stacked, make, size)
         for abstract in (model, with_dropout):
             if abstract is not None:
-                tree.module_at(abstract, row.path).kernel = jax.eval_shape(make)
+                tree.module_at(abstract, spec.path).kernel = jax.eval_shape(make)
     axes = dict(model_def.compute.axes)
-    for path, rows in quantized.items():
+    for path, specs in quantized.items():
         del axes[path]
-        axes |= {row.path: row.axes for row in rows if row.path.endswith(("codes", "magnitudes"))}
+        axes |= {
+            spec.path: spec.axes for spec in specs if spec.path.endswith(("codes", "magnitudes"))
+        }
     return dataclasses.replace(
         model_def,
-        dims=dims,
+        dims=axis_sizes,
         abstract=model,
         with_dropout=with_dropout,
         compute=dataclasses.replace(model_def.compute, axes=axes),
@@ -178,12 +180,14 @@ def _stacked(make, size: int):
     return jax.vmap(lambda _: make())(jnp.arange(size))
 
 
-def _rows(row: ParamSpec, inputs: Sequence[str], outputs: Sequence[str]) -> tuple[ParamSpec, ...]:
+def _part_specs(
+    spec: ParamSpec, inputs: Sequence[str], outputs: Sequence[str]
+) -> tuple[ParamSpec, ...]:
     """Return the specs of the PARTS of a kernel, which have no tensors in the files."""
     outs = " ".join(outputs)
 
     def part(name: str, axes: str) -> ParamSpec:
-        return ParamSpec(f"{row.path}.{name}", f"{row.hf}.{name}", f"{axes} -> {axes}")
+        return ParamSpec(f"{spec.path}.{name}", f"{spec.hf}.{name}", f"{axes} -> {axes}")
 
     def over(size: int) -> str:
         axis = f"{inputs[0]}/{size}"
@@ -201,16 +205,16 @@ def packed_arrays(
     model_def: ModelDef, path: str, kernel: jax.Array, mesh: Mesh
 ) -> dict[str, jax.Array]:
     """Quantize a whole kernel, one layer at a time. Return {path of a part: sharded array}."""
-    rows = model_def.quantized[path]
+    specs = model_def.quantized[path]
     pack_layer = functools.partial(_packed_layer, **_form(model_def, path))
 
     def of_all(kernel: jax.Array) -> dict[str, jax.Array]:
         do: Callable[[Any], Any] = pack_layer
-        for _ in rows[0].stacked:
+        for _ in specs[0].stacked:
             do = functools.partial(jax.lax.map, do)
         return {f"{path}.{name}": part for name, part in do(kernel).items()}
 
-    shardings = {row.path: rules.sharding(mesh, *row.axes) for row in rows}
+    shardings = {spec.path: rules.sharding(mesh, *spec.axes) for spec in specs}
     return jax.jit(of_all, out_shardings=shardings)(kernel)
 
 

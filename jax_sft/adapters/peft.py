@@ -248,9 +248,9 @@ def _selection_differences(folder: Path, model_def: ModelDef) -> list[str]:
     }
     with_tensors = {
         lora.target_of(name)
-        for row in model_def.trainable_specs
-        if row.path.endswith(".lora.a.kernel")
-        for _, name in tensors(row, model_def)
+        for spec in model_def.trainable_specs
+        if spec.path.endswith(".lora.a.kernel")
+        for _, name in tensors(spec, model_def)
     }
     fields = " with ".join(name for name in _SELECTION if config.get(name) not in (None, [], ""))
     return [
@@ -278,13 +278,13 @@ def load(folder: Path, model_def: ModelDef, mesh: Mesh, dtype) -> dict[str, jax.
     check(folder, model_def)
     params = {}
     with safe_open(folder / WEIGHTS, framework="numpy") as stored:
-        for row in model_def.trainable_specs:
-            array = np.zeros(row.shape(model_def.dims), dtype)
-            for index, name in tensors(row, model_def):
-                part = _part(stored.get_tensor(name), row, name, model_def.dims)
-                array[index] = row.from_hf(part, model_def.dims).astype(dtype)
-            sharding = rules.sharding(mesh, *row.axes)
-            params[row.path] = jax.make_array_from_callback(
+        for spec in model_def.trainable_specs:
+            array = np.zeros(spec.shape(model_def.dims), dtype)
+            for index, name in tensors(spec, model_def):
+                part = _part(stored.get_tensor(name), spec, name, model_def.dims)
+                array[index] = spec.from_hf(part, model_def.dims).astype(dtype)
+            sharding = rules.sharding(mesh, *spec.axes)
+            params[spec.path] = jax.make_array_from_callback(
                 array.shape, sharding, lambda block, array=array: array[block]
             )
     return params
@@ -298,9 +298,9 @@ def check(folder: Path, model_def: ModelDef) -> None:
     """
     headers, problems = hf_reader.read_headers(folder)
     expected = {
-        name: _shapes(row, model_def.dims)
-        for row in model_def.trainable_specs
-        for _, name in tensors(row, model_def)
+        name: _shapes(spec, model_def.dims)
+        for spec in model_def.trainable_specs
+        for _, name in tensors(spec, model_def)
     }
     problems += _selection_differences(folder, model_def)
     problems += [f"{name} belongs to no adapter" for name in headers.keys() - expected.keys()]
@@ -320,10 +320,10 @@ def check(folder: Path, model_def: ModelDef) -> None:
         raise ValueError(f"{folder} does not fit the model:\n  " + "\n  ".join(shown))
 
 
-def tensors(row: ParamSpec, model_def: ModelDef) -> Iterator[tuple[tuple[int, ...], str]]:
+def tensors(spec: ParamSpec, model_def: ModelDef) -> Iterator[tuple[tuple[int, ...], str]]:
     """Yield (index along the stacked axes, HF name) for each layer with this adapter."""
-    chosen = model_def.layer_masks.get(row.path)
-    for index, name in row.hf_tensors(model_def.dims):
+    chosen = model_def.layer_masks.get(spec.path)
+    for index, name in spec.hf_tensors(model_def.dims):
         if chosen is None or chosen[index]:
             yield index, name
 
@@ -331,55 +331,55 @@ def tensors(row: ParamSpec, model_def: ModelDef) -> Iterator[tuple[tuple[int, ..
 # ---- tensors that hold several kernels -----------------------------------------------------------
 
 
-def joined(row: ParamSpec) -> ParamSpec:
+def joined(spec: ParamSpec) -> ParamSpec:
     """Return the spec of the tensor in a file for a parameter of an adapter.
 
     It is the same spec, except for B of a fused tensor. The file stores that B block-diagonally: it
     is zero outside the columns of its own A.
     """
-    if not row.fused or not row.path.endswith(".b.kernel"):
-        return row
+    if not spec.fused or not spec.path.endswith(".b.kernel"):
+        return spec
     return dataclasses.replace(
-        row, layout=re.sub(r"\b(whole_)?rank\b", f"ranks_of_{len(row.fused)}", row.layout)
+        spec, layout=re.sub(r"\b(whole_)?rank\b", f"ranks_of_{len(spec.fused)}", spec.layout)
     )
 
 
-def widened(array: np.ndarray, row: ParamSpec) -> np.ndarray:
-    """Pad the array of `row` with zeros to an array of `joined(row)`."""
-    (axis,) = [n for n, name in enumerate(row.axes) if name in ("rank", "whole_rank")]
+def widened(array: np.ndarray, spec: ParamSpec) -> np.ndarray:
+    """Pad the array of `spec` with zeros to an array of `joined(spec)`."""
+    (axis,) = [n for n, name in enumerate(spec.axes) if name in ("rank", "whole_rank")]
     rank = array.shape[axis]
     padding = [(0, 0)] * array.ndim
-    padding[axis] = (row.place * rank, (len(row.fused) - 1 - row.place) * rank)
+    padding[axis] = (spec.place * rank, (len(spec.fused) - 1 - spec.place) * rank)
     return np.pad(array, padding)
 
 
-def _shapes(row: ParamSpec, dims: dict[str, int]) -> list[tuple[int, ...]]:
+def _shapes(spec: ParamSpec, axis_sizes: dict[str, int]) -> list[tuple[int, ...]]:
     """Return the shapes that a tensor in a file may have; the first is the one we write."""
-    shapes = [joined(row).hf_shape(dims)]
-    if row.path.endswith(".a.kernel") and row.fused:
-        shapes.append((dims["rank"], shapes[0][1]))
-    elif row.fused:
-        shapes.append(row.hf_shape(dims))
+    shapes = [joined(spec).hf_shape(axis_sizes)]
+    if spec.path.endswith(".a.kernel") and spec.fused:
+        shapes.append((axis_sizes["rank"], shapes[0][1]))
+    elif spec.fused:
+        shapes.append(spec.hf_shape(axis_sizes))
     return shapes
 
 
-def _part(tensor: np.ndarray, row: ParamSpec, name: str, dims: dict[str, int]) -> np.ndarray:
+def _part(tensor: np.ndarray, spec: ParamSpec, name: str, axis_sizes: dict[str, int]) -> np.ndarray:
     """Return the part of a file's tensor that belongs to a parameter.
 
     PEFT has one A for all kernels of a tensor, so each kernel's adapter gets a copy.
     """
-    whole = [(0, size) for size in row.shape(dims)[len(row.stacked) :]]
-    rank = dims["rank"]
-    if row.fused and row.path.endswith(".a.kernel"):
+    whole = [(0, size) for size in spec.shape(axis_sizes)[len(spec.stacked) :]]
+    rank = axis_sizes["rank"]
+    if spec.fused and spec.path.endswith(".a.kernel"):
         is_shared = len(tensor) == rank
-        return tensor if is_shared else tensor[rank * row.place :][:rank]
-    first, *rest = row.hf_index(tuple(whole), dims)
+        return tensor if is_shared else tensor[rank * spec.place :][:rank]
+    first, *rest = spec.hf_index(tuple(whole), axis_sizes)
     part = tensor[first]
     if rest and part.shape[1] != rest[0].stop:
-        own_columns = slice(rank * row.place, rank * (row.place + 1))
+        own_columns = slice(rank * spec.place, rank * (spec.place + 1))
         if np.any(np.delete(part, own_columns, axis=1)):
             raise ValueError(
-                f"{name} has values other than zero outside its diagonal of {len(row.fused)} "
+                f"{name} has values other than zero outside its diagonal of {len(spec.fused)} "
                 f"parts: its rank is not {rank} for each"
             )
         return part[:, own_columns]
@@ -396,14 +396,14 @@ def write_config(
     """
     chosen = [
         lora.target_of(name)
-        for row in model_def.rows
-        if row.path.endswith(".lora.a.kernel")
-        for _, name in tensors(row, model_def)
+        for spec in model_def.rows
+        if spec.path.endswith(".lora.a.kernel")
+        for _, name in tensors(spec, model_def)
     ]
     counts = {
-        lora.target_of(row.hf).rpartition(".")[2]: len(row.fused)
-        for row in model_def.trainable_specs
-        if row.fused
+        lora.target_of(spec.hf).rpartition(".")[2]: len(spec.fused)
+        for spec in model_def.trainable_specs
+        if spec.fused
     }
     config: dict[str, Any] = {
         "peft_type": "LORA",

@@ -98,15 +98,15 @@ class Merged:
     dtype = np.dtype(np.float32)
 
     def __init__(
-        self, kernel: BlockReader, row: ParamSpec, adapter: tuple, settings: lora.AdapterSettings
+        self, kernel: BlockReader, spec: ParamSpec, adapter: tuple, settings: lora.AdapterSettings
     ):
         self._kernel, self._settings = kernel, settings
         self.shape, self.chunk = kernel.shape, kernel.chunk
         self._a, self._b, self._magnitude = adapter
-        self._num_stacked = len(row.stacked)
+        self._num_stacked = len(spec.stacked)
         # Number of output dimensions of the kernel (without the stacked ones), and whether they
         # come before the input dimensions.
-        outputs, _ = row.factors
+        outputs, _ = spec.factors
         self._num_outputs, self._outputs_first = len(outputs), "embed" in outputs
 
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:

@@ -40,8 +40,8 @@ class Plan:
     """
 
     folder: Path
-    rows: tuple[ParamSpec, ...]
-    dims: dict[str, int]
+    specs: tuple[ParamSpec, ...]
+    axis_sizes: dict[str, int]
     tensors: Mapping[str, hf_reader.Tensor]
     dtypes: Mapping[str, np.dtype]
 
@@ -49,25 +49,26 @@ class Plan:
     def nbytes(self) -> int:
         """Size of the arrays that are written."""
         return sum(
-            math.prod(row.shape(self.dims)) * self.dtypes[row.path].itemsize for row in self.rows
+            math.prod(spec.shape(self.axis_sizes)) * self.dtypes[spec.path].itemsize
+            for spec in self.specs
         )
 
     def lines(self) -> Iterator[str]:
         """Yield a line per tensor (dtype, shape, file, target array), then the totals."""
-        for row in self.rows:
-            for index, name in row.hf_tensors(self.dims):
+        for spec in self.specs:
+            for index, name in spec.hf_tensors(self.axis_sizes):
                 tensor = self.tensors[name]
-                target = f"{row.path}{[*index] if index else ''}"
-                shape = row.shape(self.dims)[len(index) :]
+                target = f"{spec.path}{[*index] if index else ''}"
+                shape = spec.shape(self.axis_sizes)[len(index) :]
                 yield (
                     f"{name} {tensor.dtype} {[*tensor.shape]} in {tensor.file.name}"
-                    f" -> {target} {self.dtypes[row.path]} {[*shape]}"
+                    f" -> {target} {self.dtypes[spec.path]} {[*shape]}"
                 )
         read = sum(tensor.nbytes for tensor in self.tensors.values())
         files = {tensor.file for tensor in self.tensors.values()}
         yield (
             f"{len(self.tensors)} tensors, {read / 1e9:.3f} GB in {len(files)} files -> "
-            f"{len(self.rows)} arrays, {self.nbytes / 1e9:.3f} GB"
+            f"{len(self.specs)} arrays, {self.nbytes / 1e9:.3f} GB"
         )
 
 
@@ -86,20 +87,20 @@ def plan(model: str | Path, *, revision: str = "", dtype: str = "") -> Plan:
         raise ValueError(f"{model} is a checkpoint folder already: model.path may name it as it is")
     config = hf_folder.read_json(folder / "config.json")
     family, cfg = models.read(config)
-    rows = family.weights(cfg)
-    tensors = hf_reader.check(folder, rows, cfg.dims, cfg.tied)
+    specs = family.weights(cfg)
+    tensors = hf_reader.check(folder, specs, cfg.dims, cfg.tied)
     if dtype and dtype not in hf_reader.NAMES:
         raise ValueError(f"dtype {dtype!r} is not one of {list(hf_reader.NAMES)}")
     dtypes = {}
-    for row in rows:
+    for spec in specs:
         source_dtypes = {
-            np.dtype(hf_reader.DTYPES[tensors[name].dtype]) for _, name in row.hf_tensors(cfg.dims)
+            np.dtype(hf_reader.DTYPES[tensors[name].dtype]) for _, name in spec.hf_tensors(cfg.dims)
         }
         if any(source.itemsize > 4 for source in source_dtypes) and not dtype:
-            raise ValueError(f"{row.path} is float64 in {folder}: choose a dtype")
+            raise ValueError(f"{spec.path} is float64 in {folder}: choose a dtype")
         # If layers differ in dtype, use one that represents the values of all.
-        dtypes[row.path] = np.dtype(dtype) if dtype else np.dtype(jnp.result_type(*source_dtypes))
-    return Plan(folder, rows, cfg.dims, tensors, dtypes)
+        dtypes[spec.path] = np.dtype(dtype) if dtype else np.dtype(jnp.result_type(*source_dtypes))
+    return Plan(folder, specs, cfg.dims, tensors, dtypes)
 
 
 def convert(
@@ -147,49 +148,55 @@ def _write_step(planned: Plan, folder: Path, progress: bool) -> dict[str, str]:
     Returns:
         {path relative to the folder's parent: sha256} of the array files.
     """
-    dims = planned.dims
+    axis_sizes = planned.axis_sizes
     metadata = {
         "format_version": FORMAT_VERSION,
         "step": STEP,
         "versions": preflight.versions(),
     }
-    begun = {row.path: (len(row.axes), planned.dtypes[row.path]) for row in planned.rows}
+    begun = {spec.path: (len(spec.axes), planned.dtypes[spec.path]) for spec in planned.specs}
     orbax_io.start_params(folder, begun, metadata)
     arrays, hashes = {}, {}
     bar = tqdm(
         total=planned.nbytes, desc="converting", unit="B", unit_scale=True, disable=not progress
     )
     with bar:
-        for row in planned.rows:
+        for spec in planned.specs:
             total = 0
-            for file, sha256, checksum, nbytes in _write_row(planned, row, folder / "params"):
+            for file, sha256, checksum, nbytes in _write_spec(planned, spec, folder / "params"):
                 hashes[f"params/{file}"] = sha256
                 total += checksum
                 bar.update(nbytes)
-            arrays[f"params/{row.path}"] = {
-                "shape": row.shape(dims),
-                "dtype": str(planned.dtypes[row.path]),
+            arrays[f"params/{spec.path}"] = {
+                "shape": spec.shape(axis_sizes),
+                "dtype": str(planned.dtypes[spec.path]),
                 "sum": total % 2**32,
             }
     manifest.write(folder, arrays=arrays, hashes=hashes)
     return {f"{folder.name}/{path}": sha256 for path, sha256 in hashes.items()}
 
 
-def _write_row(planned: Plan, row: ParamSpec, folder: Path) -> Iterator[tuple[str, str, int, int]]:
+def _write_spec(
+    planned: Plan, spec: ParamSpec, folder: Path
+) -> Iterator[tuple[str, str, int, int]]:
     """Write one array; yield file, sha256 of the file, array checksum and bytes of each block."""
-    dims, dtype, shape = planned.dims, planned.dtypes[row.path], row.shape(planned.dims)
-    ones = (1,) * len(row.stacked)
-    parts = [*row.parts(dims, blocks.BLOCK_BYTES // dtype.itemsize, _ALIGNED)]
+    axis_sizes, dtype, shape = (
+        planned.axis_sizes,
+        planned.dtypes[spec.path],
+        spec.shape(planned.axis_sizes),
+    )
+    ones = (1,) * len(spec.stacked)
+    parts = [*spec.parts(axis_sizes, blocks.BLOCK_BYTES // dtype.itemsize, _ALIGNED)]
     block_shape = ones + tuple(stop - start for start, stop in parts[0])
     array = orbax_io.Blocks(
-        folder, row.path, shape, dtype, block_shape, _piece(row, block_shape, dtype.itemsize)
+        folder, spec.path, shape, dtype, block_shape, _piece(spec, block_shape, dtype.itemsize)
     )
 
     def write(index: tuple[int, ...], tensor: hf_reader.Tensor, name: str, block: rules.Block):
         # Opened for each block, as an open file's memory grows with everything read from it.
         with safe_open(tensor.file, framework="numpy") as opened:
-            hf_block = opened.get_slice(name)[row.hf_index(block, dims)]
-        values = contiguous(row.from_hf(hf_block, dims)).astype(dtype, copy=False)
+            hf_block = opened.get_slice(name)[spec.hf_index(block, axis_sizes)]
+        values = contiguous(spec.from_hf(hf_block, axis_sizes)).astype(dtype, copy=False)
         start = (*index, *(first for first, _ in block))
         values = values.reshape(ones + values.shape)
         checksum = array_checksums.of_numpy(values, start, shape)
@@ -198,7 +205,7 @@ def _write_row(planned: Plan, row: ParamSpec, folder: Path) -> Iterator[tuple[st
 
     tasks = [
         (index, planned.tensors[name], name, block)
-        for index, name in row.hf_tensors(dims)
+        for index, name in spec.hf_tensors(axis_sizes)
         for block in parts
     ]
     num_threads = hf_writer.threads(math.prod(block_shape) * dtype.itemsize)
@@ -206,10 +213,10 @@ def _write_row(planned: Plan, row: ParamSpec, folder: Path) -> Iterator[tuple[st
         yield from pool.map(write, *zip(*tasks, strict=True))
 
 
-def _piece(row: ParamSpec, block: tuple[int, ...], itemsize: int) -> list[int]:
+def _piece(spec: ParamSpec, block: tuple[int, ...], itemsize: int) -> list[int]:
     """Return the shape of a block's pieces: split in the dim sharded over `fsdp` (across hosts)."""
     piece = [*block]
-    for dim, axis in enumerate(row.axes):
+    for dim, axis in enumerate(spec.axes):
         if "fsdp" in rules.RULES[axis]:
             most = min(_MOST_PIECES, math.prod(block) * itemsize // _LEAST_PIECE_BYTES)
             count = max((n for n in range(1, most + 1) if block[dim] % n == 0), default=1)

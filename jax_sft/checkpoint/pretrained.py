@@ -42,8 +42,8 @@ class Weights:
 
 def find(
     folder: Path,
-    rows: Iterable[ParamSpec],
-    dims: dict[str, int],
+    specs: Iterable[ParamSpec],
+    axis_sizes: dict[str, int],
     tied: bool,
     step: int | None = None,
     vocab_shards: int = 1,
@@ -51,24 +51,28 @@ def find(
     """Return the weights of a folder that `hf_folder.resolve` returned, reading only headers.
 
     Args:
-        dims: dimensions of the model, without padding.
+        axis_sizes: size of each logical axis, without padding.
         step: step of a checkpoint folder; None = the newest.
         vocab_shards: `load` pads the vocabulary to a multiple of this.
 
     Raises:
-        ValueError: the weights do not fit the rows; the message lists all problems.
+        ValueError: the weights do not fit the specs; the message lists all problems.
     """
-    rows = tuple(rows)
+    specs = tuple(specs)
     if model_files.is_kept(folder):
-        return _of_checkpoint(folder.parent, rows, dims, step, vocab_shards)
-    tensors = hf_reader.check(folder, rows, dims, tied)
+        return _of_checkpoint(folder.parent, specs, axis_sizes, step, vocab_shards)
+    tensors = hf_reader.check(folder, specs, axis_sizes, tied)
 
     def load(shardings, dtype, progress=True) -> dict[str, jax.Array]:
-        loaded_rows = [row for row in rows if row.path in shardings]
-        return hf_reader.load(tensors, loaded_rows, dims, shardings, dtype, progress, vocab_shards)
+        loaded_specs = [spec for spec in specs if spec.path in shardings]
+        return hf_reader.load(
+            tensors, loaded_specs, axis_sizes, shardings, dtype, progress, vocab_shards
+        )
 
     def blocks(path: str) -> hf_reader.Blocks:
-        return hf_reader.Blocks(tensors, next(row for row in rows if row.path == path), dims)
+        return hf_reader.Blocks(
+            tensors, next(spec for spec in specs if spec.path == path), axis_sizes
+        )
 
     return Weights({name: tensor.dtype for name, tensor in tensors.items()}, load, blocks)
 
@@ -110,8 +114,8 @@ def read(
 
 def _of_checkpoint(
     folder: Path,
-    rows: tuple[ParamSpec, ...],
-    dims: dict[str, int],
+    specs: tuple[ParamSpec, ...],
+    axis_sizes: dict[str, int],
     step: int | None,
     vocab_shards: int,
 ) -> Weights:
@@ -119,16 +123,16 @@ def _of_checkpoint(
     model_files.verify(folder)
     step = step_folders.choose(folder, step)
     stored = step_folders.params(folder, step)
-    shapes = {row.path: row.shape(dims) for row in rows}
-    vocab = vocabulary.Vocabulary.of(rows, dims["vocab"])
+    shapes = {spec.path: spec.shape(axis_sizes) for spec in specs}
+    vocab = vocabulary.Vocabulary.of(specs, axis_sizes["vocab"])
     if problems := step_folders.misfits(stored, shapes, vocab.cut):
         raise ValueError(f"{folder / str(step)} does not fit its config.json: {problems}")
 
     def load(shardings, dtype, progress=True) -> dict[str, jax.Array]:
         params = {}
-        loaded_rows = [row for row in rows if row.path in shardings]
-        for row in tqdm(loaded_rows, "reading weights", unit="array", disable=not progress):
-            path, array = row.path, stored[row.path]
+        loaded_specs = [spec for spec in specs if spec.path in shardings]
+        for spec in tqdm(loaded_specs, "reading weights", unit="array", disable=not progress):
+            path, array = spec.path, stored[spec.path]
             as_stored = vocabulary.as_stored(
                 array["shape"], np.dtype(array["dtype"]), shardings[path]
             )
@@ -140,7 +144,7 @@ def _of_checkpoint(
             sums = array_checksums.read([path], array_checksums.start({path: values}))
             if problem := array_checksums.problem(path, sums[path], array["sum"]):
                 raise ValueError(f"{folder / str(step)}: {problem}")
-            shape = row.shape(vocabulary.padded(dims, vocab_shards))
+            shape = spec.shape(vocabulary.padded(axis_sizes, vocab_shards))
             if values.shape != shape:
                 values = vocabulary.resized(values, shape, shardings[path])
             params[path] = values.astype(dtype)

@@ -98,8 +98,8 @@ def _export(
         with outputs.unfinished(place.out, say) as folder:
             hashes = hf_writer.save(
                 _Params(planned),
-                planned.rows,
-                planned.dims,
+                planned.specs,
+                planned.axis_sizes,
                 planned.dtypes,
                 folder,
                 shard_bytes,
@@ -186,7 +186,7 @@ class Plan:
         model_def: the model as it was trained.
         settings: settings of the adapters; None = no adapters.
         weights: the frozen weights; None = not needed.
-        rows: the weights that are written.
+        specs: the weights that are written.
         dtypes: {HF name: safetensors dtype}.
         base: `base` of `export` or the run's model.path, as an absolute path; None = neither is
             set. A hub id gives a path that does not exist.
@@ -200,7 +200,7 @@ class Plan:
     model_def: ModelDef
     settings: lora.AdapterSettings | None
     weights: pretrained.Weights | None
-    rows: tuple[ParamSpec, ...]
+    specs: tuple[ParamSpec, ...]
     dtypes: Mapping[str, str]
     layout: hf_writer.Layout
     base: Path | None
@@ -219,13 +219,13 @@ class Plan:
         return {"step": self.step, "content": digest, "files": len(self.layout.headers)}
 
     @property
-    def dims(self) -> dict[str, int]:
+    def axis_sizes(self) -> dict[str, int]:
         return self.model_def.dims
 
     @property
     def is_adapter(self) -> bool:
         """Whether only adapters are written."""
-        return any(row.path.endswith(".lora.a.kernel") for row in self.rows)
+        return any(spec.path.endswith(".lora.a.kernel") for spec in self.specs)
 
     @property
     def single(self) -> str:
@@ -245,7 +245,7 @@ class Plan:
     @functools.cached_property
     def stops(self) -> dict[str, dict[str, Any]]:
         """{file: new content} of the files that change to stop at the ends of trained turns."""
-        changed = stop_tokens.changes(self.kept, self.turn_ends or {}, self.dims["vocab"])
+        changed = stop_tokens.changes(self.kept, self.turn_ends or {}, self.axis_sizes["vocab"])
         if self.is_adapter:  # an adapter folder has no config.json
             changed.pop(stop_tokens.CONFIG, None)
         return changed
@@ -282,25 +282,25 @@ class Plan:
 
     def lines(self) -> Iterator[str]:
         """Yield a line per tensor (source, dtype, shape, file), then totals and stop tokens."""
-        for row in self.rows:
-            for index, name in row.hf_tensors(self.dims):
+        for spec in self.specs:
+            for index, name in spec.hf_tensors(self.axis_sizes):
                 if place := self.layout.tensors.get(name):
                     yield (
-                        f"{row.path}{[*index] if index else ''} {self._source(row)}"
+                        f"{spec.path}{[*index] if index else ''} {self._source(spec)}"
                         f" -> {name} {place.dtype} {[*place.shape]} in {place.file}"
                     )
         yield (
-            f"step {self.step}: {len(self.rows)} arrays -> {len(self.layout.tensors)} tensors, "
+            f"step {self.step}: {len(self.specs)} arrays -> {len(self.layout.tensors)} tensors, "
             f"{self.layout.nbytes / 1e9:.3f} GB in {len(self.layout.headers)} files; "
             f"next to them {', '.join(hf_folder.side_files(self.kept))}"
         )
         yield self.stop_line
 
-    def _source(self, row: ParamSpec) -> str:
-        if row.path in self.arrays:
-            array = self.arrays[row.path]
-            return f"{array['dtype']} {array['shape'][len(row.stacked) :]}"
-        has_adapter = row.path.replace(".kernel", ".lora.a.kernel") in self.arrays
+    def _source(self, spec: ParamSpec) -> str:
+        if spec.path in self.arrays:
+            array = self.arrays[spec.path]
+            return f"{array['dtype']} {array['shape'][len(spec.stacked) :]}"
+        has_adapter = spec.path.replace(".kernel", ".lora.a.kernel") in self.arrays
         return "of the model" + " and its adapter" * has_adapter
 
 
@@ -336,7 +336,7 @@ def _plan(
     arrays, metadata = step_folders.params(folder, step), step_folders.metadata(folder / str(step))
     config = hf_folder.read_json(folder / model_files.NAME / "config.json")
     model_def = ModelDef.of(*models.read(config), dtype="float32")
-    model_rows, settings = model_def.rows, None
+    model_specs, settings = model_def.rows, None
     if described := metadata.get("lora"):
         settings = lora.AdapterSettings(**described | {"targets": tuple(described["targets"])})
     if merge and not settings:
@@ -344,21 +344,21 @@ def _plan(
     run_config = metadata.get("config") or {}
     frozen = run_config.get("train", {}).get("freeze", ())
     model_def = freeze.choose(model_def, settings, frozen)
-    rows = {row.path: row for row in model_def.trainable_specs}
-    shapes = {path: row.shape(model_def.dims) for path, row in rows.items()}
+    specs = {spec.path: spec for spec in model_def.trainable_specs}
+    shapes = {path: spec.shape(model_def.dims) for path, spec in specs.items()}
     if problems := step_folders.misfits(arrays, shapes, model_def.vocabulary.cut):
         raise ValueError(f"{folder / str(step)} does not fit its config.json: {problems}")
     weights = None
     if settings and not merge:
-        names = [name for row in rows.values() for _, name in peft.tensors(row, model_def)]
-        written = tuple(peft.joined(row) for row in rows.values())
+        names = [name for spec in specs.values() for _, name in peft.tensors(spec, model_def)]
+        written = tuple(peft.joined(spec) for spec in specs.values())
         dtypes, single = dict.fromkeys(names, "F32"), peft.WEIGHTS
     else:
-        dtypes, written, single = model_files.dtypes(folder), model_rows, hf_folder.SINGLE
+        dtypes, written, single = model_files.dtypes(folder), model_specs, hf_folder.SINGLE
         if dtype:
             dtypes = dict.fromkeys(dtypes, hf_reader.NAMES[dtype])
         if model_def.frozen_dtypes:
-            weights = _weights(run_config, base, model_rows, model_def)
+            weights = _weights(run_config, base, model_specs, model_def)
     layout = hf_writer.layout(written, model_def.dims, dtypes, shard_bytes, single)
     base_folder = base or run_config.get("model", {}).get("path", "")
     return Plan(
@@ -369,7 +369,7 @@ def _plan(
 
 
 def _weights(
-    of_run: Mapping[str, Any], base: str, rows: tuple[ParamSpec, ...], model_def: ModelDef
+    of_run: Mapping[str, Any], base: str, specs: tuple[ParamSpec, ...], model_def: ModelDef
 ) -> pretrained.Weights:
     """Open the frozen weights, which the checkpoint does not store.
 
@@ -379,7 +379,7 @@ def _weights(
     path, revision = (base, "") if base else (of_run["model"][n] for n in ("path", "revision"))
     try:
         folder, step = hf_folder.resolve(path, revision), hf_folder.step_of(path)
-        return pretrained.find(folder, rows, model_def.dims, model_def.cfg.tied, step)
+        return pretrained.find(folder, specs, model_def.dims, model_def.cfg.tied, step)
     except ValueError as error:
         raise ValueError(
             f"the checkpoint holds only what has trained, the rest is in {path!r}: {error}. Name "
@@ -411,9 +411,9 @@ class _Params(Mapping[str, BlockReader | np.ndarray]):
 
     def __getitem__(self, path: str) -> BlockReader | np.ndarray:
         planned = self._planned
-        row = next(row for row in planned.model_def.rows if row.path == path)
-        if peft.joined(row) != row:
-            return peft.widened(planned.read(path), row)
+        spec = next(spec for spec in planned.model_def.rows if spec.path == path)
+        if peft.joined(spec) != spec:
+            return peft.widened(planned.read(path), spec)
         if path in planned.arrays:
             # With adapters on some layers only, a reader would never get the blocks of the other
             # layers, and its `finish` requires all blocks. So the whole array is read at once.
@@ -432,10 +432,10 @@ class _Params(Mapping[str, BlockReader | np.ndarray]):
         magnitude_path = f"{stem}.magnitude"
         magnitude = planned.read(magnitude_path) if magnitude_path in planned.arrays else None
         assert planned.settings
-        return block_readers.Merged(frozen, row, (*parts, magnitude), planned.settings)
+        return block_readers.Merged(frozen, spec, (*parts, magnitude), planned.settings)
 
     def __iter__(self) -> Iterator[str]:
-        return (row.path for row in self._planned.rows)
+        return (spec.path for spec in self._planned.specs)
 
     def __len__(self) -> int:
-        return len(self._planned.rows)
+        return len(self._planned.specs)

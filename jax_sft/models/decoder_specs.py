@@ -1,6 +1,6 @@
-"""Build the weight rows of decoders from parts that the families' `weights` share.
+"""Build the parameter specs of decoders from parts that the families' `weights` share.
 
-A family combines rows of norms and layers; `weights.param_spec` describes a row.
+A family combines specs of norms and layers, see `weights.param_spec`.
 """
 
 import dataclasses
@@ -18,45 +18,49 @@ TO_MLP, FROM_MLP = "mlp embed -> embed mlp", "embed mlp -> embed mlp"
 
 
 def linear(path: str, hf: str, layout: str, bias: bool = False) -> list[ParamSpec]:
-    """Return the rows of a linear layer: its kernel and, if it has one, its bias.
+    """Return the specs of a linear layer: its kernel and, if it has one, its bias.
 
     Args:
         path, hf: path and HF name of the layer, without ".kernel" and ".weight".
         layout: layout of the kernel. The bias has its first HF dimension, which is the output.
     """
-    rows = [ParamSpec(f"{path}.kernel", f"{hf}.weight", layout)]
+    specs = [ParamSpec(f"{path}.kernel", f"{hf}.weight", layout)]
     if bias:
         # The model dimension of a vector is called "norm".
-        outputs = ["norm" if axis == "embed" else axis for axis in rows[0].factors[0]]
+        outputs = ["norm" if axis == "embed" else axis for axis in specs[0].factors[0]]
         axes = " ".join(outputs)
-        rows.append(ParamSpec(f"{path}.bias", f"{hf}.bias", f"({axes}) -> {axes}"))
-    return rows
+        specs.append(ParamSpec(f"{path}.bias", f"{hf}.bias", f"({axes}) -> {axes}"))
+    return specs
 
 
 def fused(hf: str, layouts: dict[str, str]) -> list[ParamSpec]:
-    """Return the rows of linear layers whose kernels are concatenated in one HF tensor.
+    """Return the specs of linear layers whose kernels are concatenated in one HF tensor.
 
     Args:
         hf: name of the tensor, without ".weight".
         layouts: {path of a layer: layout of its kernel}, in the order of the tensor.
     """
-    rows = [ParamSpec(f"{path}.kernel", f"{hf}.weight", layout) for path, layout in layouts.items()]
-    firsts = tuple(" ".join(row.factors[0]) for row in rows)
-    return [dataclasses.replace(row, fused=firsts, place=place) for place, row in enumerate(rows)]
+    specs = [
+        ParamSpec(f"{path}.kernel", f"{hf}.weight", layout) for path, layout in layouts.items()
+    ]
+    firsts = tuple(" ".join(spec.factors[0]) for spec in specs)
+    return [
+        dataclasses.replace(spec, fused=firsts, place=place) for place, spec in enumerate(specs)
+    ]
 
 
-def decoder(rows: Iterable[ParamSpec], tied: bool, norm: str = "scale") -> tuple[ParamSpec, ...]:
-    """Return the rows of a decoder: embedding, final norm, layers and, unless tied, the head.
+def decoder(specs: Iterable[ParamSpec], tied: bool, norm: str = "scale") -> tuple[ParamSpec, ...]:
+    """Return the specs of a decoder: embedding, final norm, layers and, unless tied, the head.
 
     Args:
-        rows: rows of the layers.
+        specs: specs of the layers.
         norm: name of the parameter of norms.
     """
     head = ParamSpec("head.table", "lm_head.weight", "vocab embed -> embed vocab")
     return (
         ParamSpec("embed.table", "model.embed_tokens.weight", "vocab embed -> vocab embed"),
         ParamSpec(f"final_norm.{norm}", "model.norm.weight", "norm -> norm"),
-        *rows,
+        *specs,
         *([] if tied else [head]),
     )
 
@@ -64,7 +68,7 @@ def decoder(rows: Iterable[ParamSpec], tied: bool, norm: str = "scale") -> tuple
 def norms(
     names: dict[str, str], norm: str = "scale", layout: str = "norm -> norm"
 ) -> list[ParamSpec]:
-    """Return the rows of norms {path in a layer: name in a Hugging Face layer}."""
+    """Return the specs of norms {path in a layer: name in a Hugging Face layer}."""
     return [
         ParamSpec(f"layers.{path}.{norm}", f"{LAYER}{name}.weight", layout)
         for path, name in names.items()
@@ -72,7 +76,7 @@ def norms(
 
 
 def attention(bias: bool = False, out_bias: bool = False) -> list[ParamSpec]:
-    """Return the rows of `attention.Attention`, without norms."""
+    """Return the specs of `attention.Attention`, without norms."""
     return [
         *linear("layers.attn.q", f"{LAYER}self_attn.q_proj", TO_HEADS, bias),
         *linear("layers.attn.k", f"{LAYER}self_attn.k_proj", TO_KV_HEADS, bias),
@@ -86,7 +90,7 @@ def mlp(
     within: str = "mlp.",
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 ) -> list[ParamSpec]:
-    """Return the rows of a gated MLP, or of an MLP per expert.
+    """Return the specs of a gated MLP, or of an MLP per expert.
 
     Args:
         within: prefix of the MLP in a Hugging Face layer.

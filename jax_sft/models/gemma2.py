@@ -63,19 +63,19 @@ class Config(Sizes):
 
 
 def weights(cfg: Config) -> tuple[ParamSpec, ...]:
-    """Return the weight rows of the model."""
+    """Return the parameter specs of the model."""
     norms = {
         "attn_norm": "input_layernorm",
         "attn_out_norm": "post_attention_layernorm",
         "mlp_norm": "pre_feedforward_layernorm",
         "mlp_out_norm": "post_feedforward_layernorm",
     }
-    rows = [
+    specs = [
         *decoder_specs.norms(norms, "offset"),
         *decoder_specs.attention(cfg.attention_bias, cfg.attention_bias),
         *decoder_specs.mlp(),
     ]
-    return decoder_specs.decoder(rows, cfg.tied, "offset")
+    return decoder_specs.decoder(specs, cfg.tied, "offset")
 
 
 def Layer(cfg: Config, key) -> decoder.PrePostNorm:

@@ -93,7 +93,7 @@ def _ropes(fields: Fields, head_dim: int) -> tuple[Rope, Rope]:
 
 
 def weights(cfg: Config) -> tuple[ParamSpec, ...]:
-    """Return the weight rows of the model."""
+    """Return the parameter specs of the model."""
     norms = {
         "attn_norm": "input_layernorm",
         "attn_out_norm": "post_attention_layernorm",
@@ -101,13 +101,13 @@ def weights(cfg: Config) -> tuple[ParamSpec, ...]:
         "mlp_out_norm": "post_feedforward_layernorm",
     }
     qk_norms = {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
-    rows = [
+    specs = [
         *decoder_specs.norms(norms, "offset"),
         *decoder_specs.attention(cfg.attention_bias, cfg.attention_bias),
         *decoder_specs.norms(qk_norms, "offset", "head_dim -> head_dim"),
         *decoder_specs.mlp(),
     ]
-    return decoder_specs.decoder(rows, cfg.tied, "offset")
+    return decoder_specs.decoder(specs, cfg.tied, "offset")
 
 
 class Layer(decoder.PrePostNorm):

@@ -47,13 +47,13 @@ def _window(fields: Fields, config: dict[str, Any]) -> int | None:
 
 
 def weights(cfg: Config) -> tuple[ParamSpec, ...]:
-    """Return the weight rows of the model."""
-    rows = [
+    """Return the parameter specs of the model."""
+    specs = [
         *decoder_specs.norms(decoder_specs.PRE_NORMS),
         *decoder_specs.attention(),
         *decoder_specs.mlp(),
     ]
-    return decoder_specs.decoder(rows, cfg.tied)
+    return decoder_specs.decoder(specs, cfg.tied)
 
 
 def Layer(cfg: Config, key) -> decoder.PreNorm:

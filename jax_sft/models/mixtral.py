@@ -51,8 +51,8 @@ class Config(Sizes):
 
 
 def weights(cfg: Config) -> tuple[ParamSpec, ...]:
-    """Return the weight rows of the model."""
-    rows = [
+    """Return the parameter specs of the model."""
+    specs = [
         *decoder_specs.norms(decoder_specs.PRE_NORMS),
         *decoder_specs.attention(),
         *decoder_specs.linear(
@@ -62,7 +62,7 @@ def weights(cfg: Config) -> tuple[ParamSpec, ...]:
         ),
         *decoder_specs.mlp(within="block_sparse_moe.experts.{experts}.", names=("w1", "w3", "w2")),
     ]
-    return decoder_specs.decoder(rows, cfg.tied)
+    return decoder_specs.decoder(specs, cfg.tied)
 
 
 def Layer(cfg: Config, key) -> experts.Layer:

@@ -33,12 +33,12 @@ class Config(Sizes):
 
 
 def weights(cfg: Config) -> tuple[ParamSpec, ...]:
-    """Return the weight rows of the model."""
+    """Return the parameter specs of the model."""
     norms = {
         "attn_norm": "post_attention_layernorm",
         "mlp_norm": "post_feedforward_layernorm",
     }
-    rows = [
+    specs = [
         *decoder_specs.norms(norms),
         *decoder_specs.attention(cfg.attention_bias, cfg.attention_bias),
         *decoder_specs.norms(
@@ -49,7 +49,7 @@ def weights(cfg: Config) -> tuple[ParamSpec, ...]:
         ),
         *decoder_specs.mlp(),
     ]
-    return decoder_specs.decoder(rows, cfg.tied)
+    return decoder_specs.decoder(specs, cfg.tied)
 
 
 class Layer(nnx.Module):

@@ -53,7 +53,7 @@ def _rope(fields: Fields, config: dict[str, Any], head_dim: int) -> Rope:
 
 
 def weights(cfg: Config) -> tuple[ParamSpec, ...]:
-    """Return the weight rows of the model."""
+    """Return the parameter specs of the model."""
     qkv = {
         "layers.attn.q": decoder_specs.TO_HEADS,
         "layers.attn.k": decoder_specs.TO_KV_HEADS,
@@ -61,14 +61,14 @@ def weights(cfg: Config) -> tuple[ParamSpec, ...]:
     }
     gate_up = {"layers.mlp.gate": decoder_specs.TO_MLP, "layers.mlp.up": decoder_specs.TO_MLP}
     attn, mlp = f"{decoder_specs.LAYER}self_attn.", f"{decoder_specs.LAYER}mlp."
-    rows = [
+    specs = [
         *decoder_specs.norms(decoder_specs.PRE_NORMS),
         *decoder_specs.fused(attn + "qkv_proj", qkv),
         *decoder_specs.linear("layers.attn.out", attn + "o_proj", decoder_specs.FROM_HEADS),
         *decoder_specs.fused(mlp + "gate_up_proj", gate_up),
         *decoder_specs.linear("layers.mlp.down", mlp + "down_proj", decoder_specs.FROM_MLP),
     ]
-    return decoder_specs.decoder(rows, cfg.tied)
+    return decoder_specs.decoder(specs, cfg.tied)
 
 
 def Layer(cfg: Config, key) -> decoder.PreNorm:

@@ -31,13 +31,13 @@ class Config(Sizes):
 
 
 def weights(cfg: Config) -> tuple[ParamSpec, ...]:
-    """Return the weight rows of the model."""
-    rows = [
+    """Return the parameter specs of the model."""
+    specs = [
         *decoder_specs.norms(decoder_specs.PRE_NORMS),
         *decoder_specs.attention(bias=True),
         *decoder_specs.mlp(),
     ]
-    return decoder_specs.decoder(rows, cfg.tied)
+    return decoder_specs.decoder(specs, cfg.tied)
 
 
 def Layer(cfg: Config, key) -> decoder.PreNorm:

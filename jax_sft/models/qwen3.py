@@ -34,15 +34,15 @@ class Config(Sizes):
 
 
 def weights(cfg: Config) -> tuple[ParamSpec, ...]:
-    """Return the weight rows of the model."""
+    """Return the parameter specs of the model."""
     qk_norms = {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
-    rows = [
+    specs = [
         *decoder_specs.norms(decoder_specs.PRE_NORMS),
         *decoder_specs.attention(cfg.attention_bias, cfg.attention_bias),
         *decoder_specs.norms(qk_norms, layout="head_dim -> head_dim"),
         *decoder_specs.mlp(),
     ]
-    return decoder_specs.decoder(rows, cfg.tied)
+    return decoder_specs.decoder(specs, cfg.tied)
 
 
 def Layer(cfg: Config, key) -> decoder.PreNorm:

@@ -33,10 +33,10 @@ class Sizes:
     logit_soft_cap: ClassVar[Any] = 0.0
 
     def __post_init__(self):
-        dims = self.dims
-        heads = 2 * (dims["heads"] + dims["kv_heads"]) * dims["head_dim"]
-        layer_size = heads + 3 * dims["mlp"] * dims.get("experts", 1)
-        total = dims["embed"] * (dims["layers"] * layer_size + 2 * dims["vocab"])
+        axis_sizes = self.dims
+        heads = 2 * (axis_sizes["heads"] + axis_sizes["kv_heads"]) * axis_sizes["head_dim"]
+        layer_size = heads + 3 * axis_sizes["mlp"] * axis_sizes.get("experts", 1)
+        total = axis_sizes["embed"] * (axis_sizes["layers"] * layer_size + 2 * axis_sizes["vocab"])
         if total > MAX_PARAMETERS:
             raise ValueError(
                 f"config.json: its sizes make {total:.1e} parameters, over {MAX_PARAMETERS:.1e}"

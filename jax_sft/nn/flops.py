@@ -9,8 +9,8 @@ from jax_sft.weights.param_spec import ParamSpec
 
 
 def model_flops(
-    rows: Iterable[ParamSpec],
-    dims: Mapping[str, int],
+    specs: Iterable[ParamSpec],
+    axis_sizes: Mapping[str, int],
     tied: bool,
     tokens: float,
     pairs: float,
@@ -33,19 +33,19 @@ def model_flops(
         frozen: paths of the frozen weights.
     """
     parts = {"embedding": 0.0, "attention_projections": 0.0}
-    flops_per_pair = (1 if forward_only else 3) * 4 * dims["heads"] * dims["head_dim"]
-    parts["attention_scores"] = flops_per_pair * dims["layers"] * pairs
-    for row in rows:
-        if row.is_matrix and (part := _part(row, tied)) != "embedding":
+    flops_per_pair = (1 if forward_only else 3) * 4 * axis_sizes["heads"] * axis_sizes["head_dim"]
+    parts["attention_scores"] = flops_per_pair * axis_sizes["layers"] * pairs
+    for spec in specs:
+        if spec.is_matrix and (part := _part(spec, tied)) != "embedding":
             applied = trained_tokens if part == "head" else tokens
-            products = 1 if forward_only else 2 if row.path in frozen else 3
-            flops = 2 * products * row.active_size(dict(dims)) * applied
+            products = 1 if forward_only else 2 if spec.path in frozen else 3
+            flops = 2 * products * spec.active_size(dict(axis_sizes)) * applied
             parts[part] = parts.get(part, 0.0) + flops
     return parts
 
 
-def _part(row: ParamSpec, tied: bool) -> str:
-    names = row.path.split(".")
+def _part(spec: ParamSpec, tied: bool) -> str:
+    names = spec.path.split(".")
     if names[0] == "embed":
         return "head" if tied else "embedding"
     if names[0] == "head":

@@ -62,19 +62,19 @@ class ModelDef:
         Args:
             vocab_shards: size of mesh.tensor; the vocabulary is padded to a multiple.
         """
-        dims = padded(cfg.dims, vocab_shards)
-        stored = dataclasses.replace(cfg, vocab=dims["vocab"])
+        axis_sizes = padded(cfg.dims, vocab_shards)
+        stored = dataclasses.replace(cfg, vocab=axis_sizes["vocab"])
         abstract = jax.eval_shape(lambda key: family.Model(stored, key), jax.random.key(0))
-        rows = family.weights(cfg)
+        specs = family.weights(cfg)
         compute = Compute(
             dtype=jnp.dtype(dtype),
             grad_dtype=jnp.dtype(grad_dtype),
             attention=attention,
             max_segments=max_segments,
             policy=policy(remat, tuple(offload)),
-            axes={row.path: row.axes for row in rows if row.is_matrix},
+            axes={spec.path: spec.axes for spec in specs if spec.is_matrix},
         )
-        return cls(cfg, rows, dims, abstract, compute)
+        return cls(cfg, specs, axis_sizes, abstract, compute)
 
     @property
     def has_experts(self) -> bool:
@@ -100,12 +100,12 @@ class ModelDef:
     @property
     def stored_specs(self) -> tuple[ParamSpec, ...]:
         """Specs of the arrays that `bind` expects, with quantized parameters as their parts."""
-        return tuple(part for row in self.rows for part in self.quantized.get(row.path, (row,)))
+        return tuple(part for spec in self.rows for part in self.quantized.get(spec.path, (spec,)))
 
     @property
     def trainable_specs(self) -> tuple[ParamSpec, ...]:
         """Specs of the trainable parameters."""
-        return tuple(row for row in self.rows if row.path not in self.frozen_bytes)
+        return tuple(spec for spec in self.rows if spec.path not in self.frozen_bytes)
 
     @property
     def frozen_bytes(self) -> dict[str, float]:
@@ -113,19 +113,19 @@ class ModelDef:
         bytes_per_element: dict[str, float] = {
             path: dtype.itemsize for path, dtype in self.frozen_dtypes.items()
         }
-        for row in self.rows:
-            if row.path in self.quantized:
-                parts = self.quantized[row.path]
+        for spec in self.rows:
+            if spec.path in self.quantized:
+                parts = self.quantized[spec.path]
                 sizes = (
                     math.prod(part.shape(self.dims)) * bytes_per_element.pop(part.path)
                     for part in parts
                 )
-                bytes_per_element[row.path] = sum(sizes) / math.prod(row.shape(self.dims))
+                bytes_per_element[spec.path] = sum(sizes) / math.prod(spec.shape(self.dims))
         return bytes_per_element
 
     def without_masters(self, paths: Iterable[str]) -> dict[str, np.dtype]:
         """Return {path: dtype} for frozen parameters: compute dtype for matrices, else float32."""
-        matrices = {row.path for row in self.rows if row.is_matrix}
+        matrices = {spec.path for spec in self.rows if spec.is_matrix}
         return {
             path: np.dtype(self.compute.dtype if path in matrices else np.float32) for path in paths
         }

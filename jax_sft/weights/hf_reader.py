@@ -1,6 +1,6 @@
 """Read the weights of a Hugging Face folder: check the headers, stream tensors to their shards.
 
-Reads safetensors only. The weight rows of a family (`weights.param_spec`) describe name, shape and
+Reads safetensors only. The specs of a family (`weights.param_spec`) describe name, shape and
 layout of every tensor; this module is independent of the families.
 """
 
@@ -98,30 +98,33 @@ def read_headers(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def check(
-    folder: Path, rows: Iterable[ParamSpec], dims: dict[str, int], tied: bool
+    folder: Path, specs: Iterable[ParamSpec], axis_sizes: dict[str, int], tied: bool
 ) -> dict[str, Tensor]:
-    """Check a folder's tensors against the weight rows, reading only headers.
+    """Check a folder's tensors against the parameter specs, reading only headers.
 
     Returns:
-        {HF name: Tensor} of exactly the tensors of the rows.
+        {HF name: Tensor} of exactly the tensors of the specs.
 
     Raises:
         ValueError: a tensor is unknown, missing, duplicate, misshapen or not floating-point. The
             message lists all of them, with file, name and both shapes.
     """
-    rows = list(rows)
+    specs = list(specs)
     tensors, problems = read_headers(folder)
     # Check the number first: the sizes may be anything, and each tensor gets a name below.
-    num_tensors = sum(math.prod(dims[axis] for axis in row.stacked) for row in rows)
+    num_tensors = sum(math.prod(axis_sizes[axis] for axis in spec.stacked) for spec in specs)
     if num_tensors > len(tensors) + MOST_MISSING:
         sizes = {
-            axis: dims[axis] for axis in sorted({axis for row in rows for axis in row.stacked})
+            axis: axis_sizes[axis]
+            for axis in sorted({axis for spec in specs for axis in spec.stacked})
         }
         raise ValueError(
             f"{folder} does not fit its config.json: {sizes} need {num_tensors:,} tensors, its "
             f"files have {len(tensors):,}" + "".join(f"; {problem}" for problem in problems[:3])
         )
-    shapes = {name: row.hf_shape(dims) for row in rows for _, name in row.hf_tensors(dims)}
+    shapes = {
+        name: spec.hf_shape(axis_sizes) for spec in specs for _, name in spec.hf_tensors(axis_sizes)
+    }
     for name, tensor in tensors.items():
         location = f"{tensor.file.name}: {name}"
         if name not in shapes:
@@ -173,8 +176,8 @@ def _are_equal(head: Tensor, embedding: Tensor) -> bool:
 
 def load(
     tensors: Mapping[str, Tensor],
-    rows: Iterable[ParamSpec],
-    dims: dict[str, int],
+    specs: Iterable[ParamSpec],
+    axis_sizes: dict[str, int],
     shardings: Mapping[str, NamedSharding],
     dtype: Any,
     progress: bool = True,
@@ -194,19 +197,19 @@ def load(
     Returns:
         {parameter path: array}.
     """
-    rows, padded = list(rows), vocabulary.padded(dims, vocab_shards)
+    specs, padded = list(specs), vocabulary.padded(axis_sizes, vocab_shards)
     opened = {
         file: safe_open(file, framework="numpy") for file in {t.file for t in tensors.values()}
     }
     params = {}
-    total = sum(1 for row in rows for _ in row.hf_tensors(dims))
+    total = sum(1 for spec in specs for _ in spec.hf_tensors(axis_sizes))
     bar = tqdm(total=total, desc="reading weights", unit="tensor", disable=not progress)
     with bar:
-        for row in rows:
-            num_stacked = len(row.stacked)
-            shape, sharding = row.shape(padded), shardings[row.path]
-            ends = row.shape(dims)
-            names = dict(row.hf_tensors(dims))
+        for spec in specs:
+            num_stacked = len(spec.stacked)
+            shape, sharding = spec.shape(padded), shardings[spec.path]
+            ends = spec.shape(axis_sizes)
+            names = dict(spec.hf_tensors(axis_sizes))
             arrays: dict[rules.Block, np.ndarray] = {}
             shards = []
             for device, block in rules.local_blocks(sharding, shape).items():
@@ -220,16 +223,16 @@ def load(
                     if stored != block:
                         array[...] = 0
                     is_padding = any(start == stop for start, stop in stored)
-                    hf_block = row.hf_index(stored[num_stacked:], dims)
+                    hf_block = spec.hf_index(stored[num_stacked:], axis_sizes)
                     for stack_index, name in () if is_padding else names.items():
                         part = opened[tensors[name].file].get_slice(name)[hf_block]
-                        array[*stack_index, *filled] = row.from_hf(part, dims).astype(dtype)
+                        array[*stack_index, *filled] = spec.from_hf(part, axis_sizes).astype(dtype)
                     arrays[block] = array
                 shards.append(jax.device_put(arrays[block], device))
             # device_put is asynchronous and holds its block until it is done, so wait here to bound
             # host memory.
             jax.block_until_ready(shards)
-            params[row.path] = jax.make_array_from_single_device_arrays(shape, sharding, shards)
+            params[spec.path] = jax.make_array_from_single_device_arrays(shape, sharding, shards)
             bar.update(len(names))
     return params
 
@@ -237,11 +240,11 @@ def load(
 class Blocks:
     """A `BlockReader` of one parameter, from the tensors of a folder."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], row: ParamSpec, dims: dict[str, int]):
-        self._row, self._dims = row, dims
-        self.shape = row.shape(dims)
+    def __init__(self, tensors: Mapping[str, Tensor], spec: ParamSpec, axis_sizes: dict[str, int]):
+        self._spec, self._axis_sizes = spec, axis_sizes
+        self.shape = spec.shape(axis_sizes)
         self.chunk = (1,) * len(self.shape)
-        self._names = dict(row.hf_tensors(dims))
+        self._names = dict(spec.hf_tensors(axis_sizes))
         parts = {tensors[name] for name in self._names.values()}
         self.dtype = np.dtype(jnp.result_type(*(DTYPES[tensor.dtype] for tensor in parts)))
         opened = {file: safe_open(file, "numpy") for file in {tensor.file for tensor in parts}}
@@ -251,11 +254,13 @@ class Blocks:
 
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
         block = [part.indices(n)[:2] for part, n in zip(slices, self.shape, strict=True)]
-        num_stacked = len(self._row.stacked)
+        num_stacked = len(self._spec.stacked)
         index = tuple(start for start, _ in block[:num_stacked])
         inner = tuple(block[num_stacked:])
-        part = self._slices[self._names[index]][self._row.hf_index(inner, self._dims)]
-        return self._row.from_hf(part, self._dims).reshape([stop - start for start, stop in block])
+        part = self._slices[self._names[index]][self._spec.hf_index(inner, self._axis_sizes)]
+        return self._spec.from_hf(part, self._axis_sizes).reshape(
+            [stop - start for start, stop in block]
+        )
 
     def finish(self) -> None:
         """Do nothing: a safetensors file has no checksum."""

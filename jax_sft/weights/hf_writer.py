@@ -70,13 +70,13 @@ class Layout:
 
 
 def layout(
-    rows: Iterable[ParamSpec],
-    dims: dict[str, int],
+    specs: Iterable[ParamSpec],
+    axis_sizes: dict[str, int],
     dtypes: Mapping[str, str],
     shard_bytes: int,
     single: str = SINGLE,
 ) -> Layout:
-    """Distribute the tensors of the rows over one or several files.
+    """Distribute the tensors of the specs over one or several files.
 
     Args:
         dtypes: {HF name: safetensors dtype} of the tensors that are written.
@@ -84,9 +84,9 @@ def layout(
         single: file name if there is only one file.
     """
     shapes = {
-        name: row.hf_shape(dims)
-        for row in rows
-        for _, name in row.hf_tensors(dims)
+        name: spec.hf_shape(axis_sizes)
+        for spec in specs
+        for _, name in spec.hf_tensors(axis_sizes)
         if name in dtypes
     }
     shards: list[dict[str, Place]] = [{}]
@@ -129,8 +129,8 @@ def _header(shard: Mapping[str, Place]) -> bytes:
 
 def save(
     params: Mapping[str, BlockReader | np.ndarray | jax.Array],
-    rows: Iterable[ParamSpec],
-    dims: dict[str, int],
+    specs: Iterable[ParamSpec],
+    axis_sizes: dict[str, int],
     dtypes: Mapping[str, str],
     out: Path,
     shard_bytes: int,
@@ -151,8 +151,8 @@ def save(
     Raises:
         orbax_io.Failed: a stored array is damaged.
     """
-    rows = list(rows)
-    plan = layout(rows, dims, dtypes, shard_bytes, single)
+    specs = list(specs)
+    plan = layout(specs, axis_sizes, dtypes, shard_bytes, single)
     bar = tqdm(
         total=plan.nbytes, desc="writing weights", unit="B", unit_scale=True, disable=not progress
     )
@@ -164,8 +164,10 @@ def save(
         hashes = {
             name: _Hash(files[name].fileno(), header) for name, header in plan.headers.items()
         }
-        for row in rows:
-            for name, offset, nbytes in _save_row(params[row.path], row, dims, plan, descriptors):
+        for spec in specs:
+            for name, offset, nbytes in _save_spec(
+                params[spec.path], spec, axis_sizes, plan, descriptors
+            ):
                 hashes[name].add(offset, nbytes)
                 bar.update(nbytes)
         for descriptor in descriptors.values():
@@ -225,23 +227,23 @@ def begin(plan: Layout, out: Path) -> list[str]:
     return [*plan.headers, INDEX]
 
 
-def _save_row(
+def _save_spec(
     array: BlockReader | np.ndarray | jax.Array,
-    row: ParamSpec,
-    dims: dict[str, int],
+    spec: ParamSpec,
+    axis_sizes: dict[str, int],
     plan: Layout,
     descriptors: Mapping[str, int],
 ) -> Iterator[tuple[str, int, int]]:
-    """Write a row's tensors, several blocks at a time; yield (file, offset, bytes) per block."""
+    """Write the tensors of a spec, several blocks at a time; yield (file, offset, bytes)."""
     reader = InMemory(array) if isinstance(array, np.ndarray | jax.Array) else array
-    multiple = reader.chunk[len(row.stacked) + row.cut]
+    multiple = reader.chunk[len(spec.stacked) + spec.cut]
 
     def write(index: tuple[int, ...], place: Place, block: rules.Block):
         ranges = (*((i, i + 1) for i in index), *block)
         part = reader[tuple(slice(*ends) for ends in ranges)]
-        part = row.to_hf(part.reshape(part.shape[len(index) :]), dims)
+        part = spec.to_hf(part.reshape(part.shape[len(index) :]), axis_sizes)
         content = part.astype(DTYPES[place.dtype], copy=False).reshape(-1).view(np.uint8)
-        first, *rest = row.hf_index(block, dims)
+        first, *rest = spec.hf_index(block, axis_sizes)
         assert all(part == slice(0, n) for part, n in zip(rest, place.shape[1:], strict=True))
         offset = place.offset + first.start * (place.nbytes // place.shape[0])
         write_at(descriptors[place.file], content.data, offset)
@@ -249,9 +251,9 @@ def _save_row(
 
     tasks = [
         (index, plan.tensors[name], block)
-        for index, name in row.hf_tensors(dims)
+        for index, name in spec.hf_tensors(axis_sizes)
         if name in plan.tensors
-        for block in row.parts(dims, blocks.BLOCK_BYTES // reader.dtype.itemsize, multiple)
+        for block in spec.parts(axis_sizes, blocks.BLOCK_BYTES // reader.dtype.itemsize, multiple)
     ]
     largest = reader.dtype.itemsize * max(
         math.prod(stop - start for start, stop in block) for *_, block in tasks

@@ -22,7 +22,7 @@ class ParamSpec:
         path: dotted attribute path in the NNX model.
         hf: name in the safetensors files. A logical axis in braces is replaced by its index. The
             parameter then stacks one HF tensor per index along a leading axis.
-        layout: `"hf dims -> model dims"` over logical axes. Parentheses join the factors of one HF
+        layout: `"HF axes -> model axes"` over logical axes. Parentheses join the factors of one HF
             dimension: `"(heads head_dim) embed -> embed heads head_dim"`.
         fused: if the HF tensor concatenates several parameters: the factors of the first HF
             dimension of each, e.g. ("heads head_dim", "kv_heads head_dim", ...).
@@ -65,30 +65,34 @@ class ParamSpec:
         """Whether it multiplies activations. Matrices decay and are cast to the compute dtype."""
         return len(self.factors) > 1
 
-    def shape(self, dims: dict[str, int]) -> tuple[int, ...]:
+    def shape(self, axis_sizes: dict[str, int]) -> tuple[int, ...]:
         """Return the shape of the parameter, including stacked axes."""
-        return tuple(dims[axis] for axis in self.axes)
+        return tuple(axis_sizes[axis] for axis in self.axes)
 
-    def active_size(self, dims: dict[str, int]) -> float:
+    def active_size(self, axis_sizes: dict[str, int]) -> float:
         """Return the number of elements that a token uses; of experts, those of the chosen ones."""
-        size = math.prod(self.shape(dims))
-        return size * dims["chosen"] / dims["experts"] if "experts" in self.stacked else size
+        size = math.prod(self.shape(axis_sizes))
+        return (
+            size * axis_sizes["chosen"] / axis_sizes["experts"]
+            if "experts" in self.stacked
+            else size
+        )
 
-    def hf_shape(self, dims: dict[str, int]) -> tuple[int, ...]:
+    def hf_shape(self, axis_sizes: dict[str, int]) -> tuple[int, ...]:
         """Return the shape of a tensor in the HF file, with all parameters fused in it."""
-        first, *rest = (math.prod(dims[axis] for axis in group) for group in self.factors)
-        return sum(self._fused_sizes(dims)) or first, *rest
+        first, *rest = (math.prod(axis_sizes[axis] for axis in group) for group in self.factors)
+        return sum(self._fused_sizes(axis_sizes)) or first, *rest
 
-    def _fused_sizes(self, dims: dict[str, int]) -> list[int]:
-        return [math.prod(dims[axis] for axis in part.split()) for part in self.fused]
+    def _fused_sizes(self, axis_sizes: dict[str, int]) -> list[int]:
+        return [math.prod(axis_sizes[axis] for axis in part.split()) for part in self.fused]
 
-    def hf_tensors(self, dims: dict[str, int]) -> Iterator[tuple[tuple[int, ...], str]]:
-        """Yield (index along the stacked axes, HF name) for each tensor of the row."""
-        for index in itertools.product(*(range(dims[axis]) for axis in self.stacked)):
+    def hf_tensors(self, axis_sizes: dict[str, int]) -> Iterator[tuple[tuple[int, ...], str]]:
+        """Yield (index along the stacked axes, HF name) for each tensor of the spec."""
+        for index in itertools.product(*(range(axis_sizes[axis]) for axis in self.stacked)):
             yield index, self.hf.format(**dict(zip(self.stacked, index, strict=True)))
 
     def hf_index(
-        self, block: tuple[tuple[int, int], ...], dims: dict[str, int]
+        self, block: tuple[tuple[int, int], ...], axis_sizes: dict[str, int]
     ) -> tuple[slice, ...]:
         """Return the slices of the HF tensor that hold a block of the unstacked parameter.
 
@@ -100,16 +104,16 @@ class ParamSpec:
         ranges = dict(zip(self._ours, block, strict=True))
         parts = []
         for first, *rest in self.factors:
-            if any(ranges[axis] != (0, dims[axis]) for axis in rest):
+            if any(ranges[axis] != (0, axis_sizes[axis]) for axis in rest):
                 raise ValueError(f"{self.path}: cannot read a part of {rest} from {self.hf}")
-            unit = math.prod(dims[axis] for axis in rest)
+            unit = math.prod(axis_sizes[axis] for axis in rest)
             start, stop = ranges[first]
-            before = 0 if parts else sum(self._fused_sizes(dims)[: self.place])
+            before = 0 if parts else sum(self._fused_sizes(axis_sizes)[: self.place])
             parts.append(slice(before + start * unit, before + stop * unit))
         return tuple(parts)
 
     def parts(
-        self, dims: dict[str, int], most: int, multiple: int = 1
+        self, axis_sizes: dict[str, int], most: int, multiple: int = 1
     ) -> Iterator[tuple[tuple[int, int], ...]]:
         """Split the unstacked parameter into blocks, each a contiguous part of the HF tensor.
 
@@ -121,12 +125,12 @@ class ParamSpec:
         Yields:
             (start, stop) of each dimension of the unstacked parameter.
         """
-        whole = {axis: (0, dims[axis]) for axis in self._ours}
+        whole = {axis: (0, axis_sizes[axis]) for axis in self._ours}
         cut = self._ours[self.cut]
-        index_size = math.prod(dims[axis] for axis in self._ours if axis != cut)
+        index_size = math.prod(axis_sizes[axis] for axis in self._ours if axis != cut)
         step = max(most // index_size // multiple, 1) * multiple
-        for start in range(0, dims[cut], step):
-            block = whole | {cut: (start, min(start + step, dims[cut]))}
+        for start in range(0, axis_sizes[cut], step):
+            block = whole | {cut: (start, min(start + step, axis_sizes[cut]))}
             yield tuple(block.values())
 
     @property
@@ -134,15 +138,15 @@ class ParamSpec:
         """Unstacked dimension that leads the first HF dimension; `parts` splits it."""
         return self._ours.index(self.factors[0][0])
 
-    def from_hf(self, block: np.ndarray, dims: dict[str, int]) -> np.ndarray:
+    def from_hf(self, block: np.ndarray, axis_sizes: dict[str, int]) -> np.ndarray:
         """Convert a block of an HF tensor to that block of the unstacked parameter (a view)."""
         factors: list[int] = []
         for size, (_, *rest) in zip(block.shape, self.factors, strict=True):
-            inner = [dims[axis] for axis in rest]
+            inner = [axis_sizes[axis] for axis in rest]
             factors += [size // math.prod(inner), *inner]
         return block.reshape(factors).transpose([self._theirs.index(axis) for axis in self._ours])
 
-    def to_hf(self, array: np.ndarray, dims: dict[str, int]) -> np.ndarray:
+    def to_hf(self, array: np.ndarray, axis_sizes: dict[str, int]) -> np.ndarray:
         """Convert a block of the unstacked parameter to one of the HF tensor; inverts `from_hf`."""
         factored = contiguous(array.transpose([self._ours.index(axis) for axis in self._theirs]))
         sizes = iter(factored.shape)

@@ -8,6 +8,6 @@ from jax_sft.sharding import rules
 from jax_sft.weights.param_spec import ParamSpec
 
 
-def shardings(rows: Iterable[ParamSpec], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Return {parameter path: sharding}, from the logical axes of each row."""
-    return {row.path: rules.sharding(mesh, *row.axes) for row in rows}
+def shardings(specs: Iterable[ParamSpec], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Return {parameter path: sharding}, from the logical axes of each spec."""
+    return {spec.path: rules.sharding(mesh, *spec.axes) for spec in specs}

@@ -1,7 +1,7 @@
 """Convert between an NNX model and a flat dict from dotted path to array.
 
-The paths are the attribute paths of the NNX model (`layers.attn.q.kernel`) and the keys of weight
-rows, shardings, moments and checkpoints alike.
+The paths are the attribute paths of the NNX model (`layers.attn.q.kernel`) and the keys of
+parameter specs, shardings, moments and checkpoints alike.
 """
 
 import functools

@@ -18,9 +18,9 @@ from jax_sft.weights.param_spec import ParamSpec
 AXIS = "vocab"
 
 
-def padded(dims: Mapping[str, int], shards: int) -> dict[str, int]:
+def padded(axis_sizes: Mapping[str, int], shards: int) -> dict[str, int]:
     """Return the sizes of the logical axes, with the vocabulary a multiple of `shards`."""
-    return {**dims, AXIS: -(-dims[AXIS] // shards) * shards}
+    return {**axis_sizes, AXIS: -(-axis_sizes[AXIS] // shards) * shards}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Vocabulary:
     dims: Mapping[str, int]
 
     @classmethod
-    def of(cls, rows: Iterable[ParamSpec], size: int) -> "Vocabulary":
-        """Return the vocabulary of a model with these weight rows."""
-        return cls(size, {row.path: row.axes.index(AXIS) for row in rows if AXIS in row.axes})
+    def of(cls, specs: Iterable[ParamSpec], size: int) -> "Vocabulary":
+        """Return the vocabulary of a model with these parameter specs."""
+        return cls(size, {spec.path: spec.axes.index(AXIS) for spec in specs if AXIS in spec.axes})
 
     def cut(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape without padding.

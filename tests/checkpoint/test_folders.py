@@ -98,13 +98,13 @@ def test_plain_orbax_reads_what_was_converted_and_no_array_is_in_one_file(make_m
     planned = from_hf.plan(folder)
     params = ocp.load_checkpointables(str(converted / "0"))["params"]
     tensors = load_file(folder / WEIGHTS)
-    for row in planned.rows:
-        for index, name in row.hf_tensors(planned.dims):
-            theirs = row.to_hf(np.asarray(params[row.path])[index], planned.dims)
+    for row in planned.specs:
+        for index, name in row.hf_tensors(planned.axis_sizes):
+            theirs = row.to_hf(np.asarray(params[row.path])[index], planned.axis_sizes)
             assert theirs.tobytes() == tensors[name].tobytes(), name
         if row.stacked:
             files = [*(converted / "0/params" / row.path).rglob("c/**/*")]
-            assert sum(file.is_file() for file in files) >= planned.dims["layers"]
+            assert sum(file.is_file() for file in files) >= planned.axis_sizes["layers"]
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,9 @@ def test_weights_load_alike_from_a_folder_and_from_checkpoints_and_return(
     converted = from_hf.convert(folder, tmp_path / "converted", progress=False)
     planned = from_hf.plan(folder)
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-    shardings = placement.shardings(planned.rows, mesh)
+    shardings = placement.shardings(planned.specs, mesh)
     shards = sizes.get("tensor", 1)
-    what = planned.rows, planned.dims, False
+    what = planned.specs, planned.axis_sizes, False
 
     def find(path: Path, shards: int) -> pretrained.Weights:
         return pretrained.find(hf_folder.resolve(str(path)), *what, vocab_shards=shards)
@@ -128,8 +128,8 @@ def test_weights_load_alike_from_a_folder_and_from_checkpoints_and_return(
     found = [find(path, shards) for path in (folder, converted)]
     assert found[0].dtypes == found[1].dtypes
     there, here = (weights.load(shardings, np.float32, False) for weights in found)
-    padded = vocabulary.padded(planned.dims, shards)
-    for row in planned.rows:
+    padded = vocabulary.padded(planned.axis_sizes, shards)
+    for row in planned.specs:
         array, of_converted = there[row.path], here[row.path]
         assert array.shape == row.shape(padded) and array.sharding == shardings[row.path]
         assert of_converted.sharding == array.sharding and of_converted.dtype == np.float32
@@ -141,7 +141,7 @@ def test_weights_load_alike_from_a_folder_and_from_checkpoints_and_return(
         tmp_path / "run",
         config.default().checkpoint,
         model=model_files.Model(folder, found[0].dtypes),
-        vocabulary=vocabulary.Vocabulary.of(planned.rows, vocab),
+        vocabulary=vocabulary.Vocabulary.of(planned.specs, vocab),
     )
     as_dict = config.to_dict(config.default())
     checkpoints.start(as_dict)
@@ -150,7 +150,7 @@ def test_weights_load_alike_from_a_folder_and_from_checkpoints_and_return(
     checkpoints.save(1, saved.named(), as_dict, wait=True)
     out = to_hf.export(tmp_path / "run", tmp_path / "out", progress=False)
     assert_same_folder(folder, out)
-    one = placement.shardings(planned.rows, single_device_mesh())
+    one = placement.shardings(planned.specs, single_device_mesh())
     again, before = (find(p, 1).load(one, np.float32, False) for p in (tmp_path / "run", folder))
     for path, array in before.items():
         np.testing.assert_array_equal(again[path], array)
@@ -281,8 +281,8 @@ def test_a_flipped_bit_is_named_by_export_and_by_training(make_model, tmp_path):
 def test_an_export_of_float32_masters_reads_blocks_within_a_layer(make_model, tmp_path):
     folder = make_model(dtype="BF16", **UNTIED)
     planned = from_hf.plan(folder)
-    shardings = placement.shardings(planned.rows, make_mesh({"fsdp": 4, "tensor": 2}))
-    find = pretrained.find(folder, planned.rows, planned.dims, False)
+    shardings = placement.shardings(planned.specs, make_mesh({"fsdp": 4, "tensor": 2}))
+    find = pretrained.find(folder, planned.specs, planned.axis_sizes, False)
     params = find.load(shardings, np.float32, False)
     step = tmp_path / "checkpoints/7"
     step.parent.mkdir()
