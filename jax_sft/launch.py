@@ -118,7 +118,7 @@ def on_this_host(options: argparse.Namespace, rest: list[str]) -> int:
     several_hosts = place.num_processes > options.nproc * place.local_launchers
     host = socket.gethostname().partition(".")[0] if several_hosts else ""
     printer = Printer(host)
-    lines = [f"{place.found_by}: {processes.numbers(plan)} of {place.num_processes}"]
+    lines = [f"{place.engine}: {processes.numbers(plan)} of {place.num_processes}"]
     if place.address:
         lines[0] += f", meeting at {place.address}"
     lines += environment.describe(environ, place.address)

@@ -139,11 +139,11 @@ def read(folder: Path) -> Manifest:
     Raises:
         ValueError: a manifest is missing, damaged or invalid.
     """
-    first, process = _read_one(folder, 0), 0
+    first, process = _read_manifest(folder, 0), 0
     files, file_of = {}, {}
     try:
         for process in range(first["num_processes"]):
-            body = first if process == 0 else _read_one(folder, process)
+            body = first if process == 0 else _read_manifest(folder, process)
             if body["num_processes"] != first["num_processes"]:
                 raise ValueError(f"{name(process)} is of another save than {name(0)}")
             for path, (size, sha256) in body["files"].items():
@@ -156,7 +156,7 @@ def read(folder: Path) -> Manifest:
         raise ValueError(f"{name(process)} is not a manifest of jax_sft: {error!r}") from None
 
 
-def _read_one(folder: Path, process: int) -> dict[str, Any]:
+def _read_manifest(folder: Path, process: int) -> dict[str, Any]:
     file = folder / name(process)
     if file.is_symlink() or not file.is_file():
         raise ValueError(f"{name(process)} is missing")

@@ -91,7 +91,7 @@ def check(
         if not out.is_dir() or not _entries(out):
             return Place(out, kind)
         stamps = _stamps(out)
-        problem = _unlike_ours(out, kind, quick or not overwrite)
+        problem = _why_kept(out, kind, quick or not overwrite)
     except OSError as error:
         raise ValueError(f"{shown} cannot be used: {error}") from error
     if problem:
@@ -136,7 +136,7 @@ def check_room(out: Path, nbytes: int) -> None:
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(_beside(out)).free
+        free = shutil.disk_usage(_staging_parent(out)).free
     except OSError as error:
         raise ValueError(f"{out} cannot be made: {error}") from error
     if free < nbytes + _SPARE_BYTES:
@@ -145,11 +145,11 @@ def check_room(out: Path, nbytes: int) -> None:
         )
 
 
-def check_file(path: str | Path, is_ours: Callable[[bytes], bool], key: str) -> Path:
+def check_file(path: str | Path, is_own_start: Callable[[bytes], bool], key: str) -> Path:
     """Check that an output file may be written; return its path with all links resolved.
 
     Args:
-        is_ours: whether a file with these first bytes was written by the same program.
+        is_own_start: whether a file with these first bytes was written by the same program.
         key: the option that named the file.
 
     Raises:
@@ -167,7 +167,7 @@ def check_file(path: str | Path, is_ours: Callable[[bytes], bool], key: str) -> 
         if out.exists():
             with open(out, "rb") as stream:
                 start = stream.read(4096)
-            if start and not is_ours(start):
+            if start and not is_own_start(start):
                 raise ValueError(
                     f"{shown} exists, and this program did not write it: choose another name"
                 )
@@ -274,7 +274,7 @@ def _is_model(folder: Path) -> bool:
     return isinstance(config, dict) and bool({"model_type", "architectures"} & config.keys())
 
 
-def _unlike_ours(folder: Path, kind: str, quick: bool) -> str:
+def _why_kept(folder: Path, kind: str, quick: bool) -> str:
     """Return why a folder that is not empty cannot be replaced, or "" if it can.
 
     Raises:
@@ -287,7 +287,7 @@ def _unlike_ours(folder: Path, kind: str, quick: bool) -> str:
         return "is a git checkout"
     if not old:
         names = [f"{path.name}{'/' if path.is_dir() else ''}" for path in _entries(folder)]
-        return f"holds files that are not of {_with_article(kind)}: {_listed(names)}"
+        return f"holds files that do not belong to {_with_article(kind)}: {_listed(names)}"
     skip = {path.name for path in folder.iterdir() if _is_unfinished(path)}
     progress = "" if quick else "checking old files"
     if problems := sums.check(folder, old, progress, not quick, skip):
@@ -342,7 +342,7 @@ def unfinished(out: Path, say: Callable[[str], object] = print) -> Iterator[Path
         OSError: a file operation failed.
     """
     remove_leftovers(out, say)
-    staging = _beside(out) / f"{_prefix(out)}{secrets.token_hex(4)}"
+    staging = _staging_parent(out) / f"{_prefix(out)}{secrets.token_hex(4)}"
     staging.mkdir()
     try:
         (staging / _OWNER).write_text(json.dumps(owner.this_process() | {"out": out.name}))
@@ -367,7 +367,7 @@ def put_in_place(new: Path, place: Place) -> None:
     if out.is_dir() and _entries(out):
         if not place.stamps:
             raise ValueError(f"{out} was written by another program meanwhile")
-        if _stamps(out) != place.stamps and (problem := _unlike_ours(out, place.kind, quick=False)):
+        if _stamps(out) != place.stamps and (problem := _why_kept(out, place.kind, quick=False)):
             raise ValueError(f"{out} {problem}. Choose another folder")
     if is_inside:
         _move_inside(new, out)
@@ -457,7 +457,7 @@ def _remove_listed(folder: Path) -> None:
             path.rmdir()
 
 
-def _beside(out: Path) -> Path:
+def _staging_parent(out: Path) -> Path:
     """Return a writable folder on the same file system, to write an unfinished output in."""
     if out.is_dir() and (_is_mount(out) or not os.access(out.parent, os.W_OK)):
         return out

@@ -47,9 +47,9 @@ class Record:
         self._files: dict[str, bytes] = {}
         self._failed: set[str] = set()
 
-    def write(self, name: str, found: Mapping[str, Any]) -> None:
+    def write(self, name: str, values: Mapping[str, Any]) -> None:
         """Write a file as JSON now; if that fails, a later `mend` writes it."""
-        self._files[name] = (json.dumps(found, indent=2) + "\n").encode()
+        self._files[name] = (json.dumps(values, indent=2) + "\n").encode()
         self._try(name)
 
     def mend(self) -> None:

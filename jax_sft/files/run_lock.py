@@ -254,8 +254,8 @@ class RunLock:
         """Return the content of the lock. Its length is constant, so that it can be overwritten."""
         return f"{json.dumps(dataclasses.asdict(self._me))}\n{self._beats:020}\n".encode()
 
-    def _is_mine(self, found: bytes | None) -> bool:
-        holder = _parse(found or b"")
+    def _is_mine(self, content: bytes | None) -> bool:
+        holder = _parse(content or b"")
         return holder is not None and holder.token == self._me.token
 
 
@@ -301,10 +301,10 @@ def _read(path: Path) -> bytes | None:
         os.close(descriptor)
 
 
-def _parse(found: bytes) -> Holder | None:
+def _parse(content: bytes) -> Holder | None:
     """Return the holder that a lock names; None if the content is invalid."""
     try:
-        fields = json.loads(found.partition(b"\n")[0])
+        fields = json.loads(content.partition(b"\n")[0])
         names = {field.name: field.type for field in dataclasses.fields(Holder)}
         is_good = fields.keys() == names.keys() and all(
             type(fields[name]) is kind for name, kind in names.items()

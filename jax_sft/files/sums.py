@@ -129,7 +129,7 @@ def _parse(line: str, sizes: Mapping[str, int]) -> tuple[str, tuple[int, str]]:
     path = match[3]
     if match[1]:
         back = {escaped: char for char, escaped in _ESCAPES.items()}
-        path = re.sub(r"\\.", lambda found: back[found[0]], path)
+        path = re.sub(r"\\.", lambda escape: back[escape[0]], path)
     if os.path.isabs(path) or {"..", "."} & {*PurePosixPath(path).parts}:
         raise ValueError(f"{path} leads out of the folder")
     return path, (int(sizes[path]), match[2])

@@ -121,12 +121,12 @@ def bind_address(coordinator: str) -> str:
     address = str(addresses.pop()) if len(addresses) == 1 else ""
     if host == "localhost":
         address = "127.0.0.1"
-    elif not _is_ours(address) or (address.startswith("127.") and address != host):
+    elif not _is_local(address) or (address.startswith("127.") and address != host):
         return f"[::]:{port}"
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-def _is_ours(address: str) -> bool:
+def _is_local(address: str) -> bool:
     """Return whether an address belongs to an interface of this host."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:

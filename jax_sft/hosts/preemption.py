@@ -41,7 +41,7 @@ class Preemption:
 
     def __init__(self, end: Callable[[int], Any] = os._exit):
         self._end = end
-        self._told = threading.Event()
+        self._asked = threading.Event()
         self._requests = lifecycle.Requests()
         self._saves = False
         self._idle = "there is nothing to save yet"
@@ -85,7 +85,7 @@ class Preemption:
     @property
     def requested(self) -> bool:
         """Whether this process knows that all processes are to stop."""
-        return self._told.is_set()
+        return self._asked.is_set()
 
     def saves_from_here(self, saves: bool = True) -> None:
         """Note that there is work to save from now on, or that none is left.
@@ -138,7 +138,7 @@ class Preemption:
         counts = cluster.read_all("stop")
         if not (counts or self.requested) or self._on_signal:
             return
-        self._told.set()
+        self._asked.set()
         with self._changing:
             saves = self._saves
             if saves and self._posted is None:
@@ -166,7 +166,7 @@ class Preemption:
         if self._requests.count > 1:
             self._end_at_once(f"{name} for the second time: what is saved stays", number)
             return
-        self._told.set()
+        self._asked.set()
         with self._changing:
             saves, on_signal = self._saves, self._on_signal
             if saves and cluster.num_processes() == 1:
@@ -181,7 +181,7 @@ class Preemption:
     def _end_at_once(self, why: str, number: int = 0) -> None:
         print(f"stopped at once: {why}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        if number == signal.SIGINT and not lifecycle.is_ours() and self._before:
+        if number == signal.SIGINT and not lifecycle.is_jax_sft() and self._before:
             self._raise(KeyboardInterrupt(why), number)
             return
         cluster.say_goodbye(f"asked to stop; {why}", exit_codes.REQUEUE)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 DEFAULT_PORT = 29400
 # Ports that the kernel does not use for outgoing connections (those start at 32768).
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
-BY_HAND = ("JAX_SFT_COORDINATOR", "JAX_SFT_NUM_PROCESSES", "JAX_SFT_PROCESS_ID")
+MANUAL = ("JAX_SFT_COORDINATOR", "JAX_SFT_NUM_PROCESSES", "JAX_SFT_PROCESS_ID")
 LOOPBACK = "127.0.0.1"
 # Slurm's step ids for processes outside a step of srun: 2**32 - 5 is a batch script, 2**32 - 6 the
 # shell of salloc.
@@ -24,7 +24,7 @@ _FIRST_UNREAL_STEP = 2**32 - 6
 class Coordinates:
     """Position of this launcher's processes among all processes of the run."""
 
-    found_by: str  # engine that started the launcher, for messages
+    engine: str  # engine that started the launcher, for messages
     num_processes: int  # of the run
     first_process: int  # number of the first process of this launcher
     address: str | None  # host:port where process 0 listens; None for a single process
@@ -48,8 +48,8 @@ def find(
     # Order of precedence: 1. variables set manually; 2. Open MPI; 3. Slurm; 4. this machine.
     # Open MPI precedes Slurm because it starts its daemons with srun, whose variables its processes
     # inherit.
-    if any(environ.get(name) for name in BY_HAND):
-        coordinates = _by_hand(environ, nproc)
+    if any(environ.get(name) for name in MANUAL):
+        coordinates = _manual(environ, nproc)
     elif "OMPI_COMM_WORLD_RANK" in environ:
         coordinates = _open_mpi(environ, nproc, port, needs_address=coordinator is None)
     elif _is_slurm_step(environ):
@@ -75,19 +75,19 @@ def check_address(address: str) -> None:
         raise ValueError(f"the coordinator {address!r} is not HOST:PORT")
 
 
-def _by_hand(environ: Mapping[str, str], nproc: int) -> Coordinates:
-    missing = [name for name in BY_HAND if not environ.get(name)]
+def _manual(environ: Mapping[str, str], nproc: int) -> Coordinates:
+    missing = [name for name in MANUAL if not environ.get(name)]
     if missing:
-        present = [name for name in BY_HAND if name not in missing]
+        present = [name for name in MANUAL if name not in missing]
         raise ValueError(f"{present} set, but not {missing}: set all three, or none")
-    count, first = (_number(environ, name) for name in BY_HAND[1:])
+    count, first = (_number(environ, name) for name in MANUAL[1:])
     if first + nproc > count:
         raise ValueError(
             f"JAX_SFT_PROCESS_ID = {first} and --nproc={nproc} go beyond "
             f"JAX_SFT_NUM_PROCESSES = {count}: process numbers start at 0, and the id is that of "
             "the first process on a host"
         )
-    return Coordinates("JAX_SFT_* set by hand", count, first, environ[BY_HAND[0]])
+    return Coordinates("JAX_SFT_* set manually", count, first, environ[MANUAL[0]])
 
 
 def _open_mpi(
@@ -142,7 +142,7 @@ def _slurm(environ: Mapping[str, str], nproc: int, port: int | None) -> Coordina
     job_port = FIRST_PORT + _number(environ, "SLURM_JOB_ID") % NUM_PORTS
     count = tasks * nproc
     return Coordinates(
-        found_by="Slurm",
+        engine="Slurm",
         num_processes=count,
         first_process=task * nproc,
         address=f"{host}:{port or job_port}" if count > 1 else None,
@@ -223,4 +223,4 @@ def free_port() -> int:
     for port in random.sample(range(FIRST_PORT, FIRST_PORT + NUM_PORTS), 100):
         if is_free(port, ""):
             return port
-    raise ValueError("no free port was found on this machine: name one with --port")
+    raise ValueError("none of 100 random ports of this machine is free: choose a port with --port")

@@ -16,7 +16,7 @@ _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 _NO_PROXY = "no_grpc_proxy"
 # Variables that affect a run: printed at start, and passed on to hosts reached by ssh or Ray.
 PREFIXES = ("JAX_", "XLA_", "NCCL_", "CUDA_", "LIBTPU_")
-_OURS = {
+_OWN = {
     *("JAX_SFT_COORDINATOR", "JAX_SFT_NUM_PROCESSES", "JAX_SFT_PROCESS_ID"),
     *("JAX_SFT_STATUS", "JAX_SFT_ATTEMPT"),
 }
@@ -42,7 +42,7 @@ def given(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in sorted(environ.items())
-        if name.startswith(PREFIXES) and name not in _OURS
+        if name.startswith(PREFIXES) and name not in _OWN
     }
 
 

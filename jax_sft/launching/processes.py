@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jax_sft.launching import environment, gpus
-from jax_sft.launching.coordinates import BY_HAND, Coordinates
+from jax_sft.launching.coordinates import MANUAL, Coordinates
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ def plan(
     """
     shared = environment.settings(environ, where.address)
     if where.address:
-        shared |= {BY_HAND[0]: where.address, BY_HAND[1]: str(where.num_processes)}
+        shared |= {MANUAL[0]: where.address, MANUAL[1]: str(where.num_processes)}
     parts = shares(where, nproc, environ)
     processes = []
     for index in range(nproc):
         variables = dict(shared)
         if where.address:
-            variables[BY_HAND[2]] = str(where.first_process + index)
+            variables[MANUAL[2]] = str(where.first_process + index)
         if parts[index]:
             variables[gpus.VARIABLE] = ",".join(map(str, parts[index]))
         processes.append(Process(where.first_process + index, tuple(command), variables))

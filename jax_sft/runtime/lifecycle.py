@@ -78,7 +78,7 @@ class Requests:
 class _Program:
     """Settings of the program of this process; the defaults apply in other programs."""
 
-    is_ours = False
+    is_jax_sft = False
     requeues = False  # whether it ends with REQUEUE when asked to stop
     folder: Path | None = None  # folder for the traceback of an unexpected error
 
@@ -90,15 +90,15 @@ def begin(requeues: bool = False) -> None:
         requeues: whether the program is started again after a request to stop, as training is.
     """
     terminal.install(runs_on=requeues)
-    _Program.is_ours, _Program.requeues = True, requeues
+    _Program.is_jax_sft, _Program.requeues = True, requeues
     listen(_end_at_once)
     atexit.register(listen, signal.SIG_IGN)  # runs last of all exit handlers: see `run`
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by `huge_pages`
 
 
-def is_ours() -> bool:
+def is_jax_sft() -> bool:
     """Return whether this process is a program of jax_sft, which jax_sft may end."""
-    return _Program.is_ours
+    return _Program.is_jax_sft
 
 
 def keeps(folder: Path) -> None:

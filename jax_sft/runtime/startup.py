@@ -7,7 +7,7 @@ import time
 import jax
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-_FOUND = "/jax/compilation_cache/cache_hits"
+_CACHE_HIT = "/jax/compilation_cache/cache_hits"
 _seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
 _counts: collections.Counter[str] = collections.Counter()
 
@@ -35,11 +35,11 @@ class Startup:
         """Return the parts in one line, with the number and time of compiled programs."""
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self._parts.items())
         programs = _counts[_COMPILED] - self._counts[_COMPILED]
-        cached = _counts[_FOUND] - self._counts[_FOUND]
+        cached = _counts[_CACHE_HIT] - self._counts[_CACHE_HIT]
         compile_s = _seconds[_COMPILED] - self._seconds[_COMPILED]
         return (
             f"started in {self._last - self._began:.1f} s: {parts}; of this {compile_s:.1f} for "
-            f"{programs} compiled programs, {cached} of them found on disk"
+            f"{programs} compiled programs, {cached} of them from the compilation cache"
         )
 
 
@@ -51,8 +51,8 @@ def _listen() -> None:
         _seconds[event] += duration_secs
         _counts[event] += 1
 
-    def found(event: str, **_) -> None:
+    def cache_hit(event: str, **_) -> None:
         _counts[event] += 1
 
     jax.monitoring.register_event_duration_secs_listener(compiled)
-    jax.monitoring.register_event_listener(found)
+    jax.monitoring.register_event_listener(cache_hit)

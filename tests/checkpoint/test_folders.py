@@ -199,7 +199,7 @@ def test_a_chosen_dtype_is_that_of_all_arrays(make_model, tmp_path):
 @pytest.mark.parametrize(
     "why,message",
     [
-        ("not empty", "out holds files that are not of a conversion: mine. Choose another"),
+        ("not empty", "out holds files that do not belong to a conversion: mine. Choose another"),
         ("file", "out is a file"),
         ("no room", r"out will have 0\.00 GB, 0\.00 GB are free in"),
         ("float64", "embed.table is float64 in .*: choose a dtype"),
@@ -547,7 +547,7 @@ def test_an_export_of_a_run_is_written_once_and_nothing_of_the_user_is_removed(
     (tmp_path / "mine/notes").write_text("")
     shutil.rmtree(out)
     out.symlink_to(tmp_path / "mine")
-    with pytest.raises(ValueError, match="holds files that are not of an export: notes"):
+    with pytest.raises(ValueError, match="holds files that do not belong to an export: notes"):
         to_hf.check_of_run(run_folder)
 
 

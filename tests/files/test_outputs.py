@@ -71,14 +71,14 @@ def world(tmp_path, monkeypatch):
 
 REFUSED = {
     ".": "is or holds your home folder",
-    "mine/.": "holds files that are not of an export",
+    "mine/.": "holds files that do not belong to an export",
     "/": "is or holds your home folder",
     "~": "is or holds your home folder",
     "home": "is or holds your home folder",
     "run": "is the folder of a run",
     "run/": "is the folder of a run",
     "new/../run/.": "is the folder of a run",
-    "new": "holds files that are not of an export: run/",
+    "new": "holds files that do not belong to an export: run/",
     "run/checkpoints": "is a checkpoint folder",
     "run/checkpoints/3": "is a part of a checkpoint folder",
     "run/checkpoints/new": "is in a checkpoint folder",
@@ -93,12 +93,12 @@ REFUSED = {
     "hub/models--a--b/blobs/new": "is in a model in the hub's cache",
     "checkout": "is a git checkout",
     "checkout/.git/new": "is in a git repository's own files",
-    "mine": "holds files that are not of an export: README.md",
+    "mine": "holds files that do not belong to an export: README.md",
     "links/run": "is the folder of a run",
     "links/run-checkpoints/new": "is in a checkpoint folder",
     "links/model": "is a model folder",
     "links/model/sub": "is in a model folder",
-    "links/mine": "holds files that are not of an export",
+    "links/mine": "holds files that do not belong to an export",
     "links/home-user": "is or holds your home folder",
     "file": "is a file",
     "": "is empty",
@@ -339,14 +339,14 @@ def test_a_folder_to_remove_files_in_must_be_new_or_marked(world):
 
 
 def test_a_file_replaces_only_one_of_the_same_program(world):
-    def is_ours(start: bytes) -> bool:
+    def is_own_start(start: bytes) -> bool:
         return start.startswith(b"ours")
 
     (world / "page").write_text("ours: 1")
     (world / "train.jsonl").write_text('{"prompt": ""}')
     os.mkfifo(world / "pipe")
     for path in ("page", "fresh", "run/page", "a/b/c"):
-        outputs.check_file(path, is_ours, "--html")
+        outputs.check_file(path, is_own_start, "--html")
     for path, message in {
         "train.jsonl": "this program did not write it",
         "model/config.json": "is in a model folder",
@@ -357,4 +357,4 @@ def test_a_file_replaces_only_one_of_the_same_program(world):
         "/dev/null": "is not a regular file",
     }.items():
         with pytest.raises(ValueError, match=message):
-            outputs.check_file(path, is_ours, "--html")
+            outputs.check_file(path, is_own_start, "--html")

@@ -104,7 +104,7 @@ def test_the_coordinator_listens_at_the_one_address_that_is_named(
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     ours = ("127.0.0.1", "127.0.1.1", "::1", "10.1.2.3")
-    monkeypatch.setattr(cluster, "_is_ours", lambda address: address in ours)
+    monkeypatch.setattr(cluster, "_is_local", lambda address: address in ours)
     monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
     assert cluster.bind_address(coordinator) == expected
 

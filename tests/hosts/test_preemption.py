@@ -143,7 +143,7 @@ def test_in_a_program_of_somebody_else_ctrl_c_raises_and_ends_nothing():
     with Preemption(end=ends.append) as told:  # in the last save: the run is done
         told.saves_from_here()
         os.kill(os.getpid(), signal.SIGINT)
-        assert told._told.wait(10)
+        assert told._asked.wait(10)
         told.saves_from_here(False)
         time.sleep(1.5 * lifecycle.SAME_INTERRUPT_S)
         with pytest.raises(KeyboardInterrupt, match="second time"):

@@ -102,7 +102,7 @@ def test_a_batch_script_or_shell_without_srun_is_refused_with_the_remedy(step):
     with pytest.raises(ValueError, match=r"2 nodes.*srun scripts/launch.sh"):
         coordinates.find(environ, 1)
     one_node = environ | {"SLURM_JOB_NUM_NODES": "1"}
-    assert coordinates.find(one_node, 1).found_by == "this machine"
+    assert coordinates.find(one_node, 1).engine == "this machine"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_node_list_that_is_not_understood_is_refused():
 
 def test_open_mpi_ranks_know_themselves():
     found = coordinates.find(OPEN_MPI_4, 1)
-    assert (found.found_by, found.num_processes, found.first_process) == ("Open MPI", 2, 1)
+    assert (found.engine, found.num_processes, found.first_process) == ("Open MPI", 2, 1)
     assert (found.local_launchers, found.local_launcher) == (2, 1)
     host, port = str(found.address).split(":")
     assert host == "127.0.0.1" and 10_000 <= int(port) < 30_000
@@ -149,12 +149,12 @@ def test_open_mpi_on_several_hosts_meets_where_mpirun_is_or_asks():
 
 def test_mpirun_within_slurm_is_open_mpi():
     # Open MPI starts its daemons with srun: their variables are inherited.
-    assert coordinates.find(SLURM | OPEN_MPI_4, 1).found_by == "Open MPI"
+    assert coordinates.find(SLURM | OPEN_MPI_4, 1).engine == "Open MPI"
 
 
 def test_variables_set_by_hand_come_first_and_are_all_needed():
     found = coordinates.find(SLURM | OPEN_MPI_4 | BY_HAND, 1)
-    assert found == Coordinates("JAX_SFT_* set by hand", 4, 3, "run-workers-0-0.run:29400")
+    assert found == Coordinates("JAX_SFT_* set manually", 4, 3, "run-workers-0-0.run:29400")
     with pytest.raises(ValueError, match="JAX_SFT_NUM_PROCESSES"):
         coordinates.find({"JAX_SFT_COORDINATOR": "h:1", "JAX_SFT_PROCESS_ID": "0"}, 1)
     with pytest.raises(ValueError, match="beyond"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_sft.launching import coordinates, environment
-from jax_sft.launching.coordinates import BY_HAND
+from jax_sft.launching.coordinates import MANUAL
 from jax_sft.launching.local import output
 from jax_sft.launching.local.stop_requests import StopRequests
 from jax_sft.launching.processes import as_shell
@@ -153,7 +153,7 @@ def variables(job: Job, meeting: str, node: int) -> dict[str, str]:
     # Leave out CUDA_* of this machine; Ray sets CUDA_VISIBLE_DEVICES on each node.
     own = {name: value for name, value in carried.items() if not name.startswith("CUDA_")}
     values = (meeting, str(job.nodes * job.nproc), str(node * job.nproc))
-    return own | {"PYTHONPATH": ":".join(paths)} | dict(zip(BY_HAND, values, strict=True))
+    return own | {"PYTHONPATH": ":".join(paths)} | dict(zip(MANUAL, values, strict=True))
 
 
 def describe(job: Job) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jax_sft.launching import environment
-from jax_sft.launching.coordinates import BY_HAND
+from jax_sft.launching.coordinates import MANUAL
 from jax_sft.launching.local import output
 from jax_sft.launching.local.stop_requests import StopRequests
 from jax_sft.launching.remote import fleet
@@ -54,7 +54,7 @@ def commands(
     result = []
     for index, host in enumerate(hosts):
         values = (address, str(len(hosts) * nproc), str(index * nproc))
-        variables = carried | dict(zip(BY_HAND, values, strict=True))
+        variables = carried | dict(zip(MANUAL, values, strict=True))
         launch = [*launcher, "--leash", *arguments]
         assigned = [f"{key}={value}" for key, value in variables.items()]
         line = f"cd {shlex.quote(str(folder))} && exec env {shlex.join([*assigned, *launch])}"
