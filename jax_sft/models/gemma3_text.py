@@ -123,8 +123,8 @@ class Layer(decoder.PrePostNorm):
             layers.GeGLU(cfg.features, cfg.mlp, mlp),
         )
 
-    def __call__(self, x_BTD, windowed, of_full, of_window, *context):
-        angles = jax.tree.map(functools.partial(jnp.where, windowed), of_window, of_full)
+    def __call__(self, x_BTD, windowed, full_angles, window_angles, *context):
+        angles = jax.tree.map(functools.partial(jnp.where, windowed), window_angles, full_angles)
         return super().__call__(x_BTD, windowed, angles, *context)
 
 

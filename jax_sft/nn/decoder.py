@@ -157,8 +157,8 @@ def run_routed_stack(
         (x, Routing with a leading layer dimension), or (x, None).
     """
 
-    def body(x_BTD, of_layer):
-        layer, *layer_inputs = of_layer
+    def body(x_BTD, layer_and_inputs):
+        layer, *layer_inputs = layer_and_inputs
         x_BTD = checkpoint_name(x_BTD, "residual")
         result = compute.gathered(layer, name)(x_BTD, *layer_inputs, *inputs)
         x_BTD, routing = result if isinstance(result, tuple) else (result, None)

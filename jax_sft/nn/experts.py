@@ -200,11 +200,11 @@ def _experts_bwd(residuals, grad_BTD):
 _experts.defvjp(_experts_fwd, _experts_bwd)
 
 
-def _shard_map_region(local, of_inputs, of_outputs):
+def _shard_map_region(local, input_axes, output_axes):
     return jax.shard_map(
         local,
-        in_specs=tuple(rules.spec(*axes) for axes in of_inputs),
-        out_specs=tuple(rules.spec(*axes) for axes in of_outputs),
+        in_specs=tuple(rules.spec(*axes) for axes in input_axes),
+        out_specs=tuple(rules.spec(*axes) for axes in output_axes),
         check_vma=False,  # the sums of `grouped` start from constants
     )
 

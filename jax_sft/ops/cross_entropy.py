@@ -95,15 +95,15 @@ def cross_entropy(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sums(objective: Objective, num_sources: int, hidden_BTD, head_VD, of_tokens) -> Sums:
+def _sums(objective: Objective, num_sources: int, hidden_BTD, head_VD, token_arrays_BT) -> Sums:
     return _shard_map_region(
-        objective, num_sources, hidden_BTD, head_VD, of_tokens, gradients=False
+        objective, num_sources, hidden_BTD, head_VD, token_arrays_BT, gradients=False
     )
 
 
-def _forward(objective, num_sources, hidden_BTD, head_VD, of_tokens):
+def _forward(objective, num_sources, hidden_BTD, head_VD, token_arrays_BT):
     sums, *grads = _shard_map_region(
-        objective, num_sources, hidden_BTD, head_VD, of_tokens, gradients=True
+        objective, num_sources, hidden_BTD, head_VD, token_arrays_BT, gradients=True
     )
     # The barrier keeps both gradients together. Without it XLA reduce-scatters the head's gradient
     # only after the backward pass of the layers and holds it whole in float32 until then (2 GiB for
@@ -111,9 +111,9 @@ def _forward(objective, num_sources, hidden_BTD, head_VD, of_tokens):
     return sums, jax.lax.optimization_barrier(grads)
 
 
-def _backward(objective, num_sources, grads, of_sums):
+def _backward(objective, num_sources, grads, cotangents):
     del num_sources
-    scaled = [(grad * of_sums[0]).astype(grad.dtype) for grad in grads]
+    scaled = [(grad * cotangents[0]).astype(grad.dtype) for grad in grads]
     return *scaled, *((None,) * (1 if objective.head_trains else 2))
 
 
@@ -121,7 +121,7 @@ _sums.defvjp(_forward, _backward)
 
 
 def _shard_map_region(
-    objective, num_sources, hidden_BTD, head_VD, of_tokens, *, gradients: bool
+    objective, num_sources, hidden_BTD, head_VD, token_arrays_BT, *, gradients: bool
 ) -> Any:
     hidden_spec = rules.spec("batch", "residual", "features")
     head_spec = rules.spec("vocab", "embed")
@@ -131,15 +131,15 @@ def _shard_map_region(
         functools.partial(
             _local, objective=objective, num_sources=num_sources, gradients=gradients
         ),
-        in_specs=(hidden_spec, head_spec, (rules.spec("batch", "token"),) * len(of_tokens)),
+        in_specs=(hidden_spec, head_spec, (rules.spec("batch", "token"),) * len(token_arrays_BT)),
         out_specs=(sum_specs, *grad_specs) if gradients else sum_specs,
-    )(hidden_BTD, head_VD, of_tokens)
+    )(hidden_BTD, head_VD, token_arrays_BT)
 
 
 # ---- one device ----------------------------------------------------------------------------------
 
 
-def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients):
+def _local(hidden_BTD, head_VD, token_arrays_BT, *, objective, num_sources, gradients):
     """Return the sums over all devices and, with `gradients`, this device's blocks of gradients."""
     token_axes = (*rules.RULES["batch"], *rules.RULES["token"])
     head = head_VD.astype(hidden_BTD.dtype)
@@ -153,7 +153,7 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
     hidden_ND = hidden_SBTD.reshape(-1, hidden_BTD.shape[-1])
     shards = hidden_SBTD.shape[0]
     token_arrays_N = [
-        x_BT.reshape(len(x_BT), shards, -1).swapaxes(0, 1).reshape(-1) for x_BT in of_tokens
+        x_BT.reshape(len(x_BT), shards, -1).swapaxes(0, 1).reshape(-1) for x_BT in token_arrays_BT
     ]
     weights_N = token_arrays_N[1]
     sizes = chunk_sizes(num_local, len(weights_N), collectives.platform())
@@ -170,14 +170,14 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
         jax.lax.pcast(no_grads if gradients else (), rules.AXES, to="varying"),
     )
 
-    def add_chunk(first, size, found):
+    def add_chunk(first, size, carry):
         def chunk_of(x_M):
             return jax.lax.dynamic_slice_in_dim(x_M, first, size)
 
         def with_chunk(x_M, x_C):
             return jax.lax.dynamic_update_slice_in_dim(x_M, x_C, first, 0)
 
-        losses_M, correct_M, grads = found
+        losses_M, correct_M, grads = carry
         head_DV = (
             head.T if is_whole else head
         )  # in the loop .T fuses with the products; before, it copies
@@ -202,8 +202,8 @@ def _local(hidden_BTD, head_VD, of_tokens, *, objective, num_sources, gradients)
     carry, first = start, 0
     for size, count in zip(sizes, num_chunks(jnp.count_nonzero(weights_N), sizes), strict=True):
 
-        def add_next(number, found, first=first, size=size):
-            return add_chunk(first + number * size, size, found)
+        def add_next(number, carry, first=first, size=size):
+            return add_chunk(first + number * size, size, carry)
 
         with jax.named_scope(f"{LOOP}_{size}"):
             carry = jax.lax.fori_loop(0, count, add_next, carry)
@@ -249,11 +249,11 @@ def _chunk(hidden_CD, head_DV, targets_C, weights_C, objective: Objective):
     ids_V = first_id + jnp.arange(num_local)
     is_padded = num_ids < num_local * jax.lax.axis_size("tensor")
 
-    def of_ids(x_CV, elsewhere):
+    def at_real_ids(x_CV, elsewhere):
         return jnp.where(ids_V < num_ids, x_CV, elsewhere) if is_padded else x_CV
 
     is_target_CV = ids_V == targets_C[:, None]
-    real_CV = of_ids(logits_CV, -jnp.inf)
+    real_CV = at_real_ids(logits_CV, -jnp.inf)
     max_C = jax.lax.pmax(real_CV.max(axis=-1), "tensor")
     shifted_CV = real_CV - max_C[:, None]
     exp_CV = jnp.exp(shifted_CV)
@@ -266,7 +266,7 @@ def _chunk(hidden_CD, head_DV, targets_C, weights_C, objective: Objective):
     target_C = jnp.take_along_axis(shifted_CV, place_C1, axis=-1)[:, 0]
     sums_C = [exp_CV.sum(axis=-1), jnp.where(is_here_C, target_C, 0.0)]
     if objective.label_smoothing:
-        sums_C.append(of_ids(shifted_CV, 0.0).sum(axis=-1))
+        sums_C.append(at_real_ids(shifted_CV, 0.0).sum(axis=-1))
     # Stacked, so that there is one collective per chunk instead of one per sum.
     sum_exp_C, target_C, *sum_C = collectives.psum(jnp.stack(sums_C), "tensor")
     # Not stacked, so that the compiler can remove it when it is unused.
@@ -282,7 +282,7 @@ def _chunk(hidden_CD, head_DV, targets_C, weights_C, objective: Objective):
         losses_C += z_loss * log_z_C**2
         slope_C = 1.0 + 2.0 * z_loss * log_z_C
     softmax_CV = exp_CV * (weights_C * slope_C / sum_exp_C)[:, None]
-    target_CV = jnp.where(is_target_CV, at_target, 0.0) + of_ids(elsewhere, 0.0)
+    target_CV = jnp.where(is_target_CV, at_target, 0.0) + at_real_ids(elsewhere, 0.0)
     grad_CV = softmax_CV - weights_C[:, None] * target_CV
     if cap:
         grad_CV *= 1.0 - (logits_CV / cap) ** 2

@@ -43,7 +43,7 @@ def matmul(x_MK: jax.Array, kernel: jax.Array, sizes_G: jax.Array, over: int) ->
     kernel = kernel.astype(x_MK.dtype)
     block = block_rows(num_rows, len(kernel))
 
-    def one_round(number, out):
+    def run_round(number, out):
         rows_GC, is_row_GC = _rows(sizes_G, number, block)
         x_GCK = x_MK.at[rows_GC].get(mode="clip")
         y_GCN = jax.lax.dot_general(x_GCK, kernel, (((2,), (over,)), ((0,), (0,))))
@@ -54,7 +54,7 @@ def matmul(x_MK: jax.Array, kernel: jax.Array, sizes_G: jax.Array, over: int) ->
 
     zeros = jnp.zeros((num_rows, kernel.shape[3 - over]), x_MK.dtype)
     with jax.named_scope(LOOP):
-        return jax.lax.fori_loop(0, _num_rounds(sizes_G, block), one_round, zeros)
+        return jax.lax.fori_loop(0, _num_rounds(sizes_G, block), run_round, zeros)
 
 
 def outer(x_MD: jax.Array, y_MF: jax.Array, sizes_G: jax.Array, dtype) -> jax.Array:
@@ -65,7 +65,7 @@ def outer(x_MD: jax.Array, y_MF: jax.Array, sizes_G: jax.Array, dtype) -> jax.Ar
     """
     block = block_rows(len(x_MD), len(sizes_G))
 
-    def one_round(number, total):
+    def run_round(number, total):
         rows_GC, is_row_GC = _rows(sizes_G, number, block)
         # Both factors are cleared, since other rows may hold infinities.
         x_GCD, y_GCF = (
@@ -77,7 +77,7 @@ def outer(x_MD: jax.Array, y_MF: jax.Array, sizes_G: jax.Array, dtype) -> jax.Ar
 
     zeros = jnp.zeros((len(sizes_G), x_MD.shape[1], y_MF.shape[1]), dtype)
     with jax.named_scope(LOOP):
-        return jax.lax.fori_loop(0, _num_rounds(sizes_G, block), one_round, zeros)
+        return jax.lax.fori_loop(0, _num_rounds(sizes_G, block), run_round, zeros)
 
 
 def _rows(sizes_G, number, block: int) -> tuple[jax.Array, jax.Array]:

@@ -66,7 +66,7 @@ def _weight_files(folder: Path) -> list[Path]:
             if Path(name).name != name:
                 raise ValueError(f"{index} names {name!r}, a path out of the folder")
         if missing := [name for name in names if not (folder / name).is_file()]:
-            raise ValueError(f"{index} names files that are not there: {missing}")
+            raise ValueError(f"{index} names files that do not exist: {missing}")
         return [folder / name for name in names]
     if single.exists():
         return [single]
@@ -149,9 +149,9 @@ def check(
     return {name: tensors[name] for name in shapes}
 
 
-def _tied_copy_problems(found: dict[str, Tensor]) -> list[str]:
+def _tied_copy_problems(tensors: dict[str, Tensor]) -> list[str]:
     """Return a problem if a tied model stores a head that is not a copy of the embedding."""
-    head, embedding = found["lm_head.weight"], found.get("model.embed_tokens.weight")
+    head, embedding = tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")
     if embedding is None or embedding.dtype not in DTYPES:
         return []  # `check` reports it
     comparable = head.dtype in DTYPES and head.shape == embedding.shape and len(head.shape) == 2

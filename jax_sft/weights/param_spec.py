@@ -48,17 +48,17 @@ class ParamSpec:
         return [(inner or single).split() for inner, single in groups]
 
     @property
-    def _ours(self) -> list[str]:
+    def _model_axes(self) -> list[str]:
         return self.layout.split("->")[1].split()
 
     @property
-    def _theirs(self) -> list[str]:
+    def _hf_axes(self) -> list[str]:
         return [axis for group in self.factors for axis in group]
 
     @property
     def axes(self) -> tuple[str, ...]:
         """Logical axis of each dimension of the parameter."""
-        return self.stacked + tuple(self._ours)
+        return self.stacked + tuple(self._model_axes)
 
     @property
     def is_matrix(self) -> bool:
@@ -101,7 +101,7 @@ class ParamSpec:
         Args:
             block: (start, stop) of each dimension of the unstacked parameter.
         """
-        ranges = dict(zip(self._ours, block, strict=True))
+        ranges = dict(zip(self._model_axes, block, strict=True))
         parts = []
         for first, *rest in self.factors:
             if any(ranges[axis] != (0, axis_sizes[axis]) for axis in rest):
@@ -125,9 +125,9 @@ class ParamSpec:
         Yields:
             (start, stop) of each dimension of the unstacked parameter.
         """
-        whole = {axis: (0, axis_sizes[axis]) for axis in self._ours}
-        cut = self._ours[self.cut]
-        index_size = math.prod(axis_sizes[axis] for axis in self._ours if axis != cut)
+        whole = {axis: (0, axis_sizes[axis]) for axis in self._model_axes}
+        cut = self._model_axes[self.cut]
+        index_size = math.prod(axis_sizes[axis] for axis in self._model_axes if axis != cut)
         step = max(most // index_size // multiple, 1) * multiple
         for start in range(0, axis_sizes[cut], step):
             block = whole | {cut: (start, min(start + step, axis_sizes[cut]))}
@@ -136,7 +136,7 @@ class ParamSpec:
     @property
     def cut(self) -> int:
         """Unstacked dimension that leads the first HF dimension; `parts` splits it."""
-        return self._ours.index(self.factors[0][0])
+        return self._model_axes.index(self.factors[0][0])
 
     def from_hf(self, block: np.ndarray, axis_sizes: dict[str, int]) -> np.ndarray:
         """Convert a block of an HF tensor to that block of the unstacked parameter (a view)."""
@@ -144,11 +144,15 @@ class ParamSpec:
         for size, (_, *rest) in zip(block.shape, self.factors, strict=True):
             inner = [axis_sizes[axis] for axis in rest]
             factors += [size // math.prod(inner), *inner]
-        return block.reshape(factors).transpose([self._theirs.index(axis) for axis in self._ours])
+        return block.reshape(factors).transpose(
+            [self._hf_axes.index(axis) for axis in self._model_axes]
+        )
 
     def to_hf(self, array: np.ndarray, axis_sizes: dict[str, int]) -> np.ndarray:
         """Convert a block of the unstacked parameter to one of the HF tensor; inverts `from_hf`."""
-        factored = contiguous(array.transpose([self._ours.index(axis) for axis in self._theirs]))
+        factored = contiguous(
+            array.transpose([self._model_axes.index(axis) for axis in self._hf_axes])
+        )
         sizes = iter(factored.shape)
         return factored.reshape([math.prod(next(sizes) for _ in group) for group in self.factors])
 

@@ -85,11 +85,11 @@ def workspace_bytes(
     num_tokens += -num_tokens % _multiple(num_tokens, max_segments)
     grouped = 4 * head_dim if num_heads > num_kv_heads else 0
 
-    def of_class(c: LengthClass) -> int:
+    def class_bytes(c: LengthClass) -> int:
         dq = 2 * c.longest if deterministic else 4 * head_dim
         return c.num_slots(rows * num_tokens) * c.longest * num_heads * (dq + grouped + 4)
 
-    return max(map(of_class, length_classes(num_tokens, max_segments)))
+    return max(map(class_bytes, length_classes(num_tokens, max_segments)))
 
 
 def problems(
@@ -189,8 +189,8 @@ def _device_problems(capability: tuple[int, ...], version: int) -> list[str]:
     oldest = 91100 if capability == (10, 3) else 90600
     if version < oldest:
         reasons.append(
-            f"cuDNN {oldest // 10000}.{oldest // 100 % 100} or newer is needed, found {version}: "
-            "install nvidia-cudnn-cu13"
+            f"cuDNN {oldest // 10000}.{oldest // 100 % 100} or newer is needed, but the version "
+            f"is {version}: install nvidia-cudnn-cu13"
         )
     return reasons
 

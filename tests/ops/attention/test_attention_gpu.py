@@ -424,9 +424,9 @@ def test_cudnn_says_what_is_wrong(change, text):
         ("10.0", 92801, 192, "multiples of 8 up to 128, here it is 192"),
         ("8.0", 92801, 128, "compute capability 9.0 (Hopper) or newer, this GPU has 8.0"),
         ("gfx942", 92801, 128, "this GPU has 0"),
-        ("9.0", 90501, 128, "cuDNN 9.6 or newer is needed, found 90501"),
-        ("10.3", 91000, 128, "cuDNN 9.11 or newer is needed, found 91000"),
-        ("9.0", None, 128, "cuDNN 9.6 or newer is needed, found 0"),
+        ("9.0", 90501, 128, "cuDNN 9.6 or newer is needed, but the version is 90501"),
+        ("10.3", 91000, 128, "cuDNN 9.11 or newer is needed, but the version is 91000"),
+        ("9.0", None, 128, "cuDNN 9.6 or newer is needed, but the version is 0"),
     ],
 )
 def test_cudnn_asks_the_gpu_at_hand(monkeypatch, capability, version, head_dim, text):
