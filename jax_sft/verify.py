@@ -83,7 +83,7 @@ def verify(folder: Path, step: int | None, full: bool) -> int:
 
 def verify_export(folder: Path) -> int:
     """Compare an export, or the export of a run, with SHA256SUMS and return the exit code."""
-    in_run = folder / to_hf.OF_RUN
+    in_run = folder / to_hf.RUN_EXPORT
     is_run = not (folder / sums.NAME).exists() and (in_run / sums.NAME).exists()
     return export_check.check_files(in_run if is_run else folder)
 

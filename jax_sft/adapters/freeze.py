@@ -56,7 +56,7 @@ def freeze(model_def: ModelDef, expressions: Sequence[str]) -> ModelDef:
         is_frozen |= answer
         if not any(answer):
             raise ValueError(
-                f"train.freeze: {pattern!r} is found in no name of a tensor. There are "
+                f"train.freeze: {pattern!r} matches no tensor name. There are "
                 f"{', '.join(tensors[0] for tensors in names.values())}, and those of other layers"
             )
     frozen_paths, trained = [], {}

@@ -208,14 +208,14 @@ def packed_arrays(
     specs = model_def.quantized[path]
     pack_layer = functools.partial(_packed_layer, **_form(model_def, path))
 
-    def of_all(kernel: jax.Array) -> dict[str, jax.Array]:
+    def pack_layers(kernel: jax.Array) -> dict[str, jax.Array]:
         do: Callable[[Any], Any] = pack_layer
         for _ in specs[0].stacked:
             do = functools.partial(jax.lax.map, do)
         return {f"{path}.{name}": part for name, part in do(kernel).items()}
 
     shardings = {spec.path: rules.sharding(mesh, *spec.axes) for spec in specs}
-    return jax.jit(of_all, out_shardings=shardings)(kernel)
+    return jax.jit(pack_layers, out_shardings=shardings)(kernel)
 
 
 def both_ways(model_def: ModelDef, path: str, kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

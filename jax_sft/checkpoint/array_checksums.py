@@ -76,7 +76,7 @@ def _sum(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.sum(_mixed(bits ^ place) * counts, dtype=jnp.uint32)
 
 
-def of_numpy(
+def checksum(
     array: np.ndarray, start: Sequence[int] | None = None, shape: Sequence[int] | None = None
 ) -> int:
     """Return the checksum of an array, or the contribution of a block to its array's checksum.
@@ -116,11 +116,11 @@ def of_numpy(
     return total % 2**32
 
 
-def problem(name: str, found: int, stored: int) -> str:
+def problem(name: str, computed: int, stored: int) -> str:
     """Return what is wrong with an array, or "" if its checksum is the stored one."""
-    if found == stored:
+    if computed == stored:
         return ""
-    return f"tensor {name} is damaged: its checksum is {found:08x}, not {stored:08x}"
+    return f"tensor {name} is damaged: its checksum is {computed:08x}, not {stored:08x}"
 
 
 def _mixed(x: jax.Array) -> jax.Array:

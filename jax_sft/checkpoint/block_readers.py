@@ -27,15 +27,15 @@ class Checked:
     def __init__(self, blocks: BlockReader, noted: Mapping[str, Any], path: str):
         self._blocks, self._noted, self._path = blocks, noted, path
         self.shape, self.dtype, self.chunk = blocks.shape, blocks.dtype, blocks.chunk
-        self._found, self._lock = 0, threading.Lock()
+        self._computed, self._lock = 0, threading.Lock()
 
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
         block = self._blocks[slices]
         start = [part.indices(size)[0] for part, size in zip(slices, self.shape, strict=True)]
         held = block.astype(np.dtype(self._noted["dtype"]))
-        checksum = array_checksums.of_numpy(held, start, self.shape)
+        checksum = array_checksums.checksum(held, start, self.shape)
         with self._lock:
-            self._found += checksum
+            self._computed += checksum
         return block
 
     def finish(self) -> None:
@@ -44,7 +44,7 @@ class Checked:
         Raises:
             Failed: the weights differ from those of the run.
         """
-        if array_checksums.problem(self._path, self._found % 2**32, self._noted["sum"]):
+        if array_checksums.problem(self._path, self._computed % 2**32, self._noted["sum"]):
             raise orbax_io.Failed(_OTHER.format(self._path))
 
 
@@ -60,7 +60,7 @@ class Packed:
         self._noted = noted[f"{path}.codes"]["sum"]
         self.shape, self.chunk = blocks.shape, (1,) * len(blocks.shape)
         self._layers: dict[tuple[int, ...], np.ndarray] = {}
-        self._found, self._lock = 0, threading.Lock()
+        self._computed, self._lock = 0, threading.Lock()
 
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
         codes, *_ = self._model_def.quantized[self._path]
@@ -74,7 +74,7 @@ class Packed:
                 start = (*layer, *(0 for _ in quantized.shape))
                 quantized = quantized.reshape(*(1 for _ in layer), *quantized.shape)
                 stacked_shape = codes.shape(self._model_def.dims)
-                self._found += array_checksums.of_numpy(quantized, start, stacked_shape)
+                self._computed += array_checksums.checksum(quantized, start, stacked_shape)
                 while len(self._layers) > 2:  # the blocks of a layer are read in succession
                     self._layers.pop(next(iter(self._layers)))
                 self._layers[layer] = dequantized
@@ -88,7 +88,7 @@ class Packed:
         Raises:
             Failed: the weights differ from those of the run.
         """
-        if self._found % 2**32 != self._noted:
+        if self._computed % 2**32 != self._noted:
             raise orbax_io.Failed(_OTHER.format(self._path))
 
 

@@ -199,7 +199,7 @@ def _write_spec(
         values = contiguous(spec.from_hf(hf_block, axis_sizes)).astype(dtype, copy=False)
         start = (*index, *(first for first, _ in block))
         values = values.reshape(ones + values.shape)
-        checksum = array_checksums.of_numpy(values, start, shape)
+        checksum = array_checksums.checksum(values, start, shape)
         file = array.write(start, values)
         return file, manifest.sha256_of(folder, [file])[file], checksum, values.nbytes
 

@@ -205,7 +205,7 @@ class Stored:
     ):
         self.name, self._whole = name, tuple(manifest["shape"])
         self.shape = self._whole if shape is None else tuple(shape)
-        self._sum, self._found = manifest["sum"], 0
+        self._sum, self._computed = manifest["sum"], 0
         self._size = 0
         self._lock = threading.Lock()
         spec = self._call(lambda: _spec(folder, name))
@@ -231,9 +231,9 @@ class Stored:
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
         block = np.asarray(self._call(lambda: self._store[slices].read().result()))
         start = [part.indices(size)[0] for part, size in zip(slices, self._whole, strict=True)]
-        checksum = array_checksums.of_numpy(block, start, self._whole)
+        checksum = array_checksums.checksum(block, start, self._whole)
         with self._lock:
-            self._found, self._size = self._found + checksum, self._size + block.size
+            self._computed, self._size = self._computed + checksum, self._size + block.size
         return block
 
     def finish(self) -> None:
@@ -246,7 +246,7 @@ class Stored:
             ends = zip(self.shape, self._whole, strict=True)
             self[tuple(slice(size if size < whole else 0, whole) for size, whole in ends)]
         assert self._size == math.prod(self._whole), f"{self._size} elements of {self.name} read"
-        if problem := array_checksums.problem(self.name, self._found % 2**32, self._sum):
+        if problem := array_checksums.problem(self.name, self._computed % 2**32, self._sum):
             raise Failed(problem)
 
     def read_through(self) -> None:

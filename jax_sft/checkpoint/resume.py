@@ -90,9 +90,9 @@ class Resume:
         return newest
 
     def restore(
-        self, found: StoredStep, abstract: Mapping[str, jax.ShapeDtypeStruct]
+        self, stored_step: StoredStep, abstract: Mapping[str, jax.ShapeDtypeStruct]
     ) -> tuple[dict[str, jax.Array], StoredStep]:
-        """Return the arrays of the step in `found`, or of an older one if these are damaged.
+        """Return the arrays of the step in `stored_step`, or of an older one if these are damaged.
 
         Args:
             abstract: {name: shape, dtype and sharding to restore to}, see `TrainState.named`.
@@ -103,14 +103,14 @@ class Resume:
             ValueError: the step is of another model or optimizer, or every step is damaged.
         """
         while True:
-            arrays, problems = self._load(found, abstract)
+            arrays, problems = self._load(stored_step, abstract)
             if arrays:
-                return arrays, found
-            self._set_aside(found.step, problems)
+                return arrays, stored_step
+            self._set_aside(stored_step.step, problems)
             older = self._next_good()
             assert older  # _next_good raises if there is none
             # `start` has already checked the config against a step of the same run.
-            found = older
+            stored_step = older
 
     def keep_model_files(self) -> None:
         """Replace stored model files by changed ones, if allowed; later exports use these.
@@ -187,19 +187,19 @@ class Resume:
         if self._untried:
             self._say(f"WARNING trying the step before it, {self._untried[0]}")
 
-    def _check_drift(self, found: StoredStep, today: dict[str, Any]) -> None:
+    def _check_drift(self, stored_step: StoredStep, today: dict[str, Any]) -> None:
         """Refuse to resume if config, data or model files differ in a way that is not allowed."""
-        changes = config.drift(found.metadata.get("config") or {}, today, self._bound)
-        for key in [key for key in changes if self._is_moved(key, found)]:
+        changes = config.drift(stored_step.metadata.get("config") or {}, today, self._bound)
+        for key in [key for key in changes if self._is_moved(key, stored_step)]:
             self._say(f"moved   {changes.pop(key)}: the tokens are the same")
         files = model_files.changed(self._folder, self._model) if self._model else []
         # Wait until all processes have compared the files, as the first one may then replace them.
         files = consensus.gather("model files", files)
         if files:
-            key, line = self._changed_files(files, found.metadata)
+            key, line = self._changed_files(files, stored_step.metadata)
             changes.setdefault(key, line)
         data_changes = [key for key in changes if config.covered(key, ("data", "model"))]
-        if self._data != found.metadata.get("data", self._data) and not data_changes:
+        if self._data != stored_step.metadata.get("data", self._data) and not data_changes:
             changes["data"] = "data: the files are not those of the checkpoint, though their names"
             changes["data"] += " and the config are the same"
         allowed = [key for key in changes if config.covered(key, self._options.allow_changes)]
@@ -210,7 +210,7 @@ class Resume:
             keys = (*self._options.allow_changes, *changes)
             advice = command_line.again({"checkpoint.allow_changes": tuple(dict.fromkeys(keys))})
             raise ValueError(
-                f"{self._folder} holds step {found.step} of a run that differs in\n{lines}\n"
+                f"{self._folder} holds step {stored_step.step} of a run that differs in\n{lines}\n"
                 "Resume with the config of that run (config.json next to the checkpoints), choose "
                 f"another workdir, or allow the changes: {advice}"
             )
@@ -220,18 +220,18 @@ class Resume:
         """Return the config key that the changed model files belong to, and a line about them."""
         assert self._model
         before = ((stored.get("config") or {}).get("data") or {}).get("chat_template")
-        of_template = all(name.partition("/")[0] in chat_templates.FILES for name in files)
-        if of_template and (before or self._model.chat_template):
+        are_templates = all(name.partition("/")[0] in chat_templates.FILES for name in files)
+        if are_templates and (before or self._model.chat_template):
             key = chat_templates.KEY
             return key, f"{key}: the text of the template is not that of the checkpoint"
         return "model.path", f"model.path: its files {list(files)} were changed"
 
-    def _is_moved(self, key: str, found: StoredStep) -> bool:
+    def _is_moved(self, key: str, stored_step: StoredStep) -> bool:
         """Whether a changed key only moves the source of data whose tokens are the same."""
         data, kind, name, *field = [*key.split("."), "", "", ""][:4]
         if (data, kind) == ("data", "train") and field[0] not in ("", "epochs", "weight"):
-            return bool(self._data) and self._data == found.metadata.get("data")
-        stored = (found.metadata.get("eval_data") or {}).get(name)
+            return bool(self._data) and self._data == stored_step.metadata.get("data")
+        stored = (stored_step.metadata.get("eval_data") or {}).get(name)
         is_eval = (data, kind) == ("data", "eval") and field[0]
         return bool(is_eval and stored) and stored == self._eval_data.get(name)
 
@@ -243,26 +243,31 @@ class Resume:
         return consensus.gather("checkpoint files, all", check.problems)
 
     def _load(
-        self, found: StoredStep, abstract: Mapping[str, jax.ShapeDtypeStruct]
+        self, stored_step: StoredStep, abstract: Mapping[str, jax.ShapeDtypeStruct]
     ) -> tuple[dict[str, jax.Array] | None, list[str]]:
         """Return (arrays under the names of `abstract`, []) or (None, problems of the step)."""
-        renamed = under_stored_names(abstract, found.arrays)
-        self._check_shapes(found, renamed)
+        renamed = under_stored_names(abstract, stored_step.arrays)
+        self._check_shapes(stored_step, renamed)
         stored = {}
         for name, array in renamed.items():
-            shape, dtype = found.arrays[name]["shape"], np.dtype(found.arrays[name]["dtype"])
+            shape, dtype = (
+                stored_step.arrays[name]["shape"],
+                np.dtype(stored_step.arrays[name]["dtype"]),
+            )
             stored[name] = vocabulary.as_stored(shape, dtype, array.sharding)
         arrays, problems = {}, []
         try:
-            arrays = _flat(orbax_io.load(self._folder / str(found.step), nested(stored)))
+            arrays = _flat(orbax_io.load(self._folder / str(stored_step.step), nested(stored)))
         except orbax_io.Failed as error:
             problems = [f"it cannot be read: {error}"]
         if problems := consensus.gather("checkpoint arrays", problems):
-            return None, problems + self._named_files(found.step)
+            return None, problems + self._named_files(stored_step.step)
         sums = array_checksums.read(arrays, array_checksums.start(arrays))
-        problems = [array_checksums.problem(n, sums[n], found.arrays[n]["sum"]) for n in arrays]
+        problems = [
+            array_checksums.problem(n, sums[n], stored_step.arrays[n]["sum"]) for n in arrays
+        ]
         if problems := [problem for problem in problems if problem]:
-            return None, problems + self._named_files(found.step)
+            return None, problems + self._named_files(stored_step.step)
         for name, array in renamed.items():
             if arrays[name].shape != array.shape:
                 arrays[name] = vocabulary.resized(arrays[name], array.shape, array.sharding)
@@ -271,7 +276,7 @@ class Resume:
         # `renamed` has the names of the step, in the order of `abstract`.
         return {name: arrays[stored] for name, stored in zip(abstract, renamed, strict=True)}, []
 
-    def _check_shapes(self, found: StoredStep, wanted: Mapping[str, Any]) -> None:
+    def _check_shapes(self, stored_step: StoredStep, wanted: Mapping[str, Any]) -> None:
         """Refuse a step of another model or optimizer.
 
         Raises:
@@ -279,12 +284,14 @@ class Resume:
         """
         vocab = self._vocabulary
         shapes = {name: vocab.cut(name, array.shape) for name, array in wanted.items()}
-        same = found.metadata.get("vocab") == vocab.size  # otherwise the stored arrays are unpadded
+        same = (
+            stored_step.metadata.get("vocab") == vocab.size
+        )  # otherwise the stored arrays are unpadded
         cut = (vocab.cut,) if same else ()
-        if problems := step_folders.misfits(found.arrays, shapes, *cut):
+        if problems := step_folders.misfits(stored_step.arrays, shapes, *cut):
             raise ValueError(
-                f"checkpoint step {found.step} is of another model or optimizer than the config's: "
-                + problems
+                f"checkpoint step {stored_step.step} is of another model or optimizer than the "
+                f"config's: {problems}"
             )
 
 

@@ -125,18 +125,18 @@ class Checkpoints:
         return newest
 
     def restore(
-        self, found: StoredStep, abstract: Mapping[str, jax.ShapeDtypeStruct]
+        self, stored_step: StoredStep, abstract: Mapping[str, jax.ShapeDtypeStruct]
     ) -> tuple[dict[str, jax.Array], StoredStep]:
-        """Return the arrays of the step in `found` or an older one; see `Resume.restore`."""
-        arrays, found = self._resume.restore(found, abstract)
-        self.saved_step = found.step
-        return arrays, found
+        """Return the arrays of the step in `stored_step` or an older one; see `Resume.restore`."""
+        arrays, stored_step = self._resume.restore(stored_step, abstract)
+        self.saved_step = stored_step.step
+        return arrays, stored_step
 
     def keep_model_files(self) -> None:
         """Store the current model files; see `Resume.keep_model_files`."""
         self._resume.keep_model_files()
 
-    def keep_frozen(self, frozen: Mapping[str, jax.Array], found: StoredStep | None) -> None:
+    def keep_frozen(self, frozen: Mapping[str, jax.Array], stored_step: StoredStep | None) -> None:
         """Record checksums of the frozen weights, and compare them with those of a resumed run.
 
         Raises:
@@ -149,7 +149,7 @@ class Checkpoints:
         self._frozen = {
             path: {"dtype": str(array.dtype), "sum": sums[path]} for path, array in frozen.items()
         }
-        stored = (found.metadata.get("frozen") if found else None) or self._frozen
+        stored = (stored_step.metadata.get("frozen") if stored_step else None) or self._frozen
         changed = [path for path, recorded in self._frozen.items() if stored.get(path) != recorded]
         if changed:
             raise ValueError(

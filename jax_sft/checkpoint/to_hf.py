@@ -25,7 +25,7 @@ from jax_sft.weights.blocks import BlockReader
 from jax_sft.weights.param_spec import ParamSpec
 
 SHARD_BYTES = 5_000_000_000
-OF_RUN = "export"  # the export's folder in the folder of a run
+RUN_EXPORT = "export"  # the export's folder in the folder of a run
 
 
 def export(
@@ -133,7 +133,7 @@ def check_of_run(workdir: Path, say: Callable[[str], object] = print) -> None:
         ValueError: the export folder of the run holds something else.
         OSError: a file operation failed.
     """
-    folder = workdir / OF_RUN
+    folder = workdir / RUN_EXPORT
     place = outputs.check(
         *(folder, outputs.EXPORT),
         overwrite=True,
@@ -155,7 +155,7 @@ def of_run(
     Raises:
         ValueError, OSError: see `export`.
     """
-    out = workdir / OF_RUN
+    out = workdir / RUN_EXPORT
     planned = plan(workdir / "checkpoints")
     old = sums.read(out)
     if old and old.kind == outputs.EXPORT and old.about == planned.about(tokenizer_eos):
@@ -369,14 +369,14 @@ def _plan(
 
 
 def _weights(
-    of_run: Mapping[str, Any], base: str, specs: tuple[ParamSpec, ...], model_def: ModelDef
+    run_config: Mapping[str, Any], base: str, specs: tuple[ParamSpec, ...], model_def: ModelDef
 ) -> pretrained.Weights:
     """Open the frozen weights, which the checkpoint does not store.
 
     Raises:
         ValueError: the weights are missing, or belong to another model.
     """
-    path, revision = (base, "") if base else (of_run["model"][n] for n in ("path", "revision"))
+    path, revision = (base, "") if base else (run_config["model"][n] for n in ("path", "revision"))
     try:
         folder, step = hf_folder.resolve(path, revision), hf_folder.step_of(path)
         return pretrained.find(folder, specs, model_def.dims, model_def.cfg.tied, step)

@@ -306,7 +306,7 @@ def test_an_export_of_float32_masters_reads_blocks_within_a_layer(make_model, tm
 
 
 def jax_sft_sum(array) -> int:
-    return array_checksums.of_numpy(np.asarray(array))
+    return array_checksums.checksum(np.asarray(array))
 
 
 def test_memory_of_both_ways_does_not_grow_with_the_model(tmp_path, monkeypatch):
