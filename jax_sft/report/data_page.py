@@ -197,10 +197,10 @@ def to_text(block: Block, color: bool, boundaries: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def segment_text(found: Sequence[Piece], color: bool, boundaries: bool) -> str:
+def segment_text(pieces: Sequence[Piece], color: bool, boundaries: bool) -> str:
     """Return the text of the pieces, with trained text colored or between marks."""
     parts = []
-    for weight, run in itertools.groupby(found, key=lambda piece: piece.weight):
+    for weight, run in itertools.groupby(pieces, key=lambda piece: piece.weight):
         trains = weight != 0
         inner = []
         for special, same in itertools.groupby(run, key=lambda piece: piece.special):
@@ -254,11 +254,11 @@ svg rect{fill:var(--bar)}figcaption,small{font-size:12px;color:var(--soft)}
 """
 
 
-def segment_html(found: Sequence[Piece], boundaries: bool) -> str:
+def segment_html(pieces: Sequence[Piece], boundaries: bool) -> str:
     """Return the text of the pieces, with trained text in <mark> and special tokens in <b>."""
     between = "<i></i>" if boundaries else ""
     parts = []
-    for weight, run in itertools.groupby(found, key=lambda piece: piece.weight):
+    for weight, run in itertools.groupby(pieces, key=lambda piece: piece.weight):
         inner = []
         for special, same in itertools.groupby(run, key=lambda piece: piece.special):
             text = between.join(_escaped(piece.text) for piece in same)

@@ -199,7 +199,7 @@ def _communication_tables(plan: Plan) -> Iterator[Table]:
         known = all(collective["overlaps"] is not None for collective in group)
         rows.append(
             [
-                *(first["kind"], "+".join(first["axis"]), first["dtype"], _whose(first)),
+                *(first["kind"], "+".join(first["axis"]), first["dtype"], _model_part(first)),
                 f"{sum(collective['count'] for collective in group):,.0f}",
                 *(gib(fast), gib(slow)),
                 f"{hidden / ((fast + slow) or 1.0):.0%}" if known else "?",
@@ -222,16 +222,21 @@ def _communication_tables(plan: Plan) -> Iterator[Table]:
     )
 
 
-def _whose(one: Communication) -> str:
+def _model_part(collective: Communication) -> str:
     """Return the model part of a collective: "layers.mlp" for "layers.mlp.up.kernel, again"."""
-    return ".".join(one["what"].split(",")[0].split(".")[:2])
+    return ".".join(collective["what"].split(",")[0].split(".")[:2])
 
 
 def _alike(communication: Sequence[Communication]) -> list[list[Communication]]:
     """Group collectives by kind, axis, dtype and model part, those with the most bytes first."""
     groups: dict[Any, list[Communication]] = {}
     for collective in communication:
-        key = collective["kind"], tuple(collective["axis"]), collective["dtype"], _whose(collective)
+        key = (
+            collective["kind"],
+            tuple(collective["axis"]),
+            collective["dtype"],
+            _model_part(collective),
+        )
         groups.setdefault(key, []).append(collective)
 
     def sent(alike: list[Communication]) -> float:
@@ -255,7 +260,7 @@ def _arithmetic_table(arithmetic: Mapping[str, Any]) -> Table:
     return Table("Arithmetic of a step, all devices", ["", "TFLOP", "of the model's"], rows)
 
 
-def _search_table(found: Sequence[Mapping[str, Any]]) -> Table:
+def _search_table(settings: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         [
             " ".join(f"{axis}={size}" for axis, size in setting["mesh"].items() if size > 1) or "-",
@@ -266,7 +271,7 @@ def _search_table(found: Sequence[Mapping[str, Any]]) -> Table:
             f"{setting['step_time_s']:,.3f} s",
             f"{setting['mfu']:.1%}",
         ]
-        for setting in found
+        for setting in settings
     ]
     head = ["mesh", "remat", "micro_rows", "peak", "fits", "step", "MFU"]
     note = "peak, step and MFU are predicted; the fastest that fit come first"

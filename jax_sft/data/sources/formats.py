@@ -290,13 +290,13 @@ def _system(row: Row, key: str) -> list[Message]:
     return [{"role": "system", "content": content}] if content else []
 
 
-def _joined(system: list[Message], found: list[Message], key: str) -> list[Message]:
+def _joined(system: list[Message], messages: list[Message], key: str) -> list[Message]:
     """Put the system message that has its own column first."""
-    if not system or found[0] == system[0]:
-        return found
-    if found[0]["role"] == "system":
+    if not system or messages[0] == system[0]:
+        return messages
+    if messages[0]["role"] == "system":
         raise ValueError(f"{key}[0] and the column of system messages differ: leave out one")
-    return system + found
+    return system + messages
 
 
 def _tools(row: Row, key: str) -> list[dict[str, Any]] | None:

@@ -31,7 +31,7 @@ KINDS = {
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 COMPRESSIBLE = ("jsonl", "json", "csv", "tsv")  # the others are compressed internally
 # Files next to the data that folders and globs skip silently, as they skip hidden files.
-BESIDE_DATA = ("README*", "LICENSE*", "*.md", "_SUCCESS")
+SIDE_FILES = ("README*", "LICENSE*", "*.md", "_SUCCESS")
 METADATA = ("dataset_info.json", "dataset_infos.json")  # of `datasets`
 
 MAX_ROWS = 1000  # per chunk
@@ -182,42 +182,42 @@ def _matches(pattern: Path) -> Iterator[Path]:
             yield file
 
 
-def _data_files(found: Iterable[Path]) -> list[Path]:
-    return sorted(file for file in found if not _is_beside_data(file))
+def _data_files(files: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in files if not _is_side_file(file))
 
 
-def _is_beside_data(file: Path) -> bool:
+def _is_side_file(file: Path) -> bool:
     if file.name == "state.json":  # as Dataset.save_to_disk writes it
         return (file.parent / METADATA[0]).is_file()
-    named = any(fnmatch.fnmatch(file.name, pattern) for pattern in BESIDE_DATA)
+    named = any(fnmatch.fnmatch(file.name, pattern) for pattern in SIDE_FILES)
     return file.name in METADATA or (named and not _kind(file))
 
 
-def _check_files(given: str, found: Sequence[Path]) -> None:
+def _check_files(given: str, data_files: Sequence[Path]) -> None:
     """Raise ValueError unless there are files, each of a known kind, not empty, and given once."""
-    if not found:
+    if not data_files:
         hint = (
             " (*, ? and [ make it a glob: write [[] for a bracket)" if glob.has_magic(given) else ""
         )
         raise ValueError(f"source.path = {given!r} has no data file{hint}")
     first: dict[str, Path] = {}
-    for file in found:
+    for file in data_files:
         other = first.setdefault(os.path.realpath(file), file)
         if other is not file:
             raise ValueError(
                 f"source.path = {given!r}: {str(other)!r} and {str(file)!r} are the same file"
             )
-    if unknown := [str(file) for file in found if not _kind(file)]:
+    if unknown := [str(file) for file in data_files if not _kind(file)]:
         raise ValueError(
             f"source.path = {given!r}: {len(unknown)} files are of no known kind, such as "
             f"{unknown[0]!r}: use {', '.join(KINDS)} (text also as {' or '.join(CODECS)}), or name "
             "the wanted files by a glob"
         )
-    if missing := [str(file) for file in found if not file.exists()]:
+    if missing := [str(file) for file in data_files if not file.exists()]:
         raise ValueError(f"source.path = {given!r}: {missing[0]!r} is a link to nothing")
-    for file in found:
+    for file in data_files:
         regular.check_mode(file, file.stat().st_mode)
-    if empty := [str(file) for file in found if file.stat().st_size == 0]:
+    if empty := [str(file) for file in data_files if file.stat().st_size == 0]:
         raise ValueError(f"source.path = {given!r}: {empty[0]!r} is empty")
 
 

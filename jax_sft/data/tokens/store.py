@@ -301,15 +301,15 @@ class Writer:
         """Append the rows of the next chunk, which come from the file `path`."""
         file = os.path.relpath(path, self._root)
         if not self._files or self._files[-1]["name"] != file:
-            found = {"name": file, "first_row": self._num_rows, "unit": result.unit}
-            self._files.append(found)
+            entry = {"name": file, "first_row": self._num_rows, "unit": result.unit}
+            self._files.append(entry)
         if result.weights.dtype == np.float32 and self._dtypes["weights"] == "|u1":
             self._widen_weights()
         for name in ("ids", "weights", "places", "num_cut", "trained"):
             self._append(name, getattr(result, name))
         self._append("starts", self._num_tokens + np.cumsum(result.lengths))
-        found = ((result.ids, "<i4"), (result.weights, "<f4"), (result.lengths, "<i8"))
-        for digest, (array, dtype) in zip(self._content, found, strict=True):
+        arrays = ((result.ids, "<i4"), (result.weights, "<f4"), (result.lengths, "<i8"))
+        for digest, (array, dtype) in zip(self._content, arrays, strict=True):
             digest.update(np.ascontiguousarray(array.astype(dtype)).data)
         self._append("rows", self._num_rows + result.rows)
         for bad in result.refused:
