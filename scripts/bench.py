@@ -255,17 +255,17 @@ def last_line(file: Path) -> str:
     return lines[-1].strip() if lines else "no message"
 
 
-def in_short(found: Mapping[str, Any]) -> str:
+def in_short(result: Mapping[str, Any]) -> str:
     """Format a result as one line for the terminal."""
-    if "error" in found:
-        return f"FAILED: {found['error']}"
-    if "flops_per_s" in found:
-        return f"{found['flops_per_s'] / 1e9:,.0f} GFLOP/s"
-    seconds = sum(found["step_s"])
+    if "error" in result:
+        return f"FAILED: {result['error']}"
+    if "flops_per_s" in result:
+        return f"{result['flops_per_s'] / 1e9:,.0f} GFLOP/s"
+    seconds = sum(result["step_s"])
     return (
-        f"{seconds / len(found['step_s']):.3f} s/step, {sum(found['trained']) / seconds:.0f} "
-        f"trained tokens/s, {found['peak_bytes'] / 2**30:.2f} GiB, "
-        f"first step {found['first_step_s']:.1f} s"
+        f"{seconds / len(result['step_s']):.3f} s/step, {sum(result['trained']) / seconds:.0f} "
+        f"trained tokens/s, {result['peak_bytes'] / 2**30:.2f} GiB, "
+        f"first step {result['first_step_s']:.1f} s"
     )
 
 
@@ -290,7 +290,7 @@ class Pythons:
 
     def __init__(self, folder: Path, given: Mapping[str, Path]):
         self._folder, self._given = folder, given
-        self._found: dict[tuple[str, str], Path | Failure] = {}
+        self._interpreters: dict[tuple[str, str], Path | Failure] = {}
 
     def of(self, peer: str, device: str) -> Path | Failure:
         """Return the interpreter of a peer; "" is the current interpreter."""
@@ -298,9 +298,9 @@ class Pythons:
             return Path(sys.executable)
         if peer in self._given:
             return self._given[peer]
-        if (peer, device) not in self._found:
-            self._found[peer, device] = self._make(peer, device)
-        return self._found[peer, device]
+        if (peer, device) not in self._interpreters:
+            self._interpreters[peer, device] = self._make(peer, device)
+        return self._interpreters[peer, device]
 
     def _make(self, peer: str, device: str) -> Path | Failure:
         file = PEERS / f"requirements-{peer}.txt"

@@ -148,7 +148,7 @@ def compare_packers(lengths: np.ndarray, seq_len: int) -> None:
     examples = [{"tokens": np.zeros(length, np.int32)} for length in lengths.tolist()]
     shuffled = grain.MapDataset.source(examples).shuffle(seed=0)
 
-    def ours_with_rows() -> int:
+    def pack_with_rows() -> int:
         plan, row = plan_of(lengths, seq_len), np.zeros(seq_len, np.int32)
         for ids in (plan.row(index) for index in range(len(plan))):
             tokens = np.concatenate([examples[index]["tokens"] for index in ids])
@@ -159,10 +159,10 @@ def compare_packers(lengths: np.ndarray, seq_len: int) -> None:
         structure = {"length_struct": {"tokens": seq_len}} | more
         return sum(1 for _ in packer(shuffled.to_iter_dataset(IN_THIS_THREAD), **structure))
 
-    ours, planning_s = timed(lambda: len(plan_of(lengths, seq_len)))
+    num_packed_rows, planning_s = timed(lambda: len(plan_of(lengths, seq_len)))
     methods: dict[str, Callable[[], int]] = {
         "best-fit decreasing alone": lambda: best_fit_decreasing(lengths, seq_len),
-        "ours, and rows of tokens": ours_with_rows,
+        "ours, and rows of tokens": pack_with_rows,
     }
     for bins in (64, 512):
         more = {"num_packing_bins": bins, "max_sequences_per_bin": 256}
@@ -175,7 +175,9 @@ def compare_packers(lengths: np.ndarray, seq_len: int) -> None:
     methods["grain ConcatThenSplit (cuts examples)"] = lambda: grain_rows(
         grain.experimental.ConcatThenSplitIterDataset
     )
-    results = {"ours": (ours, planning_s)} | {name: timed(run) for name, run in methods.items()}
+    results = {"ours": (num_packed_rows, planning_s)} | {
+        name: timed(run) for name, run in methods.items()
+    }
     tokens = int(lengths.sum())
     rows = [["lower bound", f"{-(-tokens // seq_len):,}", "", "", ""]]
     for name, (num_rows, seconds) in results.items():
@@ -372,7 +374,7 @@ def tokenizing(options: argparse.Namespace) -> None:
             worker.Job(options.tokenizer, encoding.Options(), source, name)
         ).encode
         num_examples = num_tokens = 0
-        alone_s = ours_s = 0.0
+        alone_s = encode_s = 0.0
         for chunk in chunks:
             items = [formats.FORMATS[name](r.row, source) for r in read.parse(chunk) if r.row]
             conversations = [item for item in items if not isinstance(item, formats.Tokens)]
@@ -380,14 +382,14 @@ def tokenizing(options: argparse.Namespace) -> None:
             ways = (functools.partial(only_ids, backend, texts), functools.partial(encode, chunk))
             runs = [[timed(way) for way in ways] for _ in range(5)]
             alone_s += min(seconds for (_, seconds), _ in runs)
-            ours_s += min(seconds for _, (_, seconds) in runs)
+            encode_s += min(seconds for _, (_, seconds) in runs)
             encoded = runs[0][1][0]
             assert not encoded.refused, encoded.refused
             num_examples, num_tokens = num_examples + len(texts), num_tokens + len(encoded.ids)
         rows.append(
             [file.name, str(sum(map(len, chunks))), str(num_examples), f"{num_tokens:,}"]
-            + [f"{alone_s:.2f} s", f"{ours_s:.2f} s", f"{num_tokens / ours_s:,.0f}"]
-            + [f"{alone_s / ours_s:.2f}"]
+            + [f"{alone_s:.2f} s", f"{encode_s:.2f} s", f"{num_tokens / encode_s:,.0f}"]
+            + [f"{alone_s / encode_s:.2f}"]
         )
     header = ("file", "rows", "examples", "tokens", "library alone", "ours", "tokens/s", "ratio")
     table(header, rows)

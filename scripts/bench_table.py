@@ -186,27 +186,27 @@ def _cells(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |"
 
 
-def _figures(one: Summary, header: Header) -> list[str]:
+def _figures(summary: Summary, header: Header) -> list[str]:
     spread = ""
-    if len(one.step_s) > 1:
-        spread = f" ({min(one.step_s):.3g} to {max(one.step_s):.3g})"
-    starts = [f"{s:.1f} s" if s is not None else "-" for s in (one.cold_s, one.warm_s)]
-    losses = [f"{x:.5f}" if x is not None else "-" for x in (one.before, one.after)]
-    mfu = [f"{mfu_c(one, header):.1%}"] if header.peak_flops else []
+    if len(summary.step_s) > 1:
+        spread = f" ({min(summary.step_s):.3g} to {max(summary.step_s):.3g})"
+    starts = [f"{s:.1f} s" if s is not None else "-" for s in (summary.cold_s, summary.warm_s)]
+    losses = [f"{x:.5f}" if x is not None else "-" for x in (summary.before, summary.after)]
+    mfu = [f"{mfu_c(summary, header):.1%}"] if header.peak_flops else []
     return [
-        f"{one.median_s:.3g}{spread}",
-        f"{one.tokens_per_s:,.0f}",
-        f"{one.trained_per_s:,.0f}",
+        f"{summary.median_s:.3g}{spread}",
+        f"{summary.tokens_per_s:,.0f}",
+        f"{summary.trained_per_s:,.0f}",
         *mfu,
-        f"{one.peak_bytes / 2**30:.2f}",
+        f"{summary.peak_bytes / 2**30:.2f}",
         ", ".join(starts),
         ", ".join(losses),
     ]
 
 
-def mfu_c(one: Summary, header: Header) -> float:
+def mfu_c(summary: Summary, header: Header) -> float:
     """Return MFU: model FLOP/s over the peak, with causal attention and without padding."""
-    return header.causal_flops / one.median_s / header.peak_flops
+    return header.causal_flops / summary.median_s / header.peak_flops
 
 
 def floor_s(flops: float, records: Sequence[Record]) -> tuple[float, str] | None:
@@ -227,8 +227,8 @@ def _standing(
     records: Sequence[Record],
 ) -> list[str]:
     """Return the comparisons with peers and with the targets, as list items."""
-    ours = summaries.get(REFERENCE)
-    if ours is None:
+    reference = summaries.get(REFERENCE)
+    if reference is None:
         return ["* No comparison: our own run has no figure."]
     lines = []
     for name, summary in summaries.items():
@@ -237,28 +237,28 @@ def _standing(
         if voids[name]:
             lines.append(f"* {header.labels[name]}: void, {voids[name]}.")
             continue
-        ratio = ours.trained_per_s / summary.trained_per_s
+        ratio = reference.trained_per_s / summary.trained_per_s
         verdict = _verdict(ratio, header.targets.get(name, 0.0), at_least=True)
         lines.append(f"* {ratio:.2f} times the trained tokens/s of {header.labels[name]}{verdict}")
     missing = [header.labels[name] for name in header.targets if name not in summaries]
     lines += [f"* {label}: no figure, so no comparison." for label in missing]
     if floor := floor_s(header.flops, records):
         seconds, how = floor
-        ratio = ours.median_s / seconds
+        ratio = reference.median_s / seconds
         lines.append(
             f"* {ratio:.2f} times the lean floor of {seconds:.3g} s"
             f"{_verdict(ratio, header.floor_target, at_least=False)} Floor: "
             f"{header.flops / 1e9:,.1f} GFLOP (head on trained positions, attention inside "
             f"examples) at {header.flops / seconds / 1e9:,.0f} GFLOP/s, the fastest product of "
-            f"this run in jax ({how}){_in_torch(header, records, ours)}."
+            f"this run in jax ({how}){_in_torch(header, records, reference)}."
         )
     if header.peak_flops:
-        verdict = _verdict(mfu_c(ours, header), header.mfu_target, at_least=True, percent=True)
-        lines.append(f"* {mfu_c(ours, header):.1%} MFU_c{verdict}")
+        verdict = _verdict(mfu_c(reference, header), header.mfu_target, at_least=True, percent=True)
+        lines.append(f"* {mfu_c(reference, header):.1%} MFU_c{verdict}")
     return lines
 
 
-def _in_torch(header: Header, records: Sequence[Record], ours: Summary) -> str:
+def _in_torch(header: Header, records: Sequence[Record], reference: Summary) -> str:
     """Describe the floor at the rate of torch's products."""
     rates = [
         r["flops_per_s"] for r in records if r["subject"] == "matmul/torch" and "error" not in r
@@ -267,15 +267,15 @@ def _in_torch(header: Header, records: Sequence[Record], ours: Summary) -> str:
         return ""
     seconds = header.flops / max(rates)
     return (
-        f"; {ours.median_s / seconds:.2f} times the {seconds:.3g} s at the "
+        f"; {reference.median_s / seconds:.2f} times the {seconds:.3g} s at the "
         f"{max(rates) / 1e9:,.0f} GFLOP/s of torch's"
     )
 
 
-def _verdict(found: float, target: float, *, at_least: bool, percent: bool = False) -> str:
+def _verdict(value: float, target: float, *, at_least: bool, percent: bool = False) -> str:
     if not target:
         return "."
-    met = found >= target if at_least else found <= target
+    met = value >= target if at_least else value <= target
     bound = f"{target:.0%}" if percent else f"{target:g}"
     word = "at least" if at_least else "at most"
     return f" (target: {word} {bound}, {'met' if met else 'NOT MET'})."
@@ -309,7 +309,7 @@ def replace(text: str, header: Header, new: str) -> str:
     if start in text:
         before, _, rest = text.partition(start)
         if end not in rest:
-            raise ValueError(f"{start!r} is there, {end!r} is not: mend the file")
+            raise ValueError(f"{start!r} is in the file, but {end!r} is missing: repair the file")
         return before + new + rest.partition(end)[2]
     ends = [match.end() for match in re.finditer(r"<!-- end of bench .*? -->", text)]
     place = ends[-1] if ends else len(text.rstrip("\n"))

@@ -113,7 +113,7 @@ def is_out_of_memory(error: Exception) -> bool:
 # ---- systems -------------------------------------------------------------------------------------
 
 
-def ours(case: Case, setting: Setting) -> Row:
+def measure_own(case: Case, setting: Setting) -> Row:
     """Measure the trainer's own step."""
     profiled = functools.partial(_profiled, num_steps=PROFILED_STEPS)
     with tempfile.TemporaryDirectory() as folder:
@@ -178,7 +178,7 @@ def plain(case: Case, setting: Setting) -> Row:
     }
 
 
-SYSTEMS: dict[str, Callable[[Case, Setting], Row]] = {"ours": ours, "jax_plain": plain}
+SYSTEMS: dict[str, Callable[[Case, Setting], Row]] = {"ours": measure_own, "jax_plain": plain}
 
 
 # ---- other tasks ---------------------------------------------------------------------------------

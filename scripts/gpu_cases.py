@@ -229,8 +229,8 @@ def main(argv: list[str] | None = None) -> int:
         print(table(map(json.loads, lines)))
         return 0
     if options.predict:
-        ours = [case for case in chosen if case.system == "ours"]
-        planned = [Task("predict", case.name, 600, {}, CASE) for case in ours]
+        own_cases = [case for case in chosen if case.system == "ours"]
+        planned = [Task("predict", case.name, 600, {}, CASE) for case in own_cases]
         return run_all(planned, options.out, 3600, smoke=True)  # on CPU
     return run_all(tasks(chosen), options.out, options.budget, smoke=options.smoke)
 

@@ -82,11 +82,11 @@ def table(times: Times) -> str:
     files = sorted({name.split("::")[0] for name in (*times.fast, *times.full)})
 
     def figures(file: str) -> list[str]:
-        found = []
+        cells = []
         for tier in (times.fast, times.full):
             seconds = [s for name, s in tier.items() if name.split("::")[0] == file]
-            found += [str(len(seconds)), f"{sum(seconds):.1f}"]
-        return found
+            cells += [str(len(seconds)), f"{sum(seconds):.1f}"]
+        return cells
 
     lines = [
         "| claim | tests in | fast tier | s | `--all` adds | s |",
@@ -141,8 +141,8 @@ def main() -> int:
     if code:
         sys.exit("error: tests failed; the table is not written")
     before, _, rest_of_file = TABLE.read_text().partition(BEGIN)
-    _, found, after = rest_of_file.partition(END)
-    if not found:
+    _, end, after = rest_of_file.partition(END)
+    if not end:
         sys.exit(f"error: {TABLE} has no lines {BEGIN} and {END} to write between")
     TABLE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
     return code

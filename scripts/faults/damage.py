@@ -95,11 +95,11 @@ def save(checkpoints: saving.Checkpoints, state: TrainState, *args, **options) -
 
 
 def restore(
-    checkpoints: saving.Checkpoints, found: resume.StoredStep, abstract: TrainState
+    checkpoints: saving.Checkpoints, stored_step: resume.StoredStep, abstract: TrainState
 ) -> tuple[TrainState, resume.StoredStep]:
-    """Return the state of the step in `found` or of an older one, and which step it is."""
-    arrays, found = checkpoints.restore(found, abstract.named())
-    return abstract.from_named(found.step, arrays), found
+    """Return the state of the step in `stored_step` or of an older one, and which step it is."""
+    arrays, stored_step = checkpoints.restore(stored_step, abstract.named())
+    return abstract.from_named(stored_step.step, arrays), stored_step
 
 
 def resumed(folder: Path, abstract: TrainState, **options) -> tuple[int, TrainState | None]:

@@ -55,17 +55,17 @@ class Claims:
         print(f"{'holds' if held else 'FAILS'}   {text}", flush=True)
         self.failed += not held
 
-    def equal(self, found: Sequence[float], expected: Sequence[float], what: str) -> None:
+    def equal(self, losses: Sequence[float], expected: Sequence[float], what: str) -> None:
         """Claim that losses are equal within TOLERANCE."""
-        far = max((abs(a - b) for a, b in zip(found, expected, strict=False)), default=0.0)
-        text = f"{what}: {len(found)} losses, at most {far:.1e} from one process's"
-        self.check(len(found) == len(expected) == STEPS and far <= TOLERANCE, text)
+        far = max((abs(a - b) for a, b in zip(losses, expected, strict=False)), default=0.0)
+        text = f"{what}: {len(losses)} losses, at most {far:.1e} from one process's"
+        self.check(len(losses) == len(expected) == STEPS and far <= TOLERANCE, text)
 
-    def same(self, found: Sequence[float], expected: Sequence[float], what: str) -> None:
+    def same(self, losses: Sequence[float], expected: Sequence[float], what: str) -> None:
         """Claim that losses are bitwise equal."""
-        equal = sum(a == b for a, b in zip(found, expected, strict=False))
+        equal = sum(a == b for a, b in zip(losses, expected, strict=False))
         text = f"{what}: {equal} of {len(expected)} losses bitwise the same"
-        self.check(list(found) == list(expected) and len(found) >= STEPS, text)
+        self.check(list(losses) == list(expected) and len(losses) >= STEPS, text)
 
     def end(self) -> None:
         """End the program, with 1 if a claim failed."""
@@ -190,5 +190,5 @@ def need(*programs: str, packages: str) -> None:
         if subprocess.run(["bash", "-c", f"command -v {program}"], capture_output=True).returncode
     ]
     if missing:
-        print(f"error: {', '.join(missing)} not found: install {packages}", file=sys.stderr)
+        print(f"error: {', '.join(missing)} missing: install {packages}", file=sys.stderr)
         sys.exit(64)

@@ -35,7 +35,7 @@ def main() -> None:
         clock.step()
     peak = torch_model.peak_bytes(device)
     after = contract.mean_loss(spec, functools.partial(torch_model.nll, model, spec))
-    how = f"plain loop, packed rows of ours, fused AdamW, {torch_model.describe(model)}"
+    how = f"plain loop, rows packed by jax_sft, fused AdamW, {torch_model.describe(model)}"
     del model, optimizer
     fresh = torch_model.load(spec)
     before = contract.mean_loss(spec, functools.partial(torch_model.nll, fresh, spec))

@@ -39,7 +39,7 @@ def main() -> None:
         make_optimizer(spec.optimizer),
         peft_trainer.TrainingConfig(eval_every_n_steps=10**9, max_steps=spec.steps),
     )
-    trainer.with_gen_model_input_fn(of_packed if packed else of_padded)
+    trainer.with_gen_model_input_fn(packed_inputs if packed else padded_inputs)
     trainer.with_training_hooks(timer)
     batches = list(packed_batches(spec) if packed else padded_batches(spec))
 
@@ -189,7 +189,7 @@ def packed_batches(spec: contract.Spec) -> Iterator[Arrays]:
         yield made
 
 
-def of_packed(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def packed_inputs(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Return the arguments of Tunix's loss for packed rows; traced."""
     segments = batch["segment_ids"]
     causal = jnp.tril(jnp.ones((segments.shape[1],) * 2, bool))
@@ -218,7 +218,7 @@ def padded_batches(spec: contract.Spec) -> Iterator[Arrays]:
         yield made
 
 
-def of_padded(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def padded_inputs(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Return the arguments of Tunix's loss for padded rows, from the functions its examples use."""
     real = batch["input_mask"] > 0
     return {
