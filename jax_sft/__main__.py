@@ -13,11 +13,11 @@ from jax_sft.runtime import exit_codes
 
 VERBS = {
     "inspect": "show which tokens a config would train, before it does",
-    "plan": "predict memory, traffic and speed of a run on GPUs that need not be there",
+    "plan": "predict memory, traffic and speed of a run on GPUs that you do not have",
     "doctor": "check this machine, or all hosts of a launch, before a run",
     "train": "fine-tune a model, or resume a run",
-    "launch": "train on one or many hosts, and start again when a process is lost",
-    "export": "write a checkpoint as a Hugging Face folder, or adapters as PEFT has them",
+    "launch": "train on one or many hosts, and restart when a process is lost",
+    "export": "export a checkpoint as a Hugging Face folder, or adapters as a PEFT folder",
     "convert": "write a Hugging Face folder as a checkpoint, for clusters that start often",
     "verify": "compare the files of a checkpoint or an export with their checksums",
     "cache": "list or clear the caches of tokens and compiled programs",

@@ -28,14 +28,14 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--dir", default="", help="data.cache_dir, where it is set")
-    parser.add_argument("--clear", action="store_true", help="remove what is listed")
+    parser.add_argument("--dir", default="", help="data.cache_dir of the config, if set")
+    parser.add_argument("--clear", action="store_true", help="remove the listed entries")
     parser.add_argument(
         "--older-than",
         type=float,
         default=0,
         metavar="DAYS",
-        help="only what was not used for DAYS",
+        help="only entries that were not used for DAYS",
     )
     options = parser.parse_args()
     if not 0 <= options.older_than < float("inf"):

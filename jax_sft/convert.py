@@ -39,7 +39,7 @@ def main() -> int:
         "--dtype",
         default="",
         choices=["", *hf_reader.NAMES],
-        help="of all arrays [that of the tensors]",
+        help="dtype of all arrays [that of the tensors]",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="list what would be written; reads only headers"

@@ -47,17 +47,17 @@ class Findings:
     def __init__(self):
         self.problems: list[str] = []
 
-    def good(self, what: str, found: str) -> None:
+    def good(self, what: str, result: str) -> None:
         """Print that a check has passed."""
         if cluster.process_id() == 0:
-            print(f"ok    {what}: {found}", flush=True)
+            print(f"ok    {what}: {result}", flush=True)
 
-    def check(self, what: str, problems: list[str], found: str) -> None:
+    def check(self, what: str, problems: list[str], result: str) -> None:
         """Print the result of a check, or the problems of all hosts. All processes call this."""
         texts = cluster.exchange(f"doctor, {what}", "\n".join(problems))
         wrong = {n: text for n, text in enumerate(texts) if text}
         if not wrong:
-            self.good(what, found)
+            self.good(what, result)
         for number, text in wrong.items():
             self.problems.append(what)
             if cluster.process_id() == 0:
@@ -167,7 +167,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--workdir", default="runs", help="a folder that all hosts share [runs]")
-    parser.add_argument("--megabytes", type=int, default=64, help="to move in each test [64]")
+    parser.add_argument("--megabytes", type=int, default=64, help="size of each test [64]")
     options = parser.parse_args()
     num_bytes = max(options.megabytes, 1) * 1_000_000
     use_gpu_memory()

@@ -60,10 +60,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        help="a run, or a step of it, or what `convert` wrote",
+        help="a run, one of its steps, or a folder written by `convert`",
     )
     parser.add_argument("--out", default="", help="the folder to write: new, or empty")
-    parser.add_argument("--step", type=int, default=None, help="which step [the newest]")
+    parser.add_argument("--step", type=int, default=None, help="step to export [the newest]")
     parser.add_argument(
         "--shard-size", type=parse_bytes, default="5GB", help="largest file [%(default)s]"
     )
@@ -71,15 +71,15 @@ def parse() -> argparse.Namespace:
         "--dtype",
         default="",
         choices=["", *hf_reader.NAMES],
-        help="of all tensors [as in the original]",
+        help="dtype of all tensors [as in the original]",
     )
     parser.add_argument(
-        "--merge", action="store_true", help="add adapters to their model's weights, write those"
+        "--merge", action="store_true", help="merge adapters into the model's weights"
     )
     parser.add_argument(
         "--base",
         default="",
-        help="folder of the weights that did not train [model.path of the run]",
+        help="folder of the frozen weights [model.path of the run]",
     )
     parser.add_argument(
         "--tokenizer-eos",
@@ -90,9 +90,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="list what would be written")
     parser.add_argument("--verify", action="store_true", help="compare with transformers")
     parser.add_argument(
-        "--push-to-hub", default="", metavar="NAMESPACE/NAME", help="upload it when it is written"
+        "--push-to-hub", default="", metavar="NAMESPACE/NAME", help="upload the export there"
     )
-    parser.add_argument("--public", action="store_true", help="a new repository is not private")
+    parser.add_argument("--public", action="store_true", help="make a new repository public")
     options = parser.parse_args()
     if not options.out and not options.dry_run:
         parser.error("--out is needed without --dry-run")
@@ -146,7 +146,7 @@ def run(options: argparse.Namespace) -> int:
         same = difference <= most  # false for NaN
         print(answer.line)
         print(
-            f"logits of transformers and ours differ by at most {difference:.2g}, "
+            f"logits of transformers and jax_sft differ by at most {difference:.2g}, "
             f"{most:.2g} is allowed: {'the same' if same else 'NOT THE SAME'}"
         )
         if not same or answer.runs_on:

@@ -62,7 +62,7 @@ class Answer:
         """Describe whether the answer ended."""
         if self.runs_on:
             return (
-                f"answers DO NOT END: generation runs on behind {self.runs_on}, which the trained "
+                f"answers DO NOT END: generation continues after {self.runs_on}, which the trained "
                 f"turns end with: {self.text!r}"
             )
         if self.problem:
@@ -85,7 +85,9 @@ def check_files(folder: Path) -> int:
         OSError: a file cannot be read.
     """
     if not (folder / sums.NAME).exists():
-        raise ValueError(f"{folder} has no {sums.NAME}: it is not what `export` or `convert` wrote")
+        raise ValueError(
+            f"{folder} has no {sums.NAME}: it was not written by `export` or `convert`"
+        )
     if not (listed := sums.read(folder)):
         print(f"{folder / sums.NAME} is damaged, or another program wrote it")
         return EXIT_CHANGED

@@ -33,7 +33,7 @@ EXAMPLES = """\
   (Kubernetes: scripts/k8s/jobset.yaml)
 
 All other options go to the trainer, on every host. PYTHON names the interpreter (default: that of
-.venv, else python3). The exit code is the trainer's: 0 done, 64 an error of yours, 65 training
+.venv, else python3). The exit code is the trainer's: 0 done, 64 invalid input, 65 training
 stopped itself, 74 the last state is not saved, 75 asked to stop and saved (queue it again); any
 other is a crash or a lost process, after which all is started again and resumes.
 """
@@ -59,18 +59,36 @@ def parser() -> Parser:
     add = launch_parser.add_argument
     add("--nproc", type=positive, default=1, metavar="N", help="processes per host (default 1)")
     add("--hosts", type=names, metavar="H1,H2", help="start on these hosts by ssh, from here")
-    add("--ssh", default="ssh", metavar="COMMAND", help="with its options, e.g. 'ssh -p 2222'")
+    add("--ssh", default="ssh", metavar="COMMAND", help="the ssh command, e.g. 'ssh -p 2222'")
     add("--ray", metavar="ADDRESS", help="start on a Ray cluster: host:port, auto or local")
-    add("--nodes", type=positive, metavar="N", help="of the Ray cluster to use")
-    add("--gpus-per-node", type=not_negative, default=8, metavar="N", help="with --ray (8)")
-    add("--python", default=sys.executable, metavar="PATH", help="the trainer's, if another")
-    add("--coordinator", metavar="HOST:PORT", help="where process 0 listens, if not as detected")
-    add("--port", type=positive, metavar="N", help="of the coordinator, if not as detected")
-    add("--max-restarts", type=not_negative, default=5, metavar="N", help="without progress (5)")
-    add("--grace", type=seconds, default=120.0, metavar="S", help="for saving when stopped (120)")
-    add("--stall-timeout", type=seconds, default=120.0, metavar="S", help="without a sign (120)")
-    add("--program", choices=("train", "doctor"), default="train", help="jax_sft.WHAT to run")
-    add("--dry-run", action="store_true", help="print what each host would run, and end")
+    add("--nodes", type=positive, metavar="N", help="nodes of the Ray cluster to use")
+    add(
+        "--gpus-per-node",
+        type=not_negative,
+        default=8,
+        metavar="N",
+        help="GPUs per node, with --ray (8)",
+    )
+    add("--python", default=sys.executable, metavar="PATH", help="interpreter of the trainer")
+    add("--coordinator", metavar="HOST:PORT", help="address of process 0 (default: detected)")
+    add("--port", type=positive, metavar="N", help="port of the coordinator (default: detected)")
+    add(
+        "--max-restarts",
+        type=not_negative,
+        default=5,
+        metavar="N",
+        help="restarts without progress in between (5)",
+    )
+    add("--grace", type=seconds, default=120.0, metavar="S", help="time to save when stopped (120)")
+    add(
+        "--stall-timeout",
+        type=seconds,
+        default=120.0,
+        metavar="S",
+        help="time without a sign of life before a process is ended (120)",
+    )
+    add("--program", choices=("train", "doctor"), default="train", help="the command to run")
+    add("--dry-run", action="store_true", help="print the commands of all hosts, and exit")
     add("--leash", action="store_true", help=argparse.SUPPRESS)  # stdin is the heartbeat
     return launch_parser
 

@@ -98,11 +98,11 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", help="a run, its checkpoint folder or a step")
     what.add_argument("--export", help="a folder that was exported or converted, or its run")
-    parser.add_argument("--step", type=int, default=None, help="which step [all]")
+    parser.add_argument("--step", type=int, default=None, help="step to check [all]")
     parser.add_argument("--full", action="store_true", help="read all files and all arrays")
     options = parser.parse_args()
     if options.export and (options.full or options.step is not None):
-        parser.error("--step and --full belong to --checkpoint; of an export all files are read")
+        parser.error("--step and --full belong to --checkpoint; --export always reads all files")
     # The user can repair an export that cannot be read. For a run, `lifecycle` handles OSError.
     expected = (ValueError, OSError) if options.export else ValueError
     try:

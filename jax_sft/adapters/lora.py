@@ -307,10 +307,9 @@ def _chosen(model_def: ModelDef, settings: AdapterSettings) -> dict[str, np.ndar
     if unused or not chosen:
         first = [names[0] for names in known.values()]
         raise ValueError(
-            f"lora.targets, or target_modules of an adapter: {unused} names no linear layer of the "
-            f"model that can have one. There are "
-            f"{', '.join(first)}, and the same of the other layers; use endings of these, regular "
-            f'expressions, or "{ALL_LINEAR}"'
+            f"lora.targets, or target_modules of an adapter: {unused} matches no linear layer that "
+            f"can have an adapter. There are {', '.join(first)}, and the same in the other layers; "
+            f'use endings of these, regular expressions, or "{ALL_LINEAR}"'
         )
     return chosen
 

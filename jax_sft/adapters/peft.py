@@ -45,7 +45,7 @@ def read_settings(folder: Path) -> lora.AdapterSettings:
     config = hf_folder.read_json(folder / CONFIG)
     problems = []
     if config.get("peft_type") != "LORA":
-        problems.append(f"peft_type = {config.get('peft_type')!r}: only LORA is known")
+        problems.append(f"peft_type = {config.get('peft_type')!r}: only LORA is supported")
     if config.get("init_lora_weights", True) not in _INITS:
         problems.append(
             f"init_lora_weights = {config['init_lora_weights']!r} is not supported: most such "
@@ -53,7 +53,7 @@ def read_settings(folder: Path) -> lora.AdapterSettings:
             "(path_initial_model_for_weight_conversion)"
         )
     if config.get("bias", "none") != "none":
-        problems.append(f"bias = {config['bias']!r} is not implemented: none")
+        problems.append(f"bias = {config['bias']!r} is not supported (only none is)")
     rank: Any = config.get("r")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         problems.append(f"r = {rank!r} must be a positive integer")

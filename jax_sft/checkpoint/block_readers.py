@@ -16,8 +16,8 @@ from jax_sft.weights.blocks import BlockReader
 from jax_sft.weights.param_spec import ParamSpec
 
 _OTHER = (
-    "{} did not train, and is not in the model what it was then: name the model of the run with "
-    "--base"
+    "{} is frozen, but its weights differ from those that the run used: point --base at the base "
+    "model of that run"
 )
 
 

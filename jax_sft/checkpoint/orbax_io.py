@@ -81,7 +81,7 @@ def start_saving(
     try:
         return _call(start)
     except TimeoutError as error:
-        raise Failed(f"not started in time: {error}") from error
+        raise Failed(f"reading did not start in time: {error}") from error
 
 
 def _named(step_folder: Path) -> str:
@@ -117,7 +117,7 @@ def require_readable(step_folder: Path, arrays: Mapping[str, Mapping[str, Any]])
     """
     for kind in sorted({name.partition("/")[0] for name in arrays}):
         if not (step_folder / kind / _OCDBT).is_file():
-            raise Failed(f"Orbax has not written {kind}/{_OCDBT}: its arrays could not be read")
+            raise Failed(f"Orbax has not written {kind}/{_OCDBT}: its arrays would not be readable")
 
     def opened() -> list[ts.TensorStore]:
         futures = [ts.open(_spec(step_folder, name), read=True) for name in arrays]
@@ -126,7 +126,7 @@ def require_readable(step_folder: Path, arrays: Mapping[str, Mapping[str, Any]])
     for (name, array), store in zip(arrays.items(), _call(opened), strict=True):
         actual = (tuple(store.shape), store.dtype.numpy_dtype)
         if actual != (tuple(array["shape"]), np.dtype(array["dtype"])):
-            raise Failed(f"tensor {name} reads as {actual[1]} {actual[0]}, which it is not")
+            raise Failed(f"tensor {name} reads as {actual[1]} {actual[0]}, unlike its description")
 
 
 def _chunks(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
@@ -175,7 +175,7 @@ def load(path: Path, wanted: Mapping[str, Any], some: bool = False) -> dict[str,
     try:
         return _call(read)
     except TimeoutError as error:
-        raise Failed(f"not read in time: {error}") from error
+        raise Failed(f"reading did not end in time: {error}") from error
 
 
 class Stored:

@@ -60,7 +60,7 @@ def find(
     """
     specs = tuple(specs)
     if model_files.is_kept(folder):
-        return _of_checkpoint(folder.parent, specs, axis_sizes, step, vocab_shards)
+        return _find_in_checkpoint(folder.parent, specs, axis_sizes, step, vocab_shards)
     tensors = hf_reader.check(folder, specs, axis_sizes, tied)
 
     def load(shardings, dtype, progress=True) -> dict[str, jax.Array]:
@@ -112,7 +112,7 @@ def read(
     return arrays
 
 
-def _of_checkpoint(
+def _find_in_checkpoint(
     folder: Path,
     specs: tuple[ParamSpec, ...],
     axis_sizes: dict[str, int],

@@ -185,7 +185,7 @@ class Resume:
         for line in at_most(problems):
             self._say(f"WARNING   {line}")
         if self._untried:
-            self._say(f"WARNING trying the step before it, {self._untried[0]}")
+            self._say(f"WARNING trying the previous step, {self._untried[0]}")
 
     def _check_drift(self, stored_step: StoredStep, today: dict[str, Any]) -> None:
         """Refuse to resume if config, data or model files differ in a way that is not allowed."""

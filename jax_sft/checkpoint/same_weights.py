@@ -67,15 +67,15 @@ def digests(folder: Path, step: int | None = None) -> dict[str, str]:
         whole += sorted(file for file in chosen.glob("*.json") if file.is_file())
     total = sum(file.stat().st_size for file in weights)
     share = min(1.0, BUDGET / max(total, 1))
-    results = {os.path.relpath(file, folder): _of_file(file) for file in whole}
+    results = {os.path.relpath(file, folder): _file_digest(file) for file in whole}
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        weight_digests = pool.map(lambda file: _of_tensors(file, share), weights)
+        weight_digests = pool.map(lambda file: _tensors_digest(file, share), weights)
         return results | {
             file.name: digest for file, digest in zip(weights, weight_digests, strict=True)
         }
 
 
-def _of_file(file: Path) -> str:
+def _file_digest(file: Path) -> str:
     digest = hashlib.sha256()
     with regular.open_regular(file) as opened:
         while chunk := opened.read(2**20):
@@ -83,7 +83,7 @@ def _of_file(file: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _of_tensors(file: Path, share: float) -> str:
+def _tensors_digest(file: Path, share: float) -> str:
     """Return a digest of a safetensors file's header and of pieces with a share of each tensor."""
     digest = hashlib.sha256()
     with regular.open_regular(file) as opened:

@@ -30,7 +30,7 @@ LEAST_BOUND_S = 120  # minimum timeout of a save; at least 5 times the slowest s
 SLOWEST_BYTES_PER_S = 20e6  # sets the timeout of the first save
 BROKEN_S = 5  # timeout of a running save after a collective has failed
 _LOOK_S = 0.2  # interval at which a process waiting for Orbax checks the others for failure
-_GIVEN_UP = "given up, as another process failed"
+_GIVEN_UP = "abandoned, as another process failed"
 
 
 class NotSaved(RuntimeError):
@@ -224,7 +224,7 @@ class Checkpoints:
             raise NotSaved(
                 f"step {step} could not be saved to {self._folder}: see the messages above. "
                 + (f"Step {self.saved_step} is there" if self.saved_step else "No step is there")
-                + "; make room or repair the folder and start again to go on from it"
+                + "; make room or repair the folder and start again to resume from it"
             )
 
     def __enter__(self) -> "Checkpoints":
@@ -264,7 +264,7 @@ class Checkpoints:
             bound_s = max(bound_s, num_bytes / SLOWEST_BYTES_PER_S)
         free = self._wait(bound_s)
         reason = (
-            self._obstacle(num_bytes) if free else f"the save before it has run {bound_s:.0f} s"
+            self._obstacle(num_bytes) if free else f"the previous save has run for {bound_s:.0f} s"
         )
         problems = consensus.gather("save prepared", [reason] if reason else [])
         if problems:
@@ -415,7 +415,7 @@ class Checkpoints:
         except OSError as error:
             free = f" ({_text(error)})"
         present = step_folders.present(self._folder)
-        kept = f"step {present[0]} stays the newest that is stored" if present else "none is stored"
+        kept = f"step {present[0]} remains the newest stored step" if present else "none is stored"
         self._say(f"WARNING step {step} could NOT be saved to {self._folder}{free}; {kept}:")
         for problem in at_most(problems):
             self._say(f"WARNING   {problem}")

@@ -382,8 +382,8 @@ def _weights(
         return pretrained.find(folder, specs, model_def.dims, model_def.cfg.tied, step)
     except ValueError as error:
         raise ValueError(
-            f"the checkpoint holds only what has trained, the rest is in {path!r}: {error}. Name "
-            "the folder with --base where it is another one now"
+            "the checkpoint stores only the trained weights; the frozen weights of "
+            f"{path!r} cannot be used: {error}. If the base model was moved, pass --base"
         ) from error
 
 

@@ -22,7 +22,7 @@ from jax_sft.files.disk import sync
 SMALL = 1 << 20  # bytes; smaller files are always read whole when checked
 _NAME = re.compile(r"manifest\.(0|[1-9]\d*)\.json")
 # Orbax puts the array data that process N writes into ocdbt.process_N.
-_OF_PROCESS = re.compile(r"ocdbt\.process_(\d+)")
+_PROCESS_FOLDER = re.compile(r"ocdbt\.process_(\d+)")
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".dill")
 _PICKLE_STARTS = (*(bytes([0x80, protocol]) for protocol in range(2, 6)), b"PK\x03\x04")
 _HASHING_THREADS = 8
@@ -110,7 +110,7 @@ def write(
 
 def owner(path: str) -> int:
     """Return the process that owns a file of a step, and lists it in its manifest."""
-    match = next(filter(None, map(_OF_PROCESS.fullmatch, PurePosixPath(path).parts)), None)
+    match = next(filter(None, map(_PROCESS_FOLDER.fullmatch, PurePosixPath(path).parts)), None)
     return int(match[1]) if match else 0
 
 
@@ -145,10 +145,10 @@ def read(folder: Path) -> Manifest:
         for process in range(first["num_processes"]):
             body = first if process == 0 else _read_manifest(folder, process)
             if body["num_processes"] != first["num_processes"]:
-                raise ValueError(f"{name(process)} is of another save than {name(0)}")
+                raise ValueError(f"{name(process)} belongs to another save than {name(0)}")
             for path, (size, sha256) in body["files"].items():
                 if os.path.isabs(path) or ".." in PurePosixPath(path).parts:
-                    raise ValueError(f"{name(process)} names {path!r}, a path out of the folder")
+                    raise ValueError(f"{name(process)} names {path!r}, a path outside the folder")
                 files[path] = (int(size), str(sha256))
                 file_of[path] = name(process)
         return Manifest(first["num_processes"], dict(first["arrays"]), files, file_of)
@@ -167,7 +167,7 @@ def _read_manifest(folder: Path, process: int) -> dict[str, Any]:
     if not isinstance(body, dict) or body.pop("sha256", None) != _own_sum(body):
         raise ValueError(f"{name(process)} is damaged: its own checksum is wrong")
     if body.get("process") != process:
-        raise ValueError(f"{name(process)} is that of process {body.get('process')}")
+        raise ValueError(f"{name(process)} belongs to process {body.get('process')}")
     return body
 
 

@@ -118,8 +118,8 @@ def claim(path: str | Path, mark: str, key: str) -> Path:
     try:
         if folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file():
             raise ValueError(
-                f"{key} = {folder} is not empty and not of this program (it has no {mark}), which "
-                "removes files in it: name a new folder"
+                f"{key} = {folder} is not empty and was not written by this program (it has "
+                f"no {mark}), which removes files in it: name a new folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / mark).touch()
@@ -138,7 +138,7 @@ def check_room(out: Path, nbytes: int) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(_staging_parent(out)).free
     except OSError as error:
-        raise ValueError(f"{out} cannot be made: {error}") from error
+        raise ValueError(f"{out} cannot be created: {error}") from error
     if free < nbytes + _SPARE_BYTES:
         raise ValueError(
             f"{out} will have {nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {out.parent}"

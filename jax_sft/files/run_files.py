@@ -56,7 +56,9 @@ class Record:
         """Write the files again that could not be written or were removed."""
         gone = [n for n in self._files if not os.path.lexists(self._folder / n)]
         if removed := [name for name in gone if name not in self._failed]:
-            self._say(f"WARNING {', '.join(removed)} in {self._folder} were removed: written again")
+            self._say(
+                f"WARNING {', '.join(removed)} in {self._folder} were removed: writing them again"
+            )
         for name in {*gone, *self._failed}:
             self._try(name)
 
@@ -140,7 +142,7 @@ class Jsonl:
                 current = None
             if current and (current.st_dev, current.st_ino) == (opened.st_dev, opened.st_ino):
                 return
-            self._say(f"WARNING {self._file} was removed or replaced: a new one begins here")
+            self._say(f"WARNING {self._file} was removed or replaced: a new file begins here")
             os.close(self._opened)
             self._opened, self._written = -1, 0
         self._file.parent.mkdir(parents=True, exist_ok=True)

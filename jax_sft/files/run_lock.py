@@ -136,7 +136,7 @@ class RunLock:
                 time.sleep(0.1)
             elif alive:
                 raise Refused(
-                    f"{self._folder} is in use by {holder} ({NAME} there), and takes one run at a "
+                    f"{self._folder} is in use by {holder} ({NAME} there), and allows one run at a "
                     "time: wait for that run to end, stop it, or choose another workdir. (In a "
                     f"copy of its workdir, remove {NAME}.)"
                 )
@@ -144,7 +144,7 @@ class RunLock:
                 why = f"silent for {WATCH_S:.0f} s" if alive is None else "that process is gone"
                 self._say(f"lock    {self._path} of {holder or 'nobody'} is stale ({why}): taken")
                 return
-        raise Refused(f"{self._path} changes all the time: other runs are starting there")
+        raise Refused(f"{self._path} keeps changing: other runs are starting in that folder")
 
     def _create(self) -> bool:
         """Create the lock file; return whether this process created it."""
@@ -166,7 +166,7 @@ class RunLock:
             if waited > 0.5 and not is_announced:
                 who = f"of {holder} " if holder else ""
                 self._say(
-                    f"lock    {self._path} {who}is there: watching for {WATCH_S:.0f} s whether it "
+                    f"lock    {self._path} {who}exists: watching for {WATCH_S:.0f} s whether it "
                     "is refreshed"
                 )
                 is_announced = True

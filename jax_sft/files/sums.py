@@ -131,7 +131,7 @@ def _parse(line: str, sizes: Mapping[str, int]) -> tuple[str, tuple[int, str]]:
         back = {escaped: char for char, escaped in _ESCAPES.items()}
         path = re.sub(r"\\.", lambda escape: back[escape[0]], path)
     if os.path.isabs(path) or {"..", "."} & {*PurePosixPath(path).parts}:
-        raise ValueError(f"{path} leads out of the folder")
+        raise ValueError(f"{path} is outside the folder")
     return path, (int(sizes[path]), match[2])
 
 

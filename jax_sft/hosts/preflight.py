@@ -56,12 +56,14 @@ def same_programs(config: dict[str, Any]) -> None:
     flat = {key: json.dumps(value) for key, value in _flat(config)}
     cluster.check_same("config", flat, "Start every process with the same command")
     environment = {name: os.environ.get(name, "(not set)") for name in VARIABLES}
-    cluster.check_same("environment", environment, "Set them alike on every host")
+    cluster.check_same("environment", environment, "Set the same values on every host")
     devices = {
         "number of devices": str(jax.local_device_count()),
         "kind of devices": jax.local_devices()[0].device_kind,
     }
-    cluster.check_same("devices", devices, "Every process needs as many of the same kind")
+    cluster.check_same(
+        "devices", devices, "Every process needs the same number and kind of devices"
+    )
 
 
 def _flat(config: dict[str, Any], prefix: str = ""):

@@ -207,7 +207,7 @@ class Watchdog:
         limit_s = max(self._limit_s, SLOWER_THAN_USUAL * max(self._durations, default=0.0))
         why = self._silent(now)
         if not why and waited_s > limit_s:
-            why = f"{self._late()}: nothing went on for {waited_s:.0f} s (limit {limit_s:.0f} s)"
+            why = f"{self._late()}: no progress for {waited_s:.0f} s (limit {limit_s:.0f} s)"
         if not why:
             return None
         self._report(why)
@@ -223,13 +223,13 @@ class Watchdog:
             return ""
         silent_s = now - self._answered
         if silent_s > self._timeout_s:
-            return (
-                f"{cluster.name(0)} does not answer for {silent_s:.0f} s, or is cut off from here"
-            )
+            name = cluster.name(0)
+            return f"{name} has not answered for {silent_s:.0f} s, or cannot be reached from here"
         beats = [key for key in self._heard if key.startswith("beat/")]
         lost = [_number(key) for key in beats if now - self._changed[key] > self._timeout_s]
-        return f"{cluster.names(sorted(lost))} not heard of for {self._timeout_s:.0f} s" * bool(
-            lost
+        return (
+            f"{cluster.names(sorted(lost))} sent no sign of life for {self._timeout_s:.0f} s"
+            * bool(lost)
         )
 
     def _late(self) -> str:
@@ -257,7 +257,7 @@ class Watchdog:
                 state, silent_s = json.loads(text), now - self._changed[key]
                 lines.append(
                     f"  {cluster.name(_number(key))}: {state['phase']} for {state['for_s']} s, "
-                    f"finished step {state['done']}; heard of {silent_s:.0f} s ago"
+                    f"finished step {state['done']}; last sign of life {silent_s:.0f} s ago"
                 )
         print("\n".join(lines), file=sys.stderr, flush=True)
 

@@ -50,8 +50,8 @@ def policy(remat: str, offload: tuple[str, ...] = ()) -> Callable[..., Any]:
     if remat in REMAT:
         if offload:
             raise ValueError(
-                f"model.offload = {list(offload)} does not go with model.remat = {remat!r}: use "
-                '"full", "attn" or names'
+                f"model.offload = {list(offload)} cannot be combined with model.remat = {remat!r}: "
+                'use "full", "attn" or names'
             )
         return REMAT[remat]
     saved = KEPT[remat] if remat in KEPT else tuple(remat.replace(" ", "").split(","))

@@ -87,7 +87,7 @@ list-style:none;padding:0;margin:.4rem 0}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;margin:1rem 0}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}li{overflow-wrap:anywhere}
 """
-_COLOURS = 6
+_NUM_COLORS = 6
 
 
 def render(plan: Plan) -> str:
@@ -127,11 +127,11 @@ def _bar_html(bar: Bar) -> str:
     scale = max(bar.whole, sum(size for _, size, _ in bar.parts)) or 1.0
     blocks, keys = [], []
     for number, (name, size, words) in enumerate(bar.parts):
-        colour = f"p{number % _COLOURS}"
+        color = f"p{number % _NUM_COLORS}"
         label = f"{_plain(name)} {_plain(words)}"
         width = f"width:{100 * size / scale:.3f}%"
-        blocks.append(f'<span class="{colour}" style="{width}" title="{label}"></span>')
-        keys.append(f'<li><i class="{colour}"></i>{label}</li>')
+        blocks.append(f'<span class="{color}" style="{width}" title="{label}"></span>')
+        keys.append(f'<li><i class="{color}"></i>{label}</li>')
     keys.append(f"<li>{_plain(bar.rest)}</li>")
     return (
         f'<h2>{_plain(bar.title)}</h2><div class="bar">{"".join(blocks)}</div>'

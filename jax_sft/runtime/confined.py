@@ -205,7 +205,7 @@ def wait_for(processes: list[Process]) -> list[Process]:
         before = now
         if still >= STILL_S:
             raise RuntimeError(
-                f"the processes that tokenize do not compute since {STILL_S} s: start again"
+                f"the processes that tokenize have not computed for {STILL_S} s: start again"
             )
     return [by_connection[item] for item in ready if isinstance(item, Connection)]
 

@@ -33,7 +33,7 @@ def describe(code: int) -> str:
 
 
 # Errors that describe invalid input, not a bug of jax_sft or of a library.
-_OF_USER = (
+_USER_ERRORS = (
     *(ValueError, FileNotFoundError, FileExistsError, PermissionError),
     *(NotADirectoryError, IsADirectoryError),
 )
@@ -43,7 +43,7 @@ _PASSING = (RuntimeError, OSError, MemoryError)
 
 def is_expected(error: BaseException) -> bool:
     """Return whether the message of an error is all that a user needs."""
-    return isinstance(error, (*_OF_USER, FloatingPointError)) or hasattr(error, "exit_code")
+    return isinstance(error, (*_USER_ERRORS, FloatingPointError)) or hasattr(error, "exit_code")
 
 
 def of(error: BaseException) -> int:
@@ -58,6 +58,6 @@ def of(error: BaseException) -> int:
         return getattr(error, "exit_code", 130)
     # RecursionError and NotImplementedError are subclasses of RuntimeError, but always recur.
     passes = isinstance(error, _PASSING) and not isinstance(
-        error, (*_OF_USER, RecursionError, NotImplementedError)
+        error, (*_USER_ERRORS, RecursionError, NotImplementedError)
     )
     return getattr(error, "exit_code", CRASH if passes else USER_ERROR)

@@ -40,7 +40,9 @@ def matches(
     """
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise ValueError(f"{key}: {pattern!r:.80} is no regular expression, but no text")
+            raise ValueError(
+                f"{key}: {pattern!r:.80} is not a regular expression, as it is not text"
+            )
         if len(pattern) > LONGEST:
             raise ValueError(
                 f"{key}: {_shown(pattern)} has {len(pattern):,} characters: use at most {LONGEST:,}"

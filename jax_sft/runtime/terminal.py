@@ -99,7 +99,7 @@ class Sink(io.RawIOBase):
             self._dropped += num_bytes
             return False
         if self._dropped:
-            note = f"\n[{self._dropped} bytes were dropped: nobody took them for {STUCK_S:.0f} s]\n"
+            note = f"\n[{self._dropped} bytes were dropped: nobody read them for {STUCK_S:.0f} s]\n"
             self._dropped = 0
             os.write(self._number, note.encode())
         return True

@@ -64,7 +64,7 @@ def _weight_files(folder: Path) -> list[Path]:
         names = sorted(set(weight_map.values()))
         for name in names:
             if Path(name).name != name:
-                raise ValueError(f"{index} names {name!r}, a path out of the folder")
+                raise ValueError(f"{index} names {name!r}, a path outside the folder")
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise ValueError(f"{index} names files that do not exist: {missing}")
         return [folder / name for name in names]

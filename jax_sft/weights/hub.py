@@ -57,5 +57,5 @@ def push(folder: Path, repo: str, private: bool = True, api: Any = None) -> str:
             repo_id=repo, folder_path=folder, commit_message="Upload of jax_sft"
         )
     except (HfHubHTTPError, OSError) as error:
-        raise Failed(f"{folder} is complete, but {repo} did not take it: {error}") from error
+        raise Failed(f"{folder} was written, but uploading to {repo} failed: {error}") from error
     return str(commit)

@@ -111,7 +111,7 @@ def test_a_write_error_of_one_process_fails_the_save_of_both_at_once(tmp_path, w
     for lines in out:
         assert "save 1: 1 " in lines and "save 2: 1 " in lines and "save 3: 3 " in lines
     assert "step 2 could NOT be saved" in out[0] and "File too large" in out[0]
-    assert f"[process {where} (host " in out[0] and "step 1 stays the newest" in out[0]
+    assert f"[process {where} (host " in out[0] and "step 1 remains the newest" in out[0]
     assert {path.name for path in folder.iterdir()} == {"1", "3"}
 
 

@@ -451,7 +451,7 @@ def test_an_upload_that_cannot_succeed_is_refused_before_the_export(repo, error,
 
 
 def test_an_upload_that_fails_says_that_the_export_is_there(tmp_path):
-    with pytest.raises(hub.Failed, match="out is complete, but me/x did not take it: cut off"):
+    with pytest.raises(hub.Failed, match="out was written, but uploading to me/x failed: cut off"):
         hub.push(tmp_path / "out", "me/x", api=FakeHub(OSError("cut off")))
 
 

@@ -141,7 +141,9 @@ def test_an_export_stops_where_turns_end_and_verify_fails_where_it_does_not(
     assert json.loads((out / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"
     monkeypatch.setattr(stop_tokens, "changes", lambda *_: {})
     code, said = export(capsys, monkeypatch, checkpoint, tmp_path / "bad", "--verify")
-    assert code == 65 and "answers DO NOT END: generation runs on behind '<|im_end|>' (258)" in said
+    assert (
+        code == 65 and "answers DO NOT END: generation continues after '<|im_end|>' (258)" in said
+    )
 
 
 def test_a_checkpoint_that_does_not_say_how_turns_end_is_exported_as_it_was(

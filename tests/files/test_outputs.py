@@ -163,7 +163,7 @@ CHANGES = {
     "a is truncated: 1 bytes, not 3": lambda out: (out / "a").write_text("1"),
     "a is longer than it was": lambda out: (out / "a").write_text("longer"),
     "a is missing": lambda out: (out / "a").unlink(),
-    "not of an export": lambda out: (out / sums.NAME).unlink(),
+    "do not belong to an export": lambda out: (out / sums.NAME).unlink(),
 }
 
 
@@ -325,13 +325,13 @@ def test_sums_that_lead_out_of_their_folder_are_not_ours(tmp_path):
     text = (out / sums.NAME).read_text()
     for name in ("../b", str(tmp_path / "b")):
         (out / sums.NAME).write_text(text.replace("  a", f"  {name}").replace('"a"', f'"{name}"'))
-        with pytest.raises(ValueError, match="not of an export"):
+        with pytest.raises(ValueError, match="do not belong to an export"):
             outputs.check(out, outputs.EXPORT, overwrite=True)
 
 
 def test_a_folder_to_remove_files_in_must_be_new_or_marked(world):
     for name in ("mine", "run", "model", "."):
-        with pytest.raises(ValueError, match="is not empty and not of this program"):
+        with pytest.raises(ValueError, match="is not empty and was not written by this program"):
             outputs.claim(name, ".bench", "--work")
     assert outputs.claim("a/work", ".bench", "--work") == world / "a/work"
     (world / "a/work/runs").mkdir()

@@ -118,7 +118,7 @@ def test_a_process_that_is_not_heard_of_is_named(three, silent, capfd):
             time.sleep(0.05)
     assert ends == [exit_codes.LOST] and 0.8 < time.monotonic() - began < 3
     said = capfd.readouterr().err
-    assert f"STOPPED: process {silent} (host {'abc'[silent]}) not heard of" in said
+    assert f"STOPPED: process {silent} (host {'abc'[silent]}) sent no sign of life" in said
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_rounding_each_device_in_bfloat16_is_what_float32_sums_avoid(kept_all):
     [
         ("some", (), r"model\.remat = 'some': use one of .*full.*qkv"),
         ("full", ("mlps",), r"model\.offload = \['mlps'\]: use names out of"),
-        ("none", ("residual",), r"does not go with model\.remat = 'none'"),
+        ("none", ("residual",), r"cannot be combined with model\.remat = 'none'"),
         ("", (), r"model\.remat = ''"),
     ],
 )

@@ -37,7 +37,7 @@ def problems(sources: Mapping[str, Any]) -> list[str]:
         if not (math.isfinite(source.epochs) and source.epochs > 0):
             messages.append(
                 f"data.train.{name}.epochs = {source.epochs} must be a number above 0: "
-                "leave a source out that shall not train"
+                "leave out a source that is not to train"
             )
         elif source.weight and source.epochs != 1:
             messages.append(
@@ -108,13 +108,13 @@ def example_ids(
         counts: {source name: examples in every epoch}, from `counts`.
     """
     parts = [
-        ids.start + _of_source(len(ids), counts[name], name, shuffle, seed, epoch)
+        ids.start + _source_ids(len(ids), counts[name], name, shuffle, seed, epoch)
         for name, ids in ranges.items()
     ]
     return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
-def _of_source(size: int, count: int, name: str, shuffle, seed: int, epoch: int) -> np.ndarray:
+def _source_ids(size: int, count: int, name: str, shuffle, seed: int, epoch: int) -> np.ndarray:
     """Return the examples, from 0, that a source of `size` examples gives in an epoch.
 
     The rest of a pass depends on the previous epochs, back to the last one that began with a new

@@ -121,7 +121,7 @@ def read(given: str) -> str:
         with regular.open_regular(file) as stream:
             content = stream.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
-            raise ValueError(f"{named} has more than {MOST_BYTES:,} bytes: no template has")
+            raise ValueError(f"{named} has more than {MOST_BYTES:,} bytes: too many for a template")
         text = content.decode()
     except OSError as error:
         raise ValueError(f"{named} cannot be read: {error}") from error

@@ -130,7 +130,7 @@ def _check(name: str, value: Any, *args: Any) -> None:
             _refuse_if(len(arg) * len(value) > MOST_SIZE, f"{name} would make a text too long")
     if name in _FORMATS and isinstance(value, str | bytes):
         text = value if isinstance(value, str) else value.decode("latin-1")
-        _refuse_if(bool(_WIDE_FORMAT.search(text)), f"{name} is asked for too great a width")
+        _refuse_if(bool(_WIDE_FORMAT.search(text)), f"{name} is called with too large a width")
 
 
 def _sized(value: Any) -> Any:

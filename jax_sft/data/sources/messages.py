@@ -157,7 +157,7 @@ def _thinking(given: Message, where: str) -> Message:
     if not fields:
         return {}
     if len(fields) > 1:
-        raise ValueError(f"{where} has {' and '.join(fields)}: they are the same, leave one")
+        raise ValueError(f"{where} has {' and '.join(fields)}: they mean the same, keep one")
     ((name, thought),) = fields.items()
     if not isinstance(thought, str):
         raise ValueError(f"{where}.{name} must be a string, not {shown(thought)}")
@@ -168,7 +168,7 @@ def _training(given: Message, where: str) -> Message:
     """Remove `train` or `weight` from `given`, check it and return it."""
     fields = {name: given.pop(name) for name in ("train", "weight") if name in given}
     if len(fields) > 1:
-        raise ValueError(f"{where} has train and weight: leave one")
+        raise ValueError(f"{where} has train and weight: keep one")
     if not isinstance(fields.get("train", True), bool):
         raise ValueError(f"{where}.train must be true or false, not {shown(fields['train'])}")
     if "weight" in fields:

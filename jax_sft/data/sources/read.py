@@ -214,7 +214,7 @@ def _check_files(given: str, data_files: Sequence[Path]) -> None:
             "the wanted files by a glob"
         )
     if missing := [str(file) for file in data_files if not file.exists()]:
-        raise ValueError(f"source.path = {given!r}: {missing[0]!r} is a link to nothing")
+        raise ValueError(f"source.path = {given!r}: {missing[0]!r} is a broken link")
     for file in data_files:
         regular.check_mode(file, file.stat().st_mode)
     if empty := [str(file) for file in data_files if file.stat().st_size == 0]:

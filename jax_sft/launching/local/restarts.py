@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from jax_sft.runtime import exit_codes
 
 MAX_DELAY_S = 60
-# A restarted process may fail because the others are still going down. Such failures do not count
-# for this long.
+# A restarted process may fail because the others are still shutting down. Such failures do not
+# count for this long.
 REGROUP_S = 600
 # Precedence among exit codes, from any process. No restart helps against the first three.
 _HANDED_ON = (

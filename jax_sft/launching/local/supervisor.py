@@ -83,14 +83,14 @@ class Supervisor:
             if self.requests.count or outcome.code in exit_codes.FINAL:
                 return outcome.code
             if outcome.stuck:
-                self.say("not starting again while processes are left")
+                self.say("not restarting while processes are left")
                 return exit_codes.LOST
             history = restarts.after_failure(
                 history, step=outcome.step, joined=outcome.joined, now=time.monotonic()
             )
             if history.counted > self.options.max_restarts:
                 limit = self.options.max_restarts
-                self.say(f"--max-restarts={limit} reached without getting further: giving up")
+                self.say(f"--max-restarts={limit} reached without progress: giving up")
                 return outcome.code
             attempt += 1
             if not self._wait_to_restart(history, attempt):
@@ -101,7 +101,7 @@ class Supervisor:
         delay = restarts.delay_s(history)
         counted = f"restart {history.counted} of at most {self.options.max_restarts}"
         if not history.last_counts:
-            counted = "not counted: the others were still going down"
+            counted = "not counted: the others were still shutting down"
         self.say(f"starting again in {delay} s ({counted}; attempt {attempt})")
         if self.requests.wait(delay):
             return True

@@ -130,7 +130,7 @@ def _watch(
                 remotes[n].send(line)
         if now > deadline:
             late = [remotes[n].name for n in running if n not in ends]
-            printer.say(f"{', '.join(late)} did not stop in time: letting go")
+            printer.say(f"{', '.join(late)} did not stop in time: no longer waiting")
             ends |= {n: GONE for n in running if n not in ends}
     return [(remotes[n].name, code) for n, code in ends.items()]
 

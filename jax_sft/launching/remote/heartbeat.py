@@ -27,7 +27,7 @@ def _watch(printer: Printer, stdin: int, silence_s: float) -> None:
         readable, _, _ = select.select([stdin], [], [], silence_s)
         chunk = os.read(stdin, 4096) if readable else b""
         if not chunk:
-            why = "has ended" if readable else f"was not heard for {silence_s:.0f} s"
+            why = "has ended" if readable else f"sent no heartbeat for {silence_s:.0f} s"
             printer.say(f"the launcher that started this host {why}: stopping")
             os.kill(os.getpid(), signal.SIGTERM)
             return

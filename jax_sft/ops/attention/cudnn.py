@@ -122,10 +122,10 @@ def problems(
         reasons.append(f"cuDNN attends in bfloat16 or float16, model.dtype is {dtype}")
     if head_dim % 8 or head_dim > largest:
         reasons.append(
-            f"cuDNN takes head dims that are multiples of 8 up to {largest}, here it is {head_dim}"
+            f"cuDNN needs a head dim that is a multiple of 8 up to {largest}, not {head_dim}"
         )
     if has_soft_cap:
-        reasons.append("cuDNN knows no soft cap of attention scores, which this model has")
+        reasons.append("cuDNN supports no soft cap of attention scores, which this model has")
     if sequence > 1:
         reasons.append(
             f"cuDNN cannot start in the middle of a segment, as mesh.sequence = {sequence} needs: "

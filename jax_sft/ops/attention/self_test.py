@@ -87,11 +87,11 @@ def choose(
             if name != "auto":
                 raise
             failed.append(str(error).removesuffix(_ADVICE))
-            say(f"WARNING {failed[-1]}. The next one is tried")
+            say(f"WARNING {failed[-1]}. Trying the next backend")
         else:
             return backend
     raise ValueError(
-        f"model.attention = {name!r}: no attention computes rightly on this machine: "
+        f"model.attention = {name!r}: no attention backend computes correctly on this machine: "
         + "; ".join(failed)
     )
 

@@ -53,7 +53,7 @@ def problems(
         reasons.append(f"tokamax attends in bfloat16 or float16, model.dtype is {dtype}")
     if head_dim % 8 or head_dim > 256:
         reasons.append(
-            f"tokamax takes head dims that are multiples of 8 up to 256, here it is {head_dim}"
+            f"tokamax needs a head dim that is a multiple of 8 up to 256, not {head_dim}"
         )
     return reasons
 

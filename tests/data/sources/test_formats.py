@@ -371,7 +371,7 @@ def test_a_column_that_is_no_list_of_messages_is_named(found):
         (ANSWER | {"weight": float("nan")}, ".weight must be a number from 0, not nan"),
         (ANSWER | {"weight": float("inf")}, ".weight must be a number from 0, not inf"),
         (ANSWER | {"weight": 10**400}, ".weight must be a number from 0, not 1000"),
-        (ANSWER | {"weight": 1, "train": True}, " has train and weight: leave one"),
+        (ANSWER | {"weight": 1, "train": True}, " has train and weight: keep one"),
         (ANSWER | {"function_call": CALL}, ".function_call is out of date: write it as tool_calls"),
         (ANSWER | {"prefix": True}, ".prefix is not supported"),
         (ANSWER | {"audio": {"id": "1"}}, ".audio is not supported"),
@@ -379,7 +379,7 @@ def test_a_column_that_is_no_list_of_messages_is_named(found):
         (ANSWER | {"thinking": ["a"]}, ".thinking must be a string, not ['a']"),
         (
             ANSWER | {"thinking": "a", "reasoning": "a"},
-            " has reasoning and thinking: they are the same, leave one",
+            " has reasoning and thinking: they mean the same, keep one",
         ),
     ],
 )

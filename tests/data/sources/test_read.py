@@ -130,7 +130,7 @@ def test_a_path_may_start_at_home_and_lead_through_links(write, tmp_path, monkey
         ("mixed", r"2 files are of no known kind, such as '.*b.parquet.gz'"),
         ("mixed/*", r"2 files are of no known kind"),
         ("empty", r"'.*b.jsonl' is empty"),
-        ("dangling", r"'.*a.jsonl' is a link to nothing"),
+        ("dangling", r"'.*a.jsonl' is a broken link"),
         ("twice", r"'.*a.jsonl' and '.*b.jsonl' are the same file"),
         ("loop", "are the same folder"),
         ("splits", "holds several splits: name one"),
@@ -273,8 +273,8 @@ def test_only_a_newline_ends_a_line(write, name):
         (b"null", "must be an object, not null"),
         (b"true", "must be an object, not a boolean"),
         (b"1e5", "must be an object, not a number"),
-        (b'{"a": 1, "b": {}, "a": 2}', "cannot be read: key 'a' is there twice"),
-        (b'{"m": [{"c": "x", "c": "y"}]}', "cannot be read: key 'c' is there twice"),
+        (b'{"a": 1, "b": {}, "a": 2}', "cannot be read: key 'a' occurs twice"),
+        (b'{"m": [{"c": "x", "c": "y"}]}', "cannot be read: key 'c' occurs twice"),
         pytest.param(b"[" * 20_000 + b"]" * 20_000, "is nested too deeply", id="lists"),
         pytest.param(b'{"a":' * 9999 + b"1" + b"}" * 9999, "is nested too deeply", id="objects"),
         pytest.param(b'{"a": ' + b"1" * 5000 + b"}", "cannot be read: Exceeds the limit", id="int"),
@@ -300,7 +300,7 @@ def test_a_bad_line_is_an_error_of_that_row_alone(write, name, line, error):
         (b"[1, [2]]", "must be an object, not a list"),
         (b'"te\\"x]t"', "must be an object, not a string"),
         (b"-1.5", "must be an object, not a number"),
-        (b'{"a": 1, "a": 2}', "cannot be read: key 'a' is there twice"),
+        (b'{"a": 1, "a": 2}', "cannot be read: key 'a' occurs twice"),
         pytest.param(b"[" * 20_000 + b"]" * 20_000, "is nested too deeply", id="lists"),
         pytest.param(b"1" * 5000, "cannot be read: Exceeds the limit", id="int"),
     ],
@@ -783,7 +783,7 @@ def test_lines_are_numbered_past_blocks_of_blanks(write, monkeypatch):
 def test_a_row_of_many_keys_or_columns_takes_no_time_of_its_square(write):
     keys = ", ".join(f'"k{n}": 1' for n in range(100_000))
     started = time.monotonic()
-    assert errors(write("{" + keys + ', "k0": 2}'))[0].endswith("key 'k0' is there twice")
+    assert errors(write("{" + keys + ', "k0": 2}'))[0].endswith("key 'k0' occurs twice")
     source = write(",".join(f"c{n}" for n in range(100_000)) + "\na,b\n", "a.csv")
     assert errors(source) == ["row 1 has 2 values for 100000 columns"]
     assert time.monotonic() - started < 10

@@ -405,8 +405,8 @@ def test_cudnn_can_be_planned_for_without_a_gpu():
     [
         (dict(platform="cpu"), "cuDNN needs an NVIDIA GPU, this runs on cpu"),
         (dict(dtype="float32"), "model.dtype is float32"),
-        (dict(head_dim=100), "multiples of 8 up to 256, here it is 100"),
-        (dict(head_dim=264), "multiples of 8 up to 256, here it is 264"),
+        (dict(head_dim=100), "multiple of 8 up to 256, not 100"),
+        (dict(head_dim=264), "multiple of 8 up to 256, not 264"),
         (dict(sequence=4), "mesh.sequence = 4"),
     ],
 )
@@ -421,7 +421,7 @@ def test_cudnn_says_what_is_wrong(change, text):
         ("9.0", 92801, 128, None),
         ("9.0", 92801, 256, None),
         ("10.0", 92801, 128, None),
-        ("10.0", 92801, 192, "multiples of 8 up to 128, here it is 192"),
+        ("10.0", 92801, 192, "multiple of 8 up to 128, not 192"),
         ("8.0", 92801, 128, "compute capability 9.0 (Hopper) or newer, this GPU has 8.0"),
         ("gfx942", 92801, 128, "this GPU has 0"),
         ("9.0", 90501, 128, "cuDNN 9.6 or newer is needed, but the version is 90501"),
@@ -661,7 +661,7 @@ def test_tokamax_says_what_is_wrong(monkeypatch):
         (dict(sequence=4), "10.0", None),
         ({}, "8.0", "compute capability 9 or 10, this GPU has 8.0"),
         (dict(dtype="float32"), "9.0", "model.dtype is float32"),
-        (dict(head_dim=20), "9.0", "up to 256, here it is 20"),
+        (dict(head_dim=20), "9.0", "up to 256, not 20"),
     ],
 )
 def test_tokamax_asks_the_gpu_at_hand(monkeypatch, change, capability, text):
