@@ -1,8 +1,7 @@
 """Real processes: what one number of them saved others read bitwise; one that fails, fails all."""
 
+import shutil
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 
 from tests import programs
 
-REPO = Path(__file__).resolve().parents[2]
 # A process: ACTION is a list of words, done in order with all others.
 PROCESS = """
 import resource, signal, sys, time
@@ -61,46 +59,65 @@ if cluster.num_processes() > 1:
 """
 
 
-def run(count: int, num_devices: int, folder: Path, *actions: str) -> list[str]:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
     """Run processes that share some devices; return what each printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = programs.environment(PYTHONPATH=str(REPO))
-    if count > 1:
-        env |= {"JAX_SFT_COORDINATOR": f"127.0.0.1:{port}", "JAX_SFT_NUM_PROCESSES": str(count)}
-    command = [sys.executable, "-c", PROCESS, str(num_devices), str(folder), *actions]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=env | ({"JAX_SFT_PROCESS_ID": str(number)} if count > 1 else {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(count)
-    ]
-    printed = [process.communicate(timeout=240) for process in processes]
-    for process, (out, error) in zip(processes, printed, strict=True):
-        assert process.returncode == 0 and out.endswith("end\n"), out + error
-    return [out for out, _ in printed]
+    program = tmp_path_factory.mktemp("program") / "process.py"
+    program.write_text(PROCESS)
+
+    def run(count: int, num_devices: int, folder: Path, *actions: str) -> list[str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        env = {}
+        if count > 1:
+            env = {"JAX_SFT_COORDINATOR": f"127.0.0.1:{port}", "JAX_SFT_NUM_PROCESSES": str(count)}
+        logs = tmp_path_factory.mktemp("logs")
+        processes = [
+            server.start(
+                program,
+                *(str(num_devices), str(folder), *actions),
+                output=logs / f"{number}.out",
+                errors=logs / f"{number}.err",
+                env=env | ({"JAX_SFT_PROCESS_ID": str(number)} if count > 1 else {}),
+            )
+            for number in range(count)
+        ]
+        printed = []
+        for number, process in enumerate(processes):
+            code = process.wait(timeout=240)
+            out, error = (logs / f"{number}.{name}" for name in ("out", "err"))
+            printed.append(out.read_text())
+            assert code == 0 and printed[-1].endswith("end\n"), printed[-1] + error.read_text()
+        return printed
+
+    with programs.Server("jax_sft.train", "scripts.faults.damage") as server:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def saved(run, tmp_path_factory):
+    """Return a folder with steps 1 and 2, which two processes saved."""
+    folder = tmp_path_factory.mktemp("saved") / "a[1]" / "checkpoints"  # no glob pattern
+    run(2, 8, folder, "save=1", "save=2")
+    return folder
 
 
 @pytest.mark.parametrize("others", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_what_2_processes_save_others_read_bitwise_and_back(tmp_path, others):
-    folder = tmp_path / "a[1]" / "checkpoints"  # as a glob pattern it would name another folder
-    run(2, 8, folder, "save=1")
-    assert {path.name for path in (folder / "1").glob("manifest.*")} == {
+def test_what_2_processes_save_others_read_bitwise_and_back(run, saved, tmp_path, others):
+    # Its name would be a glob pattern of another folder.
+    folder = Path(shutil.copytree(saved, tmp_path / "a[1]" / "checkpoints"))
+    assert {path.name for path in (folder / "2").glob("manifest.*")} == {
         *("manifest.0.json", "manifest.1.json")
     }
-    run(1, 8, folder, "restore=1", "save=2")
+    run(1, 8, folder, "restore=2", "save=3")
     if others == 4:
-        run(4, 4, folder, "restore=2", "save=3")
-    run(2, 8, folder, f"restore={3 if others == 4 else 2}")
+        run(4, 4, folder, "restore=3", "save=4")
+    run(2, 8, folder, f"restore={4 if others == 4 else 3}")
 
 
 @pytest.mark.parametrize("where", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_write_error_of_one_process_fails_the_save_of_both_at_once(tmp_path, where):
+def test_a_write_error_of_one_process_fails_the_save_of_both_at_once(run, tmp_path, where):
     folder = tmp_path / "checkpoints"
     began = time.monotonic()
     out = run(
@@ -115,9 +132,8 @@ def test_a_write_error_of_one_process_fails_the_save_of_both_at_once(tmp_path, w
     assert {path.name for path in folder.iterdir()} == {"1", "3"}
 
 
-def test_damage_that_only_one_process_reads_sends_both_to_the_older_step(tmp_path):
-    folder = tmp_path / "checkpoints"
-    run(2, 8, folder, "save=1", "save=2")
+def test_damage_that_only_one_process_reads_sends_both_to_the_older_step(run, saved, tmp_path):
+    folder = Path(shutil.copytree(saved, tmp_path / "checkpoints"))
     (file,) = [
         file
         for file in (folder / "2" / "params" / "ocdbt.process_1").rglob("*")

@@ -409,11 +409,12 @@ MISTAKES = {
 }
 
 
-def test_a_mistake_is_one_line_and_exit_code_64(folder):
+def test_a_mistake_is_one_line_and_exit_code_64(folder, tmp_path):
     model = small_config(folder, {}).model.path
-    base = ["--config=configs/qwen7b.py", f"--config.model.path={model}"]
+    base = ["jax_sft.plan", "--config=configs/qwen7b.py", f"--config.model.path={model}"]
     base += [f"--workdir={folder / 'wrong'}"]
-    results = programs.run_each("jax_sft.plan", [[*base, *arguments] for arguments in MISTAKES])
+    commands = [[*base, *arguments] for arguments in MISTAKES]
+    results = programs.run_each(commands, tmp_path)
     for message, done in zip(MISTAKES.values(), results, strict=True):
         assert done.returncode == 64, (done.args, done.stderr)
         assert message in done.stderr and "Traceback" not in done.stderr, done.args

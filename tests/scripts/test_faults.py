@@ -1,20 +1,18 @@
 """Real processes that are killed, stopped, asked to stop, or differ: what the others do."""
 
-import contextlib
+import dataclasses
+import functools
 import json
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from jax_sft.runtime import exit_codes
-from tests import programs
+from tests import inputs, programs
 
-REPO = Path(__file__).resolve().parents[2]
 CONFIG = """
 from jax_sft import config
 
@@ -26,7 +24,7 @@ def get_config():
     cfg.data.train.main = config.source({data!r})
     cfg.data.seq_len = 128
     cfg.batch.rows = 8
-    cfg.train.steps = 20
+    cfg.train.steps = 14
     cfg.log.every_steps = 1
     cfg.checkpoint.every_steps = 5
     cfg.mesh.cpu_devices = 2
@@ -55,45 +53,91 @@ lifecycle.run(lambda: app.run(train.main, flags_parser=command_line.parse_flags)
 """
 
 
-@pytest.fixture
-def launch(make_config, tmp_path):
-    """Start processes of one run; keywords: the fault, options per process, seconds per step."""
-    cfg = make_config()
-    file = tmp_path / "run_config.py"
+@pytest.fixture(scope="module")
+def server():
+    with programs.Server("jax_sft.train") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def run_config(tmp_path_factory):
+    """Return the file of the config of all runs."""
+    folder = tmp_path_factory.mktemp("config")
+    cfg = inputs.write_config(folder)
+    file = folder / "run_config.py"
     file.write_text(CONFIG.format(model=cfg.model.path, data=cfg.data.train.main.path))
-    started: list[subprocess.Popen] = []
+    return file
 
-    def start(count=2, fault="", options=((), ()), pace=0.0, workdir="run", env=()):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        trainer = tmp_path / "trainer.py"
-        trainer.write_text(TRAINER.format(fault=fault or "...", pace=pace))
-        environ = programs.environment(PYTHONPATH=str(REPO))
-        processes = []
-        for number in range(count):
-            ours = environ | dict(env[number] if env else {})
-            if count > 1:
-                ours |= {
-                    "JAX_SFT_COORDINATOR": f"127.0.0.1:{port}",
-                    "JAX_SFT_NUM_PROCESSES": str(count),
-                    "JAX_SFT_PROCESS_ID": str(number),
-                }
-            command = [sys.executable, str(trainer), f"--config={file}"]
-            command += [f"--workdir={tmp_path / workdir}", *options[number]]
-            with (tmp_path / f"{workdir}.{number}.log").open("w") as log:
-                processes.append(
-                    subprocess.Popen(command, env=ours, stdout=log, stderr=subprocess.STDOUT)
-                )
-        started.extend(processes)
-        return processes
 
-    yield start
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGCONT)
-            process.kill()
-        process.wait()
+def start_processes(
+    server, run_config, folder, count=2, fault="", options=((), ()), pace=0.0, workdir="run", env=()
+):
+    """Start processes of one run; keywords: the fault, options per process, seconds per step."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    trainer = folder / f"{workdir}.trainer.py"
+    trainer.write_text(TRAINER.format(fault=fault or "...", pace=pace))
+    processes = []
+    for number in range(count):
+        ours = dict(env[number] if env else {})
+        if count > 1:
+            ours |= {
+                "JAX_SFT_COORDINATOR": f"127.0.0.1:{port}",
+                "JAX_SFT_NUM_PROCESSES": str(count),
+                "JAX_SFT_PROCESS_ID": str(number),
+            }
+        arguments = [f"--config={run_config}", f"--workdir={folder / workdir}", *options[number]]
+        log = folder / f"{workdir}.{number}.log"
+        log.unlink(missing_ok=True)
+        processes.append(server.start(trainer, *arguments, output=log, env=ours))
+    return processes
+
+
+@pytest.fixture
+def launch(server, run_config, tmp_path):
+    """`start_processes` of runs in the folder of the test."""
+    return functools.partial(start_processes, server, run_config, tmp_path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A run of two processes, of which one was stopped (SIGSTOP) after step 12.
+
+    Attributes:
+        victim: its number.
+        code: exit code of the other one.
+        seconds: from the stop to the other one's exit.
+        log: what the other one printed.
+        losses: of the steps before, which nothing interrupted.
+    """
+
+    victim: int
+    code: int
+    seconds: float
+    log: str
+    losses: list
+
+
+@pytest.fixture(scope="module")
+def frozen(server, run_config, tmp_path_factory):
+    """Return a function from the number of the process that stops to its `Frozen` run."""
+
+    @functools.cache
+    def stopped(victim: int) -> Frozen:
+        folder = tmp_path_factory.mktemp("frozen")
+        fault = f"(process, step) == ({victim}, 12) and os.kill(os.getpid(), signal.SIGSTOP)"
+        limit = ("--config.train.stall_timeout_s=5",)
+        processes = start_processes(server, run_config, folder, 2, fault, (limit, limit))
+        wait_for_step(folder / "run", 11)
+        began = time.monotonic()
+        code = processes[1 - victim].wait(40)
+        seconds = time.monotonic() - began
+        processes[victim].send_signal(signal.SIGKILL)
+        log = said(folder, 1 - victim)
+        return Frozen(victim, code, seconds, log, losses(folder / "run"))
+
+    return stopped
 
 
 def said(tmp_path, number, workdir="run"):
@@ -118,29 +162,25 @@ def codes(processes, seconds=90):
     return [process.wait(timeout=seconds) for process in processes]
 
 
-def test_one_process_told_to_stop_stops_both_saved_and_they_go_on_bitwise(launch, tmp_path):
-    assert codes(launch(workdir="whole")) == [0, 0], said(tmp_path, 0, "whole")
-    processes = launch(pace=0.2)
-    wait_for_step(tmp_path / "run", 7)
-    processes[1].send_signal(signal.SIGTERM)
+def test_one_process_told_to_stop_stops_both_saved_and_they_go_on_bitwise(launch, frozen, tmp_path):
+    processes = launch(fault="(process, step) == (1, 7) and os.kill(os.getpid(), signal.SIGTERM)")
     assert codes(processes) == [exit_codes.REQUEUE] * 2, said(tmp_path, 0)
     stored = max(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir() if p.name.isdigit())
-    assert stored == losses(tmp_path / "run")[-1][0] >= 8
+    assert stored == losses(tmp_path / "run")[-1][0]
+    assert 7 <= stored < 11
     assert codes(launch()) == [0, 0], said(tmp_path, 0)
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    whole = frozen(1).losses
+    resumed = losses(tmp_path / "run")
+    assert [step for step, *_ in resumed] == list(range(1, 15))
+    assert resumed[: len(whole)] == whole and len(whole) >= 11
 
 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_stopped_process_is_named_by_the_other_within_the_bound(launch, tmp_path, victim):
-    limit = ("--config.train.stall_timeout_s=5",)
-    processes = launch(pace=0.2, options=(limit, limit))
-    wait_for_step(tmp_path / "run", 3)
-    processes[victim].send_signal(signal.SIGSTOP)
-    began = time.monotonic()
-    assert processes[1 - victim].wait(timeout=40) == exit_codes.LOST, said(tmp_path, 1 - victim)
-    assert time.monotonic() - began < 5 + 10
-    told = said(tmp_path, 1 - victim)
-    assert f"STOPPED: process {victim} (host " in told and "running step" in told
+def test_a_stopped_process_is_named_by_the_other_within_the_bound(frozen, victim):
+    run = frozen(victim)
+    assert run.code == exit_codes.LOST, run.log
+    assert run.seconds < 5 + 10
+    assert f"STOPPED: process {victim} (host " in run.log and "running step" in run.log
 
 
 @pytest.mark.slow
