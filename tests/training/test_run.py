@@ -24,7 +24,9 @@ from jax_sft.runtime import exit_codes
 from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import metrics, optim, state
-from jax_sft.training.step import make_train_step, value_and_grad
+from jax_sft.training import run as training_run
+from jax_sft.training.program import program
+from jax_sft.training.step import value_and_grad
 from jax_sft.weights import hf_folder, hf_reader, placement
 from tests import programs, tiers
 from tests.inputs import write_config, write_model
@@ -189,31 +191,21 @@ def test_accumulation_equals_one_large_batch(make_config, make_model, micro_rows
         )
 
 
-def test_the_step_compiles_once(make_config):
-    cfg = make_config()
-    model_def, params, loader, mesh = on_mesh(cfg, (1, 2, 2, 2))
-    tx = optim.make(cfg.optimizer, 10, model_def.rows)
-    with jax.set_mesh(mesh):
-        current = state.create(tx, params, model_def.rows, mesh)
-        shardings = state.shardings(tx, params, model_def.rows, mesh)
-        learning_rate = optim.schedule(cfg.optimizer, 10)
-        step = make_train_step(model_def, tx, learning_rate, shardings, mesh)
-        for batch in loader.batches(0, 5):
-            current, _ = step(current, batch)
-    assert step._cache_size() == 1
-    assert int(current.step) == 5
-
-
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """Return (config, its metrics when nothing happens, folder of a run that was killed after step
-    9 of 12 with step 7 saved).
+    9 of 12 with step 7 saved, the train step of both).
     """
     folder = tmp_path_factory.mktemp("stopped")
     options = {"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.sequence": 2, "train.steps": 12}
     cfg = write_config(folder, **options)
-    jax_sft.train(cfg, folder / "whole")
-    cfg.checkpoint.every_steps = 7
+    built = []
+
+    def build_once(*arguments, **options):
+        if not built:
+            built.append(program(*arguments, **options))
+        return built[0]
+
     real_add = metrics.Meter.add
 
     def crash_after_9(meter, *sums):
@@ -222,14 +214,22 @@ def stopped(tmp_path_factory):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_run, "program", build_once)
+        jax_sft.train(cfg, folder / "whole")
+        cfg.checkpoint.every_steps = 7
         patch.setattr(metrics.Meter, "add", crash_after_9)
         with pytest.raises(KeyboardInterrupt):
             jax_sft.train(cfg, folder / "parts")
-    return cfg, read_metrics(folder / "whole"), folder / "parts"
+    return cfg, read_metrics(folder / "whole"), folder / "parts", built[0].train_step
+
+
+def test_the_step_compiles_once(stopped):
+    *_, train_step = stopped
+    assert train_step._cache_size() == 1  # in two runs
 
 
 def test_a_stopped_run_goes_on_with_bitwise_the_same_losses(stopped, tmp_path):
-    cfg, expected, parts = stopped
+    cfg, expected, parts, _ = stopped
     run = Path(shutil.copytree(parts, tmp_path / "run"))
     jax_sft.train(cfg, run)  # steps 8 and 9 are done again
     found = read_metrics(run)
@@ -254,11 +254,11 @@ def train_until_saved(cfg, workdir: Path) -> None:
 
 
 def test_a_run_resumes_on_another_mesh_to_rounding(stopped, tmp_path):
-    cfg, lines, parts = stopped
+    cfg, lines, parts, _ = stopped
     run = Path(shutil.copytree(parts, tmp_path / "run"))
     other = cfg.copy_and_resolve_references()
     other.mesh.fsdp, other.mesh.tensor, other.mesh.sequence = 8, 1, 1
-    jax_sft.train(other, run)
+    jax_sft.train(other, run)  # steps 8 to 12
     expected = {m["step"]: m["loss"] for m in lines}
     found = {m["step"]: m["loss"] for m in read_metrics(run)}
     assert found.keys() == expected.keys()
@@ -355,29 +355,42 @@ def test_a_run_goes_on_when_saves_fail_and_says_at_its_end_what_is_not_saved(
     assert jax_sft.train(cfg, tmp_path / "run")["step"] == 3  # all again, from the beginning
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return (config, folder) of a run of 3 steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    cfg = write_config(folder, **{"train.steps": 3})
+    jax_sft.train(cfg, folder / "run")
+    return cfg, folder / "run"
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """Return the config and the folder of a run of 3 steps, which the test may change."""
+    cfg, run = trained
+    return cfg.copy_and_resolve_references(), Path(shutil.copytree(run, tmp_path / "run"))
+
+
 def test_a_run_with_another_config_or_data_is_refused_before_weights_are_read(
-    make_config, tmp_path, monkeypatch
+    finished, monkeypatch
 ):
-    cfg = make_config(**{"train.steps": 2})
-    jax_sft.train(cfg, tmp_path / "run")
+    cfg, run = finished
     monkeypatch.setattr(hf_reader, "load", None)
     cfg.train.steps, cfg.optimizer.learning_rate = 4, 1e-5
-    with pytest.raises(ValueError, match=r"learning_rate: 0.001 -> 1e-05\n  train.steps: 2 -> 4\n"):
-        jax_sft.train(cfg, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"learning_rate: 0.001 -> 1e-05\n  train.steps: 3 -> 4\n"):
+        jax_sft.train(cfg, run)
     cfg.optimizer.learning_rate, cfg.checkpoint.allow_changes = 1e-3, ("train.steps",)
     data = Path(cfg.data.train.main.path)
     text = data.read_text()
     data.write_text(text.replace("count", "list"))
     with pytest.raises(ValueError, match="data: the files are not those of the checkpoint"):
-        jax_sft.train(cfg, tmp_path / "run")
+        jax_sft.train(cfg, run)
     data.write_text(text)
-    assert jax_sft.train(cfg, tmp_path / "run")["step"] == 4
+    assert jax_sft.train(cfg, run)["step"] == 4
 
 
-def test_a_finished_run_has_nothing_left_to_do(make_config, tmp_path, capsys):
-    cfg = make_config(**{"train.steps": 3})
-    run = tmp_path / "run"
-    jax_sft.train(cfg, run)
+def test_a_finished_run_has_nothing_left_to_do(finished, tmp_path, capsys):
+    cfg, run = finished
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     capsys.readouterr()
     assert jax_sft.train(cfg, run) == {}
@@ -420,21 +433,19 @@ def test_the_command_line_trains_overrides_keys_and_exports(make_config, tmp_pat
         "    cfg.data.seq_len = 128\n    cfg.batch.rows = 8\n    return cfg\n"
     )
     run = tmp_path / "run"
-    base = [sys.executable, "-m", "jax_sft.train", f"--config={file}", f"--workdir={run}"]
-    done = subprocess.run(
-        [*base, "--config.train.steps=2", "--config.train.epochs=3"], cwd=ROOT, text=True, **PIPES
-    )
-    assert done.returncode == 0, done.stderr
-    assert "step 2/2" in done.stdout
-    wrong = subprocess.run([*base, "--config.model.remat=ful"], cwd=ROOT, text=True, **PIPES)
+    base = ["jax_sft.train", f"--config={file}", f"--workdir={run}"]
+    base += ["--config.train.steps=2", "--config.train.epochs=3"]
+    trained = subprocess.run([sys.executable, "-m", *base], cwd=ROOT, text=True, **PIPES)
+    assert trained.returncode == 0, trained.stderr
+    assert "step 2/2" in trained.stdout
+    out = tmp_path / "out"
+    export = ["jax_sft.export", f"--checkpoint={run}/checkpoints", f"--out={out}"]
+    commands = [[*base, "--config.model.remat=ful"], [*export, "--shard-size=50KB"], export]
+    wrong, exported, again = programs.run_each(commands, tmp_path)
     assert wrong.returncode == 64
     assert "model.remat = 'ful'" in wrong.stderr and "Traceback" not in wrong.stderr
-    script = [sys.executable, "scripts/export_hf.py", f"--checkpoint={run}/checkpoints"]
-    out = tmp_path / "out"
-    done = subprocess.run([*script, f"--out={out}", "--shard-size=50KB"], cwd=ROOT, **PIPES)
-    assert done.returncode == 0, done.stderr
+    assert exported.returncode == 0, exported.stderr
     assert (out / "model.safetensors.index.json").exists()
-    again = subprocess.run([*script, f"--out={out}"], cwd=ROOT, text=True, **PIPES)
     assert again.returncode == 64 and "not empty" in again.stderr
 
 
