@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import jax
 from absl import app, flags, logging
 
-from jax_sft import hardware
+from jax_sft import config, hardware
 from jax_sft.files import outputs, paths
 from jax_sft.planning import search, targets
 from jax_sft.planning.analysis import Target, analyse
@@ -42,7 +42,7 @@ MOST_ADVICE = 4  # most settings to compile when looking for one that fits, 10 t
 
 
 def plan(
-    cfg,
+    cfg: config.Config,
     target: str,
     hosts: int,
     gpus_per_host: int = 8,
@@ -73,29 +73,29 @@ def plan(
         raise ValueError(f"--hosts={hosts} --gpus-per-host={gpus_per_host}: use positive numbers")
     if hlo_file and not hlo_file.absolute().parent.is_dir():
         raise ValueError(f"--hlo={hlo_file}: there is no folder {hlo_file.absolute().parent}")
-    row = _row_work(report, cfg.data.seq_len)
-    resolved = validate(cfg, num_devices, planned_for=chip.capability)
+    settings = validate(cfg, num_devices, planned_for=chip.capability)
+    row = _row_work(report, settings.data.seq_len)
     if problem := targets.plugin_problem():
         if with_search:
             raise ValueError(f"--search needs the compiler for GPUs: {problem}")
         say(f"WARNING {problem}. Until then: {FALLBACK}")
         devices = cpu_devices(num_devices)
-        resolved = dataclasses.replace(resolved, attention="blockwise")  # runs on CPUs
+        settings = dataclasses.replace(settings, attention="blockwise")  # runs on CPUs
     else:
         devices = targets.topology(chip, hosts, gpus_per_host)
     machines = Target(chip, hosts, gpus_per_host, devices, row)
     say(f"compiling for {num_devices} x {chip.kind} ...")
-    planned = analyse(cfg, resolved, machines, hlo_file=hlo_file)
-    if cfg.data.packing == "none":
+    planned = analyse(settings, machines, hlo_file=hlo_file)
+    if settings.data.packing == "none":
         planned["warnings"].append(
             'data.packing = "none" pads rows to the longest of a batch: planned are full rows, the '
             "most work and memory that a batch can take"
         )
     if with_search:
-        planned["search"] = search.search(cfg, machines, say)
+        planned["search"] = search.search(settings, machines, say)
     elif not fits(planned):
         say("it does not fit: looking for what would")
-        planned["advice"] = search.advice(cfg, machines, MOST_ADVICE, say)
+        planned["advice"] = search.advice(settings, machines, MOST_ADVICE, say)
     return planned
 
 

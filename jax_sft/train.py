@@ -2,10 +2,10 @@
 
     python -m jax_sft.train --config=configs/tiny.py [--workdir=DIR] [--config.KEY=VALUE ...]
 
-Any key of jax_sft/config.py can be set, e.g. --config.optimizer.learning_rate=2e-5
---config.batch.rows=32 --config.data.train.main.path=my.jsonl. If the folder holds a checkpoint,
-training resumes from it. Writes config.json, metrics.jsonl, data_report.json, checkpoints/ and,
-with --config.train.export=True, export/ into the folder.
+--help-config lists all keys, --help-config=optimizer those of a section. Any key can be set, e.g.
+--config.optimizer.learning_rate=2e-5 --config.data.train.main.path=my.jsonl. If the folder holds a
+checkpoint, training resumes from it. Writes config.json, metrics.jsonl, data_report.json,
+checkpoints/ and, with --config.train.export=True, export/ into the folder.
 """
 
 import gc

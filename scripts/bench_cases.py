@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_sft import models, tiny
+from jax_sft import config, models, tiny
 from jax_sft.batch import FIELDS
 from jax_sft.data.batches.examples import Examples
 from jax_sft.data.batches.loader import Loader
@@ -201,17 +201,17 @@ def make(case: Case, name: str, inputs: Inputs, folder: Path) -> Work:
             "changes": dict(case.changes),
         },
     )
-    cfg = ours.run_config(dataclasses.replace(spec, held_out=""))
-    examples = prepare.prepare(cfg.data.train, model, cfg.data, progress=False)
+    run = config.to_settings(ours.run_config(dataclasses.replace(spec, held_out="")))
+    examples = prepare.prepare(run.data.train, model, run.data, progress=False)
     loader = Loader(
         examples,
-        cfg.data,
-        cfg.data.train,
+        run.data,
+        run.data.train,
         rows=case.rows,
-        micro_rows=cfg.batch.micro_rows or case.rows,
+        micro_rows=run.batch.micro_rows or case.rows,
         mesh=single_device_mesh(),
-        shuffle=cfg.data.shuffle,
-        seed=cfg.seed,
+        shuffle=run.data.shuffle,
+        seed=run.seed,
     )
     steps = [loader.build(step, range(case.rows)) for step in range(case.steps)]
     rows = {field: np.stack([step[field] for step in steps]) for field in FIELDS}

@@ -27,7 +27,6 @@ import grain
 import numpy as np
 from tokenizers import Tokenizer
 
-from jax_sft import config
 from jax_sft.batch import empty_rows
 from jax_sft.data.batches import packing
 from jax_sft.data.batches.examples import Examples
@@ -36,6 +35,7 @@ from jax_sft.data.chat import encoding
 from jax_sft.data.sources import formats, read
 from jax_sft.data.tokens import worker
 from jax_sft.runtime import confined
+from jax_sft.settings import Data, Source
 from jax_sft.sharding.mesh import single_device_mesh
 
 NODE_TOKENS_PER_S = 100_000  # about what eight H200s train of a 7B model
@@ -308,8 +308,7 @@ def mapped_examples(lengths: np.ndarray, folder: Path) -> Examples:
 
 
 def compare_loaders(examples: Examples, num_steps: int) -> None:
-    data = config.default().data
-    data.seq_len, num_rows = 4096, 64
+    data, num_rows = Data(seq_len=4096), 64
     batch = {"rows": num_rows, "micro_rows": num_rows, "shuffle": True, "seed": 0}
     schedule = Schedule(examples, data, None, **batch)
     mesh = single_device_mesh()
@@ -400,14 +399,14 @@ def only_ids(backend: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [encoded.ids for encoded in backend.encode_batch(texts, add_special_tokens=False)]
 
 
-def guessed_source(file: Path) -> config.Config:
+def guessed_source(file: Path) -> Source:
     """Return a source for messages, question and answer, or instruction, input and response."""
-    keys = next(read.parse(next(read.chunks(config.source(file), [file])))).row or {}
+    keys = next(read.parse(next(read.chunks(Source(str(file)), [file])))).row or {}
     if "messages" in keys:
-        return config.source(file)
+        return Source(str(file))
     if "question" in keys:
-        return config.source(file, prompt_key="question", response_key="answer")
-    return config.source(file, prompt_key="instruction", query_key="input")
+        return Source(str(file), prompt_key="question", response_key="answer")
+    return Source(str(file), prompt_key="instruction", query_key="input")
 
 
 SECTIONS = {"planning": planning, "balance": balance, "loading": loading, "tokenizing": tokenizing}

@@ -248,10 +248,10 @@ def planned(run: Run) -> Plan:
         file = gpu_step.write_config(Path(folder), LARGE[run.size], 1, changes)
         cfg = runpy.run_path(str(file))["get_config"]()
         cfg.batch.rows = run.rows_per_gpu * run.num_gpus
-        resolved = validate(cfg, run.num_gpus, planned_for=chip.capability)
+        settings = validate(cfg, run.num_gpus, planned_for=chip.capability)
         devices = targets.topology(chip, hosts, GPUS_PER_HOST)
         target = Target(chip, hosts, GPUS_PER_HOST, devices, full_row(SEQ_LEN))
-        return analyse(cfg, resolved, target)
+        return analyse(settings, target)
 
 
 GPUS_HEAD = [

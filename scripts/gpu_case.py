@@ -227,8 +227,8 @@ def predict(case: Case) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder:
             file = config_of(case, setting, Path(folder))
             cfg = runpy.run_path(str(file))["get_config"]()
-            resolved = validate(cfg, 1, planned_for=chip.capability)
-            plan = analyse(cfg, resolved, Target(chip, 1, 1, targets.topology(chip, 1, 1), row))
+            settings = validate(cfg, 1, planned_for=chip.capability)
+            plan = analyse(settings, Target(chip, 1, 1, targets.topology(chip, 1, 1), row))
         flops = gpu_cases.model_flops(
             case.raw(setting), setting.rows * case.length, pairs * setting.rows
         )

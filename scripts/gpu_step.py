@@ -28,6 +28,7 @@ if missing := stand_ins.install():
 
 from jax_sft.hardware import CHIPS
 from jax_sft.nn.layers import INIT_STD
+from jax_sft.settings import Settings
 from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import program, state
@@ -112,15 +113,15 @@ def measured_step(
             compiled program; its result is added to the returned dict.
     """
     cfg = runpy.run_path(str(config_file))["get_config"]()
-    resolved = validate(cfg, jax.device_count())
-    mesh = make_mesh(resolved.mesh_shape)
+    settings = validate(cfg, jax.device_count())
+    mesh = make_mesh(settings.mesh_shape)
     with mock.patch.object(program, "gpu_options", options_left):
-        planned = program.program(cfg, resolved, mesh, num_steps=1000)
-    rows, dims = planned.model_def.rows, resolved.model_cfg.dims
-    dtype = jnp.dtype(cfg.model.param_dtype)
+        planned = program.program(settings, mesh, num_steps=1000)
+    rows, dims = planned.model_def.rows, settings.model_cfg.dims
+    dtype = jnp.dtype(settings.model.param_dtype)
     with jax.set_mesh(mesh):
         current = state.create(planned.tx, random_params(rows, dims, mesh, dtype), rows, mesh)
-        batch = random_batch(cfg, dims["vocab"], mesh, max_segments, median)
+        batch = random_batch(settings, dims["vocab"], mesh, max_segments, median)
         before = peak_bytes()
         began = time.perf_counter()
         compiled = planned.train_step.lower(current, batch).compile()
@@ -131,14 +132,14 @@ def measured_step(
             current, sums = compiled(current, batch)
             return float(sums["loss"] / sums["weight"])  # waits for the step
 
-        times = timed(step, num_steps, f"with attention {resolved.attention}")
+        times = timed(step, num_steps, f"with attention {settings.attention}")
         peak = peak_bytes()
         extra = finish(step, compiled.as_text() or "")
     tokens = int((batch["segment_ids"] > 0).sum())
     return {
         "layers": dims["layers"],
-        "attention": resolved.attention,
-        "options": options_left(resolved.attention),
+        "attention": settings.attention,
+        "options": options_left(settings.attention),
         "compile_s": compile_s,
         **times,
         "tokens": tokens,
@@ -218,15 +219,15 @@ def hashed(shape: tuple[int, ...], seed: int, mean: float, dtype=jnp.float32) ->
 
 
 def random_batch(
-    cfg, vocab: int, mesh, max_segments: int = 1, median: int = 0
+    settings: Settings, vocab: int, mesh, max_segments: int = 1, median: int = 0
 ) -> dict[str, jax.Array]:
     """Return one batch of random tokens, all trained, in micro-batches as the config sets them.
 
     Args:
         max_segments, median: see `rows_of_segments`.
     """
-    num_rows, num_tokens = cfg.batch.rows, cfg.data.seq_len
-    micro_rows = cfg.batch.micro_rows or num_rows
+    num_rows, num_tokens = settings.batch.rows, settings.data.seq_len
+    micro_rows = settings.batch.micro_rows or num_rows
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, vocab, (num_rows, num_tokens + 1), np.int32)
     segments, positions = rows_of_segments(num_rows, num_tokens, max_segments, median)

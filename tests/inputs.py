@@ -1,12 +1,13 @@
 """Inputs of tests: folders of tiny models of any family, and configs of tiny runs."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from jax_sft import config, tiny
+from jax_sft import config, settings, tiny
 
 # A small model in which no two dimensions are equal, so that a mix-up cannot go unnoticed.
 ODD = {
@@ -68,6 +69,11 @@ def uneven(router: np.ndarray) -> np.ndarray:
         return router
     a, b, *others, _ = router
     return np.stack([a, -a, b, -b, *others[2:], np.zeros_like(a)])
+
+
+def source(path: str | os.PathLike, **changes) -> settings.Source:
+    """A data source as the data pipeline takes it; keywords are its keys."""
+    return settings.Source(os.fspath(path), **changes)
 
 
 def write_config(parent: Path, model: Path | None = None, num_rows: int = 60, **changes):

@@ -1,6 +1,7 @@
 """The config: every key known, read and typed; every problem reported at once, with its remedy."""
 
 import ast
+import dataclasses
 import json
 import re
 import shlex
@@ -13,8 +14,12 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import jax_sft
-from jax_sft import config
-from jax_sft.runtime import command_line
+from jax_sft import config, settings
+from jax_sft.data.sources import formats
+from jax_sft.nn import remat_names
+from jax_sft.ops.attention import dispatch
+from jax_sft.runtime import command_line, config_help
+from jax_sft.settings import Loss, Settings, Source
 from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import mesh_shape
 from jax_sft.training import open_state
@@ -51,7 +56,7 @@ def attributes_read() -> set[str]:
     """Names read as attributes anywhere in the package but where keys are made or only checked."""
     names = set()
     for file in PACKAGE.rglob("*.py"):
-        if file.name != "config.py":
+        if file.name not in ("config.py", "settings.py"):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                     names.add(node.attr)
@@ -66,6 +71,84 @@ def test_every_key_is_read_somewhere():
     keys = leaves(config.default()) + leaves(config.source("x"), "source.")
     assert len(keys) > 45
     assert [key for key in keys if key.split(".")[-1] not in read] == []
+
+
+def test_the_settings_of_the_default_config_are_the_defaults():
+    assert config.to_settings(config.default()) == Settings()
+    assert config.to_settings(Settings()) == Settings()
+    json.dumps(config.to_dict(Settings()))
+
+
+def test_settings_are_frozen_and_hold_what_the_config_holds(make_config):
+    cfg = make_config(**{"log.trackers": ("tensorboard",), "optimizer.learning_rate": 1})
+    cfg.data.template_args.tools = {"deep": [1, 2]}
+    found = config.to_settings(cfg)
+    assert found.data.train["main"] == Source(cfg.data.train.main.path)
+    assert found.data.template_args == {"tools": {"deep": [1, 2]}}
+    assert type(found.optimizer.learning_rate) is float and found.log.trackers == ("tensorboard",)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.batch.rows = 1  # pyright: ignore
+    cfg.batch.rows = 99
+    assert found.batch.rows == 8
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("batch.rows", None, "batch.rows = None: use a value of type int"),
+        ("data.shuffle", 1, "data.shuffle = 1: use a value of type bool"),
+        ("batch.rows", True, "batch.rows = True: use a value of type int"),
+        ("model.offload", "residual", "model.offload = 'residual': use a value of type tuple"),
+        ("data.template_args", 3, "data.template_args = 3: use a value of type dict"),
+        ("batch", 3, "batch = 3: use a value of type Batch"),
+        ("batch.row", 3, "batch.row is no key of the config: did you mean batch.rows?"),
+        ("sed", 3, "sed is no key of the config: did you mean seed?"),
+        ("data.train", None, "data.train = None: use a value of type dict"),
+    ],
+)
+def test_a_config_made_by_hand_is_checked_key_by_key(make_config, key, value, problem):
+    cfg = make_config().to_dict()
+    *parents, leaf = key.split(".")
+    section = cfg
+    for parent in parents:
+        section = section[parent]
+    section[leaf] = value
+    assert problems(ConfigDict(cfg)) == [problem]
+
+
+def test_choices_are_those_of_the_code():
+    choices = {entry.name: set(entry.key.choices) for entry in settings.entries()}
+    assert choices["model.attention"] == set(dispatch.BACKENDS)
+    assert choices["data.train.NAME.format"] == {"", *formats.FORMATS}
+    remat = next(entry.key.text for entry in settings.entries() if entry.name == "model.remat")
+    assert all(name in remat for name in remat_names.NAMES)
+
+
+def test_every_default_is_allowed_and_every_key_is_explained():
+    for entry in settings.entries():
+        assert entry.key.problem(entry.name, entry.default) == ""
+        assert entry.key.text.endswith(".")
+    assert settings.problems(Settings()) == []
+
+
+def test_docs_config_md_is_the_one_that_the_settings_give():
+    written = (PACKAGE.parent / "docs" / "config.md").read_text(encoding="utf-8")
+    assert written == config_help.as_markdown()
+
+
+def test_help_config_lists_the_keys_of_a_prefix(capsys):
+    for arguments in (["--help-config=optimizer"], ["--help-config", "optimizer", "--workdir=x"]):
+        with pytest.raises(SystemExit) as ended:
+            command_line.parse_flags(["train", *arguments])
+        said = capsys.readouterr().out
+        assert ended.value.code == 0 and "\noptimizer.eps = 1e-08\n    Added to" in said
+        assert not re.search(r"^(?!optimizer\.)\w", said, re.MULTILINE)
+    with pytest.raises(SystemExit) as ended:
+        command_line.parse_flags(["train", "--help-config"])
+    assert ended.value.code == 0 and "data.seq_len = 2048 tokens" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        command_line.parse_flags(["train", "--help-config=optimiser"])
+    assert ended.value.code == 64 and "did you mean optimizer?" in capsys.readouterr().err
 
 
 def test_the_default_config_is_valid_but_for_model_and_data():
@@ -155,7 +238,7 @@ def test_all_problems_are_reported_at_once(make_config):
     )
     cfg.data.eval.held = config.source("", format="xml", limit=-2)
     expected = [
-        r"seed = -1: use at least 0",
+        r"seed = -1: use a value from 0 up to, not including, 2\*\*63",
         r"model\.dtype = 'float8': use one of \['float32', 'bfloat16', 'float16'\]",
         r"model\.attention = 'flesh': use one of \[.*'auto'",
         r"data\.seq_len = 130 .* mesh\.sequence x mesh\.tensor = 8: use 136",
@@ -167,8 +250,8 @@ def test_all_problems_are_reported_at_once(make_config):
         r"checkpoint\.keep_best needs an evaluation .* set eval\.every_steps \(now 0\)",
         r"log\.trackers: 'tensorbored' is not one of \['tensorboard', 'wandb'\]",
         r"data\.eval\.held: source\.path is empty",
-        r"data\.eval\.held: format = 'xml': use one of",
-        r"data\.eval\.held: limit = -2: use 0 for all rows",
+        r"data\.eval\.held: source\.format = 'xml': use one of",
+        r"data\.eval\.held: source\.limit = -2: use at least 0",
     ]
     found = problems(cfg)
     for pattern in expected:
@@ -200,7 +283,7 @@ def test_all_problems_are_reported_at_once(make_config):
         ({"optimizer.learning_rate": float("inf")}, r"optimizer\.learning_rate = inf: use"),
         ({"optimizer.warmup": -0.1}, r"optimizer\.warmup = -0\.1: use at least 0"),
         ({"optimizer.final_ratio": 1.5}, r"optimizer\.final_ratio = 1\.5: use .* from 0 to 1"),
-        ({"optimizer.eps": 0.0}, r"optimizer\.eps = 0\.0: use a positive value"),
+        ({"optimizer.eps": 0.0}, r"optimizer\.eps = 0\.0: use a value above 0"),
         ({"optimizer.clip_norm": -1.0}, r"optimizer\.clip_norm = -1\.0: use at least 0"),
         ({"mesh.fsdp": 3}, r"mesh\.fsdp = 3, .* need 3 devices, there are 8: make the sizes"),
         ({"mesh.fsdp": 0}, r"mesh\.fsdp = 0, .*: use positive sizes, at most one of them -1"),
@@ -285,15 +368,20 @@ def test_a_config_json_with_impossible_values_is_a_problem(make_config, make_mod
     assert problems(make_config(model)) != []
 
 
-@pytest.mark.parametrize("kind", ["dict", "string", "unnamed"])
-def test_a_source_not_made_by_config_source_is_a_problem(make_config, kind):
+def test_what_is_not_a_source_is_a_problem(make_config):
     cfg = make_config()
     path = cfg.data.train.main.path
-    if kind == "unnamed":
-        cfg.data.train = config.source(path)
-    else:
-        cfg.data.train.other = {"path": path} if kind == "dict" else path
-    assert any("config.source" in text for text in problems(cfg))
+    cfg.data.train.other = path
+    expected = "data.train.other is not a source: write data.train.other = config.source(path)"
+    assert problems(cfg) == [expected]
+    cfg.data.train = config.source(path)
+    expected = "data.train has no name: write data.train.NAME = config.source(path)"
+    assert problems(cfg) == [expected]
+    cfg.data.train = {"main": {"path": path, "limits": 3}}
+    expected = "data.train.main.limits is no key of the config: did you mean data.train.main.limit?"
+    assert problems(cfg) == [expected]
+    cfg.data.train.main = {"path": path}
+    assert validate(cfg, 8).data.train == {"main": Source(path)}
 
 
 @pytest.mark.parametrize(
@@ -450,8 +538,9 @@ def test_the_command_of_an_advice_is_the_one_that_was_given_and_the_changes(monk
 def test_micro_rows_are_not_free_where_they_change_losses(dropout, experts, is_bound):
     dims = {"experts": 4} if experts else {}
     model_cfg = SimpleNamespace(dims=dims, router_aux=0.01)
-    resolved = SimpleNamespace(adapters=SimpleNamespace(dropout=dropout), model_cfg=model_cfg)
-    bound = open_state.bound_keys(config.default(), resolved)
+    adapters = SimpleNamespace(dropout=dropout)
+    settings = SimpleNamespace(adapters=adapters, loss=Loss(), model_cfg=model_cfg)
+    bound = open_state.bound_keys(settings)
     assert bound == (("batch.micro_rows",) if is_bound else ())
 
 

@@ -18,8 +18,9 @@ PACKAGE = Path(jax_sft.__file__).parent
 # cycles. `files` and `launching` need little more than Python, `data` knows neither models nor
 # weights.
 LEVELS = [
-    "batch config hardware runtime sharding",
-    "files launching",
+    "batch settings",
+    "hardware runtime sharding",
+    "config files launching",
     "hosts",
     "ops report weights",
     "nn",

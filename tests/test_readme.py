@@ -122,7 +122,7 @@ def test_every_key_that_is_named_is_a_key(name):
     keys = re.findall(r"--config\.([a-z0-9_.]*[a-z0-9_])", text(name))
     keys += re.findall(rf"`((?:{groups})\.[a-z0-9_.]*[a-z0-9_])(?: ?=[^`]*)?`", text(name))
     keys = [key for key in keys if not key.endswith(".py")]
-    wrong = config.unknown(keys, cfg)
+    wrong = config.unknown(keys)
     for key in keys:
         _, is_open, rest = key.partition(next((f"{o}." for o in OPEN if key.startswith(o)), "\0"))
         if is_open and "." in rest and rest.split(".")[1] not in config.source(""):

@@ -85,22 +85,27 @@ def count(model_def: ModelDef) -> int:
 
 
 def adapters(
-    cfg,
     settings: lora.AdapterSettings,
     model_def: ModelDef,
     weights: Mapping[str, jax.Array],
     mesh: Mesh,
+    *,
+    path: str,
+    seed: int,
+    dtype: str,
 ) -> dict[str, jax.Array]:
-    """Return new adapters, or those loaded from `lora.path`.
+    """Return new adapters, or those of a PEFT folder.
 
     Args:
-        settings: settings from `lora.*`.
+        settings: the adapters of `model_def`.
         weights: the weights of the model.
+        path: `lora.path`; "" = new adapters.
+        seed: of the random values of new adapters.
+        dtype: of the adapters.
 
     Raises:
         ValueError: the stored adapters do not fit the model.
     """
-    dtype = jnp.dtype(cfg.model.param_dtype)
-    if cfg.lora.path:
-        return peft.load(paths.local(cfg.lora.path, "lora.path"), model_def, mesh, dtype)
-    return lora.init(model_def, settings, weights, mesh, cfg.seed, dtype)
+    if path:
+        return peft.load(paths.local(path, "lora.path"), model_def, mesh, jnp.dtype(dtype))
+    return lora.init(model_def, settings, weights, mesh, seed, jnp.dtype(dtype))

@@ -16,6 +16,7 @@ from jax_sft import models
 from jax_sft.data.tokens import cache, losses, prepare
 from jax_sft.runtime import confined
 from jax_sft.runtime.text import numbered
+from jax_sft.settings import Data
 from jax_sft.weights import hf_folder
 from jax_sft.weights.hf_config import size
 
@@ -131,20 +132,16 @@ class Source:
         return heapq.merge(used, self.left_out(), key=lambda entry: entry.row)
 
 
-def lenient(data: Any) -> Any:
-    """Return a copy of `cfg.data` that skips and counts what training would refuse."""
-    data = data.copy_and_resolve_references()
-    data.on_bad_row, data.max_lost = "skip", 1.0
-    if data.overlong == "raise":
-        data.overlong = "drop"
-    return data
+def lenient(data: Data) -> Data:
+    """Return a copy of the settings that skips and counts what training would refuse."""
+    overlong = "drop" if data.overlong == "raise" else data.overlong
+    return dataclasses.replace(data, on_bad_row="skip", max_lost=1.0, overlong=overlong)
 
 
-def open_sources(data: Any, folder: Path) -> list[Source]:
+def open_sources(data: Data, folder: Path) -> list[Source]:
     """Tokenize the train sources and the eval sets, or reuse their cached tokens.
 
     Args:
-        data: `cfg.data`.
 
     Raises:
         ValueError: names all sources that cannot be read at all.
@@ -176,13 +173,12 @@ def open_sources(data: Any, folder: Path) -> list[Source]:
     return opened
 
 
-def refusals(data: Any, sources: Sequence[Source], vocab: int) -> list[str]:
+def refusals(data: Data, sources: Sequence[Source], vocab: int) -> list[str]:
     """Return what training would refuse of each source.
 
     Problems of the training set as a whole are not reported.
 
     Args:
-        data: `cfg.data`.
         vocab: number of token ids.
     """
     messages = []
@@ -223,7 +219,7 @@ def vocabulary(folder: Path, num_tokens: int) -> int:
     return size("vocab_size", config["vocab_size"]) if "vocab_size" in config else num_tokens
 
 
-def is_stopped(data: Any, source: Source) -> bool:
+def is_stopped(data: Data, source: Source) -> bool:
     """Whether training stops at a row of a source, so that it leaves nothing out."""
     dropped = source.report["dropped"]
     return bool(
@@ -232,7 +228,7 @@ def is_stopped(data: Any, source: Source) -> bool:
     )
 
 
-def warnings(data: Any, sources: Sequence[Source]) -> list[str]:
+def warnings(data: Data, sources: Sequence[Source]) -> list[str]:
     """Return the losses of the train sources and of each eval set, as training prints them."""
     running = {s.name: s.report for s in sources if not is_stopped(data, s)}
     train = {name: report for name, report in running.items() if not name.startswith(EVAL)}
@@ -240,13 +236,13 @@ def warnings(data: Any, sources: Sequence[Source]) -> list[str]:
     return [line for reports in sets for line in losses.warnings(reports)]
 
 
-def verdict(data: Any, sources: Sequence[Source], refused: Sequence[str]) -> list[str]:
+def verdict(data: Data, sources: Sequence[Source], refused: Sequence[str]) -> list[str]:
     """Return the last lines: what would be left out, and whether training would start."""
     lines = []
     for source in sources:
         chosen = dict(source.report["dropped"])
-        for reason, key in (("bad_row", "on_bad_row"), ("overlong", "overlong")):
-            if data[key] == "raise":
+        for reason, treatment in (("bad_row", data.on_bad_row), ("overlong", data.overlong)):
+            if treatment == "raise":
                 del chosen[reason]
         if any(chosen.values()):
             counted = ", ".join(f"{count:,} {reason}" for reason, count in chosen.items() if count)

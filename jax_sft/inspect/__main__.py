@@ -39,7 +39,7 @@ if __name__ == "__main__":
 import numpy as np
 from absl import app, flags
 
-from jax_sft import config
+from jax_sft import config, settings
 from jax_sft.checkpoint import stop_tokens
 from jax_sft.data import check, row_report
 from jax_sft.data.batches import packing
@@ -51,6 +51,7 @@ from jax_sft.files import outputs
 from jax_sft.report import data_page
 from jax_sft.runtime import command_line, terminal
 from jax_sft.runtime.text import numbered
+from jax_sft.settings import Data, Settings
 from jax_sft.weights import hf_folder
 
 EXIT_REFUSED = 1
@@ -81,33 +82,34 @@ def inspect(cfg: config.Config, options: Options, color: bool) -> int:
     Raises:
         ValueError: the config or a source cannot be shown.
     """
-    if problems := check.problems(cfg.data):
+    values = config.to_settings(cfg)
+    if problems := settings.problems(values.data, "data.") + check.problems(values.data):
         raise ValueError(numbered("the config has {} problem(s)", problems))
     html = options.html and outputs.check_file(options.html, outputs.is_page, "--html")
     dump = options.dump and outputs.check_file(options.dump, is_dump, "--dump")
-    folder = hf_folder.resolve(cfg.model.path, cfg.model.revision, weights=False)
+    folder = hf_folder.resolve(values.model.path, values.model.revision, weights=False)
     tokenizer = Detokenizer(folder)
     vocab = row_report.vocabulary(folder, tokenizer.size)
-    sources = row_report.open_sources(cfg.data, folder)
+    sources = row_report.open_sources(values.data, folder)
     chosen = choose(sources, options)
-    planned, refused = plan(cfg, sources, folder)
-    refused += row_report.refusals(cfg.data, sources, vocab)
+    planned, refused = plan(values, sources, folder)
+    refused += row_report.refusals(values.data, sources, vocab)
     rows = row_blocks(planned, sources, tokenizer) if planned else ()
     report = {s.name: s.report for s in sources if not s.name.startswith(row_report.EVAL)}
     ends = stop_tokens.inherited(folder) | stop_tokens.trained(report)
     stops = f"stops     {stop_tokens.line(folder, stop_tokens.named(folder), ends, report)}"
     overview = data_page.Overview(
-        title=f"What trains: {cfg.model.path}, data.seq_len = {cfg.data.seq_len}",
+        title=f"What trains: {values.model.path}, data.seq_len = {values.data.seq_len}",
         # Bad rows are listed further down.
         table=prepare.table({s.name: s.report | {"bad_rows": []} for s in sources}),
-        packing=[*(packing_lines(planned, cfg) if planned else ()), stops],
-        charts=list(charts(planned, sources, cfg.data)),
-        examples=list(example_blocks(chosen, options, cfg.seed, tokenizer)),
+        packing=[*(packing_lines(planned, values) if planned else ()), stops],
+        charts=list(charts(planned, sources, values.data)),
+        examples=list(example_blocks(chosen, options, values.seed, tokenizer)),
         rows=list(itertools.islice(rows, options.rows)),
         left_out=list(left_out_lists(chosen)) if options.row is None else [],
-        verdict=row_report.verdict(cfg.data, sources, refused),
+        verdict=row_report.verdict(values.data, sources, refused),
         is_refused=bool(refused),
-        is_lossy=bool(row_report.warnings(cfg.data, sources)),
+        is_lossy=bool(row_report.warnings(values.data, sources)),
     )
     if html:
         outputs.write_file(html, [data_page.page(overview, options.tokens)])
@@ -139,27 +141,27 @@ class Planned:
 
 
 def plan(
-    cfg: config.Config, sources: Sequence[row_report.Source], folder: Path
+    values: Settings, sources: Sequence[row_report.Source], folder: Path
 ) -> tuple[Planned | None, list[str]]:
     """Return the rows of each step as training plans them, or (None, why it would refuse)."""
     used = {s.name: len(s.fit.kept) for s in sources if not s.name.startswith(row_report.EVAL)}
     if not any(used.values()):
         return None, ["to start: data.train has no example left"]
-    data = row_report.lenient(cfg.data)
+    data = row_report.lenient(values.data)
     examples = prepare.prepare(data.train, folder, data, progress=False)
     assert {name: len(ids) for name, ids in examples.sources.items()} == used
     # Accept settings that do not fit each other, as users inspect before they choose a machine.
-    rows = max(cfg.batch.rows, 1)
-    micro_rows = cfg.batch.micro_rows
+    rows = max(values.batch.rows, 1)
+    micro_rows = values.batch.micro_rows
     micro_rows = micro_rows if micro_rows > 0 and rows % micro_rows == 0 else rows
-    ranks = cfg.mesh.data * cfg.mesh.fsdp
-    if min(cfg.mesh.data, cfg.mesh.fsdp) < 1 or micro_rows % ranks:
+    ranks = values.mesh.data * values.mesh.fsdp
+    if min(values.mesh.data, values.mesh.fsdp) < 1 or micro_rows % ranks:
         ranks = max(n for n in range(1, MOST_RANKS + 1) if micro_rows % n == 0)
     try:
         schedule = Schedule(
             *(examples, data, data.train),
             **{"rows": rows, "micro_rows": micro_rows},
-            **{"shuffle": data.shuffle, "seed": cfg.seed},
+            **{"shuffle": data.shuffle, "seed": values.seed},
         )
     except ValueError as error:  # a source has no examples in an epoch
         return None, [f"to start: {error}"]
@@ -244,9 +246,9 @@ def pieces(entry: row_report.Entry, tokenizer: Detokenizer) -> list[data_page.Pi
     return tokenizer.pieces(entry.ids.tolist(), entry.target_weights.tolist())
 
 
-def packing_lines(planned: Planned, cfg: config.Config) -> list[str]:
+def packing_lines(planned: Planned, values: Settings) -> list[str]:
     """Describe how full the rows of the first epoch are and how well their work is balanced."""
-    schedule, data = planned.schedule, cfg.data
+    schedule, data = planned.schedule, values.data
     rows, _ = schedule.plan(0)
     fill = rows.sums(schedule.lengths).mean() / data.seq_len
     segments = np.diff(rows.row_starts)
@@ -291,7 +293,7 @@ def balance(planned: Planned) -> tuple[float, float]:
 
 
 def charts(
-    planned: Planned | None, sources: Sequence[row_report.Source], data: config.Config
+    planned: Planned | None, sources: Sequence[row_report.Source], data: Data
 ) -> Iterator[tuple[str, np.ndarray, str]]:
     """Yield (title, values, unit) of each histogram of the page."""
     if planned and data.packing != "none":

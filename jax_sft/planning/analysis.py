@@ -43,19 +43,19 @@ class Target:
         return self.hosts * self.gpus_per_host
 
 
-def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = None) -> Plan:
+def analyse(settings: Resolved, target: Target, hlo_file: Path | None = None) -> Plan:
     """Compile the step and return the plan as a dict (see `plan_tables.Plan`)."""
-    compiled = compile_step(cfg, resolved, target.devices)
+    compiled = compile_step(settings, target.devices)
     if hlo_file:
         hlo_file.write_text(compiled.text)
     module = parser.parse(compiled.text)
     platform = "gpu" if compiled.for_gpus else "cpu"
-    executions = loops.executions(module, _Loops(cfg, resolved, target.row, platform))
+    executions = loops.executions(module, _Loops(settings, target.row, platform))
     step_collectives = collectives.collectives(module, executions)
     gemms = kernels.gemms(module, executions)
     mesh = compiled.program.mesh
     table = [_row(c, mesh, target) for c in step_collectives if c.group_size > 1]
-    cost = _cost(cfg, resolved, compiled, target)
+    cost = _cost(settings, compiled, target)
     plan: Any = {
         "target": {
             "chip": target.chip.name,
@@ -65,7 +65,7 @@ def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = Non
         },
         "versions": {"jax": jax.__version__, "jaxlib": importlib.metadata.version("jaxlib")},
         "compiled_for": "cuda" if compiled.for_gpus else "cpu (partitioned table only)",
-        "config": _config(cfg, resolved),
+        "config": _config(settings),
         "compile": {
             "lower_s": compiled.lower_s,
             "compile_s": compiled.compile_s,
@@ -83,7 +83,7 @@ def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = Non
         },
         "row": dataclasses.asdict(target.row),
         "opaque_kernels": {},  # {custom call target: count}, not in compiled_gemm_flops
-        "warnings": _warnings(cfg, resolved, compiled, module, step_collectives, gemms),
+        "warnings": _warnings(settings, compiled, module, step_collectives, gemms),
         "advice": [],
     }
     for call in kernels.opaque_calls(module, executions):
@@ -94,10 +94,10 @@ def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = Non
         traffic = [_traffic(row) for row in table]
         hosts = target.hosts
         chip = target.chip
-        if cfg.model.dtype == "float32":  # TF32 runs at half of bfloat16's rate
+        if settings.model.dtype == "float32":  # TF32 runs at half of bfloat16's rate
             chip = dataclasses.replace(chip, peak_flops=chip.peak_flops / 2)
         prediction = predict(cost, chip, target.num_devices, hosts, traffic)
-        workspace = _workspace(cfg, resolved)
+        workspace = _workspace(settings)
         plan["memory"] = _memory(compiled, target.chip, module, workspace)
         plan["predicted"] = _predicted(prediction)
     return plan
@@ -109,11 +109,13 @@ def analyse(cfg, resolved: Resolved, target: Target, hlo_file: Path | None = Non
 class _Loops:
     """Expected trip counts of the loops whose trip count depends on the data."""
 
-    def __init__(self, cfg, resolved: Resolved, row: step_cost.RowWork, platform: str):
-        self._row, self._sizes, self._platform = row, resolved.mesh_shape, platform
+    def __init__(self, settings: Resolved, row: step_cost.RowWork, platform: str):
+        self._row, self._sizes, self._platform = row, settings.mesh_shape, platform
         ranks = self._sizes["data"] * self._sizes["fsdp"]
-        self._tokens = resolved.micro_rows // ranks * cfg.data.seq_len // self._sizes["sequence"]
-        self._vocab = -(-resolved.model_cfg.vocab // self._sizes["tensor"])
+        self._tokens = (
+            settings.micro_rows // ranks * settings.data.seq_len // self._sizes["sequence"]
+        )
+        self._vocab = -(-settings.model_cfg.vocab // self._sizes["tensor"])
 
     def __call__(self, loop: parser.Instruction) -> float:
         if size := re.search(rf"{cross_entropy.LOOP}_(\d+)", loop.op_name):
@@ -185,37 +187,37 @@ def _traffic(row: Mapping[str, Any]) -> Traffic:
     )
 
 
-def _cost(cfg, resolved: Resolved, compiled: Compiled, target: Target) -> step_cost.StepCost:
+def _cost(settings: Resolved, compiled: Compiled, target: Target) -> step_cost.StepCost:
     model_def = compiled.program.model_def
     return step_cost.step_cost(
         model_def.rows,
         model_def.dims,
-        resolved.model_cfg.tied,
+        settings.model_cfg.tied,
         target.row,
-        num_rows=cfg.batch.rows,
-        micro_batches=cfg.batch.rows // resolved.micro_rows,
-        remat=cfg.model.remat,
-        attention=resolved.attention,
-        sizes=resolved.mesh_shape,
-        offload=cfg.model.offload,
-        param_bytes=jax.numpy.dtype(cfg.model.param_dtype).itemsize,
-        moment_bytes=jax.numpy.dtype(cfg.optimizer.moments_dtype).itemsize,
+        num_rows=settings.batch.rows,
+        micro_batches=settings.batch.rows // settings.micro_rows,
+        remat=settings.model.remat,
+        attention=settings.attention,
+        sizes=settings.mesh_shape,
+        offload=settings.model.offload,
+        param_bytes=jax.numpy.dtype(settings.model.param_dtype).itemsize,
+        moment_bytes=jax.numpy.dtype(settings.optimizer.moments_dtype).itemsize,
         frozen=model_def.frozen_bytes,
     )
 
 
-def _workspace(cfg, resolved: Resolved) -> int:
+def _workspace(settings: Resolved) -> int:
     """Return the attention kernel's workspace bytes, which compiling without a GPU omits."""
-    if resolved.attention != "cudnn":
+    if settings.attention != "cudnn":
         return 0
-    sizes, dims = resolved.mesh_shape, resolved.model_cfg.dims
+    sizes, dims = settings.mesh_shape, settings.model_cfg.dims
     return cudnn.workspace_bytes(
-        rows=resolved.micro_rows // (sizes["data"] * sizes["fsdp"]),
-        num_tokens=cfg.data.seq_len,
+        rows=settings.micro_rows // (sizes["data"] * sizes["fsdp"]),
+        num_tokens=settings.data.seq_len,
         num_heads=dims["heads"] // sizes["tensor"],
         num_kv_heads=dims["kv_heads"] // sizes["tensor"],
         head_dim=dims["head_dim"],
-        max_segments=cfg.data.max_segments,
+        max_segments=settings.data.max_segments,
     )
 
 
@@ -252,20 +254,20 @@ def _buffer(one: kernels.Buffer) -> dict:
     return {"bytes": one.bytes, "shape": shape, "what": _label(one.op_name), "count": one.count}
 
 
-def _config(cfg, resolved: Resolved) -> dict:
+def _config(settings: Resolved) -> dict:
     return {
-        "model": cfg.model.path,
-        "mesh": resolved.mesh_shape,
-        "rows": cfg.batch.rows,
-        "micro_rows": resolved.micro_rows,
-        "seq_len": cfg.data.seq_len,
-        "remat": cfg.model.remat,
-        "offload": list(cfg.model.offload),
-        "attention": resolved.attention,
-        "dtype": cfg.model.dtype,
-        "param_dtype": cfg.model.param_dtype,
-        "grad_dtype": cfg.model.grad_dtype,
-        "moments_dtype": cfg.optimizer.moments_dtype,
+        "model": settings.model.path,
+        "mesh": settings.mesh_shape,
+        "rows": settings.batch.rows,
+        "micro_rows": settings.micro_rows,
+        "seq_len": settings.data.seq_len,
+        "remat": settings.model.remat,
+        "offload": list(settings.model.offload),
+        "attention": settings.attention,
+        "dtype": settings.model.dtype,
+        "param_dtype": settings.model.param_dtype,
+        "grad_dtype": settings.model.grad_dtype,
+        "moments_dtype": settings.optimizer.moments_dtype,
     }
 
 
@@ -278,19 +280,18 @@ def _predicted(prediction: Prediction) -> dict:
 
 
 def _warnings(
-    cfg,
-    resolved: Resolved,
+    settings: Resolved,
     compiled: Compiled,
     module: parser.Module,
     found: Sequence[collectives.Collective],
     gemms: Sequence[kernels.Gemm],
 ) -> list[str]:
     """Return the problems and inefficiencies of the compiled step, one sentence each."""
-    sizes, dims = resolved.mesh_shape, resolved.model_cfg.dims
+    sizes, dims = settings.mesh_shape, settings.model_cfg.dims
     lines = []
-    if compiled.for_gpus and resolved.attention in ("blockwise", "reference"):
+    if compiled.for_gpus and settings.attention in ("blockwise", "reference"):
         lines.append(
-            f"attention is {resolved.attention!r}, no flash kernel: many times slower. With "
+            f"attention is {settings.attention!r}, no flash kernel: many times slower. With "
             "mesh.sequence above 1 install tokamax, else see model.attention"
         )
     lines += [f"involuntary full rematerialisation: {line}" for line in compiled.involuntary]
@@ -298,7 +299,7 @@ def _warnings(
     # smaller and may be all-reduced. Routers are left out because they are as small.
     trainable = [
         row
-        for row in resolved.family.weights(resolved.model_cfg)
+        for row in settings.family.weights(settings.model_cfg)
         if row.is_matrix and row.path not in compiled.program.model_def.frozen_bytes
         if "experts" in row.stacked or "experts" not in row.axes
     ]
@@ -316,11 +317,11 @@ def _warnings(
         axes = " x ".join(device_groups.axis_of(op.groups, sizes))
         lines.append(f"all-reduce of a gradient over {axes}: {op.arrays[0]} ({op.op_name})")
     lines += _replicated(compiled, sizes)
-    if cfg.model.dtype != "float32":
+    if settings.model.dtype != "float32":
         for op in gemms:
             if op.is_float32 and min(op.m * op.k, op.k * op.n) * 4 >= LARGE_BYTES:
                 lines.append(f"float32 product [{op.m} x {op.k} x {op.n}]: {op.op_name}")
-    seq_len, vocab = cfg.data.seq_len, -(-dims["vocab"] // sizes["tensor"])
+    seq_len, vocab = settings.data.seq_len, -(-dims["vocab"] // sizes["tensor"])
     local = seq_len // sizes["sequence"]
     heads = dims["heads"] // sizes["tensor"]
     for name, shape, least in (

@@ -44,11 +44,11 @@ class Compiled:
     involuntary: tuple[str, ...]
 
 
-def compile_step(cfg, resolved: Resolved, devices: Sequence[Any]) -> Compiled:
+def compile_step(settings: Resolved, devices: Sequence[Any]) -> Compiled:
     """Compile the step that `train` would run on these devices."""
-    mesh = make_mesh(resolved.mesh_shape, devices)
-    num_sources = len(cfg.data.train) if cfg.log.per_source else 0
-    planned = program(cfg, resolved, mesh, ANY_NUM_STEPS, num_sources=num_sources)
+    mesh = make_mesh(settings.mesh_shape, devices)
+    num_sources = len(settings.data.train) if settings.log.per_source else 0
+    planned = program(settings, mesh, ANY_NUM_STEPS, num_sources=num_sources)
     for_gpus = mesh.devices.flat[0].platform != "cpu"
     with (
         jax.set_mesh(mesh),

@@ -1,13 +1,14 @@
 """Compile the most promising settings until enough of them fit. Called by `plan`."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from jax_sft.planning import candidates
 from jax_sft.planning.analysis import Target, analyse
+from jax_sft.settings import Settings
 from jax_sft.training import program
 from jax_sft.validate import validate
 
@@ -15,28 +16,28 @@ MOST_COMPILED = 8  # settings per search
 MOST_FITTING = 4
 
 
-def search(cfg, target: Target, say: Callable[[str], None]) -> list[dict]:
+def search(settings: Settings, target: Target, say: Callable[[str], None]) -> list[dict]:
     """Return compiled settings by predicted step time; estimates only choose which to compile.
 
     Args:
         say: prints a line of progress.
     """
-    settings, fitting = [], 0
-    for number, setting in enumerate(_promising(cfg, target), start=1):
-        setting_plan = _try(cfg, target, setting)
-        settings.append(setting_plan)
-        fitting += setting_plan["fits"]
+    plans, num_fitting = [], 0
+    for number, setting in enumerate(_promising(settings, target), start=1):
+        setting_plan = _try(settings, target, setting)
+        plans.append(setting_plan)
+        num_fitting += setting_plan["fits"]
         say(f"  {number}/{MOST_COMPILED} {_line(setting_plan)}")
-        if number == MOST_COMPILED or fitting == MOST_FITTING:
+        if number == MOST_COMPILED or num_fitting == MOST_FITTING:
             break
-    return sorted(settings, key=lambda one: (not one["fits"], one["step_time_s"]))
+    return sorted(plans, key=lambda plan: (not plan["fits"], plan["step_time_s"]))
 
 
-def advice(cfg, target: Target, most: int, say: Callable[[str], None]) -> list[str]:
+def advice(settings: Settings, target: Target, most: int, say: Callable[[str], None]) -> list[str]:
     """Return settings with which the run fits: the first promising one whose compiled peak does."""
     tried = []
-    for number, setting in enumerate(_promising(cfg, target), start=1):
-        setting_plan = _try(cfg, target, setting)
+    for number, setting in enumerate(_promising(settings, target), start=1):
+        setting_plan = _try(settings, target, setting)
         tried.append(setting_plan)
         say(f"  {number}/{most} {_line(setting_plan)}")
         if setting_plan["fits"]:
@@ -54,17 +55,17 @@ def advice(cfg, target: Target, most: int, say: Callable[[str], None]) -> list[s
     ]
 
 
-def _promising(cfg, target: Target) -> Iterator[candidates.Setting]:
+def _promising(settings: Settings, target: Target) -> Iterator[candidates.Setting]:
     """Yield the settings that should fit, fastest first, one per mesh and remat policy."""
-    resolved = validate(cfg, target.num_devices, planned_for=target.chip.capability)
-    model_def = program.model_def(cfg, resolved)
+    resolved = validate(settings, target.num_devices, planned_for=target.chip.capability)
+    model_def = program.model_def(resolved)
     model = candidates.Model(
         model_def.rows,
         model_def.dims,
         resolved.model_cfg.tied,
-        jnp.dtype(cfg.model.param_dtype).itemsize,
-        jnp.dtype(cfg.optimizer.moments_dtype).itemsize,
-        jnp.dtype(cfg.model.grad_dtype).itemsize,
+        jnp.dtype(settings.model.param_dtype).itemsize,
+        jnp.dtype(settings.optimizer.moments_dtype).itemsize,
+        jnp.dtype(settings.model.grad_dtype).itemsize,
         model_def.frozen_bytes,
     )
     ranked = candidates.candidates(
@@ -72,7 +73,7 @@ def _promising(cfg, target: Target) -> Iterator[candidates.Setting]:
         target.chip,
         hosts=target.hosts,
         gpus_per_host=target.gpus_per_host,
-        num_rows=cfg.batch.rows,
+        num_rows=settings.batch.rows,
         row=target.row,
         attention=resolved.attention,
     )
@@ -81,33 +82,37 @@ def _promising(cfg, target: Target) -> Iterator[candidates.Setting]:
         kind = tuple(candidate.setting.mesh.items()), candidate.setting.remat
         if candidate.fits and kind not in seen:
             seen.add(kind)
-            if _is_ranked_rightly(cfg, target, candidate.setting, resolved.attention):
+            if _is_ranked_rightly(settings, target, candidate.setting, resolved.attention):
                 yield candidate.setting
 
 
-def _is_ranked_rightly(cfg, target: Target, setting: candidates.Setting, attention: str) -> bool:
+def _is_ranked_rightly(
+    settings: Settings, target: Target, setting: candidates.Setting, attention: str
+) -> bool:
     """Whether a setting is valid and uses an attention as fast as the one it was ranked with."""
     try:
         resolved = validate(
-            _changed(cfg, setting), target.num_devices, planned_for=target.chip.capability
+            _changed(settings, setting), target.num_devices, planned_for=target.chip.capability
         )
     except ValueError:  # such as an explicit model.attention=cudnn with sequence sharding
         return False
     return resolved.attention == attention or attention == "blockwise"
 
 
-def _changed(cfg, setting: candidates.Setting) -> Any:
-    changed: Any = ConfigDict(cfg.to_dict())
-    changed.mesh.update(setting.mesh)
-    changed.batch.micro_rows = setting.micro_rows
-    changed.model.remat, changed.model.offload = setting.remat, ()
-    return changed
+def _changed(settings: Settings, setting: candidates.Setting) -> Settings:
+    """Return the settings with the mesh, micro-batch and remat policy of a candidate."""
+    return dataclasses.replace(
+        settings,
+        mesh=dataclasses.replace(settings.mesh, **setting.mesh),
+        batch=dataclasses.replace(settings.batch, micro_rows=setting.micro_rows),
+        model=dataclasses.replace(settings.model, remat=setting.remat, offload=()),
+    )
 
 
-def _try(cfg, target: Target, setting: candidates.Setting) -> dict:
-    changed = _changed(cfg, setting)
+def _try(settings: Settings, target: Target, setting: candidates.Setting) -> dict:
+    changed = _changed(settings, setting)
     resolved = validate(changed, target.num_devices, planned_for=target.chip.capability)
-    plan: Any = analyse(changed, resolved, target)
+    plan: Any = analyse(resolved, target)
     return {
         "mesh": setting.mesh,
         "micro_rows": setting.micro_rows,

@@ -13,7 +13,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 import jax_sft
-from jax_sft.runtime import exit_codes, lifecycle
+from jax_sft.runtime import config_help, exit_codes, lifecycle
 
 # Exceptions raised by mistakes on the command line or in a config file.
 CONFIG_ERRORS = (
@@ -33,6 +33,13 @@ def define_config() -> None:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line; report errors in it or in the config file without a traceback."""
+    try:
+        if (prefix := _help_config(argv)) is not None:
+            print(config_help.as_text(prefix))
+            sys.exit(0)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(exit_codes.USER_ERROR)
     if HELP & {*argv[1:]}:
         app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)  # absl's own help exits with 1
     try:
@@ -48,10 +55,19 @@ def parse_flags(argv: list[str]) -> list[str]:
             raise
         text = f"{type(error).__name__}: {error}"
         if isinstance(error, AttributeError | KeyError):
-            text += " (jax_sft/config.py has all keys)"
+            text += " (--help-config lists all keys)"
         hint = "(--help lists the options; JAX_SFT_TRACEBACK=1 shows where)"
         print(f"error: {text}\n{hint}", file=sys.stderr)
         sys.exit(exit_codes.USER_ERROR)
+
+
+def _help_config(argv: Sequence[str]) -> str | None:
+    """Return the prefix in --help-config[=PREFIX]; None if the option is not given."""
+    for argument, following in itertools.zip_longest(argv[1:], argv[2:], fillvalue=""):
+        option, equals, value = argument.partition("=")
+        if option in ("--help-config", "--help_config"):
+            return value if equals or following.startswith("-") else following
+    return None
 
 
 def require_config_file(argv: Sequence[str]) -> None:

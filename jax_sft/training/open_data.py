@@ -10,9 +10,9 @@ from jax_sft.data.batches.examples import Examples
 from jax_sft.data.batches.loader import Loader
 from jax_sft.data.tokens import losses, prepare
 from jax_sft.hosts import cluster
+from jax_sft.settings import STEPS_LIMIT
 from jax_sft.training import optim
 from jax_sft.training.open_run import Run
-from jax_sft.validate import MOST_STEPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +48,15 @@ def open_data(run: Run) -> Data:
     Raises:
         ValueError: anything is wrong with the data.
     """
-    cfg = run.cfg
+    settings = run.settings
     run.watch.at("reading the data")
     train, eval_sets = _prepare(run)
     loader, eval_loaders, source_names = _loaders(run, train, eval_sets)
-    num_steps = cfg.train.steps or loader.num_steps(cfg.train.epochs)
-    if num_steps >= MOST_STEPS:
+    num_steps = settings.train.steps or loader.num_steps(settings.train.epochs)
+    if num_steps >= STEPS_LIMIT:
         raise ValueError(
-            f"train.epochs = {cfg.train.epochs} gives {num_steps} steps: use fewer, so that they "
-            f"are below {MOST_STEPS} (2**31)"
+            f"train.epochs = {settings.train.epochs} gives {num_steps} steps: use fewer, so that "
+            f"they are below {STEPS_LIMIT} (2**31)"
         )
     eval_report = {name: examples.report[name] for name, examples in eval_sets.items()}
     _describe(run, train.report, eval_report, loader, num_steps)
@@ -77,7 +77,7 @@ def open_data(run: Run) -> Data:
 
 def _prepare(run: Run) -> tuple[Examples, dict[str, Examples]]:
     """Return the training examples and {name: examples} of the eval sets, the same on all hosts."""
-    data, folder = run.cfg.data, run.model.folder
+    data, folder = run.settings.data, run.model.folder
     train = prepare.prepare(data.train, folder, data, progress=run.is_first)
     eval_sets = {
         name: prepare.prepare({name: source}, folder, data, progress=run.is_first)
@@ -111,20 +111,24 @@ def _loaders(
     run: Run, train: Examples, eval_sets: dict[str, Examples]
 ) -> tuple[Loader, dict[str, Loader], list[str]]:
     """Return the loader of `train`, the loaders of the eval sets, and the sources to log."""
-    cfg, micro_rows = run.cfg, run.resolved.micro_rows
-    source_names = list(train.sources) if cfg.log.per_source else []
+    settings = run.settings
+    source_names = list(train.sources) if settings.log.per_source else []
     load = functools.partial(
-        Loader, data=cfg.data, micro_rows=micro_rows, mesh=run.mesh, seed=cfg.seed
+        Loader,
+        data=settings.data,
+        micro_rows=settings.micro_rows,
+        mesh=run.mesh,
+        seed=settings.seed,
     )
     loader = load(
         train,
-        sources=cfg.data.train,
-        rows=cfg.batch.rows,
-        shuffle=cfg.data.shuffle,
+        sources=settings.data.train,
+        rows=settings.batch.rows,
+        shuffle=settings.data.shuffle,
         per_source=bool(source_names),
     )
     eval_loaders = {
-        name: load(examples, sources=None, rows=micro_rows, shuffle=False)
+        name: load(examples, sources=None, rows=settings.micro_rows, shuffle=False)
         for name, examples in eval_sets.items()
     }
     return loader, eval_loaders, source_names
@@ -148,7 +152,7 @@ def _describe(
         f"packed  {loader.num_rows} rows, {loader.fill:.1%} full; "
         f"{loader.steps_per_epoch} steps per epoch"
     )
-    for warning in optim.warnings(run.cfg.optimizer, num_steps):
+    for warning in optim.warnings(run.settings.optimizer, num_steps):
         run.say(f"WARNING {warning}")
 
 
@@ -162,7 +166,7 @@ def _stops(run: Run, train: Examples) -> tuple[dict[int, int], list[int]]:
     folder = run.model.folder
     turn_ends = stop_tokens.inherited(folder) | stop_tokens.trained(train.report)
     model_stops = stop_tokens.named(folder)
-    if run.cfg.train.export_tokenizer_eos:
+    if run.settings.train.export_tokenizer_eos:
         stop_tokens.eos_text(folder, turn_ends)  # fails now, not after the training
     run.say(f"stops   {stop_tokens.line(folder, model_stops, turn_ends, train.report)}")
     return turn_ends, model_stops

@@ -24,6 +24,7 @@ from jax_sft.hosts.watchdog import Watchdog
 from jax_sft.ops.attention import self_test
 from jax_sft.runtime import confined
 from jax_sft.runtime.startup import Startup
+from jax_sft.settings import Settings
 from jax_sft.sharding.mesh import make_mesh, simulate_cpu_devices, use_gpu_memory
 from jax_sft.training import metrics
 from jax_sft.validate import Resolved, validate
@@ -55,12 +56,11 @@ class Run:
     """The environment of a run, which does not change once the run is open.
 
     Attributes:
-        cfg: the config.
-        config: the config as a plain dict, in the form in which it is stored.
+        settings: the settings, with the attention backend that passed its test.
+        config: the settings as a plain dict, in the form in which they are stored.
         workdir: the run's folder.
         is_first: whether this is process 0, which prints and writes.
         say: prints a line on process 0; does nothing on the others.
-        resolved: results of validation, with the attention backend that passed its test.
         mesh: all devices.
         model: the model that the run starts from.
         lock: lock of the workdir, held by process 0; None on the others.
@@ -69,12 +69,11 @@ class Run:
         startup: measures the parts of the start.
     """
 
-    cfg: config.Config
+    settings: Resolved
     config: dict[str, Any]
     workdir: Path
     is_first: bool
     say: Say
-    resolved: Resolved
     mesh: Mesh
     model: BaseModel
     lock: run_lock.RunLock | None
@@ -84,7 +83,7 @@ class Run:
 
 
 def open_run(
-    cfg: config.Config,
+    given: Settings,
     workdir: Path,
     preemption: Preemption,
     watch: Watchdog,
@@ -94,6 +93,7 @@ def open_run(
     """Join the other processes and check everything that can be checked before reading the data.
 
     Args:
+        given: the settings, not checked yet.
         ends: exit stack that releases the workdir at the end of the run.
 
     Raises:
@@ -101,34 +101,33 @@ def open_run(
         Lost, Stopped: another process did not join, or ended with an error.
     """
     # 1. Configure devices before JAX starts. Join the processes before they compare anything.
-    _join(cfg, watch)
+    _join(given, watch)
     is_first = cluster.process_id() == 0
     say = print_now if is_first else silent
-    as_dict = config.to_dict(cfg)
+    as_dict = config.to_dict(given)
     watch.at("comparing hosts")
     preflight.same_programs(as_dict | {"workdir": str(workdir)})
     preflight.clocks(say)
     # 2. Set up the compilation cache before anything is compiled.
-    compilation_cache.use(cfg.train.compilation_cache, workdir, say)
+    compilation_cache.use(given.train.compilation_cache, workdir, say)
     # 3. Check the config before locking the workdir, and lock the workdir before reading it.
-    resolved = validate(cfg, jax.device_count())
+    settings = validate(given, jax.device_count())
     preflight.shared_folder(workdir)
     lock = _take_lock(workdir, say, ends)
     saving.check_folder(workdir / "checkpoints")
-    mesh = make_mesh(resolved.mesh_shape)
-    model = _find_model(cfg, resolved)
-    if is_first and not prepare.is_cached(cfg.data, model.folder):
+    mesh = make_mesh(settings.mesh_shape)
+    model = _find_model(settings)
+    if is_first and not prepare.is_cached(settings.data, model.folder):
         confined.start_early()  # it starts while the attention is tested
-    _describe(cfg, resolved, model, say)
-    attention = _choose_attention(cfg, resolved, model, mesh, say)
+    _describe(settings, model, say)
+    attention = _choose_attention(settings, model, mesh, say)
     startup.end("checks")
     return Run(
-        cfg=cfg,
+        settings=dataclasses.replace(settings, attention=attention),
         config=as_dict,
         workdir=workdir,
         is_first=is_first,
         say=say,
-        resolved=dataclasses.replace(resolved, attention=attention),
         mesh=mesh,
         model=model,
         lock=lock,
@@ -138,12 +137,12 @@ def open_run(
     )
 
 
-def _join(cfg: config.Config, watch: Watchdog) -> None:
+def _join(given: Settings, watch: Watchdog) -> None:
     """Configure the devices and join the other processes."""
-    simulate_cpu_devices(cfg.mesh.cpu_devices)
+    simulate_cpu_devices(given.mesh.cpu_devices)
     use_gpu_memory()
     watch.at("joining")
-    cluster.initialize(watched=cfg.train.stall_timeout_s > 0)
+    cluster.initialize(watched=given.train.stall_timeout_s > 0)
     watch.joined()
 
 
@@ -162,56 +161,54 @@ def _take_lock(workdir: Path, say: Say, ends: contextlib.ExitStack) -> run_lock.
     return lock
 
 
-def _find_model(cfg: config.Config, resolved: Resolved) -> BaseModel:
+def _find_model(settings: Resolved) -> BaseModel:
     """Find the model's weights, reading only the headers of their files.
 
     Raises:
         ValueError: the weights do not fit the model.
     """
-    rows, dims = tuple(resolved.family.weights(resolved.model_cfg)), resolved.model_cfg.dims
-    folder = hf_folder.resolve(cfg.model.path, cfg.model.revision)
+    rows, dims = tuple(settings.family.weights(settings.model_cfg)), settings.model_cfg.dims
+    folder = hf_folder.resolve(settings.model.path, settings.model.revision)
     weights = pretrained.find(
         folder,
         rows,
         dims,
-        resolved.model_cfg.tied,
-        step=hf_folder.step_of(cfg.model.path),
-        vocab_shards=resolved.mesh_shape["tensor"],
+        settings.model_cfg.tied,
+        step=hf_folder.step_of(settings.model.path),
+        vocab_shards=settings.mesh_shape["tensor"],
     )
     return BaseModel(folder, rows, dims, weights)
 
 
-def _describe(cfg: config.Config, resolved: Resolved, model: BaseModel, say: Say) -> None:
+def _describe(settings: Resolved, model: BaseModel, say: Say) -> None:
     """Print the model and the devices, with warnings about the model's folder."""
     num_params = sum(math.prod(row.shape(model.dims)) for row in model.rows)
-    family = resolved.model_cfg.__module__
-    say(f"model   {cfg.model.path}: {family}, {metrics.count(num_params)} parameters")
+    family = settings.model_cfg.__module__
+    say(f"model   {settings.model.path}: {family}, {metrics.count(num_params)} parameters")
     if pickles := hf_folder.pickles(model.folder):
         say(f"WARNING {', '.join(pickles)} in the model's folder: pickle files are never read")
-    axes = " ".join(f"{axis}={size}" for axis, size in resolved.mesh_shape.items())
+    axes = " ".join(f"{axis}={size}" for axis, size in settings.mesh_shape.items())
     say(f"mesh    {axes} on {jax.device_count()} x {jax.devices()[0].device_kind}")
-    vocab, shards = resolved.model_cfg.vocab, resolved.mesh_shape["tensor"]
+    vocab, shards = settings.model_cfg.vocab, settings.mesh_shape["tensor"]
     if (padded := vocabulary.padded(model.dims, shards)["vocab"]) > vocab:
         say(f"padded  vocabulary {vocab:,} -> {padded:,} for mesh.tensor = {shards}")
 
 
-def _choose_attention(
-    cfg: config.Config, resolved: Resolved, model: BaseModel, mesh: Mesh, say: Say
-) -> str:
+def _choose_attention(settings: Resolved, model: BaseModel, mesh: Mesh, say: Say) -> str:
     """Return the attention backend of the run after it has passed its self-test.
 
     Raises:
         ValueError: the configured backend fails its self-test.
     """
-    model_cfg, dims = resolved.model_cfg, model.dims
+    model_cfg, dims = settings.model_cfg, model.dims
     attention = self_test.choose(
-        cfg.model.attention,
+        settings.model.attention,
         say=say,
-        dtype=cfg.model.dtype,
+        dtype=settings.model.dtype,
         num_heads_per_kv=dims["heads"] // dims["kv_heads"],
         head_dim=dims["head_dim"],
         mesh=mesh,
-        has_window=model_cfg.window is not None and model_cfg.window < cfg.data.seq_len,
+        has_window=model_cfg.window is not None and model_cfg.window < settings.data.seq_len,
         has_soft_cap=model_cfg.attention_soft_cap > 0,
     )
     say(f"attend  {attention}: values and gradients right on a packed test batch")

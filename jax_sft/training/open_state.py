@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-from jax_sft import config
 from jax_sft.adapters import freeze
 from jax_sft.checkpoint import model_files, pretrained, same_weights, saving
 from jax_sft.checkpoint.resume import StoredStep
@@ -11,6 +10,7 @@ from jax_sft.data.batches.loader import Loader
 from jax_sft.data.tokens import prepare
 from jax_sft.files import paths
 from jax_sft.runtime import command_line, lifecycle
+from jax_sft.settings import Settings
 from jax_sft.training import metrics, optim, state
 from jax_sft.training.open_data import Data
 from jax_sft.training.open_run import Run
@@ -37,7 +37,7 @@ class Start:
     @classmethod
     def of(cls, stored: StoredStep | None, run: Run, data: Data) -> "Start":
         """Return the start at a stored step, or at step 0 if `stored` is None."""
-        owes = stored.extra.get("owes_evaluation") if stored else run.cfg.eval.at_start
+        owes = stored.extra.get("owes_evaluation") if stored else run.settings.eval.at_start
         return cls(
             step=stored.step if stored else 0,
             skipped_steps=stored.extra.get("skipped_steps", 0) if stored else 0,
@@ -52,23 +52,23 @@ def open_checkpoints(run: Run, data: Data) -> tuple[saving.Checkpoints, StoredSt
         ValueError: the adapter belongs to another model, the folder cannot be used, or config or
             data have changed in a way that is not allowed.
     """
-    cfg, model, adapters = run.cfg, run.model, run.resolved.adapters
+    settings, model, adapters = run.settings, run.model, run.settings.adapters
     run.watch.at("loading the weights")
     if run.is_first:
         lifecycle.keeps(run.workdir)
-    adapter = paths.local(cfg.lora.path, "lora.path") if cfg.lora.path else None
-    same_weights.check(model.folder, adapter, hf_folder.step_of(cfg.model.path))
+    adapter = paths.local(settings.lora.path, "lora.path") if settings.lora.path else None
+    same_weights.check(model.folder, adapter, hf_folder.step_of(settings.model.path))
     checkpoints = saving.Checkpoints(
         run.workdir / "checkpoints",
-        cfg.checkpoint,
+        settings.checkpoint,
         model=model_files.Model(
-            model.folder, model.weights.dtypes, prepare.options(cfg.data).chat_template
+            model.folder, model.weights.dtypes, prepare.options(settings.data).chat_template
         ),
         data=prepare.fingerprint(data.train),
         eval_data={name: prepare.fingerprint(examples) for name, examples in data.eval.items()},
-        bound=bound_keys(cfg, run.resolved),
+        bound=bound_keys(settings),
         adapters=dataclasses.asdict(adapters) if adapters else None,
-        vocabulary=vocabulary.Vocabulary.of(model.rows, run.resolved.model_cfg.vocab),
+        vocabulary=vocabulary.Vocabulary.of(model.rows, run.settings.model_cfg.vocab),
         turn_ends=data.turn_ends,
         guard=run.lock.check if run.lock else None,
         say=run.say,
@@ -76,13 +76,13 @@ def open_checkpoints(run: Run, data: Data) -> tuple[saving.Checkpoints, StoredSt
     return checkpoints, checkpoints.start(run.config)
 
 
-def bound_keys(cfg: config.Config, resolved: Resolved) -> tuple[str, ...]:
-    """Return the keys of config.FREE that change the losses of this run.
+def bound_keys(settings: Resolved) -> tuple[str, ...]:
+    """Return the free keys (`settings.Key`) that change the losses of this run.
 
     Dropout and the balance of experts act within each micro-batch, so they depend on its rows.
     """
-    drops = resolved.adapters is not None and resolved.adapters.dropout > 0
-    balances = objective(cfg.loss, resolved.model_cfg).get(ROUTER_AUX)
+    drops = settings.adapters is not None and settings.adapters.dropout > 0
+    balances = objective(settings.loss, settings.model_cfg).get(ROUTER_AUX)
     return ("batch.micro_rows",) if drops or balances else ()
 
 
@@ -104,7 +104,7 @@ def restore_or_load(
             run began.
     """
     model_def, rows = program.model_def, run.model.rows
-    adapters = run.resolved.adapters
+    adapters = run.settings.adapters
     if model_def.frozen_dtypes or model_def.layer_masks:
         trained = "adapters" if adapters else "what train.freeze leaves"
         run.say(f"trains  {trained}: {metrics.count(freeze.count(model_def))} parameters")
@@ -113,7 +113,7 @@ def restore_or_load(
         run.model.weights,
         model_def,
         mesh=run.mesh,
-        dtype=run.cfg.model.param_dtype,
+        dtype=run.settings.model.param_dtype,
         progress=run.is_first,
     )
     if stored:
@@ -126,7 +126,12 @@ def restore_or_load(
     else:
         weights = read([row.path for row in rows])
         if adapters:
-            weights |= freeze.adapters(run.cfg, adapters, model_def, weights, run.mesh)
+            weights |= freeze.adapters(
+                *(adapters, model_def, weights, run.mesh),
+                path=run.settings.lora.path,
+                seed=run.settings.seed,
+                dtype=run.settings.model.param_dtype,
+            )
         first = state.create(
             program.tx, weights, model_def.stored_specs, run.mesh, model_def.frozen_dtypes
         )
@@ -134,14 +139,16 @@ def restore_or_load(
     return first, Start.of(stored, run, data)
 
 
-def how_to_train_on(cfg: config.Config, start: int, loader: Loader) -> str:
+def how_to_train_on(settings: Settings, start: int, loader: Loader) -> str:
     """Return advice on how to continue training a run that has done all its steps."""
-    key = "train.steps" if cfg.train.steps else "train.epochs"
-    value: float = cfg.train.steps or cfg.train.epochs
-    while (num_steps := value if cfg.train.steps else loader.num_steps(value)) <= start:
+    key = "train.steps" if settings.train.steps else "train.epochs"
+    value: float = settings.train.steps or settings.train.epochs
+    while (num_steps := value if settings.train.steps else loader.num_steps(value)) <= start:
         value = 2 * value
-    rate = [float(optim.schedule(cfg.optimizer, steps)(start)) for steps in (start, int(num_steps))]
-    allowed = tuple(dict.fromkeys((*cfg.checkpoint.allow_changes, key)))
+    rate = [
+        float(optim.schedule(settings.optimizer, steps)(start)) for steps in (start, int(num_steps))
+    ]
+    allowed = tuple(dict.fromkeys((*settings.checkpoint.allow_changes, key)))
     return (
         f"nothing was trained or written. To train up to step {num_steps:.0f} (the learning rate "
         f"goes from {rate[0]:.2g} back to {rate[1]:.2g}): "

@@ -1,4 +1,4 @@
-"""Build the compiled program of a run from its config. `train` runs it, `plan` only compiles it.
+"""Build the compiled program of a run from its settings. `train` runs it, `plan` only compiles it.
 
 Everything that decides what the devices do is put together in this module only, so that a plan
 describes exactly the step that will run.
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jax_sft.adapters import freeze
 from jax_sft.batch import Batch, empty_rows
 from jax_sft.nn.model_def import ModelDef
+from jax_sft.settings import Loss
 from jax_sft.training import optim, state
 from jax_sft.training.state import TrainState
 from jax_sft.training.step import Sums, batch_shardings, make_eval_step, make_train_step
@@ -50,63 +51,63 @@ class Program:
     eval_step: Callable[[dict[str, jax.Array], Batch, Sums], Sums]
 
 
-def model_def(cfg, resolved: Resolved) -> ModelDef:
+def model_def(settings: Resolved) -> ModelDef:
     """Return the model, with its computation and trainable weights as configured."""
     plain = ModelDef.of(
-        resolved.family,
-        resolved.model_cfg,
-        dtype=cfg.model.dtype,
-        grad_dtype=cfg.model.grad_dtype,
-        attention=resolved.attention,
-        max_segments=cfg.data.max_segments,
-        remat=cfg.model.remat,
-        offload=cfg.model.offload,
-        vocab_shards=resolved.mesh_shape["tensor"],
+        settings.family,
+        settings.model_cfg,
+        dtype=settings.model.dtype,
+        grad_dtype=settings.model.grad_dtype,
+        attention=settings.attention,
+        max_segments=settings.data.max_segments,
+        remat=settings.model.remat,
+        offload=settings.model.offload,
+        vocab_shards=settings.mesh_shape["tensor"],
     )
-    return freeze.choose(plain, resolved.adapters, cfg.train.freeze)
+    return freeze.choose(plain, settings.adapters, settings.train.freeze)
 
 
-def program(cfg, resolved: Resolved, mesh: Mesh, num_steps: int, num_sources: int = 0) -> Program:
+def program(settings: Resolved, mesh: Mesh, num_steps: int, num_sources: int = 0) -> Program:
     """Build the program of a run without allocating or compiling anything.
 
     Args:
         num_steps: steps of the whole run, for the learning-rate schedule.
         num_sources: number of train sources whose losses are logged; 0 = none.
     """
-    model = model_def(cfg, resolved)
-    tx = optim.make(cfg.optimizer, num_steps, model.trainable_specs)
-    dtype = jnp.dtype(cfg.model.param_dtype)
+    model = model_def(settings)
+    tx = optim.make(settings.optimizer, num_steps, model.trainable_specs)
+    dtype = jnp.dtype(settings.model.param_dtype)
     abstract = state.abstract(tx, model.stored_specs, model.dims, dtype, mesh, model.frozen_dtypes)
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    options = CPU_OPTIONS if on_cpu else gpu_options(resolved.attention)
+    options = CPU_OPTIONS if on_cpu else gpu_options(settings.attention)
     return Program(
         model_def=model,
         mesh=mesh,
         tx=tx,
         state=abstract,
-        batch=_abstract_batch(cfg, resolved, mesh, per_source=num_sources > 0),
+        batch=_abstract_batch(settings, mesh, per_source=num_sources > 0),
         train_step=make_train_step(
             model,
             tx,
-            optim.schedule(cfg.optimizer, num_steps),
+            optim.schedule(settings.optimizer, num_steps),
             shardings,
             mesh,
             num_sources=num_sources,
-            objective=objective(cfg.loss, resolved.model_cfg),
+            objective=objective(settings.loss, settings.model_cfg),
             compiler_options=options,
-            seed=cfg.seed,
+            seed=settings.seed,
         ),
         eval_step=make_eval_step(model, mesh, options),
     )
 
 
-def objective(loss, model_cfg) -> dict[str, float]:
-    """Return the `objective` of the step: cfg.loss with the weight of the experts' balance loss.
+def objective(loss: Loss, model_cfg: Any) -> dict[str, float]:
+    """Return the `objective` of the step: `loss` with the weight of the experts' balance loss.
 
     A negative router_aux means the value of the model's config.
     """
-    terms = dict(loss)
+    terms = dataclasses.asdict(loss)
     if loss.router_aux < 0:
         terms["router_aux"] = model_cfg.router_aux if "experts" in model_cfg.dims else 0.0
     return terms
@@ -129,10 +130,10 @@ def gpu_options(attention: str) -> dict[str, Any]:
     }
 
 
-def _abstract_batch(cfg, resolved: Resolved, mesh: Mesh, per_source: bool) -> dict[str, Any]:
+def _abstract_batch(settings: Resolved, mesh: Mesh, per_source: bool) -> dict[str, Any]:
     """Return the shapes, dtypes and shardings of a global batch of packed rows."""
-    micro_batches = cfg.batch.rows // resolved.micro_rows
-    shape = (micro_batches, resolved.micro_rows, cfg.data.seq_len)
+    micro_batches = settings.batch.rows // settings.micro_rows
+    shape = (micro_batches, settings.micro_rows, settings.data.seq_len)
     row = empty_rows(1, 1, per_source)
     return {
         name: jax.ShapeDtypeStruct(shape, row[name].dtype, sharding=sharding)

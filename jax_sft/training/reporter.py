@@ -144,12 +144,12 @@ def open_reporter(
         trackers: open trackers, which the reporter closes.
     """
     health = Health(
-        on_nonfinite=run.cfg.train.on_nonfinite,
-        most=run.cfg.train.max_nonfinite,
+        on_nonfinite=run.settings.train.on_nonfinite,
+        most=run.settings.train.max_nonfinite,
         dump=functools.partial(_dump, run, data),
         say=run.say,
         skipped=start.skipped_steps,
-        vocab=run.resolved.model_cfg.vocab,
+        vocab=run.settings.model_cfg.vocab,
     )
     return Reporter(
         meter=_meter(run, data, program, start, health),
@@ -162,7 +162,7 @@ def open_reporter(
 
 
 def _meter(run: Run, data: Data, program: Program, start: Start, health: Health) -> Meter:
-    model_def, is_tied = program.model_def, run.resolved.model_cfg.tied
+    model_def, is_tied = program.model_def, run.settings.model_cfg.tied
 
     def flops(sums: Mapping[str, float]) -> float:
         tokens, pairs = sums["tokens"], sums["pairs"]
@@ -171,7 +171,7 @@ def _meter(run: Run, data: Data, program: Program, start: Start, health: Health)
         )
 
     return Meter(
-        every_steps=run.cfg.log.every_steps,
+        every_steps=run.settings.log.every_steps,
         num_steps=data.num_steps,
         start_step=start.step,
         epoch_of=data.loader.epoch_of,
@@ -185,7 +185,7 @@ def _meter(run: Run, data: Data, program: Program, start: Start, health: Health)
 def _evaluator(
     run: Run, data: Data, program: Program, weights: dict[str, jax.Array]
 ) -> evaluate.Evaluator:
-    num_samples = run.cfg.eval.samples
+    num_samples = run.settings.eval.samples
     return evaluate.Evaluator(
         program.eval_step,
         data.eval_loaders,

@@ -21,6 +21,7 @@ from jax_sft.hosts.preemption import Preempted, Preemption
 from jax_sft.hosts.watchdog import SLOW_PHASE_S, Watchdog
 from jax_sft.runtime import terminal
 from jax_sft.runtime.startup import Startup
+from jax_sft.settings import Settings
 from jax_sft.training import trackers
 from jax_sft.training.open_data import Data, open_data
 from jax_sft.training.open_run import Run, open_run
@@ -56,6 +57,7 @@ def train(cfg: config.Config, workdir: str | Path, began: float | None = None) -
 
     The watchdog ends a process that hangs or that waits too long for another process.
     """
+    settings = config.to_settings(cfg)
     startup = Startup(time.perf_counter() if began is None else began)
     if began is not None:
         startup.end("imports")
@@ -63,11 +65,13 @@ def train(cfg: config.Config, workdir: str | Path, began: float | None = None) -
     with (
         terminal.guarded(),
         Preemption(end=run_lock.end_process) as preemption,
-        Watchdog(cfg.train.stall_timeout_s, preemption.beat, end=run_lock.end_process) as watch,
+        Watchdog(
+            settings.train.stall_timeout_s, preemption.beat, end=run_lock.end_process
+        ) as watch,
         _memory_explained(preemption),
         contextlib.ExitStack() as ends,
     ):
-        return _run(cfg, folder, preemption, watch, startup, ends)
+        return _run(settings, folder, preemption, watch, startup, ends)
 
 
 @contextlib.contextmanager
@@ -93,7 +97,7 @@ def _memory_explained(preemption: Preemption) -> Iterator[None]:
 
 
 def _run(
-    cfg: config.Config,
+    given: Settings,
     workdir: Path,
     preemption: Preemption,
     watch: Watchdog,
@@ -102,7 +106,8 @@ def _run(
 ) -> dict[str, float]:
     """Execute a run, from joining the processes to the export; see `train`."""
     # ---- processes, devices, config, workdir -----------------------------------------------------
-    run = open_run(cfg, workdir, preemption, watch, startup, ends)
+    run = open_run(given, workdir, preemption, watch, startup, ends)
+    settings = run.settings
 
     # ---- data ------------------------------------------------------------------------------------
     data = open_data(run)
@@ -110,21 +115,21 @@ def _run(
 
     # ---- program and state: a checkpoint of this run, or the pretrained weights ------------------
     checkpoints, stored = open_checkpoints(run, data)
-    compiled = program(cfg, run.resolved, run.mesh, num_steps, num_sources=len(data.source_names))
+    compiled = program(settings, run.mesh, num_steps, num_sources=len(data.source_names))
     state, start = restore_or_load(run, data, compiled, checkpoints, stored)
     if start.step < num_steps:
         checkpoints.keep_model_files()
-        if cfg.train.export:  # an export that cannot be written fails now, not after training
+        if settings.train.export:  # an export that cannot be written fails now, not after training
             consensus.from_first("export folder", lambda: to_hf.check_of_run(workdir, run.say))
     else:
-        advice = how_to_train_on(cfg, start.step, data.loader)
+        advice = how_to_train_on(settings, start.step, data.loader)
         run.say(f"done    step {start.step} of {num_steps} is already there: {advice}")
         if not start.owes_evaluation:  # nothing to train, so nothing to write
             _end_run(run)
             return {}
     record = _open_record(run, data) if run.is_first else None
     opened = (
-        trackers.start(cfg.log.trackers, workdir, run.config, start.step, run.say)
+        trackers.start(settings.log.trackers, workdir, run.config, start.step, run.say)
         if run.is_first
         else []
     )
@@ -180,7 +185,7 @@ def _train_steps(trainer: Trainer, state: TrainState, start: Start) -> tuple[int
         The steps done, and whether the run was asked to stop.
     """
     run, data, reporter = trainer.run, trainer.data, trainer.reporter
-    cfg, step, num_steps = run.cfg, start.step, data.num_steps
+    settings, step, num_steps = run.settings, start.step, data.num_steps
     is_stopped = owes_evaluation = False
     if start.owes_evaluation:
         reporter.evaluate(step, state.weights)
@@ -207,7 +212,7 @@ def _train_steps(trainer: Trainer, state: TrainState, start: Start) -> tuple[int
         # 5. Evaluate before saving: the save stores the metrics, which choose the best step.
         is_last = step == num_steps
         metrics = None
-        if data.eval_loaders and (is_last or _is_due(step, cfg.eval.every_steps)):
+        if data.eval_loaders and (is_last or _is_due(step, settings.eval.every_steps)):
             reporter.log_due()  # log the metrics of the step before those of its evaluation
             try:
                 metrics = reporter.evaluate(step, state.weights)
@@ -217,7 +222,7 @@ def _train_steps(trainer: Trainer, state: TrainState, start: Start) -> tuple[int
         # 6. A run that was asked to stop saves after the loop, where it waits for the save.
         if is_stopped:
             break
-        if is_last or _is_due(step, cfg.checkpoint.every_steps):
+        if is_last or _is_due(step, settings.checkpoint.every_steps):
             _save(trainer, step, state, metrics, owes_evaluation=False, wait=is_last)
     reporter.log_due()
     if is_stopped:  # this save also retries a save that has failed
@@ -282,17 +287,17 @@ def _end_run(run: Run) -> None:
         Preempted: the run was asked to stop before the export was written.
     """
     stopped = Preempted("asked to stop: the run is saved, and not exported yet")
-    if run.cfg.train.export and run.preemption.requested:
+    if run.settings.train.export and run.preemption.requested:
         raise stopped
     run.preemption.saves_from_here(False)
-    if run.cfg.train.export and run.is_first:
+    if run.settings.train.export and run.is_first:
         run.watch.at("exporting")
         if run.lock:
             run.lock.check(look=True)
         with run.preemption.raising(stopped):
             to_hf.of_run(
                 run.workdir,
-                tokenizer_eos=run.cfg.train.export_tokenizer_eos,
+                tokenizer_eos=run.settings.train.export_tokenizer_eos,
                 say=lambda line: run.say(f"export  {line}"),
             )
     run.watch.at("waiting for the other processes to finish")

@@ -29,7 +29,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 import numpy as np
 
-from jax_sft import config, tiny, verify
+from jax_sft import config, settings, tiny, verify
 from jax_sft.checkpoint import model_files, resume, saving
 from jax_sft.files import manifest, step_folders
 from jax_sft.sharding import rules
@@ -83,8 +83,7 @@ def make(folder: Path) -> TrainState:
 
 def open_folder(folder: Path, model: Path | None = None, say=lambda _: None, **options):
     """Return the Checkpoints of a folder."""
-    keep = config.default().checkpoint
-    keep.update(options)
+    keep = settings.Checkpoint(**options)
     files = model_files.Model(model, {"w": "F32"}) if model else None
     return saving.Checkpoints(folder, keep, model=files, say=say)
 

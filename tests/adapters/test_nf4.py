@@ -114,7 +114,7 @@ def test_no_kernel_of_a_layer_is_held_in_more_than_its_bits(make_model, make_con
         make_config, make_model(**SIZES), **{"lora.dora": True, "mesh.fsdp": 1, "mesh.data": 8}
     )
     resolved = validate.validate(cfg, 8)
-    state = program(cfg, resolved, make_mesh(resolved.mesh_shape), 4).state
+    state = program(resolved, make_mesh(resolved.mesh_shape), 4).state
     kernels = {path: array for path, array in state.frozen.items() if ".kernel." in path}
     assert {path.rsplit(".", 1)[1] for path in kernels} == set(nf4.PARTS)
     assert not any(path.endswith(".kernel") for path in state.frozen)

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_sft import config, tiny
+from jax_sft import tiny
 from jax_sft.data.chat import encoding
 from jax_sft.data.sources import formats, read
 from jax_sft.data.sources.formats import Conversation, Text, Tokens
+from tests import inputs
 
 NUM_ROWS = 10_000
 MEGABYTE = "0123456789" * 100_000
@@ -216,7 +217,7 @@ def fuzz(tmp_path_factory):
             lines, good = fuzzed(name, NUM_ROWS // len(MAKERS) + 1)
             file = tmp_path_factory.mktemp("fuzz") / f"{name}.jsonl"
             file.write_bytes(b"\n".join(lines))
-            source = config.source(file, format=MAKERS[name][0])
+            source = inputs.source(file, format=MAKERS[name][0])
             done[name] = (lines, good, results(source, file))
         return done[name]
 
@@ -290,7 +291,7 @@ def test_a_list_of_mutated_rows_is_read_or_named_as_a_whole(fuzz, name, tmp_path
     for start in range(0, len(lines), 10):
         part = lines[start : start + 10]
         file.write_bytes(b"[" + b",\n".join(part) + b"]")
-        source = config.source(file)
+        source = inputs.source(file)
         try:
             found = [r for chunk in read.chunks(source, [file]) for r in read.parse(chunk)]
         except ValueError as error:

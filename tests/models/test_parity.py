@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import jax_sft
-from jax_sft import models
+from jax_sft import config, models
 from jax_sft.data.batches.loader import Loader
 from jax_sft.data.tokens.prepare import prepare
 from jax_sft.nn.model_def import ModelDef
@@ -246,7 +246,7 @@ def our_training(cfg, sizes: dict[str, int], micro_rows: int = 0, num_steps: int
     current = state.create(tx, params, model_def.rows, mesh)
     shardings = state.shardings(tx, params, model_def.rows, mesh)
     rate = optim.schedule(cfg.optimizer, NUM_STEPS)
-    trained = objective(cfg.loss, model_def.cfg)
+    trained = objective(config.to_settings(cfg).loss, model_def.cfg)
     step = make_train_step(model_def, tx, rate, shardings, mesh, objective=trained)
     found = []
     with jax.set_mesh(mesh):
@@ -343,7 +343,7 @@ def test_the_gradient_of_every_tensor_equals_torch(make_strong_model, make_confi
     model_def, params, mesh = load(cfg, {"fsdp": 2} if is_older else GRADIENT_MESH)
     with jax.set_mesh(mesh):
         batch = next(make_loader(cfg, mesh).batches(0, 1))
-        trained = objective(cfg.loss, model_def.cfg)
+        trained = objective(config.to_settings(cfg).loss, model_def.cfg)
         step = jax.jit(lambda p, b: value_and_grad(model_def, p, b, objective=trained))
         sums, grads = step(params, batch)
     ours = to_hf(model_def, grads)
@@ -385,7 +385,7 @@ def test_experts_are_balanced_within_each_micro_batch(make_strong_model, make_co
     model_def, params, mesh = load(cfg, {})
     with jax.set_mesh(mesh):
         batch = next(make_loader(cfg, mesh, micro_rows=2).batches(0, 1))
-        trained = objective(cfg.loss, model_def.cfg)
+        trained = objective(config.to_settings(cfg).loss, model_def.cfg)
         step = jax.jit(lambda p, b: value_and_grad(model_def, p, b, objective=trained))
         sums, grads = step(params, batch)
 

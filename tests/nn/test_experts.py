@@ -298,19 +298,24 @@ def test_what_is_not_implemented_or_cannot_be_is_refused_by_name(name, changes, 
 # ---- the config key ------------------------------------------------------------------------------
 
 
+def weight_of(cfg) -> float:
+    """The weight of the balance in the objective of a run."""
+    settings = validate(cfg, 1)
+    return program.objective(settings.loss, settings.model_cfg)["router_aux"]
+
+
 def test_the_weight_of_the_balance_is_the_models_unless_given(make_model, make_config):
     options = {"model_type": "mixtral", **FAMILIES["mixtral"], "router_aux_loss_coef": 0.02}
     cfg = make_config(make_model(**options))
     dense = make_config(make_model("dense"))
     for given, weight, of_dense in ((-1.0, 0.02, 0.0), (0.0, 0.0, 0.0), (0.5, 0.5, None)):
         cfg.loss.router_aux = dense.loss.router_aux = given
-        assert program.objective(cfg.loss, validate(cfg, 1).model_cfg)["router_aux"] == weight
+        assert weight_of(cfg) == weight
         if of_dense is None:
             with pytest.raises(ValueError, match=r"router_aux = 0\.5 is for models with experts"):
                 validate(dense, 1)
         else:
-            found = program.objective(dense.loss, validate(dense, 1).model_cfg)
-            assert found["router_aux"] == of_dense
+            assert weight_of(dense) == of_dense
     for wrong in (-0.5, math.nan, math.inf):
         cfg.loss.router_aux = wrong
         with pytest.raises(ValueError, match=r"loss\.router_aux = .*: use 0 or more, or -1"):

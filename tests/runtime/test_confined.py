@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from transformers.utils import chat_template_utils
 
-from jax_sft import config, tiny
+from jax_sft import tiny
 from jax_sft.data.chat import encoding, template
 from jax_sft.data.sources import formats, read
 from jax_sft.data.tokens import cache, worker
 from jax_sft.runtime import confined
+from tests import inputs
 
 SORTS = (
     "{% set a = range(100000)|list %}{% for i in range(100000) %}"
@@ -46,7 +47,7 @@ def build(model, tmp_path):
         rows = [{"prompt": prompt, "response": "b"} for prompt in prompts]
         file = tmp_path / "a.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        source = config.source(str(file))
+        source = inputs.source(str(file))
         return cache.open_or_build(
             source,
             model,
@@ -130,7 +131,7 @@ def test_no_row_has_more_than_the_bound_however_many_messages_it_has(
     file.write_text(json.dumps({"messages": turn * 5000}))  # 5000 texts of 10,000 messages
     with pytest.raises(confined.OutOfBounds, match=r"within 2 s.*line 1\): .*leave out the row"):
         cache.open_or_build(
-            config.source(str(file)),
+            inputs.source(str(file)),
             model,
             encoding.Options(),
             tmp_path / "cache",
@@ -165,7 +166,7 @@ def test_one_process_alone_has_the_first_chunk(model, tmp_path, monkeypatch):
         send(process, function, *args)
 
     monkeypatch.setattr(confined.Process, "send", note)
-    source = config.source(str(tmp_path / "a.jsonl"))
+    source = inputs.source(str(tmp_path / "a.jsonl"))
     job = worker.Job(model, encoding.Options(), source, "prompt_response")
     chunks = list(read.chunks(source, [tmp_path / "a.jsonl"]))
     found = [len(result.rows) for _, result in worker.tokenize(job, iter(chunks), 2)]

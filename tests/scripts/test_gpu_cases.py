@@ -171,6 +171,6 @@ def test_xla_computes_nothing_twice_where_memory_is_short(tmp_path):
     resolved = validate.validate(cfg, 1, planned_for=chip.capability)
     devices = targets.topology(chip, 1, 1)
     where = analysis.Target(chip, 1, 1, devices, step_cost.full_row(case.length))
-    found = analysis.analyse(cfg, resolved, where, hlo_file=tmp_path / "step.hlo")
+    found = analysis.analyse(resolved, where, hlo_file=tmp_path / "step.hlo")
     assert "memory" in found and found["memory"]["peak_bytes"] < 121 * 2**30
     assert not re.search(r"%[\w.\-]+\.remat", (tmp_path / "step.hlo").read_text())

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jax_sft
-from jax_sft import config, models, tiny
+from jax_sft import models, settings, tiny
 from jax_sft.data.batches.examples import Examples
 from jax_sft.data.batches.loader import Loader
 from jax_sft.data.chat import encoding
@@ -457,7 +457,7 @@ def test_an_unknown_tracker_is_named_at_the_start(make_config):
         ValueError, match=r"log.trackers: 'x' is not one of \['tensorboard', 'wandb'"
     ):
         validate(make_config(**{"log.trackers": ("x",)}), 8)
-    assert trackers.CLASSES.keys() == config.TRACKERS.keys()
+    assert trackers.CLASSES.keys() == settings.TRACKERS.keys()
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
@@ -468,17 +468,16 @@ def sets(make_model, tmp_path):
     """A model folder, its mesh and two evaluation sets of very different size."""
     folder = make_model()
     mesh = make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
-    cfg = config.default()
-    cfg.data.seq_len = 64
+    data = settings.Data(seq_len=64)
     examples, loaders = {}, {}
     for name, size, answer in (("large", 9, "yes, I think so"), ("small", 2, "no")):
         file = tmp_path / f"{name}.jsonl"
         rows = [{"prompt": "q" * n, "response": answer[: 2 + n]} for n in range(1, size + 1)]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        sources = {name: config.source(str(file))}
-        examples[name] = prepare(sources, folder, cfg.data, progress=False)
+        sources = {name: settings.Source(str(file))}
+        examples[name] = prepare(sources, folder, data, progress=False)
         options = dict(rows=4, micro_rows=4, mesh=mesh, shuffle=False, seed=0)
-        loaders[name] = Loader(examples[name], cfg.data, None, **options)
+        loaders[name] = Loader(examples[name], data, None, **options)
     return folder, mesh, examples, loaders
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jax_sft import config, hardware
+from jax_sft import config, hardware, settings
 from jax_sft.checkpoint import saving
 from jax_sft.models import qwen2
 from jax_sft.planning import targets
@@ -52,7 +52,7 @@ def formula(name: str, step: int, warmup: int, floor: float, decay_steps: float)
     return 1.0
 
 
-@pytest.mark.parametrize("name", config.SCHEDULES)
+@pytest.mark.parametrize("name", settings.SCHEDULES)
 @pytest.mark.parametrize(("warmup", "warmup_steps"), [(0.0, 0), (0.1, 5), (1.0, 1), (12.0, 12)])
 @pytest.mark.parametrize("floor", [0.0, 0.1, 1.0])
 def test_the_schedule_follows_its_formula(name, warmup, warmup_steps, floor):
@@ -62,7 +62,7 @@ def test_the_schedule_follows_its_formula(name, warmup, warmup_steps, floor):
     np.testing.assert_allclose(rates(optimizer), wanted, rtol=1e-6, atol=1e-6 * 3e-4)
 
 
-@pytest.mark.parametrize("name", config.SCHEDULES)
+@pytest.mark.parametrize("name", settings.SCHEDULES)
 def test_no_step_trains_at_zero_and_the_end_is_final_ratio(name):
     found = rates(options(schedule=name))
     assert (found[:STEPS] > 0).all() and found.max() == np.float32(3e-4)
@@ -70,13 +70,13 @@ def test_no_step_trains_at_zero_and_the_end_is_final_ratio(name):
     assert (np.diff(found[:6]) > 0).all() and (np.diff(found[5:]) <= 0).all()
 
 
-@pytest.mark.parametrize("name", config.SCHEDULES)
+@pytest.mark.parametrize("name", settings.SCHEDULES)
 def test_a_run_of_one_step_trains(name):
     assert rates(options(schedule=name, warmup=0.03), num_steps=1)[0] == np.float32(3e-4)
     assert rates(options(schedule=name, warmup=100.0), num_steps=1)[0] > 0
 
 
-@pytest.mark.parametrize("name", config.SCHEDULES)
+@pytest.mark.parametrize("name", settings.SCHEDULES)
 @pytest.mark.parametrize("warmup", [STEPS, 100, 1e12])
 def test_a_warmup_longer_than_the_run_keeps_its_ramp_and_says_so(name, warmup):
     optimizer = options(schedule=name, warmup=float(warmup))
@@ -210,7 +210,7 @@ def plain_optax(optimizer):
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("moments_dtype", config.MOMENTS_DTYPES)
+@pytest.mark.parametrize("moments_dtype", settings.MOMENTS_DTYPES)
 def test_the_update_is_optax_in_float32_with_what_is_stored_rounded(param_dtype, moments_dtype):
     optimizer = options(moments_dtype=moments_dtype, learning_rate=0.05, weight_decay=2.0)
     tx = plain_optax(optimizer)
@@ -242,7 +242,7 @@ def equal_once_rounded(found, wanted):
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_bfloat16_moments_take_half_the_bytes_whatever_the_parameters(param_dtype):
     sizes = {}
-    for dtype in config.MOMENTS_DTYPES:
+    for dtype in settings.MOMENTS_DTYPES:
         tx = optim.make(options(moments_dtype=dtype), STEPS, ROWS)
         mesh = make_mesh(MESH)
         abstract = state.abstract(tx, ROWS, EVEN, jnp.dtype(param_dtype), mesh)
@@ -358,13 +358,13 @@ def test_a_second_moment_in_bfloat16_is_unbiased_up_to_the_highest_b2_allowed():
         return float(found[500:].mean() / wanted[500:].mean()) - 1
 
     assert abs(bias(0.95)) < 0.001
-    assert abs(bias(config.MAX_BFLOAT16_DECAY)) < 0.01
+    assert abs(bias(settings.MAX_BFLOAT16_DECAY)) < 0.01
     assert 0.02 < abs(bias(0.99)) < 0.1 and bias(0.999) > 0.1  # why there is a highest
 
 
 def test_a_second_moment_in_bfloat16_falls_up_to_the_highest_b2_allowed():
     zeros = np.zeros((500, 1), np.float32)
-    assert second_moments(config.MAX_BFLOAT16_DECAY, "bfloat16", zeros)[-1] < 1e-4
+    assert second_moments(settings.MAX_BFLOAT16_DECAY, "bfloat16", zeros)[-1] < 1e-4
     assert second_moments(0.999, "bfloat16", zeros)[-1] == 1.0
 
 
@@ -407,14 +407,14 @@ def test_decays_too_slow_for_bfloat16_moments_are_refused(make_config):
         validate(cfg, 8)
     for key in ("b1", "b2"):
         assert f"optimizer.{key} = 0.999 is too slow for bfloat16 moments" in str(refused.value)
-        cfg.optimizer[key] = config.MAX_BFLOAT16_DECAY
+        cfg.optimizer[key] = settings.MAX_BFLOAT16_DECAY
     validate(cfg, 8)
     cfg.optimizer.moments_dtype = "float16"
     with pytest.raises(ValueError, match=r"moments_dtype = 'float16': use one of \['float32', 'bf"):
         validate(cfg, 8)
 
 
-@pytest.mark.parametrize("resumed_dtype", config.MOMENTS_DTYPES)
+@pytest.mark.parametrize("resumed_dtype", settings.MOMENTS_DTYPES)
 def test_a_checkpoint_gives_bfloat16_moments_back_bitwise_or_widened(tmp_path, resumed_dtype):
     mesh = make_mesh(MESH)
     tx = optim.make(options(moments_dtype="bfloat16"), STEPS, ROWS)

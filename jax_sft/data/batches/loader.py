@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
 
 import grain
 import jax
@@ -21,6 +20,7 @@ from jax.sharding import Mesh
 from jax_sft.batch import Batch, Row, empty_rows
 from jax_sft.data.batches import mixture, packing
 from jax_sft.data.batches.examples import Examples
+from jax_sft.settings import Data, Source
 from jax_sft.sharding import rules
 
 SHORTEST_BUCKET = 128  # tokens; with its doublings, at most log2(seq_len / 64) shapes to compile
@@ -56,7 +56,15 @@ class Schedule:
     """
 
     def __init__(
-        self, examples: Examples, data, sources, *, rows: int, micro_rows: int, shuffle, seed: int
+        self,
+        examples: Examples,
+        data: Data,
+        sources: Mapping[str, Source] | None,
+        *,
+        rows: int,
+        micro_rows: int,
+        shuffle: bool,
+        seed: int,
     ):
         self._data, self._rows, self._micro_rows = data, rows, micro_rows
         self._shuffle, self._seed = shuffle, seed
@@ -161,8 +169,7 @@ class Loader:
 
     Args:
         examples: the data set.
-        data: `cfg.data`.
-        sources: {name: config.source}, for their epochs and weights; None = every example once.
+        sources: {name: source}, for their epochs and weights; None = every example once.
         rows: rows per batch over all processes.
         micro_rows: rows per micro-batch; divides `rows`.
         mesh: the mesh over which the batch is sharded.
@@ -178,8 +185,8 @@ class Loader:
     def __init__(
         self,
         examples: Examples,
-        data,
-        sources: Mapping[str, Any] | None,
+        data: Data,
+        sources: Mapping[str, Source] | None,
         *,
         rows: int,
         micro_rows: int,
@@ -301,7 +308,7 @@ class _Batches:
         return {name: self._loader._to_devices(array) for name, array in built.items()}
 
 
-def _buckets(data, multiple: int) -> np.ndarray:
+def _buckets(data: Data, multiple: int) -> np.ndarray:
     """Return the row lengths in use, in tokens, ascending; `multiple` is what the mesh divides."""
     lengths = [data.seq_len]
     if data.packing == "none":

@@ -20,12 +20,13 @@ import math
 import zlib
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
+from jax_sft.settings import Source
 
-def problems(sources: Mapping[str, Any]) -> list[str]:
+
+def problems(sources: Mapping[str, Source]) -> list[str]:
     """Return the problems with `weight` and `epochs` of the sources under data.train."""
     messages = []
     for name, source in sources.items():
@@ -53,14 +54,14 @@ def problems(sources: Mapping[str, Any]) -> list[str]:
     return messages
 
 
-def counts(sizes: Mapping[str, int], sources: Mapping[str, Any] | None) -> dict[str, int]:
+def counts(sizes: Mapping[str, int], sources: Mapping[str, Source] | None) -> dict[str, int]:
     """Return the number of examples that each source gives in every epoch of the run.
 
     The fractions are exact in the decimals of the config: weights 0.1 and 0.3 are 1 : 3.
 
     Args:
         sizes: {source name: its number of examples}.
-        sources: {source name: config.source}; None = every example once.
+        sources: {name: source}; None = every example once.
 
     Raises:
         ValueError: see `problems`; or a source gives no example.
@@ -80,9 +81,10 @@ def counts(sizes: Mapping[str, int], sources: Mapping[str, Any] | None) -> dict[
     for name, count in examples_per_epoch.items():
         if count == 0:
             key = "weight" if weights[name] else "epochs"
+            value = getattr(sources[name], key)
             raise ValueError(
                 f"data.train.{name} has {sizes[name]} examples and gives none of them per epoch "
-                f"(data.train.{name}.{key} = {sources[name][key]}, examples of all sources: "
+                f"(data.train.{name}.{key} = {value}, examples of all sources: "
                 f"{dict(sizes)}): raise its {key}, or leave the source out"
             )
     return examples_per_epoch

@@ -60,7 +60,7 @@ def render(
     trained.
 
     Args:
-        turns: "all", "last" or "from:K", see `cfg.data.turns`.
+        turns: "all", "last" or "from:K", see `data.turns`.
 
     Raises:
         ValueError: why the trained text is not what inference would emit: the template refuses the

@@ -32,7 +32,7 @@ SENTENCEPIECE_SPACE = "\u2581"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The keys of `cfg.data`, of the same names, that decide which tokens are trained.
+    """The keys of the data settings, of the same names, that decide which tokens are trained.
 
     Attributes:
         max_tokens: leave out the oldest turns of a conversation of more tokens; 0 = never.

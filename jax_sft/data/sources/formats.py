@@ -1,6 +1,6 @@
 """Convert rows to items that can be tokenized.
 
-Called by `worker`. Every format accepts (row, config.source) and raises ValueError naming the
+Called by `worker`. Every format accepts (row, settings.Source) and raises ValueError naming the
 invalid field. Values are not converted: a number where text belongs is an error. To add a format,
 write its function here, add its columns to `_needed` and its name to FORMATS.
 """
@@ -21,6 +21,7 @@ from jax_sft.data.sources.messages import (
     to_tools,
     turn_to_message,
 )
+from jax_sft.settings import Source
 
 NOT_TRAINED = -100  # label of an untrained token
 
@@ -62,7 +63,7 @@ Item = Conversation | Text | Tokens
 # ---- formats -------------------------------------------------------------------------------------
 
 
-def messages(row: Row, source) -> Conversation:
+def messages(row: Row, source: Source) -> Conversation:
     """Read a column of OpenAI messages, with an optional column of tools.
 
     Null fields are left out. Unknown fields are kept, since a template may use them. An assistant
@@ -74,7 +75,7 @@ def messages(row: Row, source) -> Conversation:
     return Conversation(_joined(system, turns, key), _tools(row, source.tools_key))
 
 
-def sharegpt(row: Row, source) -> Conversation:
+def sharegpt(row: Row, source: Source) -> Conversation:
     """Read a column of {from, value} turns, with an optional column of tools.
 
     The system message may have its own column: source.system_key, by default "system" if that
@@ -88,7 +89,7 @@ def sharegpt(row: Row, source) -> Conversation:
     return Conversation(_joined(system, turns, key), _tools(row, source.tools_key))
 
 
-def prompt_response(row: Row, source) -> Conversation:
+def prompt_response(row: Row, source: Source) -> Conversation:
     """Read a user message (prompt, newline, query) and the assistant's response.
 
     The query and the system message are optional.
@@ -101,7 +102,7 @@ def prompt_response(row: Row, source) -> Conversation:
     return Conversation(_system(row, source.system_key) + turns, _tools(row, source.tools_key))
 
 
-def prompt_completion(row: Row, source) -> Conversation | Text:
+def prompt_completion(row: Row, source: Source) -> Conversation | Text:
     """Read two strings, tokenized without a template, or two lists of messages.
 
     The first list is history: an assistant message in it is trained only if it sets `train` or
@@ -127,7 +128,7 @@ def prompt_completion(row: Row, source) -> Conversation | Text:
     return Conversation(turns, tools)
 
 
-def tokens(row: Row, source) -> Tokens:
+def tokens(row: Row, source: Source) -> Tokens:
     """Read tokenized rows: `ids` and `mask` (0, 1 or float weights), or `input_ids` and `labels`.
 
     Neither is shifted: a label is the token at its own position, or -100 where it is not trained.
@@ -158,7 +159,7 @@ def tokens(row: Row, source) -> Tokens:
     return Tokens(ids, [float(label != NOT_TRAINED) for label in marks])
 
 
-def text(row: Row, source) -> Text:
+def text(row: Row, source: Source) -> Text:
     """Read plain text for language modeling; all of it is trained."""
     return Text("", _trained(row, source.text_key))
 
@@ -187,7 +188,7 @@ USES = {
 OPTIONAL = ("query_key", "system_key")  # not set by default; the others always name a column
 
 
-def _needed(source) -> dict[str, list[tuple[str, ...]]]:
+def _needed(source: Source) -> dict[str, list[tuple[str, ...]]]:
     """Return {format: its alternative sets of columns}; a format needs all columns of one set."""
     return {
         "messages": [(source.messages_key,)],
@@ -199,13 +200,13 @@ def _needed(source) -> dict[str, list[tuple[str, ...]]]:
     }
 
 
-def columns(source) -> set[str]:
+def columns(source: Source) -> set[str]:
     """Return the columns of a source that some format may read; the others can be skipped."""
-    named = {source[option] for option in USES} | {"system", "attention_mask"}
+    named = {getattr(source, option) for option in USES} | {"system", "attention_mask"}
     return named | {key for sets in _needed(source).values() for keys in sets for key in keys}
 
 
-def choose(source, rows: Sequence[Row]) -> tuple[str, str]:
+def choose(source: Source, rows: Sequence[Row]) -> tuple[str, str]:
     """Return the format of a source and the reason that is shown to the user.
 
     The format is source.format if set, otherwise the first in FORMATS whose columns all exist. A
@@ -234,14 +235,12 @@ def choose(source, rows: Sequence[Row]) -> tuple[str, str]:
         )
     for option, users in USES.items():
         default = "" if option in OPTIONAL else option.removesuffix("_key")
-        if source[option] in ("", default):
+        if getattr(source, option) in ("", default):
             continue
         if name not in users:
             raise ValueError(f"{given}: format {name!r} does not use source.{option}: leave it out")
-        if source[option] not in columns:
-            raise ValueError(
-                f"{given} has the columns {names}, not source.{option} = {source[option]!r}"
-            )
+        if (column := getattr(source, option)) not in columns:
+            raise ValueError(f"{given} has the columns {names}, not source.{option} = {column!r}")
     keys = fits[name][0]
     reason = f"column{'s' * (len(keys) > 1)} {' and '.join(map(repr, keys))}"
     if name in ("messages", "prompt_response") and not source.system_key and "system" in columns:

@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from jax_sft.data.sources import formats, json_rows, tables
 from jax_sft.files import paths, regular
+from jax_sft.settings import Source
 
 KINDS = {
     **{".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv"},
@@ -89,7 +90,7 @@ class Record:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def files(source) -> list[Path]:
+def files(source: Source) -> list[Path]:
     """Find the files of a source, in the order in which they are read.
 
     `source.path` is the first of these that applies:
@@ -112,7 +113,7 @@ def files(source) -> list[Path]:
         raise ValueError(f"source.path = {source.path!r} cannot be read: {error}") from error
 
 
-def _files(source) -> list[Path]:
+def _files(source: Source) -> list[Path]:
     given = source.path
     if not given:
         raise ValueError("source.path is empty: name a file, glob, folder or hub data set")
@@ -229,7 +230,7 @@ def _kind(file: Path) -> str:
     return inner if inner in COMPRESSIBLE else ""
 
 
-def _hub_files(source) -> list[Path]:
+def _hub_files(source: Source) -> list[Path]:
     """Return the .arrow files of a hub data set, downloaded or from the cache of `datasets`."""
     if not SPLIT_NAME.fullmatch(source.split):
         raise ValueError(
@@ -260,7 +261,9 @@ def _hub_files(source) -> list[Path]:
 # ---- chunks --------------------------------------------------------------------------------------
 
 
-def chunks(source, files: Sequence[Path], max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[Chunk]:
+def chunks(
+    source: Source, files: Sequence[Path], max_row_bytes: int = MAX_ROW_BYTES
+) -> Iterator[Chunk]:
     """Split files into chunks of up to MAX_ROWS rows or about BLOCK bytes; each is of one file.
 
     Rows that cannot be parsed count as rows, also for `source.limit`. Memory does not grow with

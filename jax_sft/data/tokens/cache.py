@@ -14,7 +14,6 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -24,6 +23,7 @@ from jax_sft.data.tokens import cache_room, file_hashes, store_lock, worker
 from jax_sft.data.tokens.store import Damaged, Store, Writer, open_store, publish
 from jax_sft.data.tokens.worker import VERSIONS
 from jax_sft.files import cache_folder
+from jax_sft.settings import Source
 
 # Keys of a source that do not change its tokens; a moved file keeps its store.
 NOT_IN_KEY = ("path", "epochs", "weight")
@@ -44,7 +44,7 @@ class _Request:
         cache: the cache folder.
     """
 
-    source: Any
+    source: Source
     name: str
     files: Sequence[Path]
     root: Path
@@ -58,7 +58,7 @@ class _Request:
 
 
 def open_or_build(
-    source,
+    source: Source,
     tokenizer_folder: str | os.PathLike,
     options: encoding.Options,
     cache_dir: str | os.PathLike,
@@ -73,7 +73,7 @@ def open_or_build(
     """Return the tokens of a source, from the cache or tokenized now.
 
     Args:
-        source: from `config.source`.
+        source: the source.
         tokenizer_folder: a local folder.
         cache_dir: `data.cache_dir`; "" = `cache_folder.default()`.
         num_workers: processes; 0 = one per core.
@@ -121,7 +121,7 @@ def open_or_build(
 
 
 def is_built(
-    source,
+    source: Source,
     tokenizer_folder: str | os.PathLike,
     options: encoding.Options,
     cache_dir: str | os.PathLike,
@@ -147,7 +147,7 @@ def is_built(
 
 
 def _request(
-    source,
+    source: Source,
     tokenizer_folder: str | os.PathLike,
     options: encoding.Options,
     cache_dir: str | os.PathLike,
@@ -196,7 +196,9 @@ def _key(request: _Request, progress: bool) -> str:
     contents = file_hashes.contents([*request.files, *tokenizer_files], request.cache, progress)
     deciding = {
         "files": [[os.path.relpath(file, request.root), contents[file]] for file in request.files],
-        "source": {k: v for k, v in request.source.to_dict().items() if k not in NOT_IN_KEY},
+        "source": {
+            k: v for k, v in dataclasses.asdict(request.source).items() if k not in NOT_IN_KEY
+        },
         "options": dataclasses.asdict(request.options),
         "max_row_bytes": request.max_row_bytes,
         "tokenizer": [[str(file.relative_to(folder)), contents[file]] for file in tokenizer_files],

@@ -18,6 +18,7 @@ import numpy as np
 from jax_sft.data.batches.examples import Examples
 from jax_sft.data.chat import chat_templates, encoding
 from jax_sft.data.tokens import cache, losses
+from jax_sft.settings import Data, Source
 
 PERCENTILES = (5, 50, 95, 99)
 NUM_LONGEST = 5  # longest examples named in the report
@@ -25,9 +26,9 @@ NUM_BAD = 5  # bad rows quoted in the report
 
 
 def prepare(
-    sources: Mapping,
+    sources: Mapping[str, Source],
     tokenizer_folder: Path,
-    data,
+    data: Data,
     *,
     progress: bool = True,
     stop_at_bad_row: bool | None = None,
@@ -35,9 +36,8 @@ def prepare(
     """Tokenize every source or reuse its cached tokens, in order of name and row.
 
     Args:
-        sources: {name: config.source}.
+        sources: {name: source}.
         tokenizer_folder: a local folder, with the chat template.
-        data: `cfg.data`.
         progress: show bars.
         stop_at_bad_row: raise at the first bad row; None = as `data.on_bad_row` says.
 
@@ -86,7 +86,7 @@ def prepare(
     return _join(stores, fitted, report)
 
 
-def is_cached(data, tokenizer_folder: Path, *, progress: bool = True) -> bool:
+def is_cached(data: Data, tokenizer_folder: Path, *, progress: bool = True) -> bool:
     """Whether no source and no eval set seems to need tokenizing."""
     sources = [*data.train.values(), *data.eval.values()]
     return all(
@@ -99,12 +99,12 @@ def is_cached(data, tokenizer_folder: Path, *, progress: bool = True) -> bool:
     )
 
 
-def options(data) -> encoding.Options:
-    """Return the options of `cfg.data` that decide which tokens are trained."""
+def options(data: Data) -> encoding.Options:
+    """Return the options of the data settings that decide which tokens are trained."""
     return encoding.Options(
         turns=data.turns,
         train_empty_think=data.train_empty_think,
-        template_args=data.template_args.to_dict(),
+        template_args=dict(data.template_args),
         date=data.date,
         max_tokens=data.seq_len + 1 if data.overlong == "truncate_history" else 0,
         chat_template=chat_templates.read(data.chat_template),
@@ -228,7 +228,7 @@ def _end_of_last_run(weights: np.ndarray, start: int, most: int) -> int | None:
 # ---- report -------------------------------------------------------------------------------------
 
 
-def describe(store: cache.Store, fit: Fitted, data) -> dict:
+def describe(store: cache.Store, fit: Fitted, data: Data) -> dict:
     """Count what became of the rows of a source, as plain JSON.
 
     Lengths and tokens are model inputs, one less than the tokens stored. `lengths` and `longest`
@@ -237,7 +237,6 @@ def describe(store: cache.Store, fit: Fitted, data) -> dict:
     the shares.
 
     Args:
-        data: `cfg.data`.
     """
     lengths = store.stops - store.starts - 1
     history_cut = store.num_cut[fit.kept] > 0

@@ -13,7 +13,6 @@ import os
 import platform
 import signal
 import sys
-import types
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from jax_sft.data.chat import chat_templates, encoding
 from jax_sft.data.sources import formats, read
 from jax_sft.runtime import confined
 from jax_sft.runtime.confined import Ended, Stage
+from jax_sft.settings import Source
 
 # Up to this many chunks (of up to 1 MB, 0.3 s each), one process is faster than several, which take
 # 3 s to start.
@@ -55,13 +55,13 @@ class Job:
     """All that a process needs to tokenize the chunks of one source; sent to it once.
 
     Attributes:
-        source: from `config.source`.
+        source: the source, whose chunks are tokenized.
         format: one of formats.FORMATS.
     """
 
     tokenizer_folder: Path
     options: encoding.Options
-    source: Any
+    source: Source
     format: str
 
 
@@ -136,8 +136,7 @@ class Encoder:
         except ValueError as error:
             raise ValueError(f"{job.tokenizer_folder}: {error}") from error
         self._to_item = formats.FORMATS[job.format]
-        # Looking a key up in a ConfigDict would take 5 us per row.
-        self._source = types.SimpleNamespace(**job.source)
+        self._source = job.source
 
     def encode(self, chunk: read.Chunk) -> Tokenized:
         """Tokenize a chunk."""

@@ -12,6 +12,7 @@ from jax_sft.data.batches.examples import Encoded, Examples
 from jax_sft.data.batches.loader import Loader, fill_row
 from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
+from tests import inputs
 
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 2, 4), (2, 2, 2, 1), (1, 2, 2, 2)]
 SEQ_LEN = 32
@@ -37,7 +38,7 @@ def make_loader(sizes=(8, 1, 1, 1), devices=None, examples=None, mix=None, **cha
     cfg.data.seq_len, cfg.data.max_segments = changes.pop("seq_len", SEQ_LEN), 4
     cfg.data.packing = changes.pop("packing", "best_fit")
     mesh = make_mesh(dict(zip(rules.AXES, sizes, strict=True)), devices)
-    sources = mix and {name: config.source("x.jsonl", **options) for name, options in mix.items()}
+    sources = mix and {name: inputs.source("x.jsonl", **options) for name, options in mix.items()}
     options = {"rows": 16, "micro_rows": 8, "shuffle": True, "seed": 3, "mesh": mesh} | changes
     examples = make_examples() if examples is None else examples
     return Loader(examples, cfg.data, sources, **options)

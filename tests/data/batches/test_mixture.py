@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_sft import config
 from jax_sft.data.batches import mixture
+from tests import inputs
 
 quickly = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 def sources_of(**options) -> dict:
     """{name: source} with `epochs=` or `weight=` as given in a dict."""
-    return {name: config.source("x.jsonl", **changes) for name, changes in options.items()}
+    return {name: inputs.source("x.jsonl", **changes) for name, changes in options.items()}
 
 
 def ranges_of(**sizes: int) -> dict[str, range]:

@@ -15,13 +15,14 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_sft import config, tiny
+from jax_sft import tiny
 from jax_sft.batch import empty_rows
 from jax_sft.data.batches.examples import Encoded, Example, Examples
 from jax_sft.data.batches.loader import fill_row
 from jax_sft.data.chat import encoding, sandbox
 from jax_sft.data.chat.template import ChatTemplate
 from jax_sft.data.sources import formats
+from tests import inputs
 
 SHARED = Path(__file__).resolve().parents[4] / "shared"
 TOOL_CALLS = SHARED / "data" / "tool_calls.jsonl"
@@ -283,7 +284,7 @@ def test_every_row_of_the_tool_call_file_trains_its_calls_and_answers(load):
     if not TOOL_CALLS.is_file():
         pytest.skip(f"{TOOL_CALLS} is not on this machine")
     tokenizer = load("qwen2_5")
-    source = config.source(str(TOOL_CALLS))
+    source = inputs.source(str(TOOL_CALLS))
     raw_rows = [json.loads(line) for line in TOOL_CALLS.read_text(encoding="utf-8").splitlines()]
     assert len(raw_rows) == 300
     for raw in raw_rows:

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_sft import config
 from jax_sft.data.sources import formats
 from jax_sft.data.sources.formats import Conversation, Text, Tokens
 from jax_sft.data.sources.messages import ROLES, SHAREGPT_ROLES, THINKING
+from tests import inputs
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "a"}
@@ -22,7 +22,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"a": {"type
 
 
 def source(**options):
-    return config.source("data.jsonl", **options)
+    return inputs.source("data.jsonl", **options)
 
 
 def item(row: dict, **options) -> formats.Item:
@@ -721,27 +721,27 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_that_the_format_does_not_use_is_refused(option):
     row = {"prompt": "a", "response": "b"} if option != "query_key" else {"text": "a"}
-    source = config.source("f", **{option: OPTIONS[option]})
+    source = inputs.source("f", **{option: OPTIONS[option]})
     with pytest.raises(ValueError, match=f"does not use source.{option}: leave it out"):
         formats.choose(source, [row])
 
 
 def test_the_columns_looked_for_by_default_are_those_of_the_config():
-    source = config.source("f")
-    assert {*formats.USES} == {key for key in source if key.endswith("_key")}
+    source = inputs.source("f")
+    assert {*formats.USES} == {key for key in vars(source) if key.endswith("_key")}
     for option in formats.USES:
         is_optional = option in formats.OPTIONAL
-        assert source[option] == ("" if is_optional else option.removesuffix("_key"))
+        assert getattr(source, option) == ("" if is_optional else option.removesuffix("_key"))
 
 
 def test_a_tools_column_that_is_not_there_is_refused():
     row = {"messages": [], "functions": []}
     with pytest.raises(ValueError, match="not source.tools_key = 'function'"):
-        formats.choose(config.source("f", tools_key="function"), [row])
-    assert formats.choose(config.source("f", tools_key="functions"), [row])[0] == "messages"
-    assert formats.choose(config.source("f", tools_key=""), [row])[0] == "messages"
+        formats.choose(inputs.source("f", tools_key="function"), [row])
+    assert formats.choose(inputs.source("f", tools_key="functions"), [row])[0] == "messages"
+    assert formats.choose(inputs.source("f", tools_key=""), [row])[0] == "messages"
 
 
 def test_a_weight_of_a_row_is_not_passed_over_in_silence():
-    _, reason = formats.choose(config.source("f"), [{"prompt": "a", "response": "b", "weight": 0}])
+    _, reason = formats.choose(inputs.source("f"), [{"prompt": "a", "response": "b", "weight": 0}])
     assert "column 'weight' is not used" in reason

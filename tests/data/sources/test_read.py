@@ -22,8 +22,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jax_sft import config
 from jax_sft.data.sources import json_rows, read, tables
+from tests import inputs
 
 ROWS = [{"prompt": f"ask {n}", "response": f"answer {n}"} for n in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -41,7 +41,7 @@ def write(tmp_path):
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
-        return config.source(file, **options)
+        return inputs.source(file, **options)
 
     return write
 
@@ -86,26 +86,26 @@ def test_a_folder_gives_its_data_files_sorted_and_nothing_else(write, tmp_path):
     write("x", "data/dataset_infos.json")
     found = ["B.PARQUET", "a.json", "b.jsonl", "d.ndjson.zst", "e.tsv", "sub/deep/c.csv.gz"]
     folder = tmp_path / "data"
-    assert names(config.source(folder), folder) == found
-    assert names(config.source(f"{folder}/"), folder) == found
-    assert names(config.source(f"{folder}/**"), folder) == found
-    assert names(config.source(f"{folder}/*.js*"), folder) == ["a.json", "b.jsonl"]
-    assert names(config.source(f"{folder}/**/*.csv.gz"), folder) == ["sub/deep/c.csv.gz"]
+    assert names(inputs.source(folder), folder) == found
+    assert names(inputs.source(f"{folder}/"), folder) == found
+    assert names(inputs.source(f"{folder}/**"), folder) == found
+    assert names(inputs.source(f"{folder}/*.js*"), folder) == ["a.json", "b.jsonl"]
+    assert names(inputs.source(f"{folder}/**/*.csv.gz"), folder) == ["sub/deep/c.csv.gz"]
 
 
 def test_a_data_file_may_be_called_readme_or_state(write, tmp_path):
     for name in ("README.jsonl", "state.json"):
         write("x", f"data/{name}")
     folder = tmp_path / "data"
-    assert names(config.source(folder), folder) == ["README.jsonl", "state.json"]
+    assert names(inputs.source(folder), folder) == ["README.jsonl", "state.json"]
 
 
 def test_a_file_with_the_signs_of_a_glob_in_its_name_is_that_file(write, tmp_path):
     write(ROWS, "a1.jsonl")
     write(ROWS[:1], "a[1].jsonl")
-    assert rows(config.source(tmp_path / "a[1].jsonl")) == ROWS[:1]
+    assert rows(inputs.source(tmp_path / "a[1].jsonl")) == ROWS[:1]
     write(ROWS[1:], "x[1]/a.jsonl")
-    assert rows(config.source(tmp_path / "x[1]")) == ROWS[1:]
+    assert rows(inputs.source(tmp_path / "x[1]")) == ROWS[1:]
 
 
 def test_a_path_may_start_at_home_and_lead_through_links(write, tmp_path, monkeypatch):
@@ -116,7 +116,7 @@ def test_a_path_may_start_at_home_and_lead_through_links(write, tmp_path, monkey
     (tmp_path / "outer").mkdir()
     (tmp_path / "outer/inner").symlink_to(tmp_path / "real")
     for path in ("~/real/a.jsonl", "~/folder", "~/b.jsonl", "~/*.jsonl", "~/outer"):
-        assert rows(config.source(path)) == ROWS
+        assert rows(inputs.source(path)) == ROWS
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_path_without_usable_files_is_named(write, tmp_path, path, message):
     (tmp_path / "dangling/a.jsonl").symlink_to("nowhere")
     given = str(tmp_path / path)
     with pytest.raises(ValueError, match=f"source.path = {given!r}".replace("*", r"\*")) as raised:
-        read.files(config.source(given))
+        read.files(inputs.source(given))
     assert raised.match(message)
 
 
@@ -158,8 +158,8 @@ def test_an_empty_path_is_not_the_working_folder(write, tmp_path, monkeypatch):
     write(ROWS)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="source.path is empty"):
-        read.files(config.source(""))
-    assert rows(config.source(".")) == ROWS
+        read.files(inputs.source(""))
+    assert rows(inputs.source(".")) == ROWS
 
 
 @pytest.mark.parametrize("option", [{"split": "test"}, {"subset": "main"}, {"revision": "v1"}])
@@ -175,13 +175,13 @@ def test_options_of_the_hub_are_not_ignored_for_a_local_path(write, option):
 def test_a_hub_data_set_that_cannot_be_had_is_named(path):
     message = f"source.path = '{path}' is no local path, and no such data set .*Couldn't reach"
     with pytest.raises(ValueError, match=message):
-        read.files(config.source(path))
+        read.files(inputs.source(path))
 
 
 @pytest.mark.parametrize("split", ["train[:10%]", "train+test", ""])
 def test_a_split_of_the_hub_is_one_whole_split(split):
     with pytest.raises(ValueError, match="must name one split"):
-        read.files(config.source("owner/name", split=split))
+        read.files(inputs.source("owner/name", split=split))
 
 
 def test_a_hub_data_set_is_read_from_its_cached_files(write, tmp_path, monkeypatch):
@@ -199,14 +199,14 @@ def test_a_hub_data_set_is_read_from_its_cached_files(write, tmp_path, monkeypat
         return load_dataset("json", data_files=local.path, split="train", cache_dir=folder)
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    source = config.source("owner/name", subset="main", split="test", revision="v1")
+    source = inputs.source("owner/name", subset="main", split="test", revision="v1")
     found = records(source)
     assert [record.row for record in found] == calls
     assert found[1].where.endswith(".arrow, row 2")
     (file,) = read.files(source)
     assert list(datasets.Dataset.from_file(str(file))) == calls  # the way of `datasets` itself
     assert seen[0] == ("owner/name", {"name": "main", "split": "test", "revision": "v1"})
-    read.files(config.source("owner/name"))
+    read.files(inputs.source("owner/name"))
     assert seen[-1] == ("owner/name", {"name": None, "split": "train", "revision": None})
 
 
@@ -385,7 +385,7 @@ def test_any_objects_come_back_as_written(tmp_path_factory, objects, ascii_only,
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(read, "BLOCK", block)  # elements of many blocks, blocks of many elements
         for name in ("a.jsonl", "a.json"):
-            assert repr(rows(config.source(folder / name))) == repr(objects)
+            assert repr(rows(inputs.source(folder / name))) == repr(objects)
 
 
 @settings(max_examples=300, deadline=None)
@@ -405,7 +405,7 @@ def test_a_list_is_accepted_exactly_when_json_accepts_it(tmp_path_factory, conte
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(read, "BLOCK", block)
         try:
-            found = records(config.source(file))
+            found = records(inputs.source(file))
         except ValueError as error:
             assert not expected, error
             return
@@ -458,7 +458,7 @@ def test_limit_counts_rows_over_all_files(write, tmp_path, limit):
     lines = [json.dumps({"n": n}) if n % 7 else "bad" for n in range(1500)]
     write("\n\n\r\n".join(lines), "d/a.jsonl")
     write(json.dumps([{"n": n} for n in range(1500, 2500)]), "d/b.json")
-    source = config.source(tmp_path / "d", limit=limit)
+    source = inputs.source(tmp_path / "d", limit=limit)
     expected = [None if n < 1500 and n % 7 == 0 else {"n": n} for n in range(2500)][:limit]
     assert [record.row for record in records(source)] == expected
     assert sum(map(len, chunks(source))) == len(expected)
@@ -467,9 +467,9 @@ def test_limit_counts_rows_over_all_files(write, tmp_path, limit):
 def test_a_file_behind_the_limit_is_not_opened(write, tmp_path):
     write(ROWS, "d/a.jsonl")
     write("not arrow", "d/b.parquet")
-    assert rows(config.source(tmp_path / "d", limit=3)) == ROWS
+    assert rows(inputs.source(tmp_path / "d", limit=3)) == ROWS
     with pytest.raises(ValueError, match="b.parquet: "):
-        rows(config.source(tmp_path / "d", limit=4))
+        rows(inputs.source(tmp_path / "d", limit=4))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
@@ -557,7 +557,7 @@ def test_any_csv_comes_back_as_the_csv_module_writes_it(tmp_path_factory, table)
     csv.writer(text, quoting=csv.QUOTE_ALL).writerows([("a", "b"), *table])
     file = tmp_path_factory.mktemp("any") / "a.csv"
     file.write_bytes(text.getvalue().encode())
-    assert rows(config.source(file)) == [{"a": one, "b": two} for one, two in table]
+    assert rows(inputs.source(file)) == [{"a": one, "b": two} for one, two in table]
 
 
 def test_a_bad_csv_row_is_an_error_of_that_row_alone(write):
@@ -617,7 +617,7 @@ def test_an_object_of_a_table_has_only_its_own_fields(tmp_path, name):
     write_table(table, tmp_path / name)
     assert table.to_pylist()[0]["messages"][0]["tool_calls"] is None  # what is to be undone
     # "n" is a column that no format uses: it is named, and not read.
-    assert rows(config.source(tmp_path / name)) == [row | {"n": None} for row in MESSAGES]
+    assert rows(inputs.source(tmp_path / name)) == [row | {"n": None} for row in MESSAGES]
 
 
 def test_a_row_that_refers_to_one_huge_value_again_and_again_is_not_decoded(tmp_path, monkeypatch):
@@ -625,7 +625,7 @@ def test_a_row_that_refers_to_one_huge_value_again_and_again_is_not_decoded(tmp_
     turn = {"role": "user", "content": "ab " * 1_000_000}
     pq.write_table(pa.table({"messages": [[turn] * 5]}), file, compression="zstd")
     assert file.stat().st_size < 5000
-    source = config.source(str(file))
+    source = inputs.source(str(file))
     (chunk,) = read.chunks(source, [file])
     assert chunk.payload[0]["messages"] == [turn] * 5
     monkeypatch.setattr(tables, "BOMB", 10_000_000)
@@ -638,7 +638,7 @@ def test_json_within_parquet_is_parsed(tmp_path):
     texts = pa.array([json.dumps(one) for one in objects], pa.string())
     column = pa.ExtensionArray.from_storage(pa.json_(), texts)
     write_table(pa.table({"tools": column, "text": ["1", "2"]}), tmp_path / "a.parquet")
-    assert rows(config.source(tmp_path / "a.parquet")) == [
+    assert rows(inputs.source(tmp_path / "a.parquet")) == [
         {"tools": one, "text": str(n + 1)} for n, one in enumerate(objects)
     ]
 
@@ -649,20 +649,20 @@ def test_a_table_is_read_in_chunks_of_bounded_size(tmp_path, name):
     large = pa.table({"ids": range(20), "text": ["x" * 300_000] * 20})
     for table in (small, large):
         write_table(table, tmp_path / name, rows_per_batch=100_000)
-        source = config.source(tmp_path / name)
+        source = inputs.source(tmp_path / name)
         found = chunks(source)
         assert [row["ids"] for row in rows(source)] == list(range(len(table)))
         firsts = [chunk.first for chunk in found]
         assert firsts == [1 + sum(map(len, found[:n])) for n in range(len(found))]
         assert max(map(len, found)) <= (1000 if table is small else 4)
-        limited = config.source(tmp_path / name, limit=7)
+        limited = inputs.source(tmp_path / name, limit=7)
         assert [row["ids"] for row in rows(limited)] == list(range(7))
 
 
 def test_a_bad_value_of_parquet_is_an_error_of_that_row_alone(tmp_path):
     texts = pa.array([b"a", b"\xff", b"c"], pa.binary()).view(pa.string())
     write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
-    found = records(config.source(tmp_path / "a.parquet"))
+    found = records(inputs.source(tmp_path / "a.parquet"))
     assert [record.row for record in found] == [{"text": "a"}, None, {"text": "c"}]
     assert found[1].where.endswith("a.parquet, row 2")
     assert found[1].error.startswith("field 'text' cannot be read: 'utf-8' codec can't")
@@ -678,7 +678,7 @@ def test_arrow_is_checked_before_it_is_trusted(tmp_path, name):
         content = whole.replace(offsets, np.array(wrong, np.int32).tobytes())
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"source.path = .*{name}: "):
-            records(config.source(tmp_path / name))
+            records(inputs.source(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -688,7 +688,7 @@ def test_a_table_cut_off_anywhere_is_named(tmp_path, name):
     for size in range(1, len(whole)):  # also right behind a batch
         (tmp_path / name).write_bytes(whole[:size])
         with pytest.raises(ValueError, match=f"source.path = .*{name}: "):
-            records(config.source(tmp_path / name))
+            records(inputs.source(tmp_path / name))
 
 
 def test_columns_of_one_name_are_refused(tmp_path):
@@ -696,14 +696,14 @@ def test_columns_of_one_name_are_refused(tmp_path):
     for name in TABLES:
         write_table(table, tmp_path / name)
         with pytest.raises(ValueError, match="two columns are called 'a'"):
-            records(config.source(tmp_path / name))
+            records(inputs.source(tmp_path / name))
 
 
 def test_a_table_without_rows_is_named(tmp_path):
     for name in TABLES:
         write_table(pa.table({"a": pa.array([], pa.string())}), tmp_path / name)
         with pytest.raises(ValueError, match=f"{name} has no rows"):
-            records(config.source(tmp_path / name))
+            records(inputs.source(tmp_path / name))
 
 
 def test_a_folder_saved_by_datasets_gives_its_rows(tmp_path):
@@ -711,7 +711,7 @@ def test_a_folder_saved_by_datasets_gives_its_rows(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     datasets.enable_progress_bars()
     assert (tmp_path / "saved/state.json").exists()
-    assert rows(config.source(tmp_path / "saved")) == ROWS
+    assert rows(inputs.source(tmp_path / "saved")) == ROWS
 
 
 # ---- hostile rows --------------------------------------------------------------------------------
@@ -745,7 +745,7 @@ def test_a_row_over_the_bound_is_one_bad_row(write, tmp_path, monkeypatch, name,
         source = write(table.getvalue(), name)
     elif name in ("a.parquet", "a.arrow"):
         write_table(pa.Table.from_pylist(objects), tmp_path / name)
-        source = config.source(tmp_path / name)
+        source = inputs.source(tmp_path / name)
     else:
         source = write(objects if name == "a.jsonl" else json.dumps(objects), name)
     assert bounded(source) == ["", "", LONG, "", LONG, ""]
@@ -807,14 +807,14 @@ def test_a_column_that_is_not_used_is_not_read(tmp_path):
     for name in TABLES:
         table = pa.table({"prompt": ["a"], "response": ["b"], "when": late})
         write_table(table, tmp_path / name)
-        assert rows(config.source(tmp_path / name)) == [
+        assert rows(inputs.source(tmp_path / name)) == [
             {"prompt": "a", "response": "b", "when": None}
         ]
         write_table(pa.table({"prompt": ["a"], "response": late}), tmp_path / name)
-        (error,) = errors(config.source(tmp_path / name))
+        (error,) = errors(inputs.source(tmp_path / name))
         assert error.startswith("row 1 field 'response' cannot be read: ")
         write_table(pa.table({"x": [1, 2]}), tmp_path / name)
-        assert rows(config.source(tmp_path / name)) == [{"x": None}] * 2
+        assert rows(inputs.source(tmp_path / name)) == [{"x": None}] * 2
 
 
 def test_only_regular_files_are_read(tmp_path, write):
@@ -825,18 +825,18 @@ def test_only_regular_files_are_read(tmp_path, write):
         server.bind(os.path.relpath(tmp_path / "c.jsonl"))
         for path in (fifo, tmp_path / "data", tmp_path / "data/*.jsonl", tmp_path / "data/**"):
             with pytest.raises(ValueError, match=r"b\.jsonl is a FIFO, not a regular file"):
-                read.files(config.source(path))
+                read.files(inputs.source(path))
         with pytest.raises(ValueError, match="is a socket, not a regular file"):
-            read.files(config.source(tmp_path / "c.jsonl"))
+            read.files(inputs.source(tmp_path / "c.jsonl"))
     with pytest.raises(ValueError, match="/dev/zero is a device"):
-        read.files(config.source("/dev/zero"))
+        read.files(inputs.source("/dev/zero"))
     with pytest.raises(ValueError, match="is a FIFO"):
         read._open(fifo)  # which became one after it was looked for
     fifo.unlink()
     write(ROWS, "data/b.jsonl/part.jsonl")
-    assert len(read.files(config.source(tmp_path / "data"))) == 2
+    assert len(read.files(inputs.source(tmp_path / "data"))) == 2
     with pytest.raises(ValueError, match="b.jsonl is a folder, not a regular file"):
-        read.files(config.source(tmp_path / "data/*.jsonl"))
+        read.files(inputs.source(tmp_path / "data/*.jsonl"))
 
 
 def test_links_in_a_circle_do_not_hang_a_glob(tmp_path, write):
@@ -845,7 +845,7 @@ def test_links_in_a_circle_do_not_hang_a_glob(tmp_path, write):
         (tmp_path / "data/a" / name).symlink_to(tmp_path / "data")
     for pattern in ("data", "data/**/*.jsonl"):
         with pytest.raises(ValueError, match="are the same folder"):
-            read.files(config.source(tmp_path / pattern))
+            read.files(inputs.source(tmp_path / pattern))
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -853,11 +853,10 @@ def test_links_in_a_circle_do_not_hang_a_glob(tmp_path, write):
 # VmHWM, not ru_maxrss: that one starts at the size of the process that started this one.
 MEASURE = """
 import re, sys
-from jax_sft import config
 from jax_sft.data.sources import read
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024
-source = config.source(sys.argv[1])
+source = inputs.source(sys.argv[1])
 before = peak()
 num_rows = sum(1 for c in read.chunks(source, read.files(source)) for r in read.parse(c) if r.row)
 print(num_rows, peak() - before)

@@ -18,12 +18,13 @@ import xxhash
 
 import jax_sft
 from jax_sft import cache as cache_command
-from jax_sft import config, tiny
+from jax_sft import tiny
 from jax_sft.data.chat import encoding
 from jax_sft.data.tokens import cache, cache_room, file_hashes, store_lock, worker
 from jax_sft.data.tokens import store as store_module
 from jax_sft.files import regular
 from jax_sft.runtime import confined
+from tests import inputs
 
 REPO = Path(jax_sft.__file__).parent.parent
 
@@ -71,7 +72,7 @@ def build(model, tmp_path):
         **changes,
     ) -> cache.Store:
         return cache.open_or_build(
-            config.source(file, **changes),
+            inputs.source(file, **changes),
             tokenizer_folder,
             options or encoding.Options(),
             cache_dir,
@@ -301,9 +302,9 @@ def test_edited_docstrings_tokenize_nothing_again_and_a_raised_version_does(tmp_
     package = Path(jax_sft.__file__).parent
     copy = shutil.copytree(package, tmp_path / "copy" / "jax_sft")
     code = (
-        "import sys\nfrom jax_sft import config\nfrom jax_sft.data.tokens import cache\n"
+        "import sys\nfrom jax_sft.settings import Source\nfrom jax_sft.data.tokens import cache\n"
         "from jax_sft.data.chat import encoding\n"
-        "store = cache.open_or_build(config.source(sys.argv[2]), sys.argv[1], encoding.Options(), "
+        "store = cache.open_or_build(Source(sys.argv[2]), sys.argv[1], encoding.Options(), "
         "sys.argv[3], 1, stop_at_bad_row=True, progress=False)\nprint(cache.__file__, store.cached)"
     )
 
@@ -665,13 +666,13 @@ def test_a_write_that_the_system_cuts_short_leaves_nothing(build, tmp_path):
     """The kernel's own refusal, half-way through a file: RLIMIT_FSIZE in place of a full disk."""
     program = """
         import resource
-        from jax_sft import config
+        from jax_sft.settings import Source
         from jax_sft.data.tokens import cache
         from jax_sft.data.chat import encoding
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_001, 100_001))
         try:
             file, model, folder = sys.argv[1:]
-            cache.open_or_build(config.source(file), model, encoding.Options(), folder, 1,
+            cache.open_or_build(Source(file), model, encoding.Options(), folder, 1,
                                 stop_at_bad_row=True, progress=False)
         except ValueError as error:
             print(error)
@@ -728,12 +729,12 @@ def test_a_cache_folder_that_cannot_be_made_is_told(build, tmp_path):
 
 FORKS = """
     import os, signal, time
-    from jax_sft import config
+    from jax_sft.settings import Source
     from jax_sft.data.tokens import cache, worker
     from jax_sft.data.chat import encoding
 
     def build(file, model, folder, num_workers=1):
-        return cache.open_or_build(config.source(file), model, encoding.Options(), folder,
+        return cache.open_or_build(Source(file), model, encoding.Options(), folder,
                                    num_workers,
                                    stop_at_bad_row=True, progress=False)
 
@@ -954,13 +955,13 @@ def test_a_process_may_have_loaded_fewer_modules_than_ours(build, tmp_path, take
 
 PROGRAM = """
     import time
-    from jax_sft import config
+    from jax_sft.settings import Source
     from jax_sft.data.tokens import cache, worker
     from jax_sft.data.chat import encoding
     worker.FEW_CHUNKS = 1
     print("the program runs", flush=True)
     file, model, folder = sys.argv[1:]
-    store = cache.open_or_build(config.source(file), model, encoding.Options(), folder, 2,
+    store = cache.open_or_build(Source(file), model, encoding.Options(), folder, 2,
                                 stop_at_bad_row=True, progress=False)
     print(len(store.rows), "jax" in sys.modules)
 """
@@ -1026,11 +1027,11 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path, model, kind):
 def test_memory_stays_flat_for_much_text(tmp_path, model):
     program = """
         import resource
-        from jax_sft import config
+        from jax_sft.settings import Source
         from jax_sft.data.tokens import cache, worker
         from jax_sft.data.chat import encoding
-        arguments = [config.source(sys.argv[1]), sys.argv[2], encoding.Options(), sys.argv[3], 2]
-        few = config.source(sys.argv[1], limit=60_000)
+        arguments = [Source(sys.argv[1]), sys.argv[2], encoding.Options(), sys.argv[3], 2]
+        few = Source(sys.argv[1], limit=60_000)
         peaks = []
         for source in (few, arguments[0]):
             store = cache.open_or_build(

@@ -20,6 +20,7 @@ from jax_sft.data.tokens.prepare import (
     prepare,
     table,
 )
+from tests import inputs
 
 # The byte tokenizer makes one token per byte and one of each <|im_start|> and <|im_end|>.
 FRAME = len("^user\n" + "$\n" + "^assistant\n" + "$\n")  # of a question and an answer
@@ -49,7 +50,7 @@ def cfg_data(seq_len: int, overlong: str):
 
 def source(file: Path, rows: list, **changes):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return config.source(file, **changes)
+    return inputs.source(file, **changes)
 
 
 def pair(prompt: int, response: int) -> dict:

@@ -19,13 +19,14 @@ import pytest
 import tokenizers
 import transformers
 
-from jax_sft import config, tiny
+from jax_sft import tiny
 from jax_sft.data.chat import encoding
 from jax_sft.data.chat.chat_templates import SHIPPED
 from jax_sft.data.sources import formats
 from jax_sft.data.tokens import cache
 from jax_sft.data.tokens import store as store_module
 from jax_sft.data.tokens.worker import TOKENS_VERSION
+from tests import inputs
 
 FILE = Path(__file__).with_name("token_digests.json")
 COMMAND = "python -m pytest tests/data/tokens/test_token_digests.py --update-token-digests"
@@ -232,7 +233,7 @@ class Cases:
             file.write_text("".join(json.dumps(row) + "\n" for row in data), encoding="utf-8")
         max_row_bytes = changes.pop("max_row_bytes", 16_000_000)
         store = cache.open_or_build(
-            config.source(file, **changes),
+            inputs.source(file, **changes),
             self.model(model),
             encoding.Options(**(options or {})),
             self._folder / "cache",
