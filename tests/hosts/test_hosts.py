@@ -24,19 +24,18 @@ from jax_sft import config
 from jax_sft.sharding.mesh import make_mesh, simulate_cpu_devices
 from jax_sft.data.batches.loader import Loader
 from jax_sft.data.tokens.prepare import prepare
+from jax_sft.settings import Data, Source
 
 simulate_cpu_devices(8)
 cluster.initialize()
 model, data, out, start, stop, packing = sys.argv[1:]
-cfg = config.default()
-cfg.data.seq_len, cfg.data.packing = 256, packing
-cfg.data.train.a = config.source(data, limit=50)
-cfg.data.train.b = config.source(data, epochs=0.4)
+sources = {"a": Source(data, limit=50), "b": Source(data, epochs=0.4)}
+settings = Data(train=sources, seq_len=256, packing=packing)
 mesh = make_mesh({"data": 2, "fsdp": 4})
-examples = prepare(cfg.data.train, Path(model), cfg.data, progress=False)
+examples = prepare(sources, Path(model), settings, progress=False)
 cluster.check_same("data", {"a": json.dumps(examples.report["a"]["fingerprint"])})
 loader = Loader(
-    examples, cfg.data, cfg.data.train, rows=8, micro_rows=8, mesh=mesh, shuffle=True, seed=3
+    examples, settings, sources, rows=8, micro_rows=8, mesh=mesh, shuffle=True, seed=3
 )
 found = {}
 for step, batch in enumerate(loader.batches(int(start), int(stop)), start=int(start)):

@@ -198,11 +198,12 @@ def saved(model) -> dict[str, np.ndarray]:
 
 
 def make_loader(cfg, mesh, micro_rows: int = 0) -> Loader:
-    examples = prepare(cfg.data.train, Path(cfg.model.path), cfg.data, progress=False)
+    data = config.to_settings(cfg).data
+    examples = prepare(data.train, Path(cfg.model.path), data, progress=False)
     return Loader(
         examples,
-        cfg.data,
-        cfg.data.train,
+        data,
+        data.train,
         rows=cfg.batch.rows,
         micro_rows=micro_rows or cfg.batch.rows,
         mesh=mesh,

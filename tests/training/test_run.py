@@ -71,11 +71,12 @@ def on_mesh(cfg, sizes: tuple[int, ...], attention: str = "auto"):
     params = hf_reader.load(
         tensors, rows, dims, placement.shardings(rows, mesh), np.float32, progress=False
     )
-    examples = prepare(cfg.data.train, folder, cfg.data, progress=False)
+    data = config.to_settings(cfg).data
+    examples = prepare(data.train, folder, data, progress=False)
     loader = Loader(
         examples,
-        cfg.data,
-        cfg.data.train,
+        data,
+        data.train,
         rows=cfg.batch.rows,
         micro_rows=cfg.batch.micro_rows or cfg.batch.rows,
         mesh=mesh,
