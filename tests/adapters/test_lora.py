@@ -24,7 +24,7 @@ from jax_sft.runtime import patterns
 from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import metrics
 from jax_sft.training.step import batch_sums
-from tests import tiers
+from tests import sharing, tiers
 from tests.inputs import ODD
 from tests.models.test_parity import (
     OPTIMIZER,
@@ -216,7 +216,6 @@ def test_a_stopped_run_goes_on_bitwise_and_stores_adapters_alone(
         **{"train.steps": 6, "checkpoint.every_steps": 2, "batch.micro_rows": 4},
         **{"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.cpu_devices": 8, "mesh.data": 2},
     )
-    jax_sft.train(cfg, tmp_path / "whole")
     halted = tmp_path / "halted"
     real = metrics.Meter.add
 
@@ -227,11 +226,13 @@ def test_a_stopped_run_goes_on_bitwise_and_stores_adapters_alone(
             raise KeyboardInterrupt
 
     stop_after_five.count = 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics.Meter, "add", stop_after_five)
-        with pytest.raises(KeyboardInterrupt):
-            jax_sft.train(cfg, halted)
-    jax_sft.train(cfg, halted)
+    with sharing.one_program():
+        jax_sft.train(cfg, tmp_path / "whole")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(metrics.Meter, "add", stop_after_five)
+            with pytest.raises(KeyboardInterrupt):
+                jax_sft.train(cfg, halted)
+        jax_sft.train(cfg, halted)
     assert losses_of(halted)[-2:] == losses_of(tmp_path / "whole")[-2:]
     arrays = step_folders.params(halted / "checkpoints", 6)
     assert len(arrays) == 4 and all(".lora." in path for path in arrays)

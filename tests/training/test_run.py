@@ -24,11 +24,9 @@ from jax_sft.runtime import exit_codes
 from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import metrics, optim, state
-from jax_sft.training import run as training_run
-from jax_sft.training.program import program
 from jax_sft.training.step import value_and_grad
 from jax_sft.weights import hf_folder, hf_reader, placement
-from tests import programs, tiers
+from tests import programs, sharing, tiers
 from tests.inputs import write_config, write_model
 
 MESHES = [
@@ -200,13 +198,6 @@ def stopped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped")
     options = {"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.sequence": 2, "train.steps": 12}
     cfg = write_config(folder, **options)
-    built = []
-
-    def build_once(*arguments, **options):
-        if not built:
-            built.append(program(*arguments, **options))
-        return built[0]
-
     real_add = metrics.Meter.add
 
     def crash_after_9(meter, *sums):
@@ -214,8 +205,7 @@ def stopped(tmp_path_factory):
         if meter._step == 9:
             raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_run, "program", build_once)
+    with pytest.MonkeyPatch.context() as patch, sharing.one_program() as built:
         jax_sft.train(cfg, folder / "whole")
         cfg.checkpoint.every_steps = 7
         patch.setattr(metrics.Meter, "add", crash_after_9)

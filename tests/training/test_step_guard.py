@@ -1,5 +1,6 @@
 """Steps that are not finite change nothing, are counted and shown; too many stop the run."""
 
+import functools
 import json
 import math
 
@@ -9,6 +10,7 @@ import pytest
 import jax_sft
 from jax_sft.data.batches.loader import Loader
 from jax_sft.training.step_guard import Health
+from tests import sharing
 
 GOOD = {"loss": 60.0, "weight": 60.0, "grad_norm": 1.0, "skipped": 0.0}
 BAD = GOOD | {"loss": math.nan, "skipped": 1.0}
@@ -96,6 +98,20 @@ def bad_steps(monkeypatch):
     return steps
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_program():
+    """All runs of this file train with the same program."""
+    with sharing.one_program():
+        yield
+
+
+@pytest.fixture
+def make_config(make_config):
+    return functools.partial(
+        make_config, **{"optimizer.schedule": "constant", "optimizer.warmup": 0.0}
+    )
+
+
 def losses(run) -> dict[int, float | None]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
@@ -105,7 +121,6 @@ def test_a_bad_batch_is_skipped_on_the_devices_and_the_run_goes_on(
     make_config, tmp_path, bad_steps, capsys
 ):
     cfg = make_config(**{"train.steps": 8})
-    cfg.optimizer.schedule, cfg.optimizer.warmup = "constant", 0.0
     jax_sft.train(cfg, tmp_path / "good")
     bad_steps |= {4, 6, 7}
     jax_sft.train(cfg, tmp_path / "bad")

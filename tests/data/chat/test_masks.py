@@ -974,14 +974,15 @@ def test_a_conversation_that_is_too_long_is_that_without_its_oldest_turns(subjec
     one = subject(family)
     messages, tools = exchanges(one.family)
     item = Conversation(messages, tools)
-    (examples,) = one.encoder().encode([item])
+    encoder = one.encoder()
+    (examples,) = encoder.encode([item])
     assert not isinstance(examples, str)
 
     def text_of(messages: Messages) -> str:
         return joined(one.family.pieces(messages, tools, False))
 
     def length(messages: Messages) -> int:
-        (found,) = one.encoder().encode([Conversation(messages, tools)])
+        (found,) = encoder.encode([Conversation(messages, tools)])
         return len(found[-1].ids)
 
     prefixes = {text_of(messages[: n + 1]): messages[: n + 1] for n in range(1, len(messages))}
@@ -1269,7 +1270,7 @@ def check_rows(one: Subject, examples: list[Example]) -> Counter:
     ),
 )
 def test_the_first_rows_of_real_data_train_token_by_token(real, name, file):
-    examples = rows_of(file, 150)
+    examples = rows_of(file, 50)
     outcomes = check_rows(real(name), examples)
     assert outcomes["trains"] + outcomes["refused"] == len(examples)
     assert (outcomes["refused"] > 0) == ((name, file) == ("smollm2", "tool_calls.jsonl"))
