@@ -204,12 +204,12 @@ def load(
     shards = mesh.shape["tensor"]
     attention = _attention(attention, cfg, jnp.dtype(dtype).name, mesh)
     model_def = ModelDef.of(family, cfg, dtype=dtype, attention=attention, vocab_shards=shards)
-    specs = model_def.rows
-    weights = pretrained.find(path, specs, cfg.dims, cfg.tied, step, vocab_shards=shards)
+    specs = model_def.specs
+    weights = pretrained.find(path, specs, cfg.axis_sizes, cfg.tied, step, vocab_shards=shards)
     if adapter:
         model_def = lora.add(model_def, peft.read_settings(Path(adapter)))
         peft.check(Path(adapter), model_def)
-    arrays = {row.path: (row.axes, row.shape(model_def.dims)) for row in model_def.rows}
+    arrays = {spec.path: (spec.axes, spec.shape(model_def.axis_sizes)) for spec in model_def.specs}
     if problems := rules.size_problems(arrays, mesh.shape):
         raise ValueError("the mesh does not fit the model:\n  " + "\n  ".join(problems))
     params = weights.load(placement.shardings(specs, mesh), jnp.dtype(dtype), progress)

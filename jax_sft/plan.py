@@ -116,9 +116,9 @@ def _row_work(report: Path | None, seq_len: int) -> RowWork:
         ) from error
 
 
-def fits(found: Plan) -> bool:
+def fits(planned: Plan) -> bool:
     """Return whether the run fits, and True without the plugin, when it is not known."""
-    return "memory" not in found or found["memory"]["fits"]
+    return "memory" not in planned or planned["memory"]["fits"]
 
 
 def cpu_devices(num_devices: int) -> list[Any]:

@@ -99,10 +99,10 @@ def write_model(folder: Path, config: dict, seed: int = 0, dtype: str = "F32") -
     std = config.get("initializer_range", INIT_STD)
     params = {}
     for spec in specs:
-        noise = std * rng.standard_normal(spec.shape(cfg.dims))
+        noise = std * rng.standard_normal(spec.shape(cfg.axis_sizes))
         params[spec.path] = np.float32(noise + spec.path.endswith(".scale"))
-    dtypes = {name: dtype for spec in specs for _, name in spec.hf_tensors(cfg.dims)}
-    hf_writer.save(params, specs, cfg.dims, dtypes, folder, 5_000_000_000, progress=False)
+    dtypes = {name: dtype for spec in specs for _, name in spec.hf_tensors(cfg.axis_sizes)}
+    hf_writer.save(params, specs, cfg.axis_sizes, dtypes, folder, 5_000_000_000, progress=False)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": False}) + "\n")
 

@@ -83,7 +83,7 @@ def validate(
     adapters = attempt(_adapters, given)
     is_valid = not any(text.startswith(("lora.", "train.freeze")) for text in problems)
     if model_cfg:
-        specs_and_dims = family.weights(model_cfg), model_cfg.dims
+        specs_and_dims = family.weights(model_cfg), model_cfg.axis_sizes
         # 1. The trainable parameters can only be chosen with valid adapters.
         if is_valid:
             specs_and_dims = attempt(_trained, given, family, model_cfg, adapters) or specs_and_dims
@@ -126,7 +126,7 @@ def _model_problems(given: Settings, model_cfg: Any) -> list[str]:
             + ": use at most that, or "
             + ("a larger factor" if scaled else "set a rope scaling in its config.json")
         )
-    if given.loss.router_aux > 0 and "experts" not in model_cfg.dims:
+    if given.loss.router_aux > 0 and "experts" not in model_cfg.axis_sizes:
         problems.append(
             f"loss.router_aux = {given.loss.router_aux} is for models with experts: use 0 or -1"
         )
@@ -160,7 +160,7 @@ def _trained(
     chosen = freeze.choose(plain, adapters, () if adapters else given.train.freeze)
     if adapters and given.lora.path:
         peft.check(paths.local(given.lora.path, "lora.path"), chosen)
-    return chosen.stored_specs, chosen.dims
+    return chosen.stored_specs, chosen.axis_sizes
 
 
 def _adapters(given: Settings) -> lora.AdapterSettings | None:

@@ -246,12 +246,12 @@ def work_of(model: Path, rows: Mapping[str, np.ndarray], warmup: int) -> dict[st
     tokens = real.sum() / num_steps
     pairs = (rows["positions"][warmup:] + 1)[real].sum(dtype=np.int64) / num_steps
     trained = (rows["weights"][warmup:] > 0).sum() / num_steps
-    parts = step_cost.model_flops(weights, cfg.dims, cfg.tied, tokens, pairs, trained)
-    sizes = (int(np.prod(row.shape(cfg.dims), dtype=np.int64)) for row in weights)
+    parts = step_cost.model_flops(weights, cfg.axis_sizes, cfg.tied, tokens, pairs, trained)
+    sizes = (int(np.prod(row.shape(cfg.axis_sizes), dtype=np.int64)) for row in weights)
     return {
         "parameters": sum(sizes),
         "flops": float(sum(parts.values())),
-        "causal_flops": float(metrics.step_flops(weights, cfg.dims, cfg.tied, tokens, pairs)),
+        "causal_flops": float(metrics.step_flops(weights, cfg.axis_sizes, cfg.tied, tokens, pairs)),
     }
 
 

@@ -89,7 +89,7 @@ def random_model(options) -> tuple[ModelDef, dict[str, jax.Array]]:
     cfg = family.Config.from_hf(raw)
     model_def = ModelDef.of(family, cfg, dtype=options.dtype, remat="full")
     rng = np.random.default_rng(0)
-    shapes = {row.path: row.shape(cfg.dims) for row in model_def.rows}
+    shapes = {row.path: row.shape(cfg.axis_sizes) for row in model_def.specs}
     return model_def, {
         path: jnp.asarray(0.02 * rng.standard_normal(shape), jnp.float32)
         for path, shape in shapes.items()

@@ -117,7 +117,7 @@ def measured_step(
     mesh = make_mesh(settings.mesh_shape)
     with mock.patch.object(program, "gpu_options", options_left):
         planned = program.program(settings, mesh, num_steps=1000)
-    rows, dims = planned.model_def.rows, settings.model_cfg.dims
+    rows, dims = planned.model_def.specs, settings.model_cfg.axis_sizes
     dtype = jnp.dtype(settings.model.param_dtype)
     with jax.set_mesh(mesh):
         current = state.create(planned.tx, random_params(rows, dims, mesh, dtype), rows, mesh)

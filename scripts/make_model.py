@@ -87,18 +87,18 @@ def make(like: str, out: Path, headers_only: bool) -> None:
     family = models.find("qwen2")
     cfg = family.Config.from_hf(config)
     rows = family.weights(cfg)
-    dtypes = {name: "BF16" for row in rows for _, name in row.hf_tensors(cfg.dims)}
-    total = sum(2 * math.prod(row.shape(cfg.dims)) for row in rows)
+    dtypes = {name: "BF16" for row in rows for _, name in row.hf_tensors(cfg.axis_sizes)}
+    total = sum(2 * math.prod(row.shape(cfg.axis_sizes)) for row in rows)
     shard_bytes = math.ceil(1.01 * total / SHAPES[like][1])
     out.mkdir(parents=True, exist_ok=True)
     tiny.write_tokenizer(out)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "generation_config.json").write_text(json.dumps({"do_sample": False}) + "\n")
     if headers_only:
-        hf_writer.begin(hf_writer.layout(rows, cfg.dims, dtypes, shard_bytes), out)
+        hf_writer.begin(hf_writer.layout(rows, cfg.axis_sizes, dtypes, shard_bytes), out)
     else:
-        params = {row.path: Random(row.shape(cfg.dims), n) for n, row in enumerate(rows)}
-        hf_writer.save(params, rows, cfg.dims, dtypes, out, shard_bytes)
+        params = {row.path: Random(row.shape(cfg.axis_sizes), n) for n, row in enumerate(rows)}
+        hf_writer.save(params, rows, cfg.axis_sizes, dtypes, out, shard_bytes)
 
 
 def main() -> int:

@@ -47,7 +47,8 @@ def freeze(model_def: ModelDef, expressions: Sequence[str]) -> ModelDef:
         ValueError: a pattern matches no name, or every tensor is frozen.
     """
     names = {
-        spec.path: [name for _, name in spec.hf_tensors(model_def.dims)] for spec in model_def.rows
+        spec.path: [name for _, name in spec.hf_tensors(model_def.axis_sizes)]
+        for spec in model_def.specs
     }
     all_names = [name for tensors in names.values() for name in tensors]
     is_frozen = np.zeros(len(all_names), bool)
@@ -61,12 +62,14 @@ def freeze(model_def: ModelDef, expressions: Sequence[str]) -> ModelDef:
             )
     frozen_paths, trained = [], {}
     ends = np.cumsum([len(tensors) for tensors in names.values()])
-    for spec, frozen in zip(model_def.rows, np.split(is_frozen, ends[:-1]), strict=True):
+    for spec, frozen in zip(model_def.specs, np.split(is_frozen, ends[:-1]), strict=True):
         if frozen.all():
             frozen_paths.append(spec.path)
         elif frozen.any():
-            trained[spec.path] = ~frozen.reshape([model_def.dims[axis] for axis in spec.stacked])
-    if len(frozen_paths) == len(model_def.rows):
+            trained[spec.path] = ~frozen.reshape(
+                [model_def.axis_sizes[axis] for axis in spec.stacked]
+            )
+    if len(frozen_paths) == len(model_def.specs):
         raise ValueError(
             f"train.freeze = {list(expressions)} freezes every tensor: nothing is left"
         )
@@ -78,7 +81,7 @@ def count(model_def: ModelDef) -> int:
     """Return the number of trainable parameters."""
     total = 0
     for spec in model_def.trainable_specs:
-        shape = model_def.vocabulary.cut(spec.path, spec.shape(model_def.dims))
+        shape = model_def.vocabulary.cut(spec.path, spec.shape(model_def.axis_sizes))
         layers = model_def.layer_masks.get(spec.path, np.ones(shape[: len(spec.stacked)], bool))
         total += int(layers.sum()) * math.prod(shape[len(spec.stacked) :])
     return total

@@ -165,25 +165,25 @@ def add(model_def: ModelDef, settings: AdapterSettings) -> ModelDef:
         ValueError: a target matches no linear layer of the model; the message lists the layers.
     """
     chosen = _chosen(model_def, settings)
-    specs, trained = list(model_def.rows), {}
-    for spec in model_def.rows:
+    specs, trained = list(model_def.specs), {}
+    for spec in model_def.specs:
         if spec.path in chosen:
             new_specs = adapter_specs(spec, settings)
             specs += new_specs
             if not chosen[spec.path].all():
                 trained |= {new_spec.path: chosen[spec.path] for new_spec in new_specs}
-    axis_sizes = model_def.dims | {"rank": settings.rank, "whole_rank": settings.rank}
+    axis_sizes = model_def.axis_sizes | {"rank": settings.rank, "whole_rank": settings.rank}
     axis_sizes |= {f"ranks_of_{n}": n * settings.rank for n in {len(spec.fused) for spec in specs}}
     compute = dataclasses.replace(
         model_def.compute, axes={spec.path: spec.axes for spec in specs if spec.is_matrix}
     )
     return dataclasses.replace(
         model_def,
-        rows=tuple(specs),
-        dims=axis_sizes,
+        specs=tuple(specs),
+        axis_sizes=axis_sizes,
         abstract=_attached(model_def, chosen, settings),
         compute=compute,
-        frozen_dtypes=model_def.without_masters(spec.path for spec in model_def.rows),
+        frozen_dtypes=model_def.without_masters(spec.path for spec in model_def.specs),
         layer_masks=trained,
         with_dropout=_attached(model_def, chosen, settings, True) if settings.dropout else None,
     )
@@ -192,8 +192,8 @@ def add(model_def: ModelDef, settings: AdapterSettings) -> ModelDef:
 def modules(model_def: ModelDef) -> dict[str, list[str]]:
     """Return {path of a kernel: names of its linear layers in the Hugging Face model}."""
     return {
-        spec.path: [module_of(name) for _, name in spec.hf_tensors(model_def.dims)]
-        for spec in model_def.rows
+        spec.path: [module_of(name) for _, name in spec.hf_tensors(model_def.axis_sizes)]
+        for spec in model_def.specs
         if isinstance(tree.module_at(model_def.abstract, spec.path), Linear)
         and spec.path.endswith(".kernel")
         and "experts" not in spec.axes  # PEFT does not support adapters for routers
@@ -254,7 +254,7 @@ def init(
     """
     key = jax.random.key(seed)
     specs = {spec.path: spec for spec in model_def.trainable_specs}
-    shapes = {path: spec.shape(model_def.dims) for path, spec in specs.items()}
+    shapes = {path: spec.shape(model_def.axis_sizes) for path, spec in specs.items()}
 
     def make(frozen):
         arrays = {path: jnp.zeros(shape, dtype) for path, shape in shapes.items()}
@@ -291,7 +291,7 @@ def _lengths(linear: Linear) -> jax.Array:
 def _chosen(model_def: ModelDef, settings: AdapterSettings) -> dict[str, np.ndarray]:
     """Return {path of a kernel: which layers get an adapter} for kernels with at least one."""
     known = modules(model_def)
-    specs = {spec.path: spec for spec in model_def.rows}
+    specs = {spec.path: spec for spec in model_def.specs}
     all_names = [name for names in known.values() for name in names]
     expressions = [target for target in settings.targets if target != ALL_LINEAR]
     answers = patterns.matches("lora.targets", expressions, all_names, "ending")
@@ -303,7 +303,9 @@ def _chosen(model_def: ModelDef, settings: AdapterSettings) -> dict[str, np.ndar
     ends, chosen = np.cumsum([len(names) for names in known.values()]), {}
     for path, layers in zip(known, np.split(is_chosen, ends[:-1]), strict=True):
         if layers.any():
-            chosen[path] = layers.reshape([model_def.dims[axis] for axis in specs[path].stacked])
+            chosen[path] = layers.reshape(
+                [model_def.axis_sizes[axis] for axis in specs[path].stacked]
+            )
     if unused or not chosen:
         first = [names[0] for names in known.values()]
         raise ValueError(
@@ -324,7 +326,9 @@ def _attached(
     model = tree.from_dict(model_def.abstract, tree.to_dict(model_def.abstract))  # a copy
     for path, layers in chosen.items():
         linear = tree.module_at(model, path)
-        inputs, outputs = ({axis: model_def.dims[axis] for axis in axes} for axes in linear.axes)
+        inputs, outputs = (
+            {axis: model_def.axis_sizes[axis] for axis in axes} for axes in linear.axes
+        )
         make = functools.partial(Adapter, inputs, outputs, settings, drops=drops)
         for _ in layers.shape:
             make = jax.vmap(make)

@@ -131,8 +131,8 @@ def pack(model_def: ModelDef) -> ModelDef:
     with_dropout = model_def.with_dropout
     if with_dropout is not None:
         with_dropout = tree.from_dict(with_dropout, tree.to_dict(with_dropout))
-    quantized, axis_sizes, frozen = {}, dict(model_def.dims), dict(model_def.frozen_dtypes)
-    for spec in model_def.rows:
+    quantized, axis_sizes, frozen = {}, dict(model_def.axis_sizes), dict(model_def.frozen_dtypes)
+    for spec in model_def.specs:
         linear = tree.module_at(model, spec.path)
         is_kernel = isinstance(linear, Linear) and spec.path.endswith(".kernel")
         # Routers are small and stay as they are.
@@ -167,7 +167,7 @@ def pack(model_def: ModelDef) -> ModelDef:
         }
     return dataclasses.replace(
         model_def,
-        dims=axis_sizes,
+        axis_sizes=axis_sizes,
         abstract=model,
         with_dropout=with_dropout,
         compute=dataclasses.replace(model_def.compute, axes=axes),

@@ -279,10 +279,10 @@ def load(folder: Path, model_def: ModelDef, mesh: Mesh, dtype) -> dict[str, jax.
     params = {}
     with safe_open(folder / WEIGHTS, framework="numpy") as stored:
         for spec in model_def.trainable_specs:
-            array = np.zeros(spec.shape(model_def.dims), dtype)
+            array = np.zeros(spec.shape(model_def.axis_sizes), dtype)
             for index, name in tensors(spec, model_def):
-                part = _part(stored.get_tensor(name), spec, name, model_def.dims)
-                array[index] = spec.from_hf(part, model_def.dims).astype(dtype)
+                part = _part(stored.get_tensor(name), spec, name, model_def.axis_sizes)
+                array[index] = spec.from_hf(part, model_def.axis_sizes).astype(dtype)
             sharding = rules.sharding(mesh, *spec.axes)
             params[spec.path] = jax.make_array_from_callback(
                 array.shape, sharding, lambda block, array=array: array[block]
@@ -298,7 +298,7 @@ def check(folder: Path, model_def: ModelDef) -> None:
     """
     headers, problems = hf_reader.read_headers(folder)
     expected = {
-        name: _shapes(spec, model_def.dims)
+        name: _shapes(spec, model_def.axis_sizes)
         for spec in model_def.trainable_specs
         for _, name in tensors(spec, model_def)
     }
@@ -323,7 +323,7 @@ def check(folder: Path, model_def: ModelDef) -> None:
 def tensors(spec: ParamSpec, model_def: ModelDef) -> Iterator[tuple[tuple[int, ...], str]]:
     """Yield (index along the stacked axes, HF name) for each layer with this adapter."""
     chosen = model_def.layer_masks.get(spec.path)
-    for index, name in spec.hf_tensors(model_def.dims):
+    for index, name in spec.hf_tensors(model_def.axis_sizes):
         if chosen is None or chosen[index]:
             yield index, name
 
@@ -396,7 +396,7 @@ def write_config(
     """
     chosen = [
         lora.target_of(name)
-        for spec in model_def.rows
+        for spec in model_def.specs
         if spec.path.endswith(".lora.a.kernel")
         for _, name in tensors(spec, model_def)
     ]

@@ -73,7 +73,7 @@ class Packed:
                 quantized, dequantized = nf4.both_ways(self._model_def, self._path, kernel)
                 start = (*layer, *(0 for _ in quantized.shape))
                 quantized = quantized.reshape(*(1 for _ in layer), *quantized.shape)
-                stacked_shape = codes.shape(self._model_def.dims)
+                stacked_shape = codes.shape(self._model_def.axis_sizes)
                 self._computed += array_checksums.checksum(quantized, start, stacked_shape)
                 while len(self._layers) > 2:  # the blocks of a layer are read in succession
                     self._layers.pop(next(iter(self._layers)))

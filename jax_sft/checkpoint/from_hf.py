@@ -88,19 +88,20 @@ def plan(model: str | Path, *, revision: str = "", dtype: str = "") -> Plan:
     config = hf_folder.read_json(folder / "config.json")
     family, cfg = models.read(config)
     specs = family.weights(cfg)
-    tensors = hf_reader.check(folder, specs, cfg.dims, cfg.tied)
+    tensors = hf_reader.check(folder, specs, cfg.axis_sizes, cfg.tied)
     if dtype and dtype not in hf_reader.NAMES:
         raise ValueError(f"dtype {dtype!r} is not one of {list(hf_reader.NAMES)}")
     dtypes = {}
     for spec in specs:
         source_dtypes = {
-            np.dtype(hf_reader.DTYPES[tensors[name].dtype]) for _, name in spec.hf_tensors(cfg.dims)
+            np.dtype(hf_reader.DTYPES[tensors[name].dtype])
+            for _, name in spec.hf_tensors(cfg.axis_sizes)
         }
         if any(source.itemsize > 4 for source in source_dtypes) and not dtype:
             raise ValueError(f"{spec.path} is float64 in {folder}: choose a dtype")
         # If layers differ in dtype, use one that represents the values of all.
         dtypes[spec.path] = np.dtype(dtype) if dtype else np.dtype(jnp.result_type(*source_dtypes))
-    return Plan(folder, specs, cfg.dims, tensors, dtypes)
+    return Plan(folder, specs, cfg.axis_sizes, tensors, dtypes)
 
 
 def convert(

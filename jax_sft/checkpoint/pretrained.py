@@ -95,7 +95,7 @@ def read(
         {parameter path: array}; a quantized kernel is replaced by its parts (codes, scales, ...).
     """
     paths, arrays = list(paths), {}
-    shardings = placement.shardings(model_def.rows, mesh)
+    shardings = placement.shardings(model_def.specs, mesh)
     # Quantize one kernel at a time, so that only one is in memory unquantized. All processes use
     # the same order.
     kernels = [path for path in paths if path in model_def.quantized]

@@ -126,7 +126,7 @@ def _export(
     return paths.local(out, "--out")
 
 
-def check_of_run(workdir: Path, say: Callable[[str], object] = print) -> None:
+def check_run_export(workdir: Path, say: Callable[[str], object] = print) -> None:
     """Check that a run may write its export at its end, and remove leftovers of killed runs.
 
     Raises:
@@ -144,7 +144,7 @@ def check_of_run(workdir: Path, say: Callable[[str], object] = print) -> None:
     outputs.remove_leftovers(place.out, say)
 
 
-def of_run(
+def export_run(
     workdir: Path, *, tokenizer_eos: bool = False, say: Callable[[str], object] = print
 ) -> Path:
     """Export the newest step of a run into the run's folder, unless it is exported already.
@@ -163,7 +163,7 @@ def of_run(
         note = f" ({'; '.join(at_most(problems, 5))})" if problems else ""
         say(f"{out} holds step {planned.step} already, and is left alone{note}")
         return out
-    check_of_run(workdir, say)
+    check_run_export(workdir, say)
     export(
         *(planned.folder, out),
         step=planned.step,
@@ -220,7 +220,7 @@ class Plan:
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        return self.model_def.dims
+        return self.model_def.axis_sizes
 
     @property
     def is_adapter(self) -> bool:
@@ -336,7 +336,7 @@ def _plan(
     arrays, metadata = step_folders.params(folder, step), step_folders.metadata(folder / str(step))
     config = hf_folder.read_json(folder / model_files.NAME / "config.json")
     model_def = ModelDef.of(*models.read(config), dtype="float32")
-    model_specs, settings = model_def.rows, None
+    model_specs, settings = model_def.specs, None
     if described := metadata.get("lora"):
         settings = lora.AdapterSettings(**described | {"targets": tuple(described["targets"])})
     if merge and not settings:
@@ -345,7 +345,7 @@ def _plan(
     frozen = run_config.get("train", {}).get("freeze", ())
     model_def = freeze.choose(model_def, settings, frozen)
     specs = {spec.path: spec for spec in model_def.trainable_specs}
-    shapes = {path: spec.shape(model_def.dims) for path, spec in specs.items()}
+    shapes = {path: spec.shape(model_def.axis_sizes) for path, spec in specs.items()}
     if problems := step_folders.misfits(arrays, shapes, model_def.vocabulary.cut):
         raise ValueError(f"{folder / str(step)} does not fit its config.json: {problems}")
     weights = None
@@ -359,7 +359,7 @@ def _plan(
             dtypes = dict.fromkeys(dtypes, hf_reader.NAMES[dtype])
         if model_def.frozen_dtypes:
             weights = _weights(run_config, base, model_specs, model_def)
-    layout = hf_writer.layout(written, model_def.dims, dtypes, shard_bytes, single)
+    layout = hf_writer.layout(written, model_def.axis_sizes, dtypes, shard_bytes, single)
     base_folder = base or run_config.get("model", {}).get("path", "")
     return Plan(
         *(folder, step, metadata, arrays, model_def, settings, weights, written, dtypes, layout),
@@ -379,7 +379,7 @@ def _weights(
     path, revision = (base, "") if base else (run_config["model"][n] for n in ("path", "revision"))
     try:
         folder, step = hf_folder.resolve(path, revision), hf_folder.step_of(path)
-        return pretrained.find(folder, specs, model_def.dims, model_def.cfg.tied, step)
+        return pretrained.find(folder, specs, model_def.axis_sizes, model_def.cfg.tied, step)
     except ValueError as error:
         raise ValueError(
             "the checkpoint stores only the trained weights; the frozen weights of "
@@ -411,7 +411,7 @@ class _Params(Mapping[str, BlockReader | np.ndarray]):
 
     def __getitem__(self, path: str) -> BlockReader | np.ndarray:
         planned = self._planned
-        spec = next(spec for spec in planned.model_def.rows if spec.path == path)
+        spec = next(spec for spec in planned.model_def.specs if spec.path == path)
         if peft.joined(spec) != spec:
             return peft.widened(planned.read(path), spec)
         if path in planned.arrays:

@@ -120,7 +120,7 @@ class Source:
         """Yield everything that is not trained, in the order of rows."""
         return heapq.merge(self.bad_rows(), self.dropped(), key=lambda entry: entry.row)
 
-    def of_row(self, row: int) -> list[Entry]:
+    def row_entries(self, row: int) -> list[Entry]:
         """Return what became of one row: its examples, and its parts that were left out."""
         first, stop = np.searchsorted(self.store.rows[self.fit.kept], [row, row + 1]).tolist()
         used = [self.example(index) for index in range(first, stop)]

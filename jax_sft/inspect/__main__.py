@@ -200,7 +200,7 @@ def example_blocks(
         if options.row is None:
             entries = [source.example(index) for index in sample(source, options.num, seed)]
         else:
-            entries = source.of_row(options.row)
+            entries = source.row_entries(options.row)
         for entry in entries:
             title = f"{source.name}, row {entry.row} ({entry.where})"
             label = f"left out: {entry.error}" if entry.error else entry.describe()

@@ -1,9 +1,10 @@
 """Model families: one file each, selected by the `model_type` of config.json.
 
 A family file defines `Config`, `weights(cfg)` and `Model(cfg, key)`. `Config` has `from_hf`,
-`dims`, `window` (that of windowed layers), `attention_soft_cap` and `logit_soft_cap` (0 = none). A
-family with experts has "experts" and "chosen" (experts per token) in `dims`, the weight of the
-load-balancing loss in `Config.router_aux`, and a `Model` with `routed` (see `decoder.Decoder`).
+`axis_sizes`, `window` (that of windowed layers), `attention_soft_cap` and `logit_soft_cap` (0 =
+none). A family with experts has "experts" and "chosen" (experts per token) in `axis_sizes`, the
+weight of the load-balancing loss in `Config.router_aux`, and a `Model` with `routed` (see
+`decoder.Decoder`).
 """
 
 import importlib

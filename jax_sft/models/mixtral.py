@@ -45,9 +45,9 @@ class Config(Sizes):
         return cfg
 
     @property
-    def dims(self) -> dict[str, int]:
+    def axis_sizes(self) -> dict[str, int]:
         """Size of each logical axis."""
-        return super().dims | {"experts": self.num_experts, "chosen": self.num_chosen}
+        return super().axis_sizes | {"experts": self.num_experts, "chosen": self.num_chosen}
 
 
 def weights(cfg: Config) -> tuple[ParamSpec, ...]:

@@ -33,7 +33,7 @@ class Sizes:
     logit_soft_cap: ClassVar[Any] = 0.0
 
     def __post_init__(self):
-        axis_sizes = self.dims
+        axis_sizes = self.axis_sizes
         heads = 2 * (axis_sizes["heads"] + axis_sizes["kv_heads"]) * axis_sizes["head_dim"]
         layer_size = heads + 3 * axis_sizes["mlp"] * axis_sizes.get("experts", 1)
         total = axis_sizes["embed"] * (axis_sizes["layers"] * layer_size + 2 * axis_sizes["vocab"])
@@ -48,7 +48,7 @@ class Sizes:
         return self.rope.reach or self.max_positions
 
     @property
-    def dims(self) -> dict[str, int]:
+    def axis_sizes(self) -> dict[str, int]:
         """Size of each logical axis."""
         return {
             "vocab": self.vocab,

@@ -22,8 +22,8 @@ class ModelDef:
 
     Attributes:
         cfg: the family's Config.
-        rows: specs of its parameters, including those of its adapters.
-        dims: size of each logical axis; the vocabulary is padded, unlike `cfg.vocab`.
+        specs: specs of its parameters, including those of its adapters.
+        axis_sizes: size of each logical axis; the vocabulary is padded, unlike `cfg.vocab`.
         abstract: the NNX model with ShapeDtypeStructs as parameters.
         compute: settings of the computation.
         frozen_dtypes: {path: dtype in which it is stored} of the frozen parameters.
@@ -34,8 +34,8 @@ class ModelDef:
     """
 
     cfg: Any
-    rows: tuple[ParamSpec, ...]
-    dims: dict[str, int]
+    specs: tuple[ParamSpec, ...]
+    axis_sizes: dict[str, int]
     abstract: Any
     compute: Compute
     frozen_dtypes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -62,7 +62,7 @@ class ModelDef:
         Args:
             vocab_shards: size of mesh.tensor; the vocabulary is padded to a multiple.
         """
-        axis_sizes = padded(cfg.dims, vocab_shards)
+        axis_sizes = padded(cfg.axis_sizes, vocab_shards)
         stored = dataclasses.replace(cfg, vocab=axis_sizes["vocab"])
         abstract = jax.eval_shape(lambda key: family.Model(stored, key), jax.random.key(0))
         specs = family.weights(cfg)
@@ -79,7 +79,7 @@ class ModelDef:
     @property
     def has_experts(self) -> bool:
         """Whether layers have a router and experts."""
-        return "experts" in self.cfg.dims
+        return "experts" in self.cfg.axis_sizes
 
     def bind(self, params: dict[str, jax.Array], dropout_key: jax.Array | None = None) -> Any:
         """Return the model with these parameters, and with dropout if a key is given."""
@@ -95,17 +95,17 @@ class ModelDef:
     @property
     def vocabulary(self) -> Vocabulary:
         """The token ids and the arrays that have a row or a column per token id."""
-        return Vocabulary.of(self.rows, self.cfg.vocab)
+        return Vocabulary.of(self.specs, self.cfg.vocab)
 
     @property
     def stored_specs(self) -> tuple[ParamSpec, ...]:
         """Specs of the arrays that `bind` expects, with quantized parameters as their parts."""
-        return tuple(part for spec in self.rows for part in self.quantized.get(spec.path, (spec,)))
+        return tuple(part for spec in self.specs for part in self.quantized.get(spec.path, (spec,)))
 
     @property
     def trainable_specs(self) -> tuple[ParamSpec, ...]:
         """Specs of the trainable parameters."""
-        return tuple(spec for spec in self.rows if spec.path not in self.frozen_bytes)
+        return tuple(spec for spec in self.specs if spec.path not in self.frozen_bytes)
 
     @property
     def frozen_bytes(self) -> dict[str, float]:
@@ -113,19 +113,19 @@ class ModelDef:
         bytes_per_element: dict[str, float] = {
             path: dtype.itemsize for path, dtype in self.frozen_dtypes.items()
         }
-        for spec in self.rows:
+        for spec in self.specs:
             if spec.path in self.quantized:
                 parts = self.quantized[spec.path]
                 sizes = (
-                    math.prod(part.shape(self.dims)) * bytes_per_element.pop(part.path)
+                    math.prod(part.shape(self.axis_sizes)) * bytes_per_element.pop(part.path)
                     for part in parts
                 )
-                bytes_per_element[spec.path] = sum(sizes) / math.prod(spec.shape(self.dims))
+                bytes_per_element[spec.path] = sum(sizes) / math.prod(spec.shape(self.axis_sizes))
         return bytes_per_element
 
     def without_masters(self, paths: Iterable[str]) -> dict[str, np.dtype]:
         """Return {path: dtype} for frozen parameters: compute dtype for matrices, else float32."""
-        matrices = {spec.path for spec in self.rows if spec.is_matrix}
+        matrices = {spec.path for spec in self.specs if spec.is_matrix}
         return {
             path: np.dtype(self.compute.dtype if path in matrices else np.float32) for path in paths
         }

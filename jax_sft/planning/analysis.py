@@ -133,33 +133,33 @@ class _Loops:
         raise ValueError(f"{loop.name} ({loop.op_name}) runs as often as data decides: say how")
 
 
-def _row(one: collectives.Collective, mesh, target: Target) -> dict:
+def _row(collective: collectives.Collective, mesh, target: Target) -> dict:
     """Return one row of the communication table: a collective over a whole step."""
     # The compiler numbers devices by position in the mesh; links depend on the physical ids.
     numbers = [device.id for device in mesh.devices.flat]
     physical = dataclasses.replace(
-        one,
-        groups=tuple(tuple(numbers[place] for place in group) for group in one.groups),
-        pairs=tuple((numbers[a], numbers[b]) for a, b in one.pairs),
+        collective,
+        groups=tuple(tuple(numbers[place] for place in group) for group in collective.groups),
+        pairs=tuple((numbers[a], numbers[b]) for a, b in collective.pairs),
     )
     slow = physical.slow_share(target.gpus_per_host)
     # In a module partitioned for CPUs, a reduce-scatter is still a sliced all-reduce.
-    kind, sent = one.kind, one.step_wire_bytes
-    if one.sliced:
+    kind, sent = collective.kind, collective.step_wire_bytes
+    if collective.sliced:
         kind, sent = "reduce-scatter", sent / 2
     return {
         "kind": kind,
-        "axis": list(device_groups.axis_of(one.groups, mesh.shape)),
-        "dtype": "+".join(one.dtypes),
-        "bytes": one.result_bytes,
-        "count": one.count,
+        "axis": list(device_groups.axis_of(collective.groups, mesh.shape)),
+        "dtype": "+".join(collective.dtypes),
+        "bytes": collective.result_bytes,
+        "count": collective.count,
         "fast_bytes": sent * (1 - slow),
         "slow_bytes": sent * slow,
-        "overlaps": None if one.blocking is None else not one.exposed,
-        "hidden_behind_flops": one.overlap.flops * one.count,
-        "hidden_behind_bytes": one.overlap.bytes * one.count,
-        "arrays": [f"{array.dtype}{list(array.dims)}" for array in one.arrays],
-        "what": _label(one.op_name),
+        "overlaps": None if collective.blocking is None else not collective.exposed,
+        "hidden_behind_flops": collective.overlap.flops * collective.count,
+        "hidden_behind_bytes": collective.overlap.bytes * collective.count,
+        "arrays": [f"{array.dtype}{list(array.dims)}" for array in collective.arrays],
+        "what": _label(collective.op_name),
     }
 
 
@@ -190,8 +190,8 @@ def _traffic(row: Mapping[str, Any]) -> Traffic:
 def _cost(settings: Resolved, compiled: Compiled, target: Target) -> step_cost.StepCost:
     model_def = compiled.program.model_def
     return step_cost.step_cost(
-        model_def.rows,
-        model_def.dims,
+        model_def.specs,
+        model_def.axis_sizes,
         settings.model_cfg.tied,
         target.row,
         num_rows=settings.batch.rows,
@@ -210,13 +210,13 @@ def _workspace(settings: Resolved) -> int:
     """Return the attention kernel's workspace bytes, which compiling without a GPU omits."""
     if settings.attention != "cudnn":
         return 0
-    sizes, dims = settings.mesh_shape, settings.model_cfg.dims
+    sizes, axis_sizes = settings.mesh_shape, settings.model_cfg.axis_sizes
     return cudnn.workspace_bytes(
         rows=settings.micro_rows // (sizes["data"] * sizes["fsdp"]),
         num_tokens=settings.data.seq_len,
-        num_heads=dims["heads"] // sizes["tensor"],
-        num_kv_heads=dims["kv_heads"] // sizes["tensor"],
-        head_dim=dims["head_dim"],
+        num_heads=axis_sizes["heads"] // sizes["tensor"],
+        num_kv_heads=axis_sizes["kv_heads"] // sizes["tensor"],
+        head_dim=axis_sizes["head_dim"],
         max_segments=settings.data.max_segments,
     )
 
@@ -249,9 +249,14 @@ def _memory(compiled: Compiled, chip: Chip, module: parser.Module, workspace: in
     }
 
 
-def _buffer(one: kernels.Buffer) -> dict:
-    shape = f"{one.dtype}{list(one.dims)}"
-    return {"bytes": one.bytes, "shape": shape, "what": _label(one.op_name), "count": one.count}
+def _buffer(buffer: kernels.Buffer) -> dict:
+    shape = f"{buffer.dtype}{list(buffer.dims)}"
+    return {
+        "bytes": buffer.bytes,
+        "shape": shape,
+        "what": _label(buffer.op_name),
+        "count": buffer.count,
+    }
 
 
 def _config(settings: Resolved) -> dict:
@@ -283,11 +288,11 @@ def _warnings(
     settings: Resolved,
     compiled: Compiled,
     module: parser.Module,
-    found: Sequence[collectives.Collective],
+    ops: Sequence[collectives.Collective],
     gemms: Sequence[kernels.Gemm],
 ) -> list[str]:
     """Return the problems and inefficiencies of the compiled step, one sentence each."""
-    sizes, dims = settings.mesh_shape, settings.model_cfg.dims
+    sizes, axis_sizes = settings.mesh_shape, settings.model_cfg.axis_sizes
     lines = []
     if compiled.for_gpus and settings.attention in ("blockwise", "reference"):
         lines.append(
@@ -298,16 +303,16 @@ def _warnings(
     # The threshold is the smallest trainable matrix of a layer. Norms, biases and adapters are
     # smaller and may be all-reduced. Routers are left out because they are as small.
     trainable = [
-        row
-        for row in settings.family.weights(settings.model_cfg)
-        if row.is_matrix and row.path not in compiled.program.model_def.frozen_bytes
-        if "experts" in row.stacked or "experts" not in row.axes
+        spec
+        for spec in settings.family.weights(settings.model_cfg)
+        if spec.is_matrix and spec.path not in compiled.program.model_def.frozen_bytes
+        if "experts" in spec.stacked or "experts" not in spec.axes
     ]
     layer_sizes = [
-        math.prod(dims[axis] for axis in row.axes if axis != "layers") for row in trainable
+        math.prod(axis_sizes[axis] for axis in spec.axes if axis != "layers") for spec in trainable
     ]
     for op in collectives.gradient_all_reduces(
-        found,
+        ops,
         sizes,
         min(layer_sizes, default=2**62) // sizes["tensor"] // 2,
         allowed=(("data",), ("tensor",)),
@@ -321,9 +326,9 @@ def _warnings(
         for op in gemms:
             if op.is_float32 and min(op.m * op.k, op.k * op.n) * 4 >= LARGE_BYTES:
                 lines.append(f"float32 product [{op.m} x {op.k} x {op.n}]: {op.op_name}")
-    seq_len, vocab = settings.data.seq_len, -(-dims["vocab"] // sizes["tensor"])
+    seq_len, vocab = settings.data.seq_len, -(-axis_sizes["vocab"] // sizes["tensor"])
     local = seq_len // sizes["sequence"]
-    heads = dims["heads"] // sizes["tensor"]
+    heads = axis_sizes["heads"] // sizes["tensor"]
     for name, shape, least in (
         ("scores of all pairs of a row", (local, seq_len), heads * local * seq_len),
         ("logits of all tokens of a row", (local, vocab), 2 * local * vocab),

@@ -38,8 +38,8 @@ class Model:
         frozen: {path: bytes per element} of the frozen weights.
     """
 
-    rows: Sequence[ParamSpec]
-    dims: Mapping[str, int]
+    specs: Sequence[ParamSpec]
+    axis_sizes: Mapping[str, int]
     tied: bool
     param_bytes: int = 4
     moment_bytes: int = 4
@@ -117,8 +117,8 @@ def candidates(
     for setting in settings(model, num_devices, gpus_per_host, num_rows, int(row.slots), remats):
         memory = analytic_memory(model, setting, num_rows, int(row.slots))
         cost = step_cost(
-            model.rows,
-            model.dims,
+            model.specs,
+            model.axis_sizes,
             model.tied,
             row,
             num_rows=num_rows,
@@ -134,7 +134,7 @@ def candidates(
         prediction = predict(cost, chip, num_devices, hosts, traffic)
         fits = memory.peak <= (1 - headroom) * chip.memory_bytes
         estimated.append(Candidate(setting, memory, prediction, fits))
-    return sorted(estimated, key=lambda one: (not one.fits, one.prediction.step_time_s))
+    return sorted(estimated, key=lambda setting: (not setting.fits, setting.prediction.step_time_s))
 
 
 def settings(
@@ -146,7 +146,7 @@ def settings(
     remats: Sequence[str],
 ) -> Iterator[Setting]:
     """Yield the settings that divide all array sizes, with `tensor` within one host."""
-    arrays = {row.path: (row.axes, row.shape(dict(model.dims))) for row in model.rows}
+    arrays = {spec.path: (spec.axes, spec.shape(dict(model.axis_sizes))) for spec in model.specs}
     for sizes in _factorisations(num_devices, len(rules.AXES)):
         mesh: dict[str, int] = dict(zip(rules.AXES, sizes, strict=True))
         if gpus_per_host % mesh["tensor"] or rules.size_problems(arrays, mesh):
@@ -180,61 +180,63 @@ def analytic_memory(model: Model, setting: Setting, num_rows: int, seq_len: int)
     the policy keeps per layer and the working set of the largest phase. The estimate is within 10%
     of the compiled peak for 7B on 8 H200 (18 to 39 GiB), 32B on 8 and 72B on 64.
     """
-    mesh, dims, tensor = setting.mesh, model.dims, setting.mesh["tensor"]
+    mesh, axis_sizes, tensor = setting.mesh, model.axis_sizes, setting.mesh["tensor"]
     local = _local_elements(model, mesh)
     tokens = setting.micro_rows * seq_len / (mesh["data"] * mesh["fsdp"] * mesh["sequence"])
-    kept, computed = _elements_per_token(dims, setting.remat, tensor)
-    layer = _matrix_elements(model, "layers") / dims["layers"] / tensor
-    table = dims["vocab"] * dims["embed"] / tensor
-    logits = min(HEAD_CHUNK, tokens) * dims["vocab"] / tensor
+    kept, computed = _elements_per_token(axis_sizes, setting.remat, tensor)
+    layer = _matrix_elements(model, "layers") / axis_sizes["layers"] / tensor
+    table = axis_sizes["vocab"] * axis_sizes["embed"] / tensor
+    logits = min(HEAD_CHUNK, tokens) * axis_sizes["vocab"] / tensor
     gradients = SUM_BYTES * local
     accumulates = setting.micro_rows < num_rows  # the sum and the new gradients are both alive
     # The next layer is gathered while this one is computed, and a layer's gradients are formed
     # whole. The factor 1.3: not all activations of a layer are alive at once, but some are in
     # float32 and alive together with their gradient.
-    trainable = _matrix_elements(model, "layers", trained=True) / dims["layers"] / tensor
+    trainable = _matrix_elements(model, "layers", trained=True) / axis_sizes["layers"] / tensor
     in_layer = 2 * COMPUTE_BYTES * layer + model.grad_bytes * trainable
     in_layer += 1.3 * COMPUTE_BYTES * computed * tokens
     table_bytes = COMPUTE_BYTES + (SUM_BYTES if _head_trains(model) else 0)
     in_head = table_bytes * table + (COMPUTE_BYTES + 2 * SUM_BYTES) * logits
-    in_head += 2 * COMPUTE_BYTES * dims["embed"] * tokens
+    in_head += 2 * COMPUTE_BYTES * axis_sizes["embed"] * tokens
     in_head -= gradients  # this pass has no gradients yet
     return Memory(
         parameters=model.param_bytes * local + _frozen_bytes(model, mesh),
         moments=2 * model.moment_bytes * local,
         gradients=gradients * (2 if accumulates else 1),
-        residuals=COMPUTE_BYTES * dims["layers"] * kept * tokens,
+        residuals=COMPUTE_BYTES * axis_sizes["layers"] * kept * tokens,
         workspace=max(in_layer, in_head),
     )
 
 
-def _shards(row: ParamSpec, mesh: Mapping[str, int]) -> int:
-    return math.prod(mesh[axis] for logical in row.axes for axis in rules.rule(logical))
+def _shards(spec: ParamSpec, mesh: Mapping[str, int]) -> int:
+    return math.prod(mesh[axis] for logical in spec.axes for axis in rules.rule(logical))
 
 
 def _matrix_elements(model: Model, prefix: str, trained: bool = False) -> int:
     return sum(
-        math.prod(row.shape(dict(model.dims)))
-        for row in model.rows
-        if row.is_matrix and row.path.startswith(prefix + ".")
-        if not (trained and row.path in model.frozen)
+        math.prod(spec.shape(dict(model.axis_sizes)))
+        for spec in model.specs
+        if spec.is_matrix and spec.path.startswith(prefix + ".")
+        if not (trained and spec.path in model.frozen)
     )
 
 
 def _local_elements(model: Model, mesh: Mapping[str, int]) -> float:
     """Return the number of trainable elements on one device."""
     return sum(
-        math.prod(row.shape(dict(model.dims))) / _shards(row, mesh)
-        for row in model.rows
-        if row.path not in model.frozen
+        math.prod(spec.shape(dict(model.axis_sizes))) / _shards(spec, mesh)
+        for spec in model.specs
+        if spec.path not in model.frozen
     )
 
 
 def _frozen_bytes(model: Model, mesh: Mapping[str, int]) -> float:
     return sum(
-        math.prod(row.shape(dict(model.dims))) / _shards(row, mesh) * model.frozen[row.path]
-        for row in model.rows
-        if row.path in model.frozen
+        math.prod(spec.shape(dict(model.axis_sizes)))
+        / _shards(spec, mesh)
+        * model.frozen[spec.path]
+        for spec in model.specs
+        if spec.path in model.frozen
     )
 
 
@@ -242,23 +244,27 @@ def _head_trains(model: Model) -> bool:
     return ("embed.table" if model.tied else "head.table") not in model.frozen
 
 
-def _elements_per_token(dims: Mapping[str, int], remat: str, tensor: int) -> tuple[float, float]:
+def _elements_per_token(
+    axis_sizes: Mapping[str, int], remat: str, tensor: int
+) -> tuple[float, float]:
     """Return the bfloat16 elements per token of a layer that (the policy keeps, it computes)."""
-    features, mlp = dims["embed"], dims["mlp"] * dims.get("chosen", 1) / tensor
-    q = dims["heads"] * dims["head_dim"] / tensor
-    kv = 2 * dims["kv_heads"] * dims["head_dim"] / tensor
-    lse = 2 * dims["heads"] / tensor  # float32
+    features, mlp = axis_sizes["embed"], axis_sizes["mlp"] * axis_sizes.get("chosen", 1) / tensor
+    q = axis_sizes["heads"] * axis_sizes["head_dim"] / tensor
+    kv = 2 * axis_sizes["kv_heads"] * axis_sizes["head_dim"] / tensor
+    lse = 2 * axis_sizes["heads"] / tensor  # float32
     # Between the blocks, tokens are sharded over `tensor`: x, the sum and two norms in float32.
     # Inside the blocks: two norms, q, k and v before and after rotation, the context and its lse,
     # the attention output; gate, up, silu(gate) and the product.
     computed = 6 * features / tensor + 3 * features + 3 * q + 2 * kv + lse + 4 * mlp
-    computed += 3 * features * dims.get("chosen", 0)  # the rows of experts: x, in blocks, and y
+    computed += (
+        3 * features * axis_sizes.get("chosen", 0)
+    )  # the rows of experts: x, in blocks, and y
     if remat == "none":  # from compiled steps: float32 intermediates, named values twice
         return 2.5 * computed, computed
     kept = features / tensor  # a layer's input is always kept
     if remat == "dots":
         return kept + features + q + kv + 2 * mlp, computed
-    again = recomputed(dims, remat)
+    again = recomputed(axis_sizes, remat)
     kept += q + kv if again["attention_projections"] < 1 else 0
     kept += q + lse if not again["attention_scores"] else 0
     kept += 2 * mlp if not again["mlp"] else 0
@@ -281,19 +287,21 @@ def analytic_traffic(
     Gathers of layer weights and reductions of their gradients overlap with the layers' matrix
     products. Collectives of the head, of activations over `tensor` and of keys and values block.
     """
-    mesh, dims = setting.mesh, model.dims
+    mesh, axis_sizes = setting.mesh, model.axis_sizes
     micros = num_rows // setting.micro_rows
-    num_layer_passes = micros * dims["layers"]
+    num_layer_passes = micros * axis_sizes["layers"]
     passes = 2 if setting.remat in ("none", "dots") else 3  # over a layer's projections
     overlap_flops = sum(flops for part, flops in cost.hardware.items() if part != "head")
     overlap_flops /= math.prod(mesh.values())
     rows = setting.micro_rows / (mesh["data"] * mesh["fsdp"])
-    layer = _matrix_elements(model, "layers") / dims["layers"] / mesh["tensor"]
-    table = dims["vocab"] * dims["embed"] / mesh["tensor"]
-    trainable = _matrix_elements(model, "layers", trained=True) / dims["layers"] / mesh["tensor"]
+    layer = _matrix_elements(model, "layers") / axis_sizes["layers"] / mesh["tensor"]
+    table = axis_sizes["vocab"] * axis_sizes["embed"] / mesh["tensor"]
+    trainable = (
+        _matrix_elements(model, "layers", trained=True) / axis_sizes["layers"] / mesh["tensor"]
+    )
     local = _local_elements(model, mesh)
-    x = rows * seq_len / mesh["sequence"] * dims["embed"]
-    kv = rows * seq_len * 2 * dims["kv_heads"] * dims["head_dim"] / mesh["tensor"]
+    x = rows * seq_len / mesh["sequence"] * axis_sizes["embed"]
+    kv = rows * seq_len * 2 * axis_sizes["kv_heads"] * axis_sizes["head_dim"] / mesh["tensor"]
 
     def traffic(kind, axes, elements, size, count, hidden=0.0, blocking=False) -> Traffic:
         members, slow = _ring(tuple(mesh.items()), tuple(axes), gpus_per_host)

@@ -60,8 +60,8 @@ def _promising(settings: Settings, target: Target) -> Iterator[candidates.Settin
     resolved = validate(settings, target.num_devices, planned_for=target.chip.capability)
     model_def = program.model_def(resolved)
     model = candidates.Model(
-        model_def.rows,
-        model_def.dims,
+        model_def.specs,
+        model_def.axis_sizes,
         resolved.model_cfg.tied,
         jnp.dtype(settings.model.param_dtype).itemsize,
         jnp.dtype(settings.optimizer.moments_dtype).itemsize,
@@ -124,17 +124,19 @@ def _try(settings: Settings, target: Target, setting: candidates.Setting) -> dic
     }
 
 
-def _flags(one: dict) -> str:
-    mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in one["mesh"].items())
+def _flags(setting: dict) -> str:
+    mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in setting["mesh"].items())
     return (
-        f"{mesh} --config.batch.micro_rows={one['micro_rows']} --config.model.remat={one['remat']}"
+        f"{mesh} --config.batch.micro_rows={setting['micro_rows']} "
+        f"--config.model.remat={setting['remat']}"
     )
 
 
-def _line(one: dict) -> str:
-    mesh = " ".join(f"{axis}={size}" for axis, size in one["mesh"].items() if size > 1)
+def _line(setting: dict) -> str:
+    mesh = " ".join(f"{axis}={size}" for axis, size in setting["mesh"].items() if size > 1)
     return (
-        f"{mesh} micro_rows={one['micro_rows']} remat={one['remat']}: peak "
-        f"{one['peak_bytes'] / 2**30:.1f} GiB, {'fits' if one['fits'] else 'does not fit'}, "
-        f"predicted {one['step_time_s']:.2f} s, MFU {one['mfu']:.0%}"
+        f"{mesh} micro_rows={setting['micro_rows']} remat={setting['remat']}: peak "
+        f"{setting['peak_bytes'] / 2**30:.1f} GiB, "
+        f"{'fits' if setting['fits'] else 'does not fit'}, "
+        f"predicted {setting['step_time_s']:.2f} s, MFU {setting['mfu']:.0%}"
     )

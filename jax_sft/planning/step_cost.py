@@ -153,8 +153,8 @@ class StepCost:
 
 
 def step_cost(
-    rows: Sequence[ParamSpec],
-    dims: Mapping[str, int],
+    specs: Sequence[ParamSpec],
+    axis_sizes: Mapping[str, int],
     tied: bool,
     row: RowWork,
     *,
@@ -178,31 +178,35 @@ def step_cost(
         frozen: paths of the frozen weights.
     """
     tokens, pairs, trained = (num_rows * n for n in (row.tokens, row.pairs, row.trained))
-    model = model_flops(rows, dims, tied, tokens, pairs, trained, frozen)
+    model = model_flops(specs, axis_sizes, tied, tokens, pairs, trained, frozen)
     slots = num_rows * row.slots
     visited = computed_pairs(attention, num_rows, row)
     in_chunks = _in_chunks(trained, slots, micro_batches, sizes)
     padded, forward = (
-        model_flops(rows, dims, tied, slots, pairs, in_chunks, frozen, only)
+        model_flops(specs, axis_sizes, tied, slots, pairs, in_chunks, frozen, only)
         for only in (False, True)
     )
-    hardware = hardware_flops(padded, forward, dims, remat, offload)
+    hardware = hardware_flops(padded, forward, axis_sizes, remat, offload)
     for name, computed in zip(("attention_forward", "attention_backward"), visited, strict=True):
         hardware[name] *= computed / pairs if pairs else 1.0
-    if "experts" in dims:  # all compute as much as the busiest
+    if "experts" in axis_sizes:  # all compute as much as the busiest
         hardware["mlp"] *= LARGEST_GROUP
     updated = param_bytes * 2 + moment_bytes * 4 + 4 * 2
     accumulated = 4 * 2 + param_bytes + 2  # the last two: the cast of weights to bfloat16
-    num_params = sum(math.prod(row.shape(dict(dims))) for row in rows if row.path not in frozen)
+    num_params = sum(
+        math.prod(spec.shape(dict(axis_sizes))) for spec in specs if spec.path not in frozen
+    )
     return StepCost(
         tokens=tokens,
         model=model,
-        causal_flops=sum(model_flops(rows, dims, tied, tokens, pairs, tokens, frozen).values()),
+        causal_flops=sum(
+            model_flops(specs, axis_sizes, tied, tokens, pairs, tokens, frozen).values()
+        ),
         hardware=hardware,
-        elementwise_bytes=_elementwise_bytes(dims, slots, in_chunks, remat),
+        elementwise_bytes=_elementwise_bytes(axis_sizes, slots, in_chunks, remat),
         optimizer_bytes=sizes["data"] * num_params * (updated + micro_batches * accumulated),
         attention=attention,
-        has_experts="experts" in dims,
+        has_experts="experts" in axis_sizes,
     )
 
 
@@ -229,7 +233,7 @@ def computed_pairs(attention: str, num_rows: int, row: RowWork) -> tuple[float, 
 
 
 def recomputed(
-    dims: Mapping[str, int], remat: str, offload: Sequence[str] = ()
+    axis_sizes: Mapping[str, int], remat: str, offload: Sequence[str] = ()
 ) -> dict[str, float]:
     """Return the work that the backward pass recomputes, in units of each part's forward pass.
 
@@ -251,8 +255,8 @@ def recomputed(
             f"model.remat = {remat!r}, model.offload = {list(offload)}: {sorted(unknown)} unknown: "
             f"use {['none', *KEPT]} or names out of {list(NAMES)}"
         )
-    out = dims["heads"] / (
-        2 * dims["heads"] + 2 * dims["kv_heads"]
+    out = axis_sizes["heads"] / (
+        2 * axis_sizes["heads"] + 2 * axis_sizes["kv_heads"]
     )  # share of all attention projections
     if "dots" in kept:  # outputs of the attention projections and the MLP matrices
         kept |= {"mlp"}
@@ -267,7 +271,7 @@ def recomputed(
 def hardware_flops(
     model: Mapping[str, float],
     forward: Mapping[str, float],
-    dims: Mapping[str, int],
+    axis_sizes: Mapping[str, int],
     remat: str,
     offload: Sequence[str] = (),
 ) -> dict[str, float]:
@@ -282,7 +286,7 @@ def hardware_flops(
     Raises:
         ValueError: see `recomputed`.
     """
-    again = recomputed(dims, remat, offload)
+    again = recomputed(axis_sizes, remat, offload)
     hardware = {
         part: flops + again.get(part, 0.0) * forward[part]
         for part, flops in model.items()
@@ -294,7 +298,9 @@ def hardware_flops(
     return hardware
 
 
-def _elementwise_bytes(dims: Mapping[str, int], slots: float, trained: float, remat: str) -> float:
+def _elementwise_bytes(
+    axis_sizes: Mapping[str, int], slots: float, trained: float, remat: str
+) -> float:
     """Return the bytes that all devices move between matrix products.
 
     These are norms, rotation, SwiGLU, residual sums and the loss. Each counts as one fused kernel
@@ -304,9 +310,14 @@ def _elementwise_bytes(dims: Mapping[str, int], slots: float, trained: float, re
     recomputation once more. Per logit, 14 bytes: it is written, read twice, and its gradient is
     written. For each chunk of tokens the head's float32 gradient is read and written.
     """
-    heads = (dims["heads"] + dims["kv_heads"]) * dims["head_dim"]
-    elements = 10 * dims["embed"] + 2 * heads + 3 * dims["mlp"] * dims.get("chosen", 1)
-    elements += 10 * dims["embed"] * dims.get("chosen", 0)
+    heads = (axis_sizes["heads"] + axis_sizes["kv_heads"]) * axis_sizes["head_dim"]
+    elements = (
+        10 * axis_sizes["embed"] + 2 * heads + 3 * axis_sizes["mlp"] * axis_sizes.get("chosen", 1)
+    )
+    elements += 10 * axis_sizes["embed"] * axis_sizes.get("chosen", 0)
     passes = 3 if remat == "none" else 4
-    per_logit = 14 + 8 * dims["embed"] / HEAD_CHUNK
-    return passes * 2 * dims["layers"] * elements * slots + per_logit * dims["vocab"] * trained
+    per_logit = 14 + 8 * axis_sizes["embed"] / HEAD_CHUNK
+    return (
+        passes * 2 * axis_sizes["layers"] * elements * slots
+        + per_logit * axis_sizes["vocab"] * trained
+    )

@@ -147,6 +147,6 @@ def first_turn(example: Example) -> tuple[list[int], list[int]]:
     return example.tokens[: start + 1].tolist(), example.targets[start:stop].tolist()
 
 
-def line(found: Mapping[str, float]) -> str:
+def line(metrics: Mapping[str, float]) -> str:
     """Return the metrics as one line for the screen."""
-    return " | ".join(f"{name} {value:.4f}" for name, value in found.items())
+    return " | ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -38,8 +38,8 @@ def peak_flops(devices: Iterable[Any]) -> float | None:
 
 
 def step_flops(
-    rows: Iterable[ParamSpec],
-    dims: Mapping[str, int],
+    specs: Iterable[ParamSpec],
+    axis_sizes: Mapping[str, int],
     tied: bool,
     tokens: float,
     pairs: float,
@@ -50,7 +50,7 @@ def step_flops(
     By convention the output head is counted for every token, not only for trained ones. The
     arguments are those of `flops.model_flops`.
     """
-    return sum(model_flops(rows, dims, tied, tokens, pairs, tokens, frozen).values())
+    return sum(model_flops(specs, axis_sizes, tied, tokens, pairs, tokens, frozen).values())
 
 
 class Meter:

@@ -84,7 +84,7 @@ def _prepare(run: Run) -> tuple[Examples, dict[str, Examples]]:
         for name, source in sorted(data.eval.items())
     }
     every_set = {"train": train, **{f"eval/{name}": e for name, e in eval_sets.items()}}
-    _check_vocabulary(every_set.values(), run.model.dims["vocab"])
+    _check_vocabulary(every_set.values(), run.model.axis_sizes["vocab"])
     cluster.check_same(
         "data",
         {name: prepare.fingerprint(examples) for name, examples in every_set.items()},

@@ -40,14 +40,14 @@ class BaseModel:
 
     Attributes:
         folder: local folder of the model.
-        rows: specs of its weights.
-        dims: {name: size} of the dimensions of the weights, without padding.
+        specs: specs of its weights.
+        axis_sizes: {name: size} of the dimensions of the weights, without padding.
         weights: reads the weights.
     """
 
     folder: Path
-    rows: tuple[ParamSpec, ...]
-    dims: dict[str, int]
+    specs: tuple[ParamSpec, ...]
+    axis_sizes: dict[str, int]
     weights: pretrained.Weights
 
 
@@ -167,22 +167,25 @@ def _find_model(settings: Resolved) -> BaseModel:
     Raises:
         ValueError: the weights do not fit the model.
     """
-    rows, dims = tuple(settings.family.weights(settings.model_cfg)), settings.model_cfg.dims
+    specs, axis_sizes = (
+        tuple(settings.family.weights(settings.model_cfg)),
+        settings.model_cfg.axis_sizes,
+    )
     folder = hf_folder.resolve(settings.model.path, settings.model.revision)
     weights = pretrained.find(
         folder,
-        rows,
-        dims,
+        specs,
+        axis_sizes,
         settings.model_cfg.tied,
         step=hf_folder.step_of(settings.model.path),
         vocab_shards=settings.mesh_shape["tensor"],
     )
-    return BaseModel(folder, rows, dims, weights)
+    return BaseModel(folder, specs, axis_sizes, weights)
 
 
 def _describe(settings: Resolved, model: BaseModel, say: Say) -> None:
     """Print the model and the devices, with warnings about the model's folder."""
-    num_params = sum(math.prod(row.shape(model.dims)) for row in model.rows)
+    num_params = sum(math.prod(spec.shape(model.axis_sizes)) for spec in model.specs)
     family = settings.model_cfg.__module__
     say(f"model   {settings.model.path}: {family}, {metrics.count(num_params)} parameters")
     if pickles := hf_folder.pickles(model.folder):
@@ -190,7 +193,7 @@ def _describe(settings: Resolved, model: BaseModel, say: Say) -> None:
     axes = " ".join(f"{axis}={size}" for axis, size in settings.mesh_shape.items())
     say(f"mesh    {axes} on {jax.device_count()} x {jax.devices()[0].device_kind}")
     vocab, shards = settings.model_cfg.vocab, settings.mesh_shape["tensor"]
-    if (padded := vocabulary.padded(model.dims, shards)["vocab"]) > vocab:
+    if (padded := vocabulary.padded(model.axis_sizes, shards)["vocab"]) > vocab:
         say(f"padded  vocabulary {vocab:,} -> {padded:,} for mesh.tensor = {shards}")
 
 
@@ -200,13 +203,13 @@ def _choose_attention(settings: Resolved, model: BaseModel, mesh: Mesh, say: Say
     Raises:
         ValueError: the configured backend fails its self-test.
     """
-    model_cfg, dims = settings.model_cfg, model.dims
+    model_cfg, axis_sizes = settings.model_cfg, model.axis_sizes
     attention = self_test.choose(
         settings.model.attention,
         say=say,
         dtype=settings.model.dtype,
-        num_heads_per_kv=dims["heads"] // dims["kv_heads"],
-        head_dim=dims["head_dim"],
+        num_heads_per_kv=axis_sizes["heads"] // axis_sizes["kv_heads"],
+        head_dim=axis_sizes["head_dim"],
         mesh=mesh,
         has_window=model_cfg.window is not None and model_cfg.window < settings.data.seq_len,
         has_soft_cap=model_cfg.attention_soft_cap > 0,

@@ -68,7 +68,7 @@ def open_checkpoints(run: Run, data: Data) -> tuple[saving.Checkpoints, StoredSt
         eval_data={name: prepare.fingerprint(examples) for name, examples in data.eval.items()},
         bound=bound_keys(settings),
         adapters=dataclasses.asdict(adapters) if adapters else None,
-        vocabulary=vocabulary.Vocabulary.of(model.rows, run.settings.model_cfg.vocab),
+        vocabulary=vocabulary.Vocabulary.of(model.specs, run.settings.model_cfg.vocab),
         turn_ends=data.turn_ends,
         guard=run.lock.check if run.lock else None,
         say=run.say,
@@ -103,7 +103,7 @@ def restore_or_load(
         ValueError: no step can be read, or the weights in the model folder have changed since the
             run began.
     """
-    model_def, rows = program.model_def, run.model.rows
+    model_def, specs = program.model_def, run.model.specs
     adapters = run.settings.adapters
     if model_def.frozen_dtypes or model_def.layer_masks:
         trained = "adapters" if adapters else "what train.freeze leaves"
@@ -121,10 +121,10 @@ def restore_or_load(
         first = program.state.from_named(stored.step, arrays)
         run.say(f"resume  {run.workdir} from step {stored.step} of {data.num_steps}")
         # A stored step has only the trainable weights: read the frozen ones from the model folder.
-        frozen = [row.path for row in rows if row.path not in program.state.params]
+        frozen = [spec.path for spec in specs if spec.path not in program.state.params]
         first = dataclasses.replace(first, frozen=read(frozen))
     else:
-        weights = read([row.path for row in rows])
+        weights = read([spec.path for spec in specs])
         if adapters:
             weights |= freeze.adapters(
                 *(adapters, model_def, weights, run.mesh),

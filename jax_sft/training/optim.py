@@ -67,13 +67,13 @@ def schedule(optimizer, num_steps: int) -> Callable[[Any], jax.Array]:
     return lambda step: optimizer.learning_rate * factor(jnp.asarray(step, jnp.float32))
 
 
-def make(optimizer, num_steps: int, rows: Iterable[ParamSpec]) -> optax.GradientTransformation:
+def make(optimizer, num_steps: int, specs: Iterable[ParamSpec]) -> optax.GradientTransformation:
     """Return AdamW (Loshchilov & Hutter 2019) behind global-norm clipping.
 
     Weight decay acts on matrices, including embeddings, and never on norms and biases. Moments are
     stored in `optimizer.moments_dtype`, independent of the dtype of the parameters.
     """
-    decayed = {row.path: row.is_matrix for row in rows}
+    decayed = {spec.path: spec.is_matrix for spec in specs}
     clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else None
     adamw = optax.adamw(
         schedule(optimizer, num_steps),

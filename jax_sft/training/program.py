@@ -77,7 +77,9 @@ def program(settings: Resolved, mesh: Mesh, num_steps: int, num_sources: int = 0
     model = model_def(settings)
     tx = optim.make(settings.optimizer, num_steps, model.trainable_specs)
     dtype = jnp.dtype(settings.model.param_dtype)
-    abstract = state.abstract(tx, model.stored_specs, model.dims, dtype, mesh, model.frozen_dtypes)
+    abstract = state.abstract(
+        tx, model.stored_specs, model.axis_sizes, dtype, mesh, model.frozen_dtypes
+    )
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = CPU_OPTIONS if on_cpu else gpu_options(settings.attention)
@@ -109,7 +111,7 @@ def objective(loss: Loss, model_cfg: Any) -> dict[str, float]:
     """
     terms = dataclasses.asdict(loss)
     if loss.router_aux < 0:
-        terms["router_aux"] = model_cfg.router_aux if "experts" in model_cfg.dims else 0.0
+        terms["router_aux"] = model_cfg.router_aux if "experts" in model_cfg.axis_sizes else 0.0
     return terms
 
 

@@ -167,7 +167,7 @@ def _meter(run: Run, data: Data, program: Program, start: Start, health: Health)
     def flops(sums: Mapping[str, float]) -> float:
         tokens, pairs = sums["tokens"], sums["pairs"]
         return step_flops(
-            model_def.rows, model_def.dims, is_tied, tokens, pairs, model_def.frozen_bytes
+            model_def.specs, model_def.axis_sizes, is_tied, tokens, pairs, model_def.frozen_bytes
         )
 
     return Meter(

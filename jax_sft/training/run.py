@@ -120,7 +120,7 @@ def _run(
     if start.step < num_steps:
         checkpoints.keep_model_files()
         if settings.train.export:  # an export that cannot be written fails now, not after training
-            consensus.from_first("export folder", lambda: to_hf.check_of_run(workdir, run.say))
+            consensus.from_first("export folder", lambda: to_hf.check_run_export(workdir, run.say))
     else:
         advice = how_to_train_on(settings, start.step, data.loader)
         run.say(f"done    step {start.step} of {num_steps} is already there: {advice}")
@@ -295,7 +295,7 @@ def _end_run(run: Run) -> None:
         if run.lock:
             run.lock.check(look=True)
         with run.preemption.raising(stopped):
-            to_hf.of_run(
+            to_hf.export_run(
                 run.workdir,
                 tokenizer_eos=run.settings.train.export_tokenizer_eos,
                 say=lambda line: run.say(f"export  {line}"),

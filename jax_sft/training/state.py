@@ -67,7 +67,7 @@ class TrainState:
 def shardings(
     tx: optax.GradientTransformation,
     params: Mapping[str, Any],
-    rows: Iterable[ParamSpec],
+    specs: Iterable[ParamSpec],
     mesh: Mesh,
     frozen: Collection[str] = (),
 ) -> TrainState:
@@ -77,7 +77,7 @@ def shardings(
         params: arrays or ShapeDtypeStructs of the trainable weights.
         frozen: paths of the frozen weights.
     """
-    all_shardings = placement.shardings(rows, mesh)
+    all_shardings = placement.shardings(specs, mesh)
     param_shardings = {path: all_shardings[path] for path in params}
     replicated = NamedSharding(mesh, PartitionSpec())
     opt_shardings = optax.tree_utils.tree_map_params(
@@ -98,13 +98,13 @@ def shardings(
 def create(
     tx: optax.GradientTransformation,
     weights: dict[str, jax.Array],
-    rows: Iterable[ParamSpec],
+    specs: Iterable[ParamSpec],
     mesh,
     frozen: Collection[str] = (),
 ) -> TrainState:
     """Return the state at step 0, with moments that are sharded from the start."""
     params = {path: array for path, array in weights.items() if path not in frozen}
-    to = shardings(tx, params, rows, mesh)
+    to = shardings(tx, params, specs, mesh)
     opt_state = jax.jit(tx.init, out_shardings=to.opt_state)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), to.step)
     frozen_weights = {path: weights[path] for path in frozen}
@@ -113,8 +113,8 @@ def create(
 
 def abstract(
     tx: optax.GradientTransformation,
-    rows: Iterable[ParamSpec],
-    dims: dict[str, int],
+    specs: Iterable[ParamSpec],
+    axis_sizes: dict[str, int],
     dtype,
     mesh: Mesh,
     frozen: Mapping[str, Any] | None = None,
@@ -125,9 +125,10 @@ def abstract(
         dtype: dtype of the trainable weights.
         frozen: {parameter path: dtype} of the frozen weights.
     """
-    rows, frozen = list(rows), frozen or {}
+    specs, frozen = list(specs), frozen or {}
     shapes = {
-        row.path: jax.ShapeDtypeStruct(row.shape(dims), frozen.get(row.path, dtype)) for row in rows
+        spec.path: jax.ShapeDtypeStruct(spec.shape(axis_sizes), frozen.get(spec.path, dtype))
+        for spec in specs
     }
     params = {path: shape for path, shape in shapes.items() if path not in frozen}
     state = TrainState(
@@ -139,7 +140,7 @@ def abstract(
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         state,
-        shardings(tx, params, rows, mesh, frozen),
+        shardings(tx, params, specs, mesh, frozen),
     )
 
 
@@ -172,9 +173,9 @@ def update(
             layers train.
     """
     grads = jax.lax.with_sharding_constraint(dict(grads), to.params)
-    grads = _of_trained({path: grad.astype(jnp.float32) for path, grad in grads.items()}, trained)
+    grads = _zero_frozen({path: grad.astype(jnp.float32) for path, grad in grads.items()}, trained)
     changes, opt_state = tx.update(grads, old.opt_state, old.params)
-    changes = _of_trained(changes, trained)  # again, because weight decay changes frozen layers
+    changes = _zero_frozen(changes, trained)  # again, because weight decay changes frozen layers
     params: Any = optax.apply_updates(old.params, changes)
     norm = optax.tree.norm(grads)
     is_good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -194,7 +195,7 @@ def update(
     return jax.lax.with_sharding_constraint(new, to), norm, ~is_good
 
 
-def _of_trained(arrays, trained: Mapping[str, np.ndarray] | None) -> dict[str, jax.Array]:
+def _zero_frozen(arrays, trained: Mapping[str, np.ndarray] | None) -> dict[str, jax.Array]:
     """Return the arrays with zeros in the frozen layers."""
     masked = dict(arrays)
     for path, is_trained in (trained or {}).items():

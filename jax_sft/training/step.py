@@ -102,7 +102,7 @@ def value_and_grad(
             router_loss. The experts are balanced within each micro-batch.
         dropout_key: random key of this step, from which each micro-batch derives its own.
     """
-    axes = {row.path: row.axes for row in model_def.rows}
+    axes = {spec.path: spec.axes for spec in model_def.specs}
     num_micros = batch["tokens"].shape[0]
     router_aux = (objective or {}).get(ROUTER_AUX, 0.0)
 

@@ -128,20 +128,20 @@ def dump_batches(
     folder: Path,
     loader: Loader,
     examples: Examples,
-    found: Mapping[int, Mapping[str, float]],
+    sums_by_step: Mapping[int, Mapping[str, float]],
 ) -> Path:
     """Write the batches and sums of steps for inspection.
 
     Args:
         folder: where to write step_N.json (the sums, and the source and row of each example) and
             step_N.npz (the arrays [rows, tokens]) of each step.
-        found: {step, counted from 1: its sums}.
+        sums_by_step: {step, counted from 1: its sums}.
 
     Returns:
         `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for step, sums in found.items():
+    for step, sums in sums_by_step.items():
         rows = loader.schedule.rows_of(step - 1)
         summary = {
             "step": step,

@@ -527,28 +527,28 @@ def test_an_export_of_a_run_is_written_once_and_nothing_of_the_user_is_removed(
     """As at the second start of a finished run with train.export."""
     run_folder, lines = tmp_path / "run", []
     converted = from_hf.convert(make_model(), run_folder / "checkpoints", progress=False)
-    out = to_hf.of_run(run_folder, say=lines.append)
+    out = to_hf.export_run(run_folder, say=lines.append)
     written = (out / WEIGHTS).stat().st_ino
     (out / "README.md").write_text("mine")
-    to_hf.of_run(run_folder, say=lines.append)
+    to_hf.export_run(run_folder, say=lines.append)
     assert (out / WEIGHTS).stat().st_ino == written and "README.md is foreign" in lines[-1]
     assert "holds step 0 already, and is left alone" in lines[-1]
     # Another state of the same step is not what is there.
     shutil.rmtree(converted)
     from_hf.convert(make_model("other", seed=1), run_folder / "checkpoints", progress=False)
-    for refuse in (to_hf.of_run, to_hf.check_of_run):
+    for refuse in (to_hf.export_run, to_hf.check_run_export):
         with pytest.raises(ValueError, match="README.md is foreign"):
             refuse(run_folder, say=lines.append)
     (out / "README.md").unlink()
-    to_hf.check_of_run(run_folder, say=lines.append)
-    to_hf.of_run(run_folder, say=lines.append)
+    to_hf.check_run_export(run_folder, say=lines.append)
+    to_hf.export_run(run_folder, say=lines.append)
     assert (out / WEIGHTS).stat().st_ino != written
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes").write_text("")
     shutil.rmtree(out)
     out.symlink_to(tmp_path / "mine")
     with pytest.raises(ValueError, match="holds files that do not belong to an export: notes"):
-        to_hf.check_of_run(run_folder)
+        to_hf.check_run_export(run_folder)
 
 
 def test_the_base_model_of_a_run_is_never_replaced_though_it_is_an_export(make_model, tmp_path):

@@ -181,7 +181,7 @@ def test_a_folder_of_adapters_gets_the_stops_that_the_model_lacks(tmp_path, monk
             | {
                 "folder": folder,
                 "settings": 1,
-                "model_def": SimpleNamespace(dims={"vocab": 300}),
+                "model_def": SimpleNamespace(axis_sizes={"vocab": 300}),
                 "metadata": {
                     "turn_ends": {str(end): 1 for end in ends},
                     "config": {"model": {"path": "", "revision": ""}},

@@ -122,11 +122,11 @@ def test_sizes_are_compared_with_the_headers_before_anything_is_made_of_them(mak
     with pytest.raises(
         ValueError, match=r"'layers': 4096.* need 49,\d+ tensors, its files have 38"
     ):
-        hf_reader.check(folder, family.weights(cfg), cfg.dims, cfg.tied)
+        hf_reader.check(folder, family.weights(cfg), cfg.axis_sizes, cfg.tied)
     # Fewer are named one by one.
     cfg = models.read(raw | {"num_hidden_layers": 4})[1]
     with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp.* is missing"):
-        hf_reader.check(folder, family.weights(cfg), cfg.dims, cfg.tied)
+        hf_reader.check(folder, family.weights(cfg), cfg.axis_sizes, cfg.tied)
 
 
 @pytest.mark.parametrize(

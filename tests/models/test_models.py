@@ -698,7 +698,7 @@ def test_weight_rows_are_exactly_the_module_tree(name):
         in_module = {path: leaf.shape for path, leaf in tree.to_dict(module).items()}
         rows = family.weights(cfg)
         assert len({row.path for row in rows}) == len(rows)
-        assert {row.path: row.shape(cfg.dims) for row in rows} == in_module
+        assert {row.path: row.shape(cfg.axis_sizes) for row in rows} == in_module
 
 
 @EVERY_FAMILY
@@ -715,7 +715,11 @@ def test_weight_rows_are_exactly_the_tensors_of_transformers(name, tmp_path):
         written = load_file(tmp_path / "model.safetensors")
         shapes = {key: tensor.shape for key, tensor in written.items()}
         rows = family.weights(cfg)
-        ours = {key: row.hf_shape(cfg.dims) for row in rows for _, key in row.hf_tensors(cfg.dims)}
+        ours = {
+            key: row.hf_shape(cfg.axis_sizes)
+            for row in rows
+            for _, key in row.hf_tensors(cfg.axis_sizes)
+        }
         assert ours == shapes
 
 
@@ -723,7 +727,7 @@ def test_weight_rows_are_exactly_the_tensors_of_transformers(name, tmp_path):
 def test_every_logical_axis_has_a_sharding_rule_and_a_size(name):
     for family, cfg in variants(name):
         axes = {axis for row in family.weights(cfg) for axis in row.axes}
-        assert axes <= rules.RULES.keys() and axes <= cfg.dims.keys()
+        assert axes <= rules.RULES.keys() and axes <= cfg.axis_sizes.keys()
         assert {axis for rule in rules.RULES.values() for axis in rule} <= set(rules.AXES)
 
 
@@ -731,13 +735,13 @@ def test_every_logical_axis_has_a_sharding_rule_and_a_size(name):
 def test_weight_rows_turn_tensors_into_parameters_and_back(name):
     for family, cfg in variants(name):
         for row in family.weights(cfg):
-            shape = row.hf_shape(cfg.dims)
+            shape = row.hf_shape(cfg.axis_sizes)
             theirs = np.arange(np.prod(shape)).reshape(shape)
-            whole = tuple((0, cfg.dims[axis]) for axis in row.axes[len(row.stacked) :])
-            theirs = theirs[row.hf_index(whole, cfg.dims)]
-            ours = row.from_hf(theirs, cfg.dims)
-            assert ours.shape == row.shape(cfg.dims)[len(row.stacked) :]
-            np.testing.assert_array_equal(row.to_hf(ours, cfg.dims), theirs)
+            whole = tuple((0, cfg.axis_sizes[axis]) for axis in row.axes[len(row.stacked) :])
+            theirs = theirs[row.hf_index(whole, cfg.axis_sizes)]
+            ours = row.from_hf(theirs, cfg.axis_sizes)
+            assert ours.shape == row.shape(cfg.axis_sizes)[len(row.stacked) :]
+            np.testing.assert_array_equal(row.to_hf(ours, cfg.axis_sizes), theirs)
 
 
 @functools.cache

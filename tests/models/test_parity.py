@@ -230,7 +230,7 @@ def load(cfg, sizes: dict[str, int]):
     family = models.find(config["model_type"])
     # Without remat, which compiles faster; the run on eight devices has the default's.
     model_def = ModelDef.of(family, family.Config.from_hf(config), dtype="float32")
-    rows, dims = model_def.rows, model_def.cfg.dims
+    rows, dims = model_def.specs, model_def.cfg.axis_sizes
     tensors = hf_reader.check(folder, rows, dims, model_def.cfg.tied)
     shardings = placement.shardings(rows, mesh)
     return (
@@ -243,9 +243,9 @@ def load(cfg, sizes: dict[str, int]):
 def our_training(cfg, sizes: dict[str, int], micro_rows: int = 0, num_steps: int = NUM_STEPS):
     """Return (losses, gradient norms, learning rates, {name: final weight}) of steps by hand."""
     model_def, params, mesh = load(cfg, sizes)
-    tx = optim.make(cfg.optimizer, NUM_STEPS, model_def.rows)
-    current = state.create(tx, params, model_def.rows, mesh)
-    shardings = state.shardings(tx, params, model_def.rows, mesh)
+    tx = optim.make(cfg.optimizer, NUM_STEPS, model_def.specs)
+    current = state.create(tx, params, model_def.specs, mesh)
+    shardings = state.shardings(tx, params, model_def.specs, mesh)
     rate = optim.schedule(cfg.optimizer, NUM_STEPS)
     trained = objective(config.to_settings(cfg).loss, model_def.cfg)
     step = make_train_step(model_def, tx, rate, shardings, mesh, objective=trained)
@@ -261,9 +261,9 @@ def our_training(cfg, sizes: dict[str, int], micro_rows: int = 0, num_steps: int
 def to_hf(model_def: ModelDef, params) -> dict[str, np.ndarray]:
     host = {path: np.asarray(array) for path, array in params.items()}
     tensors: dict[str, list[np.ndarray]] = {}
-    for row in model_def.rows:
-        for index, name in row.hf_tensors(model_def.cfg.dims):
-            part = row.to_hf(host[row.path][index], model_def.cfg.dims)
+    for row in model_def.specs:
+        for index, name in row.hf_tensors(model_def.cfg.axis_sizes):
+            part = row.to_hf(host[row.path][index], model_def.cfg.axis_sizes)
             tensors.setdefault(name, []).append(part)
     return {name: np.concatenate(parts) for name, parts in tensors.items()}
 
@@ -362,7 +362,7 @@ def test_the_gradient_of_every_tensor_equals_torch(make_strong_model, make_confi
     theirs = saved(model)
     assert ours.keys() == theirs.keys()
     idle = {name for name, grad in theirs.items() if not grad.any()}
-    assert bool(idle) == ("experts" in model_def.cfg.dims)  # inputs.uneven sees to it
+    assert bool(idle) == ("experts" in model_def.cfg.axis_sizes)  # inputs.uneven sees to it
     for name, grad in theirs.items():
         size = np.linalg.norm(grad)
         assert size > 1e-3 or (name in idle and ".experts." in name), name

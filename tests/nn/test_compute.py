@@ -27,10 +27,10 @@ def run(dtype: str = "float32", **options):
     model_def = ModelDef.of(family, family.Config.from_hf(RAW), dtype=dtype, **options)
     mesh = make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
     rng = np.random.default_rng(0)
-    shardings = placement.shardings(model_def.rows, mesh)
+    shardings = placement.shardings(model_def.specs, mesh)
     params = {}
-    for row in model_def.rows:
-        noise = 0.1 * rng.standard_normal(row.shape(model_def.cfg.dims))
+    for row in model_def.specs:
+        noise = 0.1 * rng.standard_normal(row.shape(model_def.cfg.axis_sizes))
         params[row.path] = np.float32(noise + (not row.is_matrix))
     tokens = rng.integers(0, 256, (1, ROWS, TOKENS)).astype(np.int32)
     positions = np.broadcast_to(np.arange(TOKENS, dtype=np.int32), tokens.shape)

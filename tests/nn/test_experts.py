@@ -181,7 +181,8 @@ def abstract(remat: str):
     cfg = read_config("mixtral")
     model_def = ModelDef.of(models.find("mixtral"), cfg, dtype="bfloat16", remat=remat)
     params = {
-        row.path: jax.ShapeDtypeStruct(row.shape(cfg.dims), jnp.float32) for row in model_def.rows
+        row.path: jax.ShapeDtypeStruct(row.shape(cfg.axis_sizes), jnp.float32)
+        for row in model_def.specs
     }
     batch = {
         name: jax.ShapeDtypeStruct((1, 4, 64), jnp.float32 if name == "weights" else jnp.int32)
@@ -214,11 +215,11 @@ def test_flops_are_those_of_the_experts_that_a_token_takes():
     rows = models.find("qwen3_moe").weights(cfg)
     # q and out 48 x 64, k and v 48 x 32; the router 48 x 5; gate, up and down 48 x 28 of 2 experts.
     attention, experts = 2 * 48 * 64 + 2 * 48 * 32, 48 * 5 + 2 * 3 * 48 * 28
-    found = step_cost.model_flops(rows, cfg.dims, cfg.tied, 100, 700, 100)
+    found = step_cost.model_flops(rows, cfg.axis_sizes, cfg.tied, 100, 700, 100)
     assert found["attention_projections"] == 6 * 3 * attention * 100
     assert found["mlp"] == pytest.approx(6 * 3 * experts * 100)
     head, scores = 272 * 48, 3 * 4 * (4 * 16) * 700
-    assert metrics.step_flops(rows, cfg.dims, cfg.tied, 100, 700) == pytest.approx(
+    assert metrics.step_flops(rows, cfg.axis_sizes, cfg.tied, 100, 700) == pytest.approx(
         3 * (2 * (3 * (attention + experts) + head) * 100 + scores)
     )
 

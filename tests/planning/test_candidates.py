@@ -23,7 +23,7 @@ H200 = hardware.find("h200")
 
 def model(**changes) -> candidates.Model:
     cfg = qwen2.Config.from_hf(QWEN_7B | changes)
-    return candidates.Model(qwen2.weights(cfg), cfg.dims, cfg.tied)
+    return candidates.Model(qwen2.weights(cfg), cfg.axis_sizes, cfg.tied)
 
 
 def setting(micro_rows: int = 8, remat: str = "full", **sizes) -> candidates.Setting:
@@ -86,8 +86,8 @@ def test_parameters_and_moments_are_the_shards_that_the_rules_give(sizes):
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     of_7b = model()
     shards = [
-        math.prod(rules.sharding(mesh, *row.axes).shard_shape(row.shape(dict(of_7b.dims))))
-        for row in of_7b.rows
+        math.prod(rules.sharding(mesh, *row.axes).shard_shape(row.shape(dict(of_7b.axis_sizes))))
+        for row in of_7b.specs
     ]
     memory = candidates.analytic_memory(of_7b, setting(**sizes), 8, 4096)
     assert memory.parameters == 4 * sum(shards)
@@ -147,7 +147,7 @@ def test_more_devices_and_more_remat_take_less_memory_and_bfloat16_moments_less_
         for remat in candidates.REMATS
     ]
     assert by_remat == sorted(by_remat, reverse=True) and len(set(by_remat)) == len(by_remat)
-    half = candidates.Model(model().rows, model().dims, False, moment_bytes=2)
+    half = candidates.Model(model().specs, model().axis_sizes, False, moment_bytes=2)
     assert candidates.analytic_memory(half, setting(fsdp=8), 8, 4096).moments == pytest.approx(
         candidates.analytic_memory(model(), setting(fsdp=8), 8, 4096).moments / 2
     )
@@ -168,8 +168,8 @@ def test_more_remat_takes_more_time():
 def traffic_of(gpus_per_host: int = 8, num_rows: int = 8, **sizes):
     of_7b, one = model(), setting(**sizes)
     cost = step_cost.step_cost(
-        of_7b.rows,
-        of_7b.dims,
+        of_7b.specs,
+        of_7b.axis_sizes,
         False,
         step_cost.full_row(4096),
         num_rows=num_rows,
@@ -245,11 +245,11 @@ def test_more_headroom_lets_fewer_fit():
 
 
 def test_bfloat16_gradients_halve_what_is_reduced():
-    half = candidates.Model(model().rows, model().dims, False, grad_bytes=2)
+    half = candidates.Model(model().specs, model().axis_sizes, False, grad_bytes=2)
     one = setting(fsdp=8)
     cost = step_cost.step_cost(
-        half.rows,
-        half.dims,
+        half.specs,
+        half.axis_sizes,
         False,
         step_cost.full_row(4096),
         num_rows=8,

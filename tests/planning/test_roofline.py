@@ -38,7 +38,7 @@ def tiny(tied: bool = False):
             **{"tie_word_embeddings": tied},
         }
     )
-    return qwen2.weights(cfg), cfg.dims
+    return qwen2.weights(cfg), cfg.axis_sizes
 
 
 # ---- FLOPs -------------------------------------------------------------------------------------
@@ -112,8 +112,8 @@ def test_recomputation_is_what_the_compiler_is_left_with():
     def compiled_flops(remat: str) -> float:
         model_def = ModelDef.of(family, cfg, dtype="float32", remat=remat)
         params = {
-            row.path: jax.ShapeDtypeStruct(row.shape(cfg.dims), jnp.float32)
-            for row in model_def.rows
+            row.path: jax.ShapeDtypeStruct(row.shape(cfg.axis_sizes), jnp.float32)
+            for row in model_def.specs
         }
         names = ("tokens", "segment_ids", "positions")
         batch = {name: jax.ShapeDtypeStruct((1, 256), jnp.int32) for name in names}
@@ -127,8 +127,8 @@ def test_recomputation_is_what_the_compiler_is_left_with():
         return analysis["flops"]  # of the loop over layers, one pass
 
     tokens = 256 * 1 / 2  # one of two layers
-    model = step_cost.model_flops(family.weights(cfg), cfg.dims, cfg.tied, tokens, 0, 0)
-    full, kept = (step_cost.recomputed(cfg.dims, remat) for remat in ("full", "qkv,mlp"))
+    model = step_cost.model_flops(family.weights(cfg), cfg.axis_sizes, cfg.tied, tokens, 0, 0)
+    full, kept = (step_cost.recomputed(cfg.axis_sizes, remat) for remat in ("full", "qkv,mlp"))
     predicted = sum((full[part] - kept[part]) * model[part] / 3 for part in full)
     assert predicted == 2 * 256 * (256 * 512 + 2 * 256 * 1024)  # q, k, v and gate, up
     found = compiled_flops("full") - compiled_flops("qkv,mlp")
@@ -202,7 +202,7 @@ def cost_of(row=None, **changes) -> step_cost.StepCost:
     options = {"num_rows": 16, "micro_batches": 1, "remat": "none", "attention": "cudnn"}
     options |= {"sizes": dict.fromkeys(rules.AXES, 1) | {"fsdp": 8}} | changes
     row = row or step_cost.full_row(4096)
-    return step_cost.step_cost(llama.weights(cfg), cfg.dims, cfg.tied, row, **options)
+    return step_cost.step_cost(llama.weights(cfg), cfg.axis_sizes, cfg.tied, row, **options)
 
 
 def fsdp_traffic(**changes) -> list[roofline.Traffic]:

@@ -43,7 +43,7 @@ def test_every_size_is_a_config_that_can_run(monkeypatch):
     def measured_step(file, num_steps, max_segments):
         cfg = runpy.run_path(str(file))["get_config"]()
         resolved = validate(cfg, jax.device_count())
-        dims = resolved.model_cfg.dims
+        dims = resolved.model_cfg.axis_sizes
         return {"tokens": cfg.data.seq_len, "layers": dims["layers"], "vocab": dims["vocab"]}
 
     monkeypatch.setattr(gpu_step, "measured_step", measured_step)

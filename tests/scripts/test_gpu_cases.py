@@ -31,7 +31,9 @@ def test_flops_are_those_that_the_trainer_counts(size):
     raw = gpu_cases.SHAPES[size]
     family = models.find("qwen2")
     cfg = family.Config.from_hf(raw)
-    wanted = metrics.step_flops(family.weights(cfg), cfg.dims, cfg.tied, tokens=1000, pairs=7000)
+    wanted = metrics.step_flops(
+        family.weights(cfg), cfg.axis_sizes, cfg.tied, tokens=1000, pairs=7000
+    )
     assert gpu_cases.model_flops(raw, 1000, 7000) == pytest.approx(wanted, rel=1e-12)
 
 

@@ -66,11 +66,11 @@ def long_row_gradient(folder, sizes, batch):
     devices = jax.devices()[: math.prod(sizes.values())]
     mesh = make_mesh(sizes, devices)
     rng = np.random.default_rng(0)
-    shardings = placement.shardings(model_def.rows, mesh)
+    shardings = placement.shardings(model_def.specs, mesh)
     params = {}
-    for row in model_def.rows:
-        shape = row.shape(model_def.cfg.dims)
-        scale = 1.5 / math.sqrt(model_def.cfg.dims["embed"]) if row.is_matrix else 0.1
+    for row in model_def.specs:
+        shape = row.shape(model_def.cfg.axis_sizes)
+        scale = 1.5 / math.sqrt(model_def.cfg.axis_sizes["embed"]) if row.is_matrix else 0.1
         params[row.path] = np.float32(scale * rng.standard_normal(shape) + (not row.is_matrix))
     with jax.set_mesh(mesh):
         params = {path: jax.device_put(array, shardings[path]) for path, array in params.items()}

@@ -48,7 +48,7 @@ def test_flops_of_a_step_equal_the_hand_count(tied):
     per_pair = 3 * 2 * (4 * 4)
     tokens, pairs = 70.0, 500.0
     forward = 2 * per_token * tokens + 2 * per_pair * pairs
-    found = metrics.step_flops(qwen2.weights(cfg), cfg.dims, tied, tokens, pairs)
+    found = metrics.step_flops(qwen2.weights(cfg), cfg.axis_sizes, tied, tokens, pairs)
     assert found == 3 * forward
 
 
@@ -489,10 +489,10 @@ def test_evaluation_weighs_every_token_of_every_example_once(sets):
     family = models.find(raw["model_type"])
     cfg = family.Config.from_hf(raw)
     model_def = ModelDef.of(family, cfg, dtype="float32")
-    tensors = hf_reader.check(folder, model_def.rows, cfg.dims, cfg.tied)
-    shardings = placement.shardings(model_def.rows, mesh)
+    tensors = hf_reader.check(folder, model_def.specs, cfg.axis_sizes, cfg.tied)
+    shardings = placement.shardings(model_def.specs, mesh)
     params = hf_reader.load(
-        tensors, model_def.rows, cfg.dims, shardings, np.float32, progress=False
+        tensors, model_def.specs, cfg.axis_sizes, shardings, np.float32, progress=False
     )
     with jax.set_mesh(mesh):
         found = evaluate.evaluate(make_eval_step(model_def, mesh), params, loaders)

@@ -311,7 +311,7 @@ def test_the_update_copies_no_moment_on_cpus_and_is_bitwise_the_same():
     ],
 )
 def test_the_update_of_a_7b_model_copies_nothing_on_gpus(sizes, moments_dtype, param_dtype):
-    rows, dims = qwen2.weights(QWEN2_7B), QWEN2_7B.dims
+    rows, dims = qwen2.weights(QWEN2_7B), QWEN2_7B.axis_sizes
     devices = targets.topology(hardware.find("h200"), math.prod(sizes.values()) // 8, 8)
     mesh = make_mesh(sizes, devices)
     tx = optim.make(options(moments_dtype=moments_dtype), STEPS, rows)

@@ -64,7 +64,7 @@ def on_mesh(cfg, sizes: tuple[int, ...], attention: str = "auto"):
         attention=attention,
         remat=cfg.model.remat,
     )
-    dims, rows = model_def.cfg.dims, model_def.rows
+    dims, rows = model_def.cfg.axis_sizes, model_def.specs
     tensors = hf_reader.check(folder, rows, dims, model_def.cfg.tied)
     params = hf_reader.load(
         tensors, rows, dims, placement.shardings(rows, mesh), np.float32, progress=False
@@ -163,9 +163,9 @@ def test_attention_is_tested_with_the_window_and_soft_cap_that_the_model_has(
 def test_parameters_moments_and_gradients_are_split_over_fsdp_and_tensor(make_config):
     cfg = make_config()
     model_def, params, loader, mesh = on_mesh(cfg, (1, 4, 2, 1))
-    tx = optim.make(cfg.optimizer, 10, model_def.rows)
+    tx = optim.make(cfg.optimizer, 10, model_def.specs)
     with jax.set_mesh(mesh):
-        created = state.create(tx, params, model_def.rows, mesh)
+        created = state.create(tx, params, model_def.specs, mesh)
     kernel = "layers.mlp.gate.kernel"
     moments = [leaf for leaf in jax.tree.leaves(created.opt_state) if leaf.ndim]
     assert created.params[kernel].sharding.spec == jax.P(None, ("fsdp", "sequence"), "tensor")

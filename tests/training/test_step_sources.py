@@ -48,7 +48,7 @@ def on_mesh(folder: Path, sizes: tuple[int, ...], per_source: bool):
     raw = hf_folder.read_json(folder / "config.json")
     family = models.find(raw["model_type"])
     model_def = ModelDef.of(family, family.Config.from_hf(raw), dtype="float32")
-    rows, dims = model_def.rows, model_def.cfg.dims
+    rows, dims = model_def.specs, model_def.cfg.axis_sizes
     tensors = hf_reader.check(folder, rows, dims, model_def.cfg.tied)
     shardings = placement.shardings(rows, mesh)
     params = hf_reader.load(tensors, rows, dims, shardings, np.float32, progress=False)
@@ -69,7 +69,7 @@ def train_one_step(folder: Path, sizes: tuple[int, ...], num_sources: int, as_us
             otherwise; with them, it takes three times as long.
     """
     model_def, params, batch, mesh = on_mesh(folder, sizes, num_sources > 0)
-    cfg, rows = config.default().optimizer, model_def.rows
+    cfg, rows = config.default().optimizer, model_def.specs
     tx, rate = optim.make(cfg, 10, rows), optim.schedule(cfg, 10)
     with jax.set_mesh(mesh):
         current = state.create(tx, params, rows, mesh)

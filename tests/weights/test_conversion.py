@@ -58,7 +58,7 @@ def read(folder: Path):
     family = models.find(config["model_type"])
     cfg = family.Config.from_hf(config)
     rows = family.weights(cfg)
-    return rows, cfg.dims, hf_reader.check(folder, rows, cfg.dims, cfg.tied)
+    return rows, cfg.axis_sizes, hf_reader.check(folder, rows, cfg.axis_sizes, cfg.tied)
 
 
 def there_and_back(folder: Path, out: Path, mesh: str, shard_bytes: int = UNLIMITED) -> list[str]:

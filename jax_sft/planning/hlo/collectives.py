@@ -120,7 +120,7 @@ def collectives(module: Module, executions: Mapping[str, float]) -> list[Collect
 
 
 def gradient_all_reduces(
-    found: Collection[Collective],
+    ops: Collection[Collective],
     mesh_sizes: Mapping[str, int],
     at_least_elements: int,
     allowed: Collection[tuple[str, ...]] = (("data",),),
@@ -133,7 +133,7 @@ def gradient_all_reduces(
     """
     return [
         collective
-        for collective in found
+        for collective in ops
         if collective.kind == "all-reduce"
         and collective.group_size > 1
         and any(array.elements >= at_least_elements for array in collective.arrays)
