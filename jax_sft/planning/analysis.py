@@ -130,7 +130,10 @@ class _Loops:
             return max(needed / (self._sizes["sequence"] if is_backward else 1), 1.0)
         if grouped.LOOP in loop.op_name:
             return grouped.BLOCKS * step_cost.LARGEST_GROUP
-        raise ValueError(f"{loop.name} ({loop.op_name}) runs as often as data decides: say how")
+        raise ValueError(
+            f"{loop.name} ({loop.op_name}) has a data-dependent trip count and no estimate: "
+            "add one to _Loops"
+        )
 
 
 def _row(collective: collectives.Collective, mesh, target: Target) -> dict:

@@ -82,7 +82,7 @@ def start(
     others = []
     for name in names:
         with _Anything() as outcome:
-            others.append(Beside(name, CLASSES[name](workdir, config, start_step), say))
+            others.append(InThread(name, CLASSES[name](workdir, config, start_step), say))
         if outcome.error and not isinstance(outcome.error, Exception):
             raise outcome.error  # Ctrl-C
         if outcome.error:
@@ -93,7 +93,7 @@ def start(
     return [run_files.Jsonl(workdir / "metrics.jsonl", start_step, say), *others]
 
 
-class Beside:
+class InThread:
     """Calls a library's tracker in a separate thread, so that a call that hangs blocks nothing.
 
     An error is printed once until a call succeeds again.
@@ -124,8 +124,8 @@ class Beside:
                 call()
             if outcome.error and not self._is_troubled:
                 self._say(
-                    f"WARNING {self._name} failed ({_line(outcome.error)}): training goes on, and "
-                    "what is logged is tried all the same"
+                    f"WARNING {self._name} failed ({_line(outcome.error)}): training continues, "
+                    "and what is logged is tried all the same"
                 )
             self._is_troubled = outcome.error is not None
 

@@ -371,12 +371,12 @@ def test_a_tracker_that_raises_or_hangs_costs_no_training(monkeypatch):
     said: list[str] = []
     for last, ending in ((3, "closed badly"), (4, "did not finish within")):
         moody = Moody()
-        tracker = trackers.Beside("moody", moody, said.append)
+        tracker = trackers.InThread("moody", moody, said.append)
         for step in range(1, last + 1):
             tracker.log(step, {"loss": 1.0})
         tracker.close()
         assert moody.seen == [*range(1, last + 1)] and ending in said.pop()
-        assert "moody failed (SystemExit: no more): training goes on" in said.pop() and not said
+        assert "moody failed (SystemExit: no more): training continues" in said.pop() and not said
 
 
 def test_a_tracker_that_cannot_start_is_one_line(tmp_path, monkeypatch):
