@@ -28,6 +28,7 @@ from pathlib import Path
 
 import pytest
 
+from jax_sft.ops.attention import self_test
 from tests import inputs
 
 # A shell starts what ends in "&" with Ctrl-C ignored; tests of Ctrl-C need Python's own answer.
@@ -87,6 +88,23 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """Collect what the tests of a file left, so that a warning about it comes with that file."""
     if nextitem is None or nextitem.path != item.path:
         gc.collect()
+
+
+# The self-test of attention is part of what these are about.
+WITH_SELF_TEST = ("tests/ops/attention/", "tests/scripts/", "tests/training/test_start.py")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def trusted_attention(request: pytest.FixtureRequest):
+    """Leave out the self-test of attention: runs of other files compile for 2 s per mesh for it.
+
+    The programs that tests start have it.
+    """
+    file = request.path.relative_to(request.config.rootpath).as_posix()
+    with pytest.MonkeyPatch.context() as patch:
+        if not file.startswith(WITH_SELF_TEST):
+            patch.setattr(self_test, "self_test", lambda *_, **__: None)
+        yield
 
 
 @pytest.fixture

@@ -210,6 +210,9 @@ def around_steps(around) -> Callable[..., Program]:
     return changed
 
 
+NUM_STEPS = 40  # of both tests of the loop, which compile one program for it
+
+
 def test_the_loop_neither_waits_nor_sends(make_config, monkeypatch, tmp_path):
     """Between steps: nothing but the loader sends (transfer guard), nothing is read but by the
     meter where it logs (a CPU's guard lets reads pass: they copy nothing). Planted after step 10:
@@ -246,7 +249,7 @@ def test_the_loop_neither_waits_nor_sends(make_config, monkeypatch, tmp_path):
     monkeypatch.setattr(Loader, "_to_devices", send)
     monkeypatch.setattr(ArrayImpl, "_value", property(noted))
     monkeypatch.setattr(training_run, "program", around_steps(around))
-    cfg = make_config(**{"train.steps": 14, "log.every_steps": 5})
+    cfg = make_config(**{"train.steps": NUM_STEPS, "log.every_steps": 5})
     try:
         with pytest.raises(jax.errors.JaxRuntimeError, match="host-to-device"):
             jax_sft.train(cfg, tmp_path / "run")
@@ -285,9 +288,9 @@ def time_between_steps(cfg, workdir: Path, planted_ms: float) -> list[float]:
 
 def test_the_loop_takes_less_than_a_millisecond_of_python(make_config, tmp_path):
     # In a process of its own, as a user's: one that ran a thousand tests takes longer for anything.
-    cfg = make_config(**{"train.steps": 40, "log.every_steps": 10})
+    cfg = make_config(**{"train.steps": NUM_STEPS, "log.every_steps": 10})
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         outside = pool.submit(time_between_steps, cfg, tmp_path / "run", 2.0).result()
-    assert len(outside) == 39
+    assert len(outside) == NUM_STEPS - 1
     assert min(outside[2:PLANTED_AFTER]) < 1.0  # other work on the machine only adds
     assert min(outside[PLANTED_AFTER:]) > 2.0
