@@ -200,11 +200,11 @@ def _train_steps(trainer: Trainer, state: TrainState, start: Start) -> tuple[int
         # 2. A run that has lost its workdir to another run stops training.
         if run.lock:
             run.lock.check()
-        # 3. Log the previous step, if it is due, before dispatching this one.
-        reporter.log_due()
-        # 4. Dispatch the step. The devices may finish it much later; nothing here waits for it.
+        # 3. Dispatch the step. The devices may finish it much later; nothing here waits for it.
         state, sums = trainer.program.train_step(state, batch)
         run.watch.started(sums)
+        # 4. Log the previous step, if it is due: this waits for it, while the devices have work.
+        reporter.log_due()
         reporter.add(sums, batch["tokens"].size, data.loader.wait_ms)
         step += 1
         if step == start.step + 1:

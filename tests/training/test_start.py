@@ -215,10 +215,11 @@ NUM_STEPS = 40  # of both tests of the loop, which compile one program for it
 
 def test_the_loop_neither_waits_nor_sends(make_config, monkeypatch, tmp_path):
     """Between steps: nothing but the loader sends (transfer guard), nothing is read but by the
-    meter where it logs (a CPU's guard lets reads pass: they copy nothing). Planted after step 10:
-    what is read there is seen, and what is sent at step 13 is refused.
+    meter where it logs: steps 5 and 10, each once the next one is dispatched (a CPU's guard lets
+    reads pass: they copy nothing). Planted: reads after steps 7 and 8, which are seen, and a value
+    sent after step 13, which is refused.
     """
-    reads: list[int] = []  # the step before each
+    reads: list[int] = []  # steps dispatched before each
     done = 0
     read = ArrayImpl._value.fget
 
@@ -233,7 +234,7 @@ def test_the_loop_neither_waits_nor_sends(make_config, monkeypatch, tmp_path):
                 jax.config.update("jax_transfer_guard_host_to_device", "disallow")
             state, sums = step(state, batch)
             done += 1
-            if done in (11, 12):
+            if done in (7, 8):
                 float(sums["loss"])
             if done == 13:
                 sums["loss"] + 1.0
@@ -256,7 +257,7 @@ def test_the_loop_neither_waits_nor_sends(make_config, monkeypatch, tmp_path):
     finally:
         jax.config.update("jax_transfer_guard_host_to_device", "allow")
     assert done == 13
-    assert {n for n in reads if n > 2} == {5, 10, 11, 12}
+    assert {n for n in reads if n > 2} == {6, 7, 8, 11}
 
 
 PLANTED_AFTER = 20  # steps
