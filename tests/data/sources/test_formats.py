@@ -407,7 +407,10 @@ def test_a_malformed_message_is_named(turn, message):
         ([{"name": "f", "arguments": "[1]"}], "[0].arguments must be an object, not [1]"),
         ([{"name": "f", "arguments": [1]}], "[0].arguments must be an object, not [1]"),
         ([{"name": "f", "parameters": {}}], "[0].arguments must be an object, not None"),
-        ([{"name": "f", "arguments": '{"a": 1, "a": 2}'}], "[0].arguments is not JSON: key 'a' is"),
+        (
+            [{"name": "f", "arguments": '{"a": 1, "a": 2}'}],
+            "[0].arguments is not JSON: key 'a' occurs",
+        ),
         ([{"name": "f", "arguments": "[" * 9999 + "]" * 9999}], "[0].arguments is not JSON: max"),
     ],
 )
