@@ -124,12 +124,13 @@ def measured_step(
         batch = random_batch(settings, dims["vocab"], mesh, max_segments, median)
         before = peak_bytes()
         began = time.perf_counter()
-        compiled = planned.train_step.lower(current, batch).compile()
+        scalars = planned.scalars.on(mesh)
+        compiled = planned.train_step.lower(current, batch, scalars).compile()
         compile_s = time.perf_counter() - began
 
         def step() -> float:
             nonlocal current
-            current, sums = compiled(current, batch)
+            current, sums = compiled(current, batch, scalars)
             return float(sums["loss"] / sums["weight"])  # waits for the step
 
         times = timed(step, num_steps, f"with attention {settings.attention}")

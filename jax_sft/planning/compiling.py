@@ -58,7 +58,7 @@ def compile_step(settings: Resolved, devices: Sequence[Any]) -> Compiled:
         tempfile.TemporaryDirectory(prefix="jax-sft-plan-") as folder,
     ):
         began = time.perf_counter()
-        lowered = planned.train_step.lower(planned.state, planned.batch)
+        lowered = planned.train_step.lower(planned.state, planned.batch, planned.scalars)
         lowered_at = time.perf_counter()
         options = targets.compiler_options() if for_gpus else _dump_options(folder)
         compiled = lowered.compile(compiler_options=options)

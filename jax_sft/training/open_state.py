@@ -146,7 +146,8 @@ def how_to_train_on(settings: Settings, start: int, loader: Loader) -> str:
     while (num_steps := value if settings.train.steps else loader.num_steps(value)) <= start:
         value = 2 * value
     rate = [
-        float(optim.schedule(settings.optimizer, steps)(start)) for steps in (start, int(num_steps))
+        float(optim.learning_rate(optim.hyperparams(settings.optimizer, steps), start))
+        for steps in (start, int(num_steps))
     ]
     allowed = tuple(dict.fromkeys((*settings.checkpoint.allow_changes, key)))
     return (

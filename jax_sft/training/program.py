@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -19,7 +20,15 @@ from jax_sft.nn.model_def import ModelDef
 from jax_sft.settings import Loss
 from jax_sft.training import optim, state
 from jax_sft.training.state import TrainState
-from jax_sft.training.step import Sums, batch_shardings, make_eval_step, make_train_step
+from jax_sft.training.step import (
+    ROUTER_AUX,
+    Scalars,
+    Sums,
+    TrainStep,
+    batch_shardings,
+    make_eval_step,
+    make_train_step,
+)
 from jax_sft.validate import Resolved
 
 # XLA's compiler options on CPUs. The update reads each moment twice: for the parameter and for the
@@ -38,16 +47,18 @@ class Program:
         tx: the optimizer.
         state: TrainState of ShapeDtypeStructs with shardings.
         batch: a batch of ShapeDtypeStructs with shardings, [micro-batches, rows, seq_len].
-        train_step: jitted `step(state, batch) -> (state, sums)`.
+        scalars: numbers of this run, on the host, for `train_step`.
+        train_step: jitted `step(state, batch, scalars) -> (state, sums)`.
         eval_step: jitted `step(params, batch, before) -> sums`.
     """
 
     model_def: ModelDef
     mesh: Mesh
-    tx: optax.GradientTransformation
+    tx: optax.GradientTransformationExtraArgs
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Sums]]
+    scalars: Scalars
+    train_step: TrainStep
     eval_step: Callable[[dict[str, jax.Array], Batch, Sums], Sums]
 
 
@@ -71,11 +82,11 @@ def program(settings: Resolved, mesh: Mesh, num_steps: int, num_sources: int = 0
     """Build the program of a run without allocating or compiling anything.
 
     Args:
-        num_steps: steps of the whole run, for the learning-rate schedule.
+        num_steps: steps of the whole run, for the schedule in `Program.scalars`.
         num_sources: number of train sources whose losses are logged; 0 = none.
     """
     model = model_def(settings)
-    tx = optim.make(settings.optimizer, num_steps, model.trainable_specs)
+    tx = optim.make(settings.optimizer.moments_dtype, model.trainable_specs)
     dtype = jnp.dtype(settings.model.param_dtype)
     abstract = state.abstract(
         tx, model.stored_specs, model.axis_sizes, dtype, mesh, model.frozen_dtypes
@@ -83,25 +94,33 @@ def program(settings: Resolved, mesh: Mesh, num_steps: int, num_sources: int = 0
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = CPU_OPTIONS if on_cpu else gpu_options(settings.attention)
+    terms = objective(settings.loss, settings.model_cfg)
     return Program(
         model_def=model,
         mesh=mesh,
         tx=tx,
         state=abstract,
         batch=_abstract_batch(settings, mesh, per_source=num_sources > 0),
+        scalars=Scalars(
+            optimizer=optim.hyperparams(settings.optimizer, num_steps),
+            router_aux=np.float32(terms[ROUTER_AUX]),
+            dropout_key=_dropout_key(settings.seed) if model.with_dropout else None,
+        ),
         train_step=make_train_step(
             model,
             tx,
-            optim.schedule(settings.optimizer, num_steps),
             shardings,
             mesh,
             num_sources=num_sources,
-            objective=objective(settings.loss, settings.model_cfg),
+            objective=terms,
             compiler_options=options,
-            seed=settings.seed,
         ),
         eval_step=make_eval_step(model, mesh, options),
     )
+
+
+def _dropout_key(seed: int) -> np.ndarray:
+    return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
 def objective(loss: Loss, model_cfg: Any) -> dict[str, float]:

@@ -186,6 +186,7 @@ def _train_steps(trainer: Trainer, state: TrainState, start: Start) -> tuple[int
     """
     run, data, reporter = trainer.run, trainer.data, trainer.reporter
     settings, step, num_steps = run.settings, start.step, data.num_steps
+    scalars = trainer.program.scalars.on(run.mesh)  # sent once, not with each step
     is_stopped = owes_evaluation = False
     if start.owes_evaluation:
         reporter.evaluate(step, state.weights)
@@ -201,7 +202,7 @@ def _train_steps(trainer: Trainer, state: TrainState, start: Start) -> tuple[int
         if run.lock:
             run.lock.check()
         # 3. Dispatch the step. The devices may finish it much later; nothing here waits for it.
-        state, sums = trainer.program.train_step(state, batch)
+        state, sums = trainer.program.train_step(state, batch, scalars)
         run.watch.started(sums)
         # 4. Log the previous step, if it is due: this waits for it, while the devices have work.
         reporter.log_due()

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jax_sft.training.optim import Hyperparams
 from jax_sft.weights import placement
 from jax_sft.weights.param_spec import ParamSpec
 
@@ -145,7 +146,8 @@ def abstract(
 
 
 def update(
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
+    numbers: Hyperparams,
     old: TrainState,
     grads: Mapping[str, jax.Array],
     loss: jax.Array,
@@ -166,6 +168,7 @@ def update(
     can also happen before a loop.
 
     Args:
+        tx, numbers: from `optim.make` and `optim.hyperparams`.
         grads: {parameter path: gradient of the mean loss}.
         loss: scalar, only tested for being finite.
         to: result of `shardings`; gradients, parameters and moments are constrained to it.
@@ -174,7 +177,7 @@ def update(
     """
     grads = jax.lax.with_sharding_constraint(dict(grads), to.params)
     grads = _zero_frozen({path: grad.astype(jnp.float32) for path, grad in grads.items()}, trained)
-    changes, opt_state = tx.update(grads, old.opt_state, old.params)
+    changes, opt_state = tx.update(grads, old.opt_state, old.params, numbers=numbers)
     changes = _zero_frozen(changes, trained)  # again, because weight decay changes frozen layers
     params: Any = optax.apply_updates(old.params, changes)
     norm = optax.tree.norm(grads)

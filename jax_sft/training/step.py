@@ -5,6 +5,7 @@ over micro-batches and divided once by the global sum of weights, so accumulatio
 shape change only the rounding.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,13 +20,40 @@ from jax_sft.nn.experts import balance_loss
 from jax_sft.nn.model_def import ModelDef
 from jax_sft.ops.cross_entropy import cross_entropy
 from jax_sft.sharding import collectives, rules
-from jax_sft.training import state
+from jax_sft.training import optim, state
 from jax_sft.training.state import TrainState
 from jax_sft.weights import placement
 
 ROUTER_AUX = "router_aux"  # key of `objective` in this file
 BY_SOURCE = ("loss_by_source", "weight_by_source")
 Sums = dict[str, jax.Array]  # float32 over the whole batch; scalars except *_by_source
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scalars:
+    """The numbers of a run that are arguments of its train step, so that a sweep compiles once.
+
+    Attributes:
+        optimizer: numbers of the optimizer.
+        router_aux: float32 weight of the balance loss of experts.
+        dropout_key: key data, uint32 [2]. Together with the step it decides what is dropped. None
+            without dropout.
+    """
+
+    optimizer: optim.Hyperparams
+    router_aux: Any = np.float32(0)
+    dropout_key: Any = None
+
+    def on(self, mesh: Mesh) -> "Scalars":
+        """Return the numbers on all devices of a mesh."""
+        everywhere = rules.sharding(mesh)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda _: x), self
+        )
+
+
+TrainStep = Callable[[TrainState, Batch, Scalars], tuple[TrainState, Sums]]
 
 
 def batch_sums(
@@ -138,41 +166,51 @@ def value_and_grad(
 
 def make_train_step(
     model_def: ModelDef,
-    tx: optax.GradientTransformation,
-    learning_rate: Callable[[jax.Array], jax.Array],
+    tx: optax.GradientTransformationExtraArgs,
     state_shardings: TrainState,
     mesh: Mesh,
     num_sources: int = 0,
     objective: Mapping[str, float] | None = None,
     compiler_options: dict[str, Any] | None = None,
-    seed: int = 0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
-    """Return the jitted `step(state, batch) -> (state, sums)`; the old state is donated.
+) -> TrainStep:
+    """Return the jitted `step(state, batch, scalars) -> (state, sums)`; the old state is donated.
 
     The sums are those of `batch_sums` without `correct`, plus grad_norm (before clipping),
     learning_rate and skipped (1 if loss or gradient was not finite, so that nothing changed). The
     step compiles once per batch shape: once if rows are packed, otherwise once per bucket.
 
     Args:
-        seed: seed of dropout; together with the step it decides what is dropped.
+        objective: see `batch_sums`; router_aux of `scalars` takes the place of its own.
     """
 
-    def train_step(old: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        key = jax.random.fold_in(jax.random.key(seed), old.step) if model_def.with_dropout else None
+    def train_step(old: TrainState, batch: Batch, scalars: Scalars) -> tuple[TrainState, Sums]:
+        key, terms = None, objective
+        if model_def.with_dropout:
+            key = jax.random.fold_in(jax.random.wrap_key_data(scalars.dropout_key), old.step)
+        if objective is not None:
+            terms = {**objective, ROUTER_AUX: scalars.router_aux}
         sums, grads = value_and_grad(
-            model_def, old.params, batch, num_sources, objective, old.frozen, key
+            model_def, old.params, batch, num_sources, terms, old.frozen, key
         )
         new, sums["grad_norm"], skipped = state.update(
-            tx, old, grads, sums["loss"], state_shardings, model_def.layer_masks
+            tx,
+            scalars.optimizer,
+            old,
+            grads,
+            sums["loss"],
+            state_shardings,
+            model_def.layer_masks,
         )
         sums["skipped"] = skipped.astype(jnp.float32)
-        sums["learning_rate"] = learning_rate(old.step)
+        sums["learning_rate"] = optim.learning_rate(scalars.optimizer, old.step)
         return new, sums
 
+    replicated = state_shardings.step
+    batch_sharding = batch_shardings(mesh, per_source=num_sources > 0)
     return jax.jit(
         train_step,
-        in_shardings=(state_shardings, batch_shardings(mesh, per_source=num_sources > 0)),
-        out_shardings=(state_shardings, state_shardings.step),
+        in_shardings=(state_shardings, batch_sharding, replicated),
+        out_shardings=(state_shardings, replicated),
         donate_argnums=0,
         compiler_options=compiler_options,
     )

@@ -682,15 +682,12 @@ def test_a_step_of_an_older_format_names_it_and_stays(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_clipping_that_comes_or_goes_restores_every_moment(tmp_path):
+def test_steps_of_versions_with_and_without_a_clipping_part_restore_every_moment(tmp_path):
     rows = [ParamSpec("a.kernel", "a", "embed features -> embed features")]
     mesh = make_mesh({"fsdp": 8})
     params = {"a.kernel": STATE.params["a.kernel"]}
 
-    def made(clip_norm: float) -> state.TrainState:
-        options = config.default().optimizer
-        options.clip_norm = clip_norm
-        tx = optim.make(options, 10, rows)
+    def made(tx: optax.GradientTransformation) -> state.TrainState:
         current = state.create(tx, params, rows, mesh)
         current = dataclasses.replace(current, step=STATE.step)
         leaves, shape = jax.tree.flatten(current.opt_state)
@@ -698,16 +695,21 @@ def test_clipping_that_comes_or_goes_restores_every_moment(tmp_path):
         leaves = [jax.device_put(leaf + n + 3, leaf.sharding) for n, leaf in enumerate(leaves)]
         return dataclasses.replace(current, opt_state=jax.tree.unflatten(shape, leaves))
 
-    for before, after in ((1.0, 0.0), (0.0, 1.0)):
-        folder = tmp_path / str(before)
+    # Clipping was a part of the optimizer only where it was on. Now it always is.
+    adamw = optax.adamw(lambda step: 0.1 * step, mask={"a.kernel": True})
+    today = optim.make("float32", rows)
+    with_clipping = optax.chain(optax.clip_by_global_norm(1.0), adamw)
+    assert [*made(with_clipping).named()] == [*made(today).named()] != [*made(adamw).named()]
+    for name, before in (("clipped", with_clipping), ("not", adamw)):
+        folder = tmp_path / name
         writer, _ = opened(folder)
         writer.start(CONFIG)
         damage.save(writer, made(before), CONFIG, wait=True)
         reader, _ = opened(folder)
         found = reader.start(CONFIG)
         assert found
-        read, _ = damage.restore(reader, found, damage.abstract_of(made(after)))
-        assert damage.same(read, made(after))
+        read, _ = damage.restore(reader, found, damage.abstract_of(made(today)))
+        assert damage.same(read, made(today))
 
 
 def test_changed_files_of_the_model_are_refused(folder, tmp_path):

@@ -2,7 +2,7 @@
 
 The loop below shares with the package only the packed rows. Its model is transformers', its mask is
 a matrix, its optimizer and clipping are torch's, its schedule is written from the docstring of
-`optim.schedule` in float64.
+`optim.learning_rate` in float64.
 """
 
 import json
@@ -27,7 +27,7 @@ from jax_sft.nn.model_def import ModelDef
 from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 from jax_sft.training import optim, state
 from jax_sft.training.program import objective
-from jax_sft.training.step import make_train_step, value_and_grad
+from jax_sft.training.step import Scalars, make_train_step, value_and_grad
 from jax_sft.weights import hf_folder, hf_reader, placement
 from tests import tiers
 
@@ -243,16 +243,17 @@ def load(cfg, sizes: dict[str, int]):
 def our_training(cfg, sizes: dict[str, int], micro_rows: int = 0, num_steps: int = NUM_STEPS):
     """Return (losses, gradient norms, learning rates, {name: final weight}) of steps by hand."""
     model_def, params, mesh = load(cfg, sizes)
-    tx = optim.make(cfg.optimizer, NUM_STEPS, model_def.specs)
+    tx = optim.make(cfg.optimizer.moments_dtype, model_def.specs)
     current = state.create(tx, params, model_def.specs, mesh)
     shardings = state.shardings(tx, params, model_def.specs, mesh)
-    rate = optim.schedule(cfg.optimizer, NUM_STEPS)
     trained = objective(config.to_settings(cfg).loss, model_def.cfg)
-    step = make_train_step(model_def, tx, rate, shardings, mesh, objective=trained)
+    numbers = optim.hyperparams(cfg.optimizer, NUM_STEPS)
+    scalars = Scalars(numbers, np.float32(trained["router_aux"])).on(mesh)
+    step = make_train_step(model_def, tx, shardings, mesh, objective=trained)
     found = []
     with jax.set_mesh(mesh):
         for batch in make_loader(cfg, mesh, micro_rows).batches(0, num_steps):
-            current, sums = step(current, batch)
+            current, sums = step(current, batch, scalars)
             found.append((sums["loss"] / sums["weight"], sums["grad_norm"], sums["learning_rate"]))
     assert int(current.step) == num_steps
     return *np.array(found).T, to_hf(model_def, current.params)

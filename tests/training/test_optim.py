@@ -33,9 +33,9 @@ def options(**changes):
 
 def rates(optimizer, num_steps: int = STEPS) -> np.ndarray:
     """Learning rates of steps 0..num_steps, as the compiled step computes them."""
-    return np.asarray(
-        jax.vmap(jax.jit(optim.schedule(optimizer, num_steps)))(np.arange(num_steps + 1))
-    )
+    numbers = optim.hyperparams(optimizer, num_steps)
+    steps = np.arange(num_steps + 1)
+    return np.asarray(jax.vmap(jax.jit(optim.learning_rate), in_axes=(None, 0))(numbers, steps))
 
 
 def formula(name: str, step: int, warmup: int, floor: float, decay_steps: float) -> float:
@@ -103,7 +103,7 @@ def test_wsd_stays_up_until_its_decay():
 
 def test_the_rate_is_exact_at_large_steps():
     optimizer = options(schedule="linear", warmup=0.0, final_ratio=0.0)
-    rate = optim.schedule(optimizer, 1_000_000)(jnp.int32(999_999))
+    rate = optim.learning_rate(optim.hyperparams(optimizer, 1_000_000), jnp.int32(999_999))
     assert float(rate) == pytest.approx(3e-10, rel=0.05)
 
 
@@ -124,9 +124,10 @@ def arrays(seed: int, dims: dict[str, int] = DIMS) -> dict[str, np.ndarray]:
 def test_matrices_decay_and_norms_and_biases_do_not():
     optimizer = options(weight_decay=0.1, schedule="constant", warmup=0.0)
     params = arrays(0)
-    tx = optim.make(optimizer, STEPS, iter(ROWS))
+    numbers = optim.hyperparams(optimizer, STEPS)
+    tx = optim.make(optimizer.moments_dtype, iter(ROWS))
     zeros = jax.tree.map(np.zeros_like, params)
-    updates, _ = tx.update(zeros, tx.init(params), params)
+    updates, _ = tx.update(zeros, tx.init(params), params, numbers=numbers)
     for path in ("embed.table", "layers.q.kernel"):
         np.testing.assert_allclose(updates[path], -3e-4 * 0.1 * params[path], rtol=1e-6)
     for path in ("layers.q.bias", "layers.norm.scale"):
@@ -136,7 +137,8 @@ def test_matrices_decay_and_norms_and_biases_do_not():
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5, 1e6])
 def test_adamw_equals_its_formula_in_float64(clip_norm):
     optimizer = options(clip_norm=clip_norm, weight_decay=0.1, learning_rate=1e-2)
-    tx = optim.make(optimizer, STEPS, ROWS)
+    tx = optim.make(optimizer.moments_dtype, ROWS)
+    numbers = optim.hyperparams(optimizer, STEPS)
     learning_rates = rates(optimizer)
     params = arrays(0)
     state = tx.init(params)
@@ -144,7 +146,7 @@ def test_adamw_equals_its_formula_in_float64(clip_norm):
     first, second = ({path: np.zeros(p.shape) for path, p in params.items()} for _ in range(2))
     for step in range(3):
         grads = arrays(step + 1)
-        updates, state = tx.update(grads, state, params)
+        updates, state = tx.update(grads, state, params, numbers=numbers)
         params = optax.apply_updates(params, updates)
         norm = math.sqrt(sum(np.square(np.float64(g)).sum() for g in grads.values()))
         factor = min(1.0, clip_norm / norm) if clip_norm else 1.0
@@ -172,20 +174,23 @@ EVEN = DIMS | {"vocab": 6, "embed": 8}  # divided by the mesh
 def updates(optimizer, param_dtype, num_steps: int):
     """Return [(state, norm of the gradient that led to it)] of so many updates on eight devices."""
     mesh = make_mesh(MESH)
-    tx = optim.make(optimizer, STEPS, ROWS)
+    tx = optim.make(optimizer.moments_dtype, ROWS)
+    numbers = optim.hyperparams(optimizer, STEPS)
     masters = {path: p.astype(param_dtype) for path, p in arrays(0, EVEN).items()}
     masters = jax.device_put(masters, placement.shardings(ROWS, mesh))
     with jax.set_mesh(mesh):
         current = state.create(tx, masters, ROWS, mesh)
         to = state.shardings(tx, masters, ROWS, mesh)
         step = jax.jit(
-            lambda old, grads: state.update(tx, old, grads, jnp.float32(0), to)[:2],
+            lambda old, grads, numbers: state.update(tx, numbers, old, grads, jnp.float32(0), to)[
+                :2
+            ],
             donate_argnums=0,
         )
         found = [(jax.device_get(current), 0.0)]
         current = jax.device_put(current, to.step)  # replicated: the update itself splits it
         for number in range(1, num_steps + 1):
-            current, norm = step(current, arrays(number, EVEN))
+            current, norm = step(current, arrays(number, EVEN), numbers)
             assert all(
                 array.sharding.is_equivalent_to(wanted, array.ndim)
                 for array, wanted in zip(*map(jax.tree.leaves, (current, to)), strict=True)
@@ -196,10 +201,11 @@ def updates(optimizer, param_dtype, num_steps: int):
 
 def plain_optax(optimizer):
     """AdamW as optax has it, its moments in the dtype of what it is given."""
+    numbers = optim.hyperparams(optimizer, STEPS)
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
         optax.adamw(
-            optim.schedule(optimizer, STEPS),
+            lambda step: optim.learning_rate(numbers, step),
             b1=optimizer.b1,
             b2=optimizer.b2,
             eps=optimizer.eps,
@@ -243,7 +249,7 @@ def equal_once_rounded(found, wanted):
 def test_bfloat16_moments_take_half_the_bytes_whatever_the_parameters(param_dtype):
     sizes = {}
     for dtype in settings.MOMENTS_DTYPES:
-        tx = optim.make(options(moments_dtype=dtype), STEPS, ROWS)
+        tx = optim.make(dtype, ROWS)
         mesh = make_mesh(MESH)
         abstract = state.abstract(tx, ROWS, EVEN, jnp.dtype(param_dtype), mesh)
         moments = [leaf for leaf in jax.tree.leaves(abstract.opt_state) if leaf.ndim]
@@ -278,21 +284,24 @@ def shard_bytes(tree) -> int:
 
 def test_the_update_copies_no_moment_on_cpus_and_is_bitwise_the_same():
     mesh, dims = single_device_mesh(), DIMS | {"vocab": 4096, "embed": 256, "norm": 256}
-    tx = optim.make(options(), STEPS, ROWS)
+    tx = optim.make("float32", ROWS)
+    numbers = optim.hyperparams(options(), STEPS)
     found, temporary = {}, {}
     with jax.set_mesh(mesh):
         to = state.shardings(tx, arrays(0, dims), ROWS, mesh)
         for name, told in (("ours", program.CPU_OPTIONS), ("plain", None)):
             current = state.create(tx, jax.device_put(arrays(0, dims), to.params), ROWS, mesh)
             update = jax.jit(
-                lambda old, grads: state.update(tx, old, grads, jnp.float32(0), to)[:2],
+                lambda old, grads, numbers: state.update(
+                    tx, numbers, old, grads, jnp.float32(0), to
+                )[:2],
                 donate_argnums=0,
                 compiler_options=told,
             )
-            compiled = update.lower(current, arrays(1, dims)).compile()
+            compiled = update.lower(current, arrays(1, dims), numbers).compile()
             temporary[name] = compiled.memory_analysis().temp_size_in_bytes
             for number in (1, 2, 3):
-                current, _ = compiled(current, arrays(number, dims))
+                current, _ = compiled(current, arrays(number, dims), numbers)
             found[name] = jax.device_get(current)
     table = 4 * dims["vocab"] * dims["embed"]
     assert temporary["plain"] > 1.9 * table  # else XLA has learned it, and the option can go
@@ -314,7 +323,8 @@ def test_the_update_of_a_7b_model_copies_nothing_on_gpus(sizes, moments_dtype, p
     rows, dims = qwen2.weights(QWEN2_7B), QWEN2_7B.axis_sizes
     devices = targets.topology(hardware.find("h200"), math.prod(sizes.values()) // 8, 8)
     mesh = make_mesh(sizes, devices)
-    tx = optim.make(options(moments_dtype=moments_dtype), STEPS, rows)
+    tx = optim.make(moments_dtype, rows)
+    numbers = optim.hyperparams(options(), STEPS)
     old = state.abstract(tx, rows, dims, jnp.dtype(param_dtype), mesh)
     to = state.shardings(tx, old.params, rows, mesh)
     sums = {
@@ -322,13 +332,12 @@ def test_the_update_of_a_7b_model_copies_nothing_on_gpus(sizes, moments_dtype, p
         for path, p in old.params.items()
     }
 
-    def step(old, sums, count):
-        return state.update(
-            tx, old, {path: grad / count for path, grad in sums.items()}, jnp.float32(0), to
-        )[:2]
+    def step(old, sums, count, numbers):
+        grads = {path: grad / count for path, grad in sums.items()}
+        return state.update(tx, numbers, old, grads, jnp.float32(0), to)[:2]
 
     with jax.set_mesh(mesh):
-        lowered = jax.jit(step, donate_argnums=0).lower(old, sums, 1.0)
+        lowered = jax.jit(step, donate_argnums=0).lower(old, sums, 1.0, numbers)
         memory = lowered.compile(compiler_options=targets.compiler_options()).memory_analysis()
     assert shard_bytes(old.params) > 1.8e9 and memory.temp_size_in_bytes < 2**20
     assert memory.alias_size_in_bytes == shard_bytes(old)  # all that is donated is written again
@@ -376,8 +385,9 @@ def test_bfloat16_moments_reach_the_loss_of_float32_ones():
     row = ParamSpec("w", "w", "outputs inputs -> inputs outputs")
 
     def losses(moments_dtype: str) -> np.ndarray:
-        optimizer = options(moments_dtype=moments_dtype, learning_rate=0.02, weight_decay=0.01)
-        tx = optim.make(optimizer, len(inputs), [row])
+        optimizer = options(learning_rate=0.02, weight_decay=0.01)
+        tx = optim.make(moments_dtype, [row])
+        numbers = optim.hyperparams(optimizer, len(inputs))
 
         def loss(params, x, y):
             return jnp.square(jnp.tanh(x @ params["w"]) - y).mean()
@@ -385,7 +395,7 @@ def test_bfloat16_moments_reach_the_loss_of_float32_ones():
         def step(carry, batch):
             params, opt_state = carry
             found, grads = jax.value_and_grad(loss)(params, *batch)
-            changes, opt_state = tx.update(grads, opt_state, params)
+            changes, opt_state = tx.update(grads, opt_state, params, numbers=numbers)
             return (optax.apply_updates(params, changes), opt_state), found
 
         params = {"w": jnp.zeros((16, 8))}
@@ -417,13 +427,13 @@ def test_decays_too_slow_for_bfloat16_moments_are_refused(make_config):
 @pytest.mark.parametrize("resumed_dtype", settings.MOMENTS_DTYPES)
 def test_a_checkpoint_gives_bfloat16_moments_back_bitwise_or_widened(tmp_path, resumed_dtype):
     mesh = make_mesh(MESH)
-    tx = optim.make(options(moments_dtype="bfloat16"), STEPS, ROWS)
+    tx = optim.make("bfloat16", ROWS)
     saved, _ = updates(options(moments_dtype="bfloat16"), "float32", 3)[-1]
     to = state.shardings(tx, saved.params, ROWS, mesh)
     keep = config.default().checkpoint
     with contextlib.closing(saving.Checkpoints(tmp_path, keep)) as checkpoints:
         checkpoints.save(3, jax.device_put(saved, to).named(), {})
-    resumed = optim.make(options(moments_dtype=resumed_dtype), STEPS, ROWS)
+    resumed = optim.make(resumed_dtype, ROWS)
     wanted = state.abstract(resumed, ROWS, EVEN, jnp.dtype("float32"), mesh)
     checkpoints = saving.Checkpoints(tmp_path, keep)
     stored = checkpoints.start(config.to_dict(config.default()))

@@ -163,7 +163,7 @@ def test_attention_is_tested_with_the_window_and_soft_cap_that_the_model_has(
 def test_parameters_moments_and_gradients_are_split_over_fsdp_and_tensor(make_config):
     cfg = make_config()
     model_def, params, loader, mesh = on_mesh(cfg, (1, 4, 2, 1))
-    tx = optim.make(cfg.optimizer, 10, model_def.specs)
+    tx = optim.make(cfg.optimizer.moments_dtype, model_def.specs)
     with jax.set_mesh(mesh):
         created = state.create(tx, params, model_def.specs, mesh)
     kernel = "layers.mlp.gate.kernel"

@@ -94,21 +94,61 @@ def test_the_command_is_there_within_three_seconds():
 def test_the_second_start_compiles_nothing_and_trains_bitwise_the_same(
     make_config, folder, tmp_path, capfd
 ):
-    changes = {"train.steps": 2, "train.compilation_cache": str(folder)}
-    cfg = make_config(**changes)
+    cfg = make_config(**{"train.steps": 2, "train.compilation_cache": str(folder)})
     shown, losses = [], []
     for name in ("first", "second"):
         jax.clear_caches()
         jax_sft.train(cfg, tmp_path / name)
-        found = re.search(r"(\d+) compiled programs, (\d+) of them", capfd.readouterr().out)
-        assert found
-        shown.append((*map(int, found.groups()), len(entries(folder))))
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        losses.append([(m["loss"], m["grad_norm"]) for m in map(json.loads, lines)])
+        shown.append((*compiled_programs(capfd.readouterr().out), len(entries(folder))))
+        losses.append([(m["loss"], m["grad_norm"]) for m in read_metrics(tmp_path / name)])
     (programs, found_first, stored), second = shown
     assert found_first == 0 and stored >= programs > 3
     assert second[0] == second[1] > 3 and second[2] == stored
     assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_another_point_of_a_sweep_compiles_nothing_through_the_command(
+    make_config, folder, tmp_path
+):
+    cfg = make_config()
+    file = tmp_path / "sweep.py"
+    file.write_text(
+        "from jax_sft import config\n\n\ndef get_config():\n"
+        "    cfg = config.default()\n"
+        f"    cfg.model.path = {cfg.model.path!r}\n"
+        f"    cfg.data.train.main = config.source({cfg.data.train.main.path!r})\n"
+        f"    cfg.train.compilation_cache = {str(folder)!r}\n"
+        "    cfg.train.steps = 4\n    cfg.log.every_steps = 1\n"
+        "    cfg.data.seq_len = 128\n    cfg.batch.rows = 8\n    return cfg\n"
+    )
+    points = {
+        "first": [],
+        "second": ["train.steps=6", "optimizer.learning_rate=1e-4", "optimizer.warmup=2"]
+        + ["optimizer.schedule=wsd", "optimizer.weight_decay=0.1", "optimizer.clip_norm=0"],
+    }
+    shown = []
+    for name, changes in points.items():
+        command = [sys.executable, "-m", "jax_sft.train", f"--config={file}"]
+        command += [f"--workdir={tmp_path / name}", *(f"--config.{change}" for change in changes)]
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+        stored = [(entry, entry.stat().st_mtime_ns) for entry in entries(folder)]
+        shown.append((*compiled_programs(done.stdout), stored))
+    (programs, found_first, stored), second = shown
+    assert found_first == 0 and programs > 3
+    assert second == (programs, programs, stored)
+    rates = [[m["learning_rate"] for m in read_metrics(tmp_path / name)] for name in points]
+    assert [len(each) for each in rates] == [4, 6] and max(rates[1]) > max(rates[0])
+
+
+def compiled_programs(out: str) -> tuple[int, int]:
+    """Return how many programs a run says that it compiled, and how many of them were on disk."""
+    found = re.search(r"(\d+) compiled programs, (\d+) of them", out)
+    assert found
+    return int(found[1]), int(found[2])
+
+
+def read_metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_folder_that_cannot_be_used_is_replaced_with_a_warning(folder, tmp_path, monkeypatch):
@@ -228,11 +268,11 @@ def test_the_loop_neither_waits_nor_sends(make_config, monkeypatch, tmp_path):
         return read(array)
 
     def around(step):
-        def run(state, batch):
+        def run(state, batch, scalars):
             nonlocal done
             if done == 2:  # compiled, and its line is printed
                 jax.config.update("jax_transfer_guard_host_to_device", "disallow")
-            state, sums = step(state, batch)
+            state, sums = step(state, batch, scalars)
             done += 1
             if done in (7, 8):
                 float(sums["loss"])
@@ -271,9 +311,9 @@ def time_between_steps(cfg, workdir: Path, planted_ms: float) -> list[float]:
     outside: list[float] = []
 
     def around(step):
-        def run(state, batch):
+        def run(state, batch, scalars):
             outside.extend(1000 * (time.thread_time() - began) for began in left[-1:])
-            results = step(state, batch)
+            results = step(state, batch, scalars)
             left.append(time.thread_time())
             while len(left) > PLANTED_AFTER and 1000 * (time.thread_time() - left[-1]) < planted_ms:
                 pass

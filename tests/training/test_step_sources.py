@@ -16,7 +16,13 @@ from jax_sft.nn.model_def import ModelDef
 from jax_sft.sharding import rules
 from jax_sft.sharding.mesh import make_mesh
 from jax_sft.training import optim, state
-from jax_sft.training.step import make_eval_step, make_train_step, no_sums, value_and_grad
+from jax_sft.training.step import (
+    Scalars,
+    make_eval_step,
+    make_train_step,
+    no_sums,
+    value_and_grad,
+)
 from jax_sft.weights import hf_folder, hf_reader, placement
 
 MESHES = [(8, 1, 1, 1), (1, 2, 2, 2)]
@@ -70,15 +76,16 @@ def train_one_step(folder: Path, sizes: tuple[int, ...], num_sources: int, as_us
     """
     model_def, params, batch, mesh = on_mesh(folder, sizes, num_sources > 0)
     cfg, rows = config.default().optimizer, model_def.specs
-    tx, rate = optim.make(cfg, 10, rows), optim.schedule(cfg, 10)
+    tx, scalars = optim.make(cfg.moments_dtype, rows), Scalars(optim.hyperparams(cfg, 10))
     with jax.set_mesh(mesh):
         current = state.create(tx, params, rows, mesh)
         shardings = state.shardings(tx, params, rows, mesh)
-        step = make_train_step(model_def, tx, rate, shardings, mesh, num_sources)
+        step = make_train_step(model_def, tx, shardings, mesh, num_sources)
         # Later versions always use emitters and know no such option.
         has_option = as_users and importlib.metadata.version("jaxlib").startswith("0.10.")
         options: dict[str, Any] = {"xla_cpu_use_fusion_emitters": True} if has_option else {}
-        current, sums = step.lower(current, batch).compile(options)(current, batch)
+        compiled = step.lower(current, batch, scalars).compile(options)
+        current, sums = compiled(current, batch, scalars)
     return jax.device_get((sums, current.params))
 
 
