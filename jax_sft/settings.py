@@ -127,7 +127,7 @@ class Model:
     )
     offload: tuple[str, ...] = _key(
         (),
-        "Values among those that model.remat keeps by name that are kept in pinned host memory.",
+        "Those of the values named in model.remat that are kept in pinned host memory.",
         free="the same numbers, recomputed or kept",
     )
 
@@ -336,7 +336,8 @@ class Train:
     stall_timeout_s: float = _key(
         60.0,
         "All processes end for a restart if a process gives no sign of life for this long, or if "
-        "no step finishes in this time and in five times the slowest recent step; 0 = never.",
+        "no step finishes within the longer of this time and five times the slowest recent step. "
+        "0 = never.",
         "seconds",
         least=0,
         free="when a run that hangs is ended",

@@ -306,7 +306,7 @@ def test_dropout_drops_the_share_it_should_the_same_on_every_mesh(make_strong_mo
         ({"lora.rank": 0, "lora.dropout": 0.1}, ["lora.dropout = 0.1 needs adapters"]),
         (
             {"lora.rank": 0, "lora.rslora": True, "lora.dora": True, "lora.quantize": "nf4"},
-            ["lora.dora = True and lora.quantize = 'nf4' and lora.rslora = True need adapters"],
+            ["lora.rslora = True and lora.dora = True and lora.quantize = 'nf4' need adapters"],
         ),
         ({"lora.path": "nowhere"}, ["nowhere has no adapter_config.json"]),
     ],

@@ -423,7 +423,7 @@ def test_a_full_disk_fails_the_save_and_nothing_else(tmp_path, noticed, monkeypa
             checkpoints.close()
         assert (checkpoints.saved_step, checkpoints.failures) == (1, 1)
         message = "\n".join(said)
-        assert "step 2 could NOT be saved" in message and "step 1 stays" in message
+        assert "step 2 could NOT be saved" in message and "step 1 remains" in message
         expected = {"before it is written": "it needs 0.01 GB, 0.00 GB are free"}
         assert expected.get(noticed, "No space left on device") in message
         assert {path.name for path in small.iterdir()} == {"1", "filling"}

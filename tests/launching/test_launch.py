@@ -698,7 +698,7 @@ def test_signals_within_moments_are_one_and_a_later_one_is_passed_on(start):
     assert run.process.poll() is None
     run.process.terminate()
     assert run.end() == 75
-    assert run.out.splitlines() == ["now"] and "told again" in run.err
+    assert run.out.splitlines() == ["now"] and "asked again" in run.err
 
 
 def test_a_request_between_two_attempts_ends_the_waiting(start):
