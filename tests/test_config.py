@@ -536,8 +536,8 @@ def test_the_command_of_an_advice_is_the_one_that_was_given_and_the_changes(monk
     "dropout, experts, is_bound", [(0.0, False, False), (0.1, False, True), (0.0, True, True)]
 )
 def test_micro_rows_are_not_free_where_they_change_losses(dropout, experts, is_bound):
-    dims = {"experts": 4} if experts else {}
-    model_cfg = SimpleNamespace(dims=dims, router_aux=0.01)
+    axis_sizes = {"experts": 4} if experts else {}
+    model_cfg = SimpleNamespace(axis_sizes=axis_sizes, router_aux=0.01)
     adapters = SimpleNamespace(dropout=dropout)
     settings = SimpleNamespace(adapters=adapters, loss=Loss(), model_cfg=model_cfg)
     bound = open_state.bound_keys(settings)
