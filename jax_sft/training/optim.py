@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jax_sft.settings import Optimizer
 from jax_sft.weights.param_spec import ParamSpec
 
 
@@ -57,7 +58,7 @@ class Hyperparams:
     clip_norm: Any
 
 
-def warmup_steps(optimizer, num_steps: int) -> int:
+def warmup_steps(optimizer: Optimizer, num_steps: int) -> int:
     """Return the number of warm-up steps; `optimizer.warmup` below 1 is a share of `num_steps`.
 
     It may exceed `num_steps`: the ramp keeps the configured slope, as in transformers.
@@ -66,7 +67,7 @@ def warmup_steps(optimizer, num_steps: int) -> int:
     return round(warmup * num_steps if warmup < 1 else warmup)
 
 
-def warnings(optimizer, num_steps: int) -> list[str]:
+def warnings(optimizer: Optimizer, num_steps: int) -> list[str]:
     """Return warnings about parts of the schedule that a run of `num_steps` steps never reaches."""
     warmup, decay_steps = warmup_steps(optimizer, num_steps), optimizer.decay_fraction * num_steps
     if warmup >= num_steps:
@@ -86,7 +87,7 @@ def warnings(optimizer, num_steps: int) -> list[str]:
     return []
 
 
-def hyperparams(optimizer, num_steps: int) -> Hyperparams:
+def hyperparams(optimizer: Optimizer, num_steps: int) -> Hyperparams:
     """Return the numbers of the optimizer for a run of `num_steps` steps, on the host.
 
     The name of the schedule becomes numbers as well: "constant" falls to its highest rate, and
