@@ -7,6 +7,7 @@ their defaults are in `settings.py`.
 import dataclasses
 import difflib
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -104,8 +105,15 @@ def _read_value(name: str, default: Any, value: Any, problems: list[str]) -> Any
     if isinstance(default, Mapping) and isinstance(value, ConfigDict | Mapping):
         return value.to_dict() if isinstance(value, ConfigDict) else dict(value)
     if isinstance(default, tuple) and isinstance(value, list | tuple):
+        if not all(isinstance(item, str) for item in value):
+            problems.append(f"{name} = {value!r}: use text only")
+            return default
         return tuple(value)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(default, str) and isinstance(value, str):
+        return str.__str__(value)  # of an enum or of NumPy's str_, too
+    if isinstance(default, float) and isinstance(value, float):
+        return float(value)  # of NumPy's float64, too
+    if isinstance(default, float) and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if type(value) is not type(default):
         problems.append(f"{name} = {value!r}: use a value of type {type(default).__name__}")
@@ -121,24 +129,23 @@ def _read_source(name: str, value: Any, problems: list[str]) -> Source:
 
 
 def to_dict(cfg: Config | Settings) -> dict[str, Any]:
-    """Return a config as plain nested dicts and lists, as stored in config.json.
+    """Return a config as plain nested dicts and lists, as stored in config.json: keys are sorted.
 
     Raises:
         ValueError: see `to_settings`.
     """
     values = to_settings(cfg)
-    return {field.name: _plain(getattr(values, field.name)) for field in _FIELDS}
+    return {name: _plain(getattr(values, name)) for name in _NAMES}
 
 
-_FIELDS = dataclasses.fields(Settings)  # without those that a subclass adds
+_NAMES = sorted(field.name for field in dataclasses.fields(Settings))  # without a subclass's
 
 
 def _plain(value: Any) -> Any:
     """Return dataclasses and mappings as dicts, and tuples as lists."""
     if dataclasses.is_dataclass(value):
-        return {
-            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
+        names = sorted(field.name for field in dataclasses.fields(value))
+        return {name: _plain(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, tuple | list) else value

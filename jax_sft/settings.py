@@ -51,7 +51,7 @@ class Key:
             is_allowed = value in self.choices
         else:
             is_allowed = not self.allowed() or (
-                math.isfinite(value)
+                -math.inf < value < math.inf  # an int may be too large for math.isfinite
                 and (self.least is None or self.least <= value)
                 and (self.most is None or value <= self.most)
                 and (self.above is None or self.above < value)

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import enum
 import json
 import re
 import shlex
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -104,6 +106,10 @@ def test_settings_are_frozen_and_hold_what_the_config_holds(make_config):
         ("batch.row", 3, "batch.row is no key of the config: did you mean batch.rows?"),
         ("sed", 3, "sed is no key of the config: did you mean seed?"),
         ("data.train", None, "data.train = None: use a value of type dict"),
+        ("log.trackers", (["wandb"],), "log.trackers = (['wandb'],): use text only"),
+        ("checkpoint.allow_changes", (1,), "checkpoint.allow_changes = (1,): use text only"),
+        ("seed", 10**400, f"seed = {10**400}: use a value from 0 up to, not including, 2**63"),
+        ("loss.z_loss", 10**400, f"loss.z_loss = {10**400}: use a value of type float"),
     ],
 )
 def test_a_config_made_by_hand_is_checked_key_by_key(make_config, key, value, problem):
@@ -114,6 +120,25 @@ def test_a_config_made_by_hand_is_checked_key_by_key(make_config, key, value, pr
         section = section[parent]
     section[leaf] = value
     assert problems(ConfigDict(cfg)) == [problem]
+
+
+def test_scalars_of_numpy_and_enums_become_plain_values(make_config):
+    class Backend(enum.StrEnum):
+        BLOCKWISE = "blockwise"
+
+    rate = np.float64(0.5)
+    cfg = make_config(**{"optimizer.learning_rate": rate, "model.attention": Backend.BLOCKWISE})
+    values = config.to_settings(cfg)
+    assert values.optimizer.learning_rate == 0.5 and values.model.attention == "blockwise"
+    assert type(values.optimizer.learning_rate) is float and type(values.model.attention) is str
+
+
+def test_config_json_is_the_sorted_config(make_config):
+    cfg = make_config()
+    cfg.data.train.another = config.source(cfg.data.train.main.path)
+    cfg.data.template_args.z, cfg.data.template_args.a = {"y": 1, "b": 2}, 1
+    found = json.dumps(config.to_dict(cfg))
+    assert found == json.dumps(cfg.to_dict()) == json.dumps(json.loads(found), sort_keys=True)
 
 
 def test_choices_are_those_of_the_code():

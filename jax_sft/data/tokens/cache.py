@@ -197,7 +197,9 @@ def _key(request: _Request, progress: bool) -> str:
     deciding = {
         "files": [[os.path.relpath(file, request.root), contents[file]] for file in request.files],
         "source": {
-            k: v for k, v in dataclasses.asdict(request.source).items() if k not in NOT_IN_KEY
+            k: v
+            for k, v in sorted(dataclasses.asdict(request.source).items())
+            if k not in NOT_IN_KEY
         },
         "options": dataclasses.asdict(request.options),
         "max_row_bytes": request.max_row_bytes,
