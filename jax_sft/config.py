@@ -109,6 +109,8 @@ def _read_value(name: str, default: Any, value: Any, problems: list[str]) -> Any
             problems.append(f"{name} = {value!r}: use text only")
             return default
         return tuple(value)
+    if value is None and default == "":
+        return ""
     if isinstance(default, str) and isinstance(value, str):
         return str.__str__(value)  # of an enum or of NumPy's str_, too
     if isinstance(default, float) and isinstance(value, float):

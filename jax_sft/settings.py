@@ -47,16 +47,17 @@ class Key:
 
     def problem(self, name: str, value: Any) -> str:
         """Return what is wrong with a value and what to use instead; "" = nothing."""
-        if self.choices:
-            is_allowed = value in self.choices
-        else:
-            is_allowed = not self.allowed() or (
-                -math.inf < value < math.inf  # an int may be too large for math.isfinite
-                and (self.least is None or self.least <= value)
-                and (self.most is None or value <= self.most)
-                and (self.above is None or self.above < value)
-                and (self.below is None or value < self.below)
-            )
+        if self.choices or not self.allowed():
+            is_allowed = not self.choices or value in self.choices
+            return "" if is_allowed else f"{name} = {value!r}: use {self.allowed()}"
+        if not -math.inf < value < math.inf:  # an int may be too large for math.isfinite
+            return f"{name} = {value!r}: use {self.allowed()}, and a finite number"
+        is_allowed = (
+            (self.least is None or self.least <= value)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or self.above < value)
+            and (self.below is None or value < self.below)
+        )
         return "" if is_allowed else f"{name} = {value!r}: use {self.allowed()}"
 
     def allowed(self) -> str:

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import enum
 import json
+import math
 import re
 import shlex
 import sys
@@ -99,6 +100,7 @@ def test_settings_are_frozen_and_hold_what_the_config_holds(make_config):
     [
         ("batch.rows", None, "batch.rows = None: use a value of type int"),
         ("data.shuffle", 1, "data.shuffle = 1: use a value of type bool"),
+        ("data.cache_gb", math.inf, "data.cache_gb = inf: use at least 0, and a finite number"),
         ("batch.rows", True, "batch.rows = True: use a value of type int"),
         ("model.offload", "residual", "model.offload = 'residual': use a value of type tuple"),
         ("data.template_args", 3, "data.template_args = 3: use a value of type dict"),
