@@ -31,8 +31,11 @@ import pytest
 from jax_sft.ops.attention import self_test
 from tests import inputs
 
-# A shell starts what ends in "&" with Ctrl-C ignored; tests of Ctrl-C need Python's own answer.
+# A shell starts what ends in "&" with Ctrl-C ignored, and nohup ignores the end of the terminal;
+# tests of both signals, and the programs that they start, need the answers of a usual process.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Tokenized data of the tests, and of the programs that they run, goes with them.
 _CACHE = tempfile.TemporaryDirectory(prefix="jax-sft-tests-")
 atexit.register(_CACHE.cleanup)

@@ -162,7 +162,7 @@ def test_a_block_is_rewritten_in_its_place_and_others_stay(tmp_path):
 
 def test_a_block_without_an_end_is_not_written_over():
     start, _ = bench_table.markers("a", HEADER.machine)
-    with pytest.raises(ValueError, match="mend the file"):
+    with pytest.raises(ValueError, match="repair the file"):
         bench_table.replace(f"{start}\nmuch text", HEADER, "new")
 
 
