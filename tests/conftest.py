@@ -55,8 +55,7 @@ class WithoutTorch(pytest.Module):
     """
 
     def collect(self):
-        reason = "torch is not installed: pip install -r requirements-dev.txt"
-        pytest.skip(reason, allow_module_level=True)
+        pytest.skip(inputs.WITHOUT_TORCH, allow_module_level=True)
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector):

@@ -1,13 +1,19 @@
 """Inputs of tests: folders of tiny models of any family, and configs of tiny runs."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 
 from jax_sft import config, settings, tiny
+
+WITHOUT_TORCH = "torch is not installed: pip install -r requirements-dev.txt"
+# For a test that runs `export --verify`, which compares with transformers and torch.
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason=WITHOUT_TORCH)
 
 # A small model in which no two dimensions are equal, so that a mix-up cannot go unnoticed.
 ODD = {

@@ -32,6 +32,7 @@ from jax_sft.sharding.mesh import make_mesh, single_device_mesh
 from jax_sft.training import state
 from jax_sft.weights import blocks, hf_folder, hub, placement, vocabulary
 from scripts import make_model
+from tests import inputs
 
 UNTIED = {"tie_word_embeddings": False, "model_type": "llama", "attention_bias": True}
 WEIGHTS = "model.safetensors"
@@ -78,6 +79,7 @@ def run(script, monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
+@inputs.needs_torch
 @pytest.mark.parametrize("changes", [{}, UNTIED])
 def test_a_folder_returns_to_the_last_byte(make_model, tmp_path, monkeypatch, capsys, changes):
     folder = add_template(make_model(dtype="BF16", **changes))
@@ -365,6 +367,7 @@ def test_a_dry_run_of_an_export_lists_what_the_export_then_has(
     assert sorted(listed) == sorted(n + file.name for file in files for n in load_file(file))
 
 
+@inputs.needs_torch
 def test_verify_finds_an_export_that_is_not_the_checkpoint(
     make_model, tmp_path, monkeypatch, capsys
 ):

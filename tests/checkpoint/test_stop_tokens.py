@@ -13,6 +13,7 @@ from jax_sft import export_check, tiny
 from jax_sft.adapters import peft
 from jax_sft.checkpoint import from_hf, stop_tokens, to_hf
 from jax_sft.files import step_folders
+from tests import inputs
 
 OLD, NEW, RARE = 256, 258, 257  # <|endoftext|>, <|im_end|>, <|im_start|>
 ABSENT = object()
@@ -130,6 +131,7 @@ def export(capsys, monkeypatch, checkpoint, out, *options) -> tuple[int, str]:
     return code, capsys.readouterr().out
 
 
+@inputs.needs_torch
 def test_an_export_stops_where_turns_end_and_verify_fails_where_it_does_not(
     trained, tmp_path, monkeypatch, capsys
 ):
