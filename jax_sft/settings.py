@@ -534,14 +534,14 @@ def entries(section: Any = None, prefix: str = "", free: str = "") -> Iterator[E
 
 def problems(section: Any, prefix: str = "") -> list[str]:
     """Return the values of a section, or of all, that their keys do not allow."""
-    found = []
+    messages = []
     for field in dataclasses.fields(section):
         name, value = prefix + field.name, getattr(section, field.name)
         if dataclasses.is_dataclass(value):
-            found += problems(value, name + ".")
+            messages += problems(value, name + ".")
         elif key := field.metadata.get("key"):
-            found += filter(None, [key.problem(name, value)])
-    return found
+            messages += filter(None, [key.problem(name, value)])
+    return messages
 
 
 def free_keys() -> dict[str, str]:

@@ -43,7 +43,7 @@ os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 
 def pytest_addoption(parser):
-    text = "write tests/data/tokens/token_digests.json anew, after TOKENS_VERSION was raised"
+    text = "write tests/data/tokens/token_digests.json again, after TOKENS_VERSION was raised"
     parser.addoption("--update-token-digests", action="store_true", help=text)
 
 
@@ -55,6 +55,7 @@ class WithoutTorch(pytest.Module):
     """
 
     def collect(self):
+        # The whole file, as it compares with torch; on 3.11, which `.ci/run` tests fully, it runs.
         pytest.skip(inputs.WITHOUT_TORCH, allow_module_level=True)
 
 

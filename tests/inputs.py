@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 from jax_sft import config, settings, tiny
 
 WITHOUT_TORCH = "torch is not installed: pip install -r requirements-dev.txt"
-# For a test that runs `export --verify`, which compares with transformers and torch.
+# For a test that runs `export --verify`, whose reference is torch. requirements-test.txt lacks it,
+# for Pythons without a CPU build of torch; the rest of the file runs there. On 3.11 none skips.
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason=WITHOUT_TORCH)
 
 # A small model in which no two dimensions are equal, so that a mix-up cannot go unnoticed.

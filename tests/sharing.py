@@ -1,4 +1,4 @@
-"""What tests of one file share, so that it is compiled once."""
+"""Share the compiled program between the runs of a test."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Told to stop: where processes agree to stop, and that a stopped run goes on bitwise."""
+"""Asked to stop: where processes agree to stop, and that a stopped run goes on bitwise."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A program on CPUs gets its memory in huge pages, and is started anew for it at most once."""
+"""A program on CPUs gets its memory in huge pages, and is restarted for it at most once."""
 
 import os
 import subprocess
